@@ -1,0 +1,65 @@
+"""ghostssm: trained Mamba-2 models that decode with a much smaller recurrent state.
+
+checkpoint = ghostssm.load("state-spaces/mamba2-130m")
+text = ghostssm.read_text("wikitext2", "calibration")
+windows = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), length=2048, count=128, seed=42)
+plan = ghostssm.Calibration(checkpoint.model, windows).plan("ghost", state_size=64)
+ghostssm.apply_plan(checkpoint.model, plan)
+ghostssm.save(checkpoint, plan, "mamba2-130m-n64")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ghostssm._api import *
+
+__all__ = [
+    "Calibration",
+    "Checkpoint",
+    "Comparison",
+    "Description",
+    "Difference",
+    "Evaluation",
+    "Evidence",
+    "GhostError",
+    "InputError",
+    "LayoutError",
+    "Method",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "OutputFolder",
+    "Plan",
+    "PlanError",
+    "Row",
+    "SSDLayout",
+    "Selection",
+    "Source",
+    "Text",
+    "TextError",
+    "Windows",
+    "__version__",
+    "apply_plan",
+    "compare",
+    "cut_windows",
+    "describe",
+    "evaluate",
+    "find_source",
+    "load",
+    "method_named",
+    "method_names",
+    "pruned",
+    "read_text",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library at first use: PyTorch takes seconds, and ``ghostssm --help`` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ghostssm' has no attribute {name!r}")
+    from ghostssm import _api
+
+    return getattr(_api, name)

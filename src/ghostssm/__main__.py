@@ -1,0 +1,3 @@
+from ghostssm.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""Where the public names live; imported when the first of them is used."""
+
+from ghostssm._version import __version__
+from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.data.sources import Text, read_text
+from ghostssm.data.windows import Windows, cut_windows
+from ghostssm.errors import (
+    GhostError,
+    InputError,
+    LayoutError,
+    ModelError,
+    NumericalError,
+    OutputError,
+    PlanError,
+    TextError,
+)
+from ghostssm.evaluation import Difference, Evaluation, evaluate
+from ghostssm.evaluation.compare import Comparison, Row, compare
+from ghostssm.layout import SSDLayout
+from ghostssm.methods import Evidence, Method, method_named, method_names
+from ghostssm.plan import Plan, Selection
+from ghostssm.pruning import Calibration
+from ghostssm.surgery import apply_plan, pruned
+
+__all__ = [
+    "Calibration",
+    "Checkpoint",
+    "Comparison",
+    "Description",
+    "Difference",
+    "Evaluation",
+    "Evidence",
+    "GhostError",
+    "InputError",
+    "LayoutError",
+    "Method",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "OutputFolder",
+    "Plan",
+    "PlanError",
+    "Row",
+    "SSDLayout",
+    "Selection",
+    "Source",
+    "Text",
+    "TextError",
+    "Windows",
+    "__version__",
+    "apply_plan",
+    "compare",
+    "cut_windows",
+    "describe",
+    "evaluate",
+    "find_source",
+    "load",
+    "method_named",
+    "method_names",
+    "pruned",
+    "read_text",
+    "save",
+]

@@ -1,0 +1,1 @@
+"""Measurement of what a smaller state buys."""

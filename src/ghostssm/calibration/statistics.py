@@ -1,0 +1,44 @@
+"""Statistics of one mixer over the calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from ghostssm.mixer import Mixer, mixer_streams
+from ghostssm.ops.energy import ChannelEnergies, channel_energies
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Means over the calibration tokens, float64, each (g, n).
+
+    Attributes:
+        output_energy: mean over t of C_t[n]^2 sum_(h in g, p) H_t[h, p, n]^2.
+        state_energy: mean over t of sum_(h in g, p) H_t[h, p, n]^2, the diagonal of the controllability Gramian.
+        readout_energy: mean over t of C_t[n]^2, the diagonal of the observability Gramian.
+        tokens: how many tokens the means are over.
+    """
+
+    output_energy: Tensor
+    state_energy: Tensor
+    readout_energy: Tensor
+    tokens: int
+
+
+def gather_statistics(mixer: Mixer, inputs: Iterable[Tensor]) -> LayerStatistics:
+    """Statistics of a mixer whose inputs, already normalised, arrive as batches (b, l, hidden_size)."""
+    energies: list[ChannelEnergies] = []
+    tokens = 0
+    with torch.inference_mode():
+        for hidden in inputs:
+            streams = mixer_streams(mixer, hidden)
+            energies.append(channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C))
+            tokens += hidden.shape[0] * hidden.shape[1]
+    total = reduce(add, energies)
+    return LayerStatistics(total.output / tokens, total.state / tokens, total.readout / tokens, tokens)

@@ -1,0 +1,107 @@
+"""Carry the hidden states of all windows through a model, one block at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ghostssm.errors import NumericalError
+from ghostssm.families import family_of
+from ghostssm.mixer import Mixer, own_forward
+
+TOKENS_PER_BATCH = 2048
+
+
+class _Captured(Exception):
+    """Raised inside a forward pass to leave it once the wanted inputs are in hand."""
+
+
+class LayerWalk:
+    """The hidden states of all windows at one depth of a model.
+
+    Each block is copied in float32 when its turn comes, so the model itself is never changed, half-precision weights
+    are calibrated in float32, and memory holds one block and one set of hidden states:
+
+        walk = LayerWalk(model, ids)
+        for block, mixer in walk.blocks():
+            ...                       # look at walk.mixer_inputs(block, mixer), prune the mixer
+            walk.advance(block, mixer)
+
+    The arguments that a block takes besides the hidden states are captured from the model's own forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor):
+        """``ids``: (count, length), int64."""
+        self._config = model.config
+        self._family = family_of(model.config)
+        self._blocks = self._family.blocks(model)
+        batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
+        self._spans = [slice(start, start + batch) for start in range(0, ids.shape[0], batch)]
+        self._arguments: list[dict[str, Any]] = []
+        self.hidden = torch.empty(*ids.shape, model.config.hidden_size, device=model.device)
+        for span in self._spans:
+            hidden, arguments = _first_block_inputs(model, self._blocks[0], ids[span].to(model.device))
+            self.hidden[span] = hidden
+            self._arguments.append(arguments)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def blocks(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
+        """Front to back: a float32 copy of each block, and the view of the mixer in that copy."""
+        for index, original in enumerate(self._blocks):
+            block = copy.deepcopy(original).float()
+            yield block, self._family.mixer(self._config, block, index)
+
+    def mixer_inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
+        """What the mixer of a block is given, batch by batch: (b, l, hidden_size)."""
+        for span, arguments in zip(self._spans, self._arguments, strict=True):
+            yield _captured_inputs(mixer.module, block, self.hidden[span], **arguments)[0]
+
+    def advance(self, block: nn.Module, mixer: Mixer | None) -> None:
+        """Replace the hidden states by the block's output.
+
+        Raises:
+            NumericalError: the output is not finite; names the block's mixer.
+        """
+        with torch.inference_mode(), own_forward([mixer] if mixer else []):
+            for span, arguments in zip(self._spans, self._arguments, strict=True):
+                output = block(self.hidden[span], **arguments)
+                self.hidden[span] = output[0] if isinstance(output, tuple) else output
+        if not torch.isfinite(self.hidden).all():
+            name = mixer.name if mixer else type(block).__name__
+            raise NumericalError(
+                f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
+                "evaluate the unpruned model on the same text first."
+            )
+
+
+def _first_block_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states and the further arguments that the model's forward pass gives its first block."""
+    return _captured_inputs(first, model, input_ids=ids, use_cache=False)
+
+
+def _captured_inputs(module: nn.Module, run: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Call ``run`` until it calls ``module``, and return the hidden states and keyword arguments that that one gets."""
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        seen.append((hidden, kwargs))
+        raise _Captured
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            run(*args, **kwargs)
+    except _Captured:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(module).__name__} was never called, so its inputs could not be captured.")

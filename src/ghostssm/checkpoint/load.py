@@ -1,0 +1,173 @@
+"""Load a checkpoint of either dialect into transformers' own model class, checked before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.quiet import quiet_transformers
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
+from ghostssm.errors import ModelError, NumericalError
+from ghostssm.families import family_named, family_of
+
+_LISTED_FAULTS = 8
+_OTHER_MAMBAS = {
+    "mamba": "Mamba-1",
+    "falcon_mamba": "Mamba-1 (FalconMamba)",
+    "jamba": "Mamba-1 (Jamba)",
+    "mamba3": "Mamba-3",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with the tokenizer and the files that it came from.
+
+    The tokenizer is None where the folder has none; :meth:`require_tokenizer` then says what to do.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Source
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "
+                "Put it there, or name a tokenizer (a folder or a hub id) with --tokenizer."
+            )
+        return self.tokenizer
+
+
+def load(
+    spec: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | None = None,
+) -> Checkpoint:
+    """Load a model: a hub id, a local folder in either dialect, or ``reference``.
+
+    Args:
+        dtype: of the weights in memory; None keeps the stored one.
+        tokenizer: a folder or hub id to take the tokenizer from instead.
+
+    Raises:
+        ModelError: not a Mamba-2 model, a file that is missing or broken, or shapes that contradict the config.
+        NumericalError: NaN or Inf in a weight; names the tensor.
+    """
+    source = find_source(spec)
+    config = model_config(source)
+    stored = _checked_tensors(source, config)
+    with quiet_transformers():
+        model = _build(source, config, stored, dtype or _stored_dtype(stored))
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise NumericalError(f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken.")
+    return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
+
+
+def model_config(source: Source) -> PreTrainedConfig:
+    """The config as transformers' class, with sizes that a family here accepts.
+
+    Raises:
+        ModelError: not a Mamba-2 model, or sizes that contradict each other.
+    """
+    if source.dialect == "mamba_ssm":
+        return mamba_ssm.to_transformers_config(source.config)
+    model_type = source.config.get("model_type")
+    if model_type in _OTHER_MAMBAS:
+        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
+    if not isinstance(model_type, str):
+        raise ModelError(
+            f"{source.folder / 'config.json'} has neither a model_type nor an ssm_cfg; expected the config of a "
+            "Mamba-2 model in the transformers or the mamba_ssm dialect."
+        )
+    if "quantization_config" in source.config:
+        raise ModelError(f"{source.name} is quantised; prune the unquantised model, then quantise the result.")
+    family = family_named(model_type)
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except Exception as error:  # transformers' validation raises many classes
+        raise ModelError(f"{source.folder / 'config.json'} is not a valid {model_type} config: {error}") from None
+    family.layout(config)
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(f"hidden_act is {config.hidden_act!r}; expected 'silu', as every published Mamba-2 has.")
+    return config
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    stored = stored_tensors(source.folder)
+    if source.dialect == "mamba_ssm":
+        stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
+    expected = {name: tuple(value.shape) for name, value in empty_model(config).state_dict().items()}
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    faults = shape_faults(stored, expected, optional)
+    if faults:
+        listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
+        more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
+        raise ModelError(f"The weights in {source.folder} contradict its config.json:{listed}{more}")
+    return stored
+
+
+def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most numbers; a half-precision checkpoint may keep a few small tensors in float32."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in stored.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _build(
+    source: Source, config: PreTrainedConfig, stored: dict[str, StoredTensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    if source.dialect == "transformers":
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+    else:
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
+        family_class = type(empty_model(config))
+        model = family_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{source.name} did not load as a language model.")
+    family_of(model.config)
+    return model
+
+
+def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
+    own = any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    place: str | Path | None = named or (source.folder if own else None)
+    if place is None and source.dialect == "mamba_ssm" and 0 <= config.vocab_size - mamba_ssm.GPT_NEOX_TOKENS < 64:
+        place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
+    if place is None:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # tokenizers and the hub client raise many classes
+        raise ModelError(
+            f"The tokenizer {str(place)!r} could not be loaded ({type(error).__name__}); bring its tokenizer.json into "
+            f"a folder and name that with --tokenizer."
+        ) from error
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"The tokenizer {str(place)!r} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
+            "expected the tokenizer that the model was trained with."
+        )
+    return tokenizer

@@ -1,0 +1,158 @@
+"""The mamba_ssm dialect: its config.json and tensor names, to transformers' and back.
+
+Published state-spaces checkpoints are in this dialect. The rules are those of mamba_ssm 2.3's ``MambaConfig`` (which
+rejects unknown keys), ``MambaLMHeadModel`` and ``Mamba2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Mamba2Config
+
+from ghostssm.errors import ModelError
+
+CONFIG_KEYS = frozenset(
+    {
+        "d_model",
+        "d_intermediate",
+        "n_layer",
+        "vocab_size",
+        "ssm_cfg",
+        "attn_layer_idx",
+        "attn_cfg",
+        "rms_norm",
+        "residual_in_fp32",
+        "fused_add_norm",
+        "pad_vocab_size_multiple",
+        "tie_embeddings",
+    }
+)
+_SSM_DEFAULTS: dict[str, Any] = {
+    "d_state": 128,
+    "d_conv": 4,
+    "expand": 2,
+    "headdim": 64,
+    "ngroups": 1,
+    "dt_limit": (0.0, float("inf")),
+    "bias": False,
+    "conv_bias": True,
+    "chunk_size": 256,
+}
+# Variants of the mixer that transformers' Mamba-2 does not have, with the value that means "not used".
+_SSM_FIXED: dict[str, Any] = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+# How new weights are drawn or how the kernel is called: of no account for a trained model.
+_SSM_IGNORED = frozenset(
+    {
+        "layer",
+        "conv_init",
+        "A_init_range",
+        "dt_min",
+        "dt_max",
+        "dt_init_floor",
+        "use_mem_eff_path",
+        "process_group",
+        "sequence_parallel",
+    }
+)
+_EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
+GPT_NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
+GPT_NEOX_TOKENS = 50277
+
+
+def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
+    """Translate a config.json with ``ssm_cfg``.
+
+    Raises:
+        ModelError: a Mamba-1 or Mamba-3 model, or a variant that transformers' Mamba-2 cannot express.
+    """
+    ssm = config["ssm_cfg"]
+    if not isinstance(ssm, Mapping):
+        raise ModelError(f"ssm_cfg in config.json is {ssm!r}; expected an object.")
+    layer = ssm.get("layer", "Mamba1")
+    if layer != "Mamba2":
+        raise ModelError(f"The config describes a {layer} model (ssm_cfg.layer); ghostssm prunes Mamba2 only.")
+    faults = [f"{key} is not a known key" for key in config if key not in CONFIG_KEYS]
+    faults += [f"{key} is missing" for key in ("d_model", "n_layer", "vocab_size") if key not in config]
+    if config.get("attn_layer_idx"):
+        faults.append("attn_layer_idx names attention layers")
+    if config.get("d_intermediate"):
+        faults.append("d_intermediate asks for MLP layers")
+    if not config.get("rms_norm", True):
+        faults.append("rms_norm is false")
+    for key, value in ssm.items():
+        if key in _SSM_FIXED and value != _SSM_FIXED[key]:
+            faults.append(f"ssm_cfg.{key} is {value!r}, expected {_SSM_FIXED[key]!r}")
+        elif key not in _SSM_FIXED and key not in _SSM_DEFAULTS and key not in _SSM_IGNORED:
+            faults.append(f"ssm_cfg.{key} is not a known key")
+    if faults:
+        raise ModelError("This mamba_ssm config can't be read as a Mamba-2 model: " + "; ".join(faults) + ".")
+    values = _SSM_DEFAULTS | {key: value for key, value in ssm.items() if key in _SSM_DEFAULTS}
+    try:
+        width = values["expand"] * config["d_model"]
+        multiple = config.get("pad_vocab_size_multiple", 8)
+        return Mamba2Config(
+            hidden_size=config["d_model"],
+            num_hidden_layers=config["n_layer"],
+            vocab_size=-(-config["vocab_size"] // multiple) * multiple,
+            state_size=values["d_state"],
+            conv_kernel=values["d_conv"],
+            expand=values["expand"],
+            head_dim=values["headdim"],
+            num_heads=width // values["headdim"],
+            n_groups=values["ngroups"],
+            time_step_limit=tuple(values["dt_limit"]),
+            use_bias=values["bias"],
+            use_conv_bias=values["conv_bias"],
+            chunk_size=values["chunk_size"],
+            residual_in_fp32=config.get("residual_in_fp32", True),
+            tie_word_embeddings=config.get("tie_embeddings", True),
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            architectures=["Mamba2ForCausalLM"],
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"The sizes in config.json are not those of a Mamba-2 model: {error}") from None
+
+
+def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
+    """The config.json that makes mamba_ssm build the same model."""
+    return {
+        "d_model": config.hidden_size,
+        "d_intermediate": 0,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {
+            "layer": "Mamba2",
+            "d_state": config.state_size,
+            "d_conv": config.conv_kernel,
+            "expand": config.expand,
+            "headdim": config.head_dim,
+            "ngroups": config.n_groups,
+            "dt_limit": list(config.time_step_limit),
+            "bias": config.use_bias,
+            "conv_bias": config.use_conv_bias,
+            "chunk_size": config.chunk_size,
+        },
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": config.tie_word_embeddings,
+    }
+
+
+def to_transformers_name(name: str) -> str:
+    return _EMBEDDING_OURS if name == _EMBEDDING_THEIRS else name
+
+
+def from_transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict under mamba_ssm's names; a tied head is written too, since mamba_ssm loads strictly."""
+    renamed = {_EMBEDDING_THEIRS if name == _EMBEDDING_OURS else name: value for name, value in tensors.items()}
+    renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])
+    return renamed

@@ -1,0 +1,89 @@
+"""``ghostssm compare``: methods and state sizes side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ghostssm.cli import arguments
+from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+
+if TYPE_CHECKING:
+    from ghostssm import Row
+
+
+def compare(
+    model: arguments.Model,
+    state_size: arguments.StateSizes,
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", metavar="NAME ...", help="Methods to compare; all if not given.")
+    ] = None,
+    calibration: arguments.CalibrationText = "wikitext2",
+    text: arguments.EvaluationText = "wikitext2",
+    windows: arguments.CalibrationWindows = 128,
+    text_windows: arguments.EvaluationWindows = None,
+    window_length: arguments.WindowLength = 2048,
+    batch: Annotated[
+        list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes at which to measure decoding.")
+    ] = [1, 32],  # noqa: B006  (read only)
+    groups: arguments.Groups = "equal",
+    seed: arguments.Seed = 42,
+    tokenizer: arguments.Tokenizer = None,
+    device: arguments.Device = "cpu",
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Prune by several methods to several sizes and print one table; nothing is written.
+
+    ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost magnitude random taylor
+    """
+    import ghostssm
+    from ghostssm.evaluation.compare import as_json as row_as_json
+
+    names = methods or list(ghostssm.method_names())
+    for name in names:
+        ghostssm.method_named(name)
+    import torch
+
+    checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
+    vocabulary = checkpoint.require_tokenizer()
+    calibration_windows = ghostssm.cut_windows(
+        ghostssm.read_text(calibration, "calibration"), vocabulary, window_length, windows, seed
+    )
+    test_windows = ghostssm.cut_windows(ghostssm.read_text(text, "evaluation"), vocabulary, window_length, text_windows)
+    note(
+        f"windows of {window_length} tokens: calibrating on {len(calibration_windows)} of "
+        f"{calibration_windows.text_name}, measuring on {len(test_windows)} of {test_windows.text_name}"
+    )
+    with progress_reporter() as progress:
+        result = ghostssm.compare(
+            checkpoint,
+            calibration_windows,
+            test_windows,
+            names,
+            state_size,
+            groups=groups,
+            seed=seed,
+            batches=batch,
+            progress=progress,
+        )
+    if as_json:
+        print_json([row_as_json(row) for row in result.rows])
+        return
+    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "std. err.", "state/seq"]
+    headers += [f"tok/s, batch {size}" for size in batch]
+    print_table(headers, [_cells(row, batch) for row in result.rows])
+
+
+def _cells(row: Row, batches: list[int]) -> list[str]:
+    padded = "" if row.stored_state_size == row.state_size else f" (stored {row.stored_state_size})"
+    cells = [
+        row.method,
+        f"{row.state_size}{padded}",
+        f"{row.perplexity:.3f}",
+        f"{row.bits_per_byte:.4f}",
+        f"{row.excess:.4f}" if row.method != "dense" else "",
+        f"{row.standard_error:.4f}" if row.method != "dense" else "",
+        bytes_text(row.state_bytes),
+    ]
+    return cells + [f"{row.tokens_per_second[size]:,.0f}" for size in batches]

@@ -1,0 +1,106 @@
+"""What the command prints: results on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from ghostssm.progress import Progress
+
+_PLAIN_INTERVAL = 5.0
+"""Seconds between progress lines when nobody watches."""
+
+
+def print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
+    """A table on standard output: ruled on a terminal, aligned plain lines elsewhere. Numbers align right."""
+    if sys.stdout.isatty():
+        table = Table()
+        for position, header in enumerate(headers):
+            table.add_column(header, justify="left" if position < text_columns else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    for row in (headers, *rows):
+        cells = [
+            cell.ljust(width) if position < text_columns else cell.rjust(width)
+            for position, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Aligned lines of name and value."""
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name.ljust(width)}  {value}")
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal, kept out of standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_reporter() -> Iterator[Progress]:
+    """A progress listener: bars with the time left on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+class _PlainProgress:
+    """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, float] = {}
+        self._last = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begun = self._begun.setdefault(what, now)
+        if 0 < done < total and now - self._last < _PLAIN_INTERVAL:
+            return
+        self._last = now
+        left = f", about {(now - begun) / done * (total - done):.0f} s left" if 0 < done < total else ""
+        note(f"{what} {done}/{total}{left}")
+        if done == total:
+            self._begun.pop(what)
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for people, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

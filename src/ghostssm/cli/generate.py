@@ -1,0 +1,45 @@
+"""``ghostssm generate``: text from a model, token by token."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ghostssm.cli import arguments
+
+
+def generate(
+    model: arguments.Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: arguments.Seed = 42,
+    tokenizer: arguments.Tokenizer = None,
+    device: arguments.Device = "cpu",
+) -> None:
+    """Stream a continuation of a prompt to standard output.
+
+    ghostssm generate reference --prompt "def main(" --max-new-tokens 64
+    """
+    import torch
+    from transformers import TextStreamer
+
+    import ghostssm
+    from ghostssm.errors import InputError
+
+    checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
+    vocabulary = checkpoint.require_tokenizer()
+    encoded = vocabulary(prompt, return_tensors="pt", add_special_tokens=False).to(device)
+    if encoded["input_ids"].shape[1] == 0:
+        raise InputError("The prompt is empty; expected some text.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    checkpoint.model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(vocabulary, skip_special_tokens=True),
+        pad_token_id=vocabulary.pad_token_id or vocabulary.eos_token_id or 0,
+        **sampling,
+    )

@@ -1,0 +1,159 @@
+"""TEXT as users name it: a file, a folder, ``wikitext2`` or ``stdlib``, turned into a list of strings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ghostssm.data.stdlib import stdlib_texts
+from ghostssm.errors import TextError
+
+Role = Literal["calibration", "evaluation"]
+"""Named corpora have a side to calibrate on and another to evaluate on."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus in memory.
+
+    Attributes:
+        name: what the user called it, with the side that was taken of a named corpus.
+        parts: its texts, in order.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def joined(self) -> str:
+        """The texts joined by blank lines, as the usual perplexity protocol has it."""
+        return "\n\n".join(self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the joined text, hexadecimal."""
+        return hashlib.sha256(self.joined.encode()).hexdigest()
+
+
+def read_text(spec: str, role: Role) -> Text:
+    """Read a TEXT.
+
+    Args:
+        spec: ``stdlib``, ``wikitext2``, or the path of a .txt, .jsonl or .parquet file or of a folder of text.
+        role: which side of a named corpus to take; a path gives all of its text.
+
+    Raises:
+        TextError: missing, unreadable, binary or empty text, or a corpus that could not be fetched.
+    """
+    if spec in _CORPORA:
+        side, parts = _CORPORA[spec](role)
+        return _checked(Text(f"{spec} ({side})", tuple(parts)))
+    path = Path(spec)
+    if path.is_dir():
+        return _checked(Text(spec, tuple(_read_folder(path))))
+    if path.is_file():
+        return _checked(Text(spec, tuple(_read_file(path))))
+    raise TextError(
+        f"No text at {spec!r}; expected a .txt, .jsonl or .parquet file, a folder of text, or one of: "
+        f"{', '.join(_CORPORA)}."
+    )
+
+
+def _checked(text: Text) -> Text:
+    if not any(part.strip() for part in text.parts):
+        raise TextError(f"The text {text.name!r} is empty; expected running text.")
+    return text
+
+
+def _stdlib(role: Role) -> tuple[str, list[str]]:
+    held_out = role == "evaluation"
+    return ("held-out modules" if held_out else "calibration modules"), stdlib_texts(held_out)
+
+
+def _wikitext2(role: Role) -> tuple[str, list[str]]:
+    import datasets
+
+    split = "train" if role == "calibration" else "test"
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    except Exception as error:  # the hub client's faults share no base class
+        raise TextError(
+            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Download the {split} split of "
+            "Salesforce/wikitext (wikitext-2-raw-v1) on a machine with access and name the .parquet or .txt file here."
+        ) from error
+    return f"{split} split", list(rows["text"])
+
+
+_CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+
+
+def _read_folder(folder: Path) -> Iterator[str]:
+    """Every text file below a folder, in the order of the paths; hidden and binary files are passed over."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and (path.suffix == ".parquet" or not _is_binary(path)):
+            yield from _read_file(path)
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def _read_file(path: Path) -> list[str]:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        return readers.get(path.suffix, _read_plain)(path)
+    except OSError as error:
+        raise TextError(f"{path} can't be read: {error.strerror or error}.") from error
+
+
+def _read_plain(path: Path) -> list[str]:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); convert it to UTF-8."
+        ) from None
+    if "\0" in text:
+        raise TextError(f"{path} holds NUL bytes, so it is a binary file; expected text.")
+    return [text]
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(_read_plain(path)[0].splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+        texts.append(_text_field(row, f"{path}, line {number}"))
+    return texts
+
+
+def _text_field(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise TextError(f'{where}: no text; expected a string, or an object with a string under "text".')
+    return text
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["text"])
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise TextError(f"{path} is not a parquet file with a column 'text' ({error}).") from error
+    if table.num_columns != 1:
+        raise TextError(f"{path} has no column 'text'.")
+    return [str(value) for value in table["text"].to_pylist() if value is not None]

@@ -1,0 +1,36 @@
+"""What can go wrong, one class per kind of fault.
+
+A message names the file or option, what was found, what was expected, and the next step.
+"""
+
+
+class GhostError(Exception):
+    """Base of every error that ghostssm raises on purpose."""
+
+
+class InputError(GhostError):
+    """Something the user gave is not usable; the command line exits with 2."""
+
+
+class LayoutError(InputError):
+    """Sizes that no Mamba-2 mixer can have."""
+
+
+class ModelError(InputError):
+    """A checkpoint that is missing, broken, contradictory, or not a Mamba-2 model."""
+
+
+class TextError(InputError):
+    """Text that is missing, unreadable, binary, empty or too short."""
+
+
+class PlanError(InputError):
+    """A plan that is malformed or belongs to another model."""
+
+
+class OutputError(InputError):
+    """An output folder that must not be written."""
+
+
+class NumericalError(InputError):
+    """NaN or Inf in a model's weights or activations; names the tensor or the layer."""

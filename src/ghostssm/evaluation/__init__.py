@@ -1,0 +1,5 @@
+"""How good a model is: loss per window, and differences between models with their standard errors."""
+
+from ghostssm.evaluation.perplexity import Difference, Evaluation, evaluate
+
+__all__ = ["Difference", "Evaluation", "evaluate"]

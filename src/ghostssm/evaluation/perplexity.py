@@ -1,0 +1,77 @@
+"""Perplexity by the usual protocol: non-overlapping windows, each on its own, mean negative log likelihood."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostssm.data.windows import Windows
+from ghostssm.errors import NumericalError
+from ghostssm.families import mixers_of
+from ghostssm.mixer import own_forward
+from ghostssm.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over paired windows, with its standard error; nats per token."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of a model on windows of text.
+
+    Attributes:
+        losses: (count,), float64: mean negative log likelihood of each window's tokens but the first, nats per token.
+        bytes_per_token: of the text, to turn nats per token into bits per byte.
+    """
+
+    losses: Tensor
+    bytes_per_token: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.losses.mean().item()
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) / self.bytes_per_token
+
+    def excess_over(self, dense: Evaluation) -> Difference:
+        """This loss minus the dense model's on the same windows; NaN as error when there is one window only."""
+        differences = self.losses - dense.losses
+        error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.tensor(math.nan)
+        return Difference(differences.mean().item(), error.item())
+
+
+def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:
+    """The model's loss on every window.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
+    losses = []
+    with torch.inference_mode(), own_forward(mixers_of(model)):
+        for index in range(len(windows)):
+            progress("windows", index, len(windows))
+            window = windows.ids[index].to(model.device)
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+            losses.append(F.cross_entropy(logits.float(), window[1:]).double().cpu())
+    progress("windows", len(windows), len(windows))
+    stacked = torch.stack(losses)
+    if not torch.isfinite(stacked).all():
+        raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
+    return Evaluation(stacked, windows.bytes_per_token)

@@ -1,0 +1,128 @@
+"""One Mamba-2 mixer, seen the same way in every model family, and its forward pass in our own ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghostssm.layout import SSDLayout
+from ghostssm.ops.conv import causal_conv
+from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.ssd import DEFAULT_CHUNK, ssd_chunked
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A view of a model's mixer: its parts under the field's names. Holds no copies.
+
+    Attributes:
+        name: dotted path of the mixer in its model.
+        module: the mixer itself.
+        dt_bias, A_log, D: (h,). norm_weight: (h * p,).
+        dt_limit: bounds of dt after softplus.
+    """
+
+    name: str
+    module: nn.Module
+    layout: SSDLayout
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    norm_eps: float
+    out_proj: nn.Linear
+    dt_limit: tuple[float, float]
+
+    @property
+    def A(self) -> Tensor:
+        """(h,), negative, float32 or better."""
+        return -torch.exp(at_least_float32(self.A_log))
+
+    def with_state_size(self, state_size: int) -> Mixer:
+        """The view to use once the module's tensors have another state size."""
+        return replace(self, layout=self.layout.with_state_size(state_size))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What the recurrence of one mixer works on, after conv, SiLU, softplus and limits.
+
+    Attributes:
+        x: (b, l, h, p). B, C: (b, l, g, n). dt: (b, l, h). z: (b, l, h * p). All but z in float32 or better.
+    """
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+    z: Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
+    """The first half of a mixer: in_proj, conv, SiLU, softplus. ``hidden``: (b, l, hidden_size), already normalised."""
+    z, xBC, dt = mixer.layout.split_in_proj(mixer.in_proj(hidden))
+    xBC = F.silu(causal_conv(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias))
+    x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
+    dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
+    return Streams(x, B, C, dt, z)
+
+
+def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
+    """The second half of a mixer: gate, norm, out_proj. ``y``: (b, l, h, p), with the D term."""
+    normed = gated_rms_norm(y.flatten(-2), z, mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
+    projected: Tensor = mixer.out_proj(normed.to(mixer.out_proj.weight.dtype))
+    return projected
+
+
+def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+    """The whole mixer, (b, l, hidden_size) to the same; differentiable.
+
+    ``gate`` (g, n), if given, multiplies C: 0 removes a state channel, 1 leaves it.
+    """
+    s = mixer_streams(mixer, hidden)
+    C = s.C if gate is None else s.C * gate
+    y, _ = ssd_chunked(s.x, s.dt, mixer.A, s.B, C, mixer.D, chunk_size=chunk_size)
+    return mixer_output(mixer, y, s.z)
+
+
+@contextmanager
+def own_forward(mixers: Sequence[Mixer], forward: Callable[[Mixer, Tensor], Tensor] = mixer_forward) -> Iterator[None]:
+    """Within the context, whole-sequence calls of the mixers' modules run through our ops.
+
+    Calls with a cache or a padding mask go to the module's stock forward.
+
+    Args:
+        forward: what to call instead, with (mixer, hidden).
+    """
+    try:
+        for mixer in mixers:
+            mixer.module.forward = _dispatch(mixer, forward)
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.module.__dict__.pop("forward", None)
+
+
+def _dispatch(mixer: Mixer, forward: Callable[[Mixer, Tensor], Tensor]) -> Callable[..., Tensor]:
+    stock: Callable[..., Tensor] = mixer.module.forward
+
+    def dispatched(
+        hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if cache_params is None and attention_mask is None:
+            return forward(mixer, hidden_states)
+        return stock(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+
+    return dispatched

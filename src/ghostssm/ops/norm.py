@@ -1,0 +1,22 @@
+"""The normalisations around a mixer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last axis: x / sqrt(mean(x^2) + eps) * weight."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """Gate first, then RMS-normalise each of ``groups`` equal parts of the last axis (Mamba-2's gated norm).
+
+    Args:
+        y, z: (b, l, c). weight: (c,).
+    """
+    gated = (y * F.silu(z)).unflatten(-1, (groups, -1))
+    return rms_norm(gated, weight.view(groups, -1), eps).flatten(-2)

@@ -1,0 +1,165 @@
+"""The SSD recurrence of Mamba-2: readable reference, chunked form, one decode step.
+
+Per head, with the scalar decay ``a_t = exp(dt_t * A)`` and the input ``u_t = dt_t * x_t`` (Dao & Gu 2024, eq. 16-19):
+
+    H_t = a_t H_{t-1} + u_t B_t^T          H: (p, n)
+    y_t = H_t C_t + D x_t
+
+Shape letters, always in this order: b batch, l length, q position in a chunk, g group, k heads of a group, h head
+(h = g * k + index in the group), p head dim, n state size.
+
+States cross the public functions as ``(b, h, p, n)``, the layout of every Mamba-2 cache. Inside the chunked form they
+are ``(b, g, n, k * p)``: then all heads of a group share one matrix product with B or C, and B and C are never
+repeated over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEFAULT_CHUNK = 64
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence token by token: slow, and plainly right. Same signature as :func:`ssd_chunked`."""
+    state = _initial_state(x, B, initial_state)
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x), state
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence.
+
+    Args:
+        state: (b, h, p, n), the state before the token; not modified.
+        x: (b, h, p). dt: (b, h), after softplus and limits. A: (h,), negative. B, C: (b, g, n). D: (h,) or None.
+
+    Returns:
+        y (b, h, p) and the state after the token (b, h, p, n).
+    """
+    b, h, p, n = state.shape
+    g = B.shape[1]
+    decay = torch.exp(dt * A).view(b, g, h // g, 1, 1)
+    u = (x * dt[..., None]).view(b, g, h // g, p, 1)
+    grouped = state.view(b, g, h // g, p, n) * decay + u * B[:, :, None, None, :]
+    y = (grouped @ C[:, :, None, :, None]).view(b, h, p)
+    if D is not None:
+        y = y + D[:, None] * x
+    return y, grouped.view(b, h, p, n)
+
+
+def ssd_chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as matrix products over chunks of positions; differentiable.
+
+    Args:
+        x: (b, l, h, p), float32 or float64.
+        dt: (b, l, h), the step size after softplus and limits.
+        A: (h,), negative.
+        B, C: (b, l, g, n), h divisible by g.
+        D: (h,) or None.
+        initial_state: (b, h, p, n) or None for zeros.
+        chunk_size: positions per chunk; any value gives the same result, l need not be a multiple of it.
+
+    Returns:
+        y (b, l, h, p) and the final state (b, h, p, n).
+    """
+    state = to_grouped_state(_initial_state(x, B, initial_state), groups=B.shape[2])
+    outputs = []
+    for start in range(0, x.shape[1], chunk_size):
+        span = slice(start, start + chunk_size)
+        chunk = Chunk.of(x[:, span], dt[:, span], A, B[:, span], C[:, span])
+        outputs.append(chunk.output(state))
+        state = chunk.advance(state)
+    y = torch.cat(outputs, dim=1) if outputs else torch.zeros_like(x)
+    if D is not None:
+        y = y + D[:, None] * x
+    return y, from_grouped_state(state, heads=x.shape[2])
+
+
+class Chunk:
+    """One chunk of positions, laid out by group, with what its matrix products share.
+
+    Attributes:
+        u: (b, g, k, q, p), dt * x.
+        B, C: (b, g, q, n).
+        log_decay: (b, g, k, q), sum of dt * A from the start of the chunk up to and including each position.
+    """
+
+    def __init__(self, u: Tensor, B: Tensor, C: Tensor, log_decay: Tensor):
+        self.u, self.B, self.C, self.log_decay = u, B, C, log_decay
+
+    @classmethod
+    def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Chunk:
+        """From the streams of one chunk: x (b, q, h, p), dt (b, q, h), A (h,), B and C (b, q, g, n)."""
+        b, q, h, p = x.shape
+        g = B.shape[2]
+        u = (x * dt[..., None]).view(b, q, g, h // g, p).permute(0, 2, 3, 1, 4)
+        log_decay = torch.cumsum(dt * A, dim=1).view(b, q, g, h // g).permute(0, 2, 3, 1)
+        return cls(u, B.transpose(1, 2), C.transpose(1, 2), log_decay)
+
+    def pairwise_decay(self, power: float = 1.0) -> Tensor:
+        """(b, g, k, q, q): the decay from position s to position t, to the given power; 0 where s > t."""
+        q = self.u.shape[3]
+        future = torch.ones(q, q, dtype=torch.bool, device=self.u.device).triu(1)
+        difference = self.log_decay[..., :, None] - self.log_decay[..., None, :]
+        return torch.exp((power * difference).masked_fill(future, float("-inf")))
+
+    def output(self, state: Tensor) -> Tensor:
+        """y without the D term, (b, q, h, p), given the state (b, g, n, k * p) that enters the chunk."""
+        b, g, k, q, p = self.u.shape
+        scores = (self.C @ self.B.transpose(-1, -2))[:, :, None] * self.pairwise_decay()
+        within = scores @ self.u
+        carried = (self.C @ state).view(b, g, q, k, p).transpose(2, 3)
+        y = within + torch.exp(self.log_decay)[..., None] * carried
+        return y.permute(0, 3, 1, 2, 4).reshape(b, q, g * k, p)
+
+    def advance(self, state: Tensor) -> Tensor:
+        """The state (b, g, n, k * p) that leaves the chunk, given the one that enters it."""
+        b, g, k, q, p = self.u.shape
+        total = self.log_decay[..., -1:]
+        to_end = self.u * torch.exp(total - self.log_decay)[..., None]
+        added = self.B.transpose(-1, -2) @ to_end.transpose(2, 3).reshape(b, g, q, k * p)
+        kept = state.view(b, g, -1, k, p) * torch.exp(total)[:, :, None]
+        return kept.view_as(state) + added
+
+
+def to_grouped_state(state: Tensor, groups: int) -> Tensor:
+    """(b, h, p, n) to the internal (b, g, n, k * p)."""
+    b, h, p, n = state.shape
+    return state.view(b, groups, h // groups, p, n).permute(0, 1, 4, 2, 3).reshape(b, groups, n, -1)
+
+
+def from_grouped_state(state: Tensor, heads: int) -> Tensor:
+    """The internal (b, g, n, k * p) to (b, h, p, n)."""
+    b, g, n, _ = state.shape
+    return state.view(b, g, n, heads // g, -1).permute(0, 1, 3, 4, 2).reshape(b, heads, -1, n)
+
+
+def _initial_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:
+    if initial_state is not None:
+        return initial_state.to(x.dtype)
+    b, _, h, p = x.shape
+    return x.new_zeros(b, h, p, B.shape[-1])

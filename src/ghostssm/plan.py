@@ -1,0 +1,197 @@
+"""A plan: which state channels every mixer keeps. A frozen value that is made, saved, read and applied apart.
+
+On disk a plan is ``plan.json`` and, with the scores that led to it, ``plan.safetensors`` (one float64 tensor (g, n) per
+mixer). The reader reports every fault of a file at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ghostssm.errors import PlanError
+from ghostssm.layout import SSDLayout
+
+FORMAT = "ghostssm-plan"
+VERSION = 1
+PLAN_FILE = "plan.json"
+SCORES_FILE = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The decision for one mixer: the state channels that each group keeps, in ascending order."""
+
+    kept: tuple[tuple[int, ...], ...]
+
+    @property
+    def width(self) -> int:
+        """The largest count over the groups: the state size that this mixer needs."""
+        return max(len(channels) for channels in self.kept)
+
+    def padded(self, width: int) -> tuple[tuple[int, ...], ...]:
+        """``kept`` with every group filled up to ``width`` by -1, which stands for a channel of zeros."""
+        return tuple(channels + (-1,) * (width - len(channels)) for channels in self.kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Selections for every mixer of a model.
+
+    Attributes:
+        method: the name of the method that decided.
+        model_type: the family's model type.
+        n_groups, state_size: of the model that the plan is for.
+        selections: mixer name to decision, front to back.
+        scores: mixer name to (g, n) float64, as the method saw them; may be empty.
+        provenance: what the plan was made from and with: JSON values only.
+    """
+
+    method: str
+    model_type: str
+    n_groups: int
+    state_size: int
+    selections: Mapping[str, Selection]
+    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept_state_size(self) -> int:
+        """The state size of the pruned model: the widest group of any mixer. Narrower ones are padded with zeros."""
+        return max(selection.width for selection in self.selections.values())
+
+    @property
+    def kept_channels(self) -> int:
+        """Channels kept in all, padding not counted."""
+        return sum(len(channels) for selection in self.selections.values() for channels in selection.kept)
+
+    def check_fits(self, layouts: Mapping[str, SSDLayout], model_type: str) -> None:
+        """Raise PlanError, naming every difference, unless the plan is for a model with these mixers."""
+        faults = []
+        if model_type != self.model_type:
+            faults.append(f"the plan is for model type {self.model_type!r}, the model's is {model_type!r}")
+        if list(layouts) != list(self.selections):
+            faults.append(
+                f"the plan names {len(self.selections)} mixers, the model has {len(layouts)}"
+                if len(layouts) != len(self.selections)
+                else "the plan names other mixers than the model has"
+            )
+        for attribute in ("n_groups", "state_size"):
+            found = sorted({getattr(layout, attribute) for layout in layouts.values()})
+            if found != [getattr(self, attribute)]:
+                faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {found}")
+        if faults:
+            raise PlanError("The plan does not fit this model: " + "; ".join(faults) + ".")
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` and, if there are scores, ``plan.safetensors`` into a folder."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.method,
+            "model_type": self.model_type,
+            "n_groups": self.n_groups,
+            "state_size": self.state_size,
+            "kept_state_size": self.kept_state_size,
+            "provenance": dict(self.provenance),
+            "selections": {name: [list(channels) for channels in s.kept] for name, s in self.selections.items()},
+        }
+        (folder / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if self.scores:
+            scores = {name: score.to(torch.float64).contiguous() for name, score in self.scores.items()}
+            safetensors.torch.save_file(scores, folder / SCORES_FILE)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a plan from its folder or from its ``plan.json``.
+
+        Raises:
+            PlanError: the file is missing or not a plan; lists everything that is wrong with it.
+        """
+        file = path / PLAN_FILE if path.is_dir() else path
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{file} can't be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise PlanError(f"{file} is not JSON ({error}); expected a plan that ghostssm wrote.") from None
+        faults = _faults(document)
+        if faults:
+            raise PlanError(f"{file} is not a valid plan:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        return cls(
+            method=document["method"],
+            model_type=document["model_type"],
+            n_groups=document["n_groups"],
+            state_size=document["state_size"],
+            selections={
+                name: Selection(tuple(tuple(channels) for channels in kept))
+                for name, kept in document["selections"].items()
+            },
+            scores=_read_scores(file.with_name(SCORES_FILE)),
+            provenance=document.get("provenance", {}),
+        )
+
+
+def _read_scores(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        return {}
+    try:
+        return dict(safetensors.torch.load_file(file))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise PlanError(f"{file} is not a safetensors file ({error}).") from error
+
+
+def _faults(document: Any) -> list[str]:
+    """Everything that keeps a JSON document from being a plan."""
+    if not isinstance(document, dict):
+        return [f"found {type(document).__name__} at the top, expected an object"]
+    faults = []
+    if document.get("format") != FORMAT:
+        faults.append(f"format is {document.get('format')!r}, expected {FORMAT!r}")
+    if document.get("version") != VERSION:
+        faults.append(f"version is {document.get('version')!r}, expected {VERSION}")
+    for key in ("method", "model_type"):
+        if not isinstance(document.get(key), str):
+            faults.append(f"{key} is {document.get(key)!r}, expected a string")
+    for key in ("n_groups", "state_size"):
+        if not _is_count(document.get(key)):
+            faults.append(f"{key} is {document.get(key)!r}, expected a positive integer")
+    if not isinstance(document.get("provenance", {}), dict):
+        faults.append("provenance is not an object")
+    selections = document.get("selections")
+    if not isinstance(selections, dict) or not selections:
+        return [*faults, "selections is missing or empty, expected an object of mixers"]
+    for name, kept in selections.items():
+        faults += [f"selections[{name!r}]: {fault}" for fault in _selection_faults(kept, document)]
+    if not faults and not any(channels for kept in selections.values() for channels in kept):
+        faults.append("selections keep no channel at all")
+    return faults
+
+
+def _selection_faults(kept: Any, document: dict[str, Any]) -> list[str]:
+    if not isinstance(kept, list) or not all(isinstance(channels, list) for channels in kept):
+        return ["expected a list of lists of channels, one per group"]
+    faults = []
+    if len(kept) != document.get("n_groups"):
+        faults.append(f"{len(kept)} groups, expected {document.get('n_groups')}")
+    limit: int = document["state_size"] if _is_count(document.get("state_size")) else 0
+    for group, channels in enumerate(kept):
+        bad = [c for c in channels if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < limit]
+        if bad:
+            faults.append(f"group {group} names channel {bad[0]!r}, expected integers from 0 to {limit - 1}")
+        elif any(a >= b for a, b in pairwise(channels)):
+            faults.append(f"group {group} is not strictly ascending")
+    return faults
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
