@@ -109,7 +109,7 @@ class Calibration:
     ) -> tuple[dict[str, Selection], dict[str, Tensor]]:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
         family = family_of(self.model.config)
-        walk = LayerWalk(self.model, self.windows.ids)
+        walk = LayerWalk(self.model, self.windows)
         selections: dict[str, Selection] = {}
         scores: dict[str, Tensor] = {}
         for index, (block, mixer) in enumerate(walk.blocks()):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
 from ghostssm.mixer import Mixer, own_forward
-
-TOKENS_PER_BATCH = 2048
 
 
 class _Captured(Exception):
@@ -24,10 +23,10 @@ class _Captured(Exception):
 class LayerWalk:
     """The hidden states of all windows at one depth of a model.
 
-    Each block is copied in float32 when its turn comes, so the model itself is never changed, half-precision weights
-    are calibrated in float32, and memory holds one block and one set of hidden states:
+    Each block is copied in float32 or better when its turn comes, so the model itself is never changed, half-precision
+    weights are calibrated in float32, and memory holds one block and one set of hidden states:
 
-        walk = LayerWalk(model, ids)
+        walk = LayerWalk(model, windows)
         for block, mixer in walk.blocks():
             ...                       # look at walk.mixer_inputs(block, mixer), prune the mixer
             walk.advance(block, mixer)
@@ -35,17 +34,16 @@ class LayerWalk:
     The arguments that a block takes besides the hidden states are captured from the model's own forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor):
-        """``ids``: (count, length), int64."""
+    def __init__(self, model: PreTrainedModel, windows: Windows):
         self._config = model.config
         self._family = family_of(model.config)
         self._blocks = self._family.blocks(model)
-        batch = max(1, TOKENS_PER_BATCH // ids.shape[1])
-        self._spans = [slice(start, start + batch) for start in range(0, ids.shape[0], batch)]
+        self._spans = windows.batches()
         self._arguments: list[dict[str, Any]] = []
-        self.hidden = torch.empty(*ids.shape, model.config.hidden_size, device=model.device)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.hidden = torch.empty(*windows.ids.shape, model.config.hidden_size, device=model.device, dtype=dtype)
         for span in self._spans:
-            hidden, arguments = _first_block_inputs(model, self._blocks[0], ids[span].to(model.device))
+            hidden, arguments = _first_block_inputs(model, self._blocks[0], windows.ids[span].to(model.device))
             self.hidden[span] = hidden
             self._arguments.append(arguments)
 
@@ -53,9 +51,9 @@ class LayerWalk:
         return len(self._blocks)
 
     def blocks(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
-        """Front to back: a float32 copy of each block, and the view of the mixer in that copy."""
+        """Front to back: a copy of each block, and the view of the mixer in that copy."""
         for index, original in enumerate(self._blocks):
-            block = copy.deepcopy(original).float()
+            block = copy.deepcopy(original).to(self.hidden.dtype)
             yield block, self._family.mixer(self._config, block, index)
 
     def mixer_inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:

@@ -72,7 +72,8 @@ def compare(
         return
     headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "std. err.", "state/seq"]
     headers += [f"tok/s, batch {size}" for size in batch]
-    print_table(headers, [_cells(row, batch) for row in result.rows])
+    ranked = sorted(result.rows, key=lambda row: (-row.state_size, row.excess))
+    print_table(headers, [_cells(row, batch) for row in ranked])
 
 
 def _cells(row: Row, batches: list[int]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import warnings
 
 import typer
 
@@ -29,7 +29,8 @@ for verb in (inspect.inspect, prune.prune, compare.compare, evaluate.evaluate, g
 
 def main() -> None:
     """Run the command; a user's mistake ends in one line and exit code 2, never in a traceback."""
-    warnings.filterwarnings("ignore", category=UserWarning)
+    # transformers would tell of every kernel package that is not installed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except InputError as error:

@@ -75,18 +75,18 @@ def _stdlib(role: Role) -> tuple[str, list[str]]:
 
 
 def _wikitext2(role: Role) -> tuple[str, list[str]]:
-    import datasets
+    from huggingface_hub import hf_hub_download
 
     split = "train" if role == "calibration" else "test"
-    datasets.disable_progress_bars()
+    repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
     try:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        path = hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # the hub client's faults share no base class
         raise TextError(
-            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Download the {split} split of "
-            "Salesforce/wikitext (wikitext-2-raw-v1) on a machine with access and name the .parquet or .txt file here."
+            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
+            f"{repository} here and name that file instead."
         ) from error
-    return f"{split} split", list(rows["text"])
+    return f"{split} split", _read_parquet(Path(path))
 
 
 _CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from ghostssm.data.sources import Text
 from ghostssm.errors import InputError, TextError
 
+_TOKENS_PER_BATCH = 2048
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -35,6 +37,11 @@ class Windows:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    def batches(self) -> list[slice]:
+        """Consecutive windows, about 2048 tokens at a time: enough to keep a processor busy, little memory."""
+        per_batch = max(1, _TOKENS_PER_BATCH // self.length)
+        return [slice(start, start + per_batch) for start in range(0, len(self), per_batch)]
 
 
 def cut_windows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -71,27 +72,25 @@ def compare(
         calibration_windows: what the methods see. windows: what the losses are measured on.
         batches: batch sizes at which to measure decoding; empty for none.
     """
-    import time
-
     model = checkpoint.model
     layout = family_of(model.config).layout(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
     cells = [(method, size) for method in methods for size in state_sizes]
     calibration = Calibration(model, calibration_windows)
-    progress("cells", 0, len(cells) + 1)
+    progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
     plans: dict[tuple[str, int], Plan] = {}
     evaluations: dict[tuple[str, int], Evaluation] = {}
     seconds: dict[tuple[str, int], float] = {}
     for done, cell in enumerate(cells, 1):
-        progress("cells", done, len(cells) + 1)
+        progress("models", done, len(cells) + 1)
         begun = time.perf_counter()
         plans[cell] = calibration.plan(*cell, groups=groups, seed=seed)
         seconds[cell] = time.perf_counter() - begun
         with pruned(model, plans[cell]):
             evaluations[cell] = evaluate(model, windows)
-    progress("cells", len(cells) + 1, len(cells) + 1)
+    progress("models", len(cells) + 1, len(cells) + 1)
 
     stored = sorted({plan.kept_state_size for plan in plans.values()} | {layout.state_size}, reverse=True)
     speeds = decode_speeds(model, stored, tuple(batches), progress)

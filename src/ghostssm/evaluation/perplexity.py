@@ -65,13 +65,14 @@ def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = sile
     """
     losses = []
     with torch.inference_mode(), own_forward(mixers_of(model)):
-        for index in range(len(windows)):
-            progress("windows", index, len(windows))
-            window = windows.ids[index].to(model.device)
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-            losses.append(F.cross_entropy(logits.float(), window[1:]).double().cpu())
+        for span in windows.batches():
+            progress("windows", span.start, len(windows))
+            ids = windows.ids[span].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            by_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            losses.append(by_token.double().mean(1).cpu())
     progress("windows", len(windows), len(windows))
-    stacked = torch.stack(losses)
+    stacked = torch.cat(losses)
     if not torch.isfinite(stacked).all():
         raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
     return Evaluation(stacked, windows.bytes_per_token)

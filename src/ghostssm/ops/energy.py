@@ -95,7 +95,7 @@ def _energies_in(chunk: Chunk, state: Tensor, energy: Tensor) -> Tensor:
     b, g, k, _, p = chunk.u.shape
     n = chunk.B.shape[-1]
     B = chunk.B[:, :, None]
-    from_start = torch.exp(chunk.log_decay)[..., None]
+    from_start = chunk.decay_from_start()[..., None]
     decay = chunk.pairwise_decay()
     inner = chunk.u @ chunk.u.transpose(-1, -2)
     squared_norm = inner.diagonal(dim1=-2, dim2=-1)[..., None]

@@ -105,7 +105,8 @@ class Chunk:
     Attributes:
         u: (b, g, k, q, p), dt * x.
         B, C: (b, g, q, n).
-        log_decay: (b, g, k, q), sum of dt * A from the start of the chunk up to and including each position.
+        log_decay: (b, g, k, q), sum of dt * A from the start of the chunk up to and including each position. In float64:
+            where decay is fast these sums grow to hundreds, and the differences that matter would drown in rounding.
     """
 
     def __init__(self, u: Tensor, B: Tensor, C: Tensor, log_decay: Tensor):
@@ -117,15 +118,19 @@ class Chunk:
         b, q, h, p = x.shape
         g = B.shape[2]
         u = (x * dt[..., None]).view(b, q, g, h // g, p).permute(0, 2, 3, 1, 4)
-        log_decay = torch.cumsum(dt * A, dim=1).view(b, q, g, h // g).permute(0, 2, 3, 1)
+        log_decay = torch.cumsum((dt * A).double(), dim=1).view(b, q, g, h // g).permute(0, 2, 3, 1)
         return cls(u, B.transpose(1, 2), C.transpose(1, 2), log_decay)
 
-    def pairwise_decay(self, power: float = 1.0) -> Tensor:
-        """(b, g, k, q, q): the decay from position s to position t, to the given power; 0 where s > t."""
+    def pairwise_decay(self) -> Tensor:
+        """(b, g, k, q, q): the decay from position s to position t; 0 where s > t."""
         q = self.u.shape[3]
         future = torch.ones(q, q, dtype=torch.bool, device=self.u.device).triu(1)
         difference = self.log_decay[..., :, None] - self.log_decay[..., None, :]
-        return torch.exp((power * difference).masked_fill(future, float("-inf")))
+        return torch.exp(difference.to(self.u.dtype).masked_fill(future, float("-inf")))
+
+    def decay_from_start(self) -> Tensor:
+        """(b, g, k, q): what is left at each position of the state that entered the chunk."""
+        return torch.exp(self.log_decay).to(self.u.dtype)
 
     def output(self, state: Tensor) -> Tensor:
         """y without the D term, (b, q, h, p), given the state (b, g, n, k * p) that enters the chunk."""
@@ -133,16 +138,16 @@ class Chunk:
         scores = (self.C @ self.B.transpose(-1, -2))[:, :, None] * self.pairwise_decay()
         within = scores @ self.u
         carried = (self.C @ state).view(b, g, q, k, p).transpose(2, 3)
-        y = within + torch.exp(self.log_decay)[..., None] * carried
+        y = within + self.decay_from_start()[..., None] * carried
         return y.permute(0, 3, 1, 2, 4).reshape(b, q, g * k, p)
 
     def advance(self, state: Tensor) -> Tensor:
         """The state (b, g, n, k * p) that leaves the chunk, given the one that enters it."""
         b, g, k, q, p = self.u.shape
         total = self.log_decay[..., -1:]
-        to_end = self.u * torch.exp(total - self.log_decay)[..., None]
+        to_end = self.u * torch.exp(total - self.log_decay).to(self.u.dtype)[..., None]
         added = self.B.transpose(-1, -2) @ to_end.transpose(2, 3).reshape(b, g, q, k * p)
-        kept = state.view(b, g, -1, k, p) * torch.exp(total)[:, :, None]
+        kept = state.view(b, g, -1, k, p) * torch.exp(total).to(self.u.dtype)[:, :, None]
         return kept.view_as(state) + added
 
 

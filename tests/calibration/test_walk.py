@@ -1,0 +1,80 @@
+"""The walk over the layers, against the model's own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.mamba2 import modeling_mamba2
+
+from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.errors import NumericalError
+from tests.conftest import random_windows, tiny_model
+
+
+@pytest.mark.parametrize("overrides", [{}, {"n_groups": 4, "use_bias": True}, {"time_step_limit": (0.05, 0.3)}])
+def test_an_unpruned_walk_ends_where_the_model_ends(overrides: dict[str, Any]) -> None:
+    model = tiny_model(**overrides)
+    windows = random_windows(3, 700)  # two windows in a batch, one left over
+    walk = LayerWalk(model, windows)
+    for block, mixer in walk.blocks():
+        walk.advance(block, mixer)
+    with torch.inference_mode():
+        expected = model.backbone(windows.ids).last_hidden_state
+        found = model.backbone.norm_f(walk.hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_on_what_transformers_gives_its_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scan's arguments are recorded inside transformers; scores by brute force from them, in float64."""
+    model, windows = tiny_model(n_groups=2), random_windows(2, 50)
+    calls: list[tuple[Any, ...]] = []
+    stock = modeling_mamba2.mamba2_chunk_scan
+
+    def recording(x: Any, dt: Any, A: Any, B: Any, C: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((x, dt, A, B, C, kwargs["dt_bias"]))
+        return stock(x, dt, A, B, C, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", recording)
+    with torch.inference_mode():
+        model(windows.ids)
+    monkeypatch.undo()
+
+    walk = LayerWalk(model, windows)
+    for (block, mixer), (x, dt, A, B, C, dt_bias) in zip(walk.blocks(), calls, strict=True):
+        assert mixer is not None
+        statistics = gather_statistics(mixer, walk.mixer_inputs(block, mixer))
+        step = torch.nn.functional.softplus(dt.double() + dt_bias.double())
+        state = torch.zeros(2, 8, 8, 16, dtype=torch.float64)
+        expected = torch.zeros(2, 16, dtype=torch.float64)
+        for t in range(50):
+            heads_B = B[:, t].double().repeat_interleave(4, dim=1)
+            heads_C = C[:, t].double().repeat_interleave(4, dim=1)
+            decay = torch.exp(step[:, t] * A.double())[..., None, None]
+            state = state * decay + (step[:, t, :, None] * x[:, t].double())[..., None] * heads_B[:, :, None]
+            contribution = (state * heads_C[:, :, None]).square().sum((0, 2))
+            expected += contribution.unflatten(0, (2, 4)).sum(1)
+        torch.testing.assert_close(statistics.output_energy * statistics.tokens, expected, rtol=1e-4, atol=0)
+        assert statistics.tokens == 100
+        walk.advance(block, mixer)
+
+
+def test_the_model_is_left_alone_and_half_precision_is_calibrated_in_float32() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    walk = LayerWalk(model, random_windows(1, 40))
+    for block, mixer in walk.blocks():
+        assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
+        walk.advance(block, mixer)
+    assert walk.hidden.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_activations_that_overflow_name_their_layer() -> None:
+    model = tiny_model()
+    model.backbone.layers[1].mixer.out_proj.weight.data.fill_(3e38)
+    walk = LayerWalk(model, random_windows(1, 20))
+    with pytest.raises(NumericalError, match=r"layers\.1\.mixer"):
+        for block, mixer in walk.blocks():
+            walk.advance(block, mixer)

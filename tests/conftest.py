@@ -1,0 +1,105 @@
+"""Small models and tokenizers that the tests make themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
+
+from ghostssm.data.windows import Windows
+
+VOCABULARY = 288
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def tiny_model(seed: int = 0, **overrides: Any) -> Mamba2ForCausalLM:
+    """A Mamba-2 with random weights, every one of them drawn so that no term of the mixer is trivial."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "state_size": 16,
+        "head_dim": 8,
+        "num_heads": 8,
+        "expand": 2,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "tie_word_embeddings": True,
+        "residual_in_fp32": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    sizes |= overrides
+    torch.manual_seed(seed)
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes))
+    with torch.no_grad():
+        for block in model.backbone.layers:
+            mixer = block.mixer
+            mixer.in_proj.weight.normal_(std=0.3)
+            mixer.out_proj.weight.normal_(std=0.2)
+            mixer.conv1d.weight.normal_(std=0.5)
+            mixer.A_log.uniform_(-1, 2)
+            mixer.dt_bias.uniform_(-3, 0)
+            mixer.D.normal_()
+            for norm in (block.norm, mixer.norm):
+                norm.weight.uniform_(0.5, 1.5)
+            for bias in (mixer.in_proj.bias, mixer.out_proj.bias, mixer.conv1d.bias):
+                if bias is not None:
+                    bias.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def model_of() -> Callable[..., Mamba2ForCausalLM]:
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after one special token."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {symbol: index for index, symbol in enumerate(alphabet, 1)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=end)
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """Save a tiny model, with its tokenizer, in the transformers dialect."""
+
+    def save(name: str = "model", **overrides: Any) -> Path:
+        folder = tmp_path / name
+        tiny_model(**overrides).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(120)))
+    return path
+
+
+def random_windows(count: int, length: int, seed: int = 0) -> Windows:
+    ids = torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+    return Windows(ids, "random", "0" * 64, 1.0, seed)

@@ -1,0 +1,99 @@
+"""Plans on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ghostssm.errors import PlanError
+from ghostssm.plan import Plan, Selection
+
+PLAN = Plan(
+    method="ghost",
+    model_type="mamba2",
+    n_groups=2,
+    state_size=8,
+    selections={"a": Selection(((0, 3), (1, 2))), "b": Selection(((5,), (0, 1, 7)))},
+    scores={"a": torch.rand(2, 8, dtype=torch.float64), "b": torch.rand(2, 8, dtype=torch.float64)},
+    provenance={"seed": 1},
+)
+
+
+def document(tmp_path: Path) -> dict[str, Any]:
+    PLAN.save(tmp_path)
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    PLAN.save(tmp_path)
+    for path in (tmp_path, tmp_path / "plan.json"):
+        read = Plan.read(path)
+        assert read.selections == PLAN.selections
+        assert (read.method, read.n_groups, read.state_size, read.provenance) == ("ghost", 2, 8, {"seed": 1})
+        assert all(torch.equal(read.scores[name], PLAN.scores[name]) for name in PLAN.scores)
+
+
+def test_sizes() -> None:
+    assert PLAN.kept_state_size == 3
+    assert PLAN.kept_channels == 8
+    assert PLAN.selections["b"].padded(4) == ((5, -1, -1, -1), (0, 1, 7, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "x"}, "format is 'x'"),
+        ({"version": 2}, "version is 2"),
+        ({"n_groups": "2"}, "n_groups is '2'"),
+        ({"selections": {}}, "selections is missing or empty"),
+        ({"selections": {"a": [[0, 3]]}}, "1 groups, expected 2"),
+        ({"selections": {"a": [[0, 8], [1]]}}, "channel 8, expected integers from 0 to 7"),
+        ({"selections": {"a": [[3, 0], [1]]}}, "not strictly ascending"),
+        ({"selections": {"a": [[0.5], [True]]}}, "channel 0.5"),
+        ({"selections": {"a": [[], []]}}, "keep no channel"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(document(tmp_path) | change))
+    with pytest.raises(PlanError, match=message.replace("[", r"\[")):
+        Plan.read(tmp_path)
+
+
+def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
+    broken = document(tmp_path) | {"version": 9, "state_size": 0, "method": None}
+    (tmp_path / "plan.json").write_text(json.dumps(broken))
+    with pytest.raises(PlanError) as caught:
+        Plan.read(tmp_path)
+    assert all(word in str(caught.value) for word in ("version", "state_size", "method"))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["format", "version", "method", "n_groups", "state_size", "selections", "provenance"]), json_values
+)
+def test_any_value_anywhere_is_accepted_or_refused_in_words(tmp_path: Path, key: str, value: Any) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(document(tmp_path) | {key: value}))
+    try:
+        Plan.read(tmp_path)
+    except PlanError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"format": '])
+def test_no_plan_at_all(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanError):
+        Plan.read(tmp_path)
