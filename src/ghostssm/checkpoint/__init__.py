@@ -1,8 +1,8 @@
 """Checkpoints in and out: where a model comes from, what its files say, and how a pruned one is written."""
 
-from ghostssm.checkpoint.describe import Description, describe
-from ghostssm.checkpoint.load import Checkpoint, load
-from ghostssm.checkpoint.save import OutputFolder, save
+from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.loading import Checkpoint, load
+from ghostssm.checkpoint.saving import OutputFolder, save
 from ghostssm.checkpoint.source import Source, find_source
 
 __all__ = ["Checkpoint", "Description", "OutputFolder", "Source", "describe", "find_source", "load", "save"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ghostssm.bench.decode import decode_speeds
-from ghostssm.checkpoint.load import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.data.windows import Windows
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.families import family_of, mixers_of

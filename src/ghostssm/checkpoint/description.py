@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghostssm.checkpoint.load import empty_model, model_config
+from ghostssm.checkpoint.loading import empty_model, model_config
 from ghostssm.checkpoint.source import find_source
 from ghostssm.families import family_of
 from ghostssm.layout import SSDLayout

@@ -15,7 +15,7 @@ import transformers
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
-from ghostssm.checkpoint.load import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import OutputError

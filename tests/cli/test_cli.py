@@ -1,0 +1,245 @@
+"""The command, run in this process the way its entry point is called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ghostssm.cli import main
+from ghostssm.cli.arguments import _repeat
+from tests.conftest import tiny_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, standard output and standard error of one call."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["ghostssm", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def small(folder_of: Callable[..., Path]) -> Path:
+    return folder_of()
+
+
+def prune_arguments(model: Path, text: Path, output: Path) -> list[object]:
+    windows = ["--windows", 3, "--window-length", 64]
+    return ["prune", model, "--state-size", 4, "--calibration", text, "--output", output, *windows]
+
+
+def test_help_lists_the_verbs(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in ("inspect", "prune", "compare", "evaluate", "generate"))
+
+
+def test_inspect(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 4)
+    assert code == 0
+    assert "8 of 8" in out
+    assert "50%" in out
+    assert "75%" in out
+    code, out, _ = run("inspect", small, "--state-size", 4, "--json")
+    found = json.loads(out)
+    assert (found["layers"], found["layout"]["state_size"]) == (3, 16)
+    assert found["cuts"][1]["state_bytes_float32"] == 3 * 8 * 8 * 4 * 4
+
+
+def test_prune_writes_a_checkpoint_a_plan_and_a_manifest(
+    run: Run, small: Path, text_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    code, out, err = run(*prune_arguments(small, text_file, output))
+    assert code == 0
+    assert "16 -> 4" in out
+    assert str(output) in out
+    assert "layers 3/3" in err
+    assert {"config.json", "model.safetensors", "plan.json", "ghostssm.json", "tokenizer.json"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert AutoModelForCausalLM.from_pretrained(output).config.state_size == 4
+    code, out, _ = run(*prune_arguments(small, text_file, output), "--overwrite", "--json", "--dialect", "mamba_ssm")
+    assert code == 0
+    assert json.loads(out)["state_size"] == {"before": 16, "after": 4}
+    assert (output / "pytorch_model.bin").exists()
+    assert not (output / "model.safetensors").exists()
+
+
+def test_the_same_command_twice_writes_the_same_files(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(*prune_arguments(small, text_file, tmp_path / name))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_compare(run: Run, small: Path, text_file: Path) -> None:
+    texts = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--window-length", 64]
+    code, out, _ = run("compare", small, "--state-size", 8, 4, "--methods", "ghost", "taylor", "--batch", 2, *texts)
+    assert code == 0
+    rows = [line.split()[:2] for line in out.splitlines()[1:]]
+    assert rows[0] == ["dense", "16"]
+    assert sorted(map(tuple, rows[1:])) == [("ghost", "4"), ("ghost", "8"), ("taylor", "4"), ("taylor", "8")]
+    code, out, _ = run("compare", small, "--state-size", 8, "--methods", "random", "--batch", 1, "--json", *texts)
+    dense, random = json.loads(out)
+    assert dense["excess"] == 0
+    assert random["tokens_per_second"]["1"] > 0
+    assert random["state_bytes"] * 2 == dense["state_bytes"]
+
+
+def test_evaluate(run: Run, small: Path, text_file: Path) -> None:
+    code, out, _ = run("evaluate", small, "--text", text_file, "--window-length", 100, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["loss"] == pytest.approx(sum(found["window_losses"]) / len(found["window_losses"]))
+    code, out, _ = run("evaluate", small, "--text", text_file, "--window-length", 100, "--text-windows", 2)
+    assert "2 windows of 100 tokens" in out
+
+
+def test_generate(run: Run, small: Path) -> None:
+    first = run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
+    assert first[0] == 0
+    assert first == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
+    assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
+
+
+def break_weights(model: Path, _: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_tokenizer(model: Path, _: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def wrong_shape(model: Path, _: Path) -> None:
+    tiny_model(state_size=8).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"state_size": 16}))
+
+
+def not_finite(model: Path, _: Path) -> None:
+    broken = tiny_model()
+    broken.backbone.layers[0].mixer.D.data[0] = float("nan")
+    broken.save_pretrained(model)
+
+
+def overflowing(model: Path, _: Path) -> None:
+    broken = tiny_model()
+    broken.backbone.layers[1].mixer.out_proj.weight.data.fill_(3e38)
+    broken.save_pretrained(model)
+
+
+def other_model(model: Path, _: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def short_text(_: Path, text: Path) -> None:
+    text.write_text("short")
+
+
+def empty_text(_: Path, text: Path) -> None:
+    text.write_text("")
+
+
+def binary_text(_: Path, text: Path) -> None:
+    text.write_bytes(b"\0" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (break_weights, "truncated"),
+        (drop_tokenizer, "no tokenizer"),
+        (wrong_shape, "(80, 1, 4) in model.safetensors, but the config implies (96, 1, 4)"),
+        (not_finite, "backbone.layers.0.mixer.D"),
+        (overflowing, "backbone.layers.1.mixer"),
+        (other_model, "'gpt2'"),
+        (short_text, "fewer than one window of 64"),
+        (empty_text, "empty"),
+        (binary_text, "binary"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_nothing_written(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, breakage: Callable[[Path, Path], None], message: str
+) -> None:
+    breakage(small, text_file)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    assert code == 2
+    assert out == ""
+    assert "error:" in err
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("state_size", ["0", "17", "-3", "3.5", "many"])
+def test_impossible_state_sizes(run: Run, small: Path, text_file: Path, tmp_path: Path, state_size: str) -> None:
+    arguments = prune_arguments(small, text_file, tmp_path / "out")
+    arguments[arguments.index("--state-size") + 1] = state_size
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_something_in_it(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    assert code == 2
+    assert "--overwrite" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "m", "--method", "gost", "--state-size", "4", "--output", "o"),
+        ("prune", "m", "--groups", "some", "--state-size", "4", "--output", "o"),
+        ("compare", "m"),
+        ("nonsense",),
+    ],
+)
+def test_bad_usage(run: Run, arguments: tuple[str, ...]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_leaves_nothing(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ghostssm.checkpoint.saving._write_model", interrupted)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    assert code == 130
+    assert "nothing was written" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_values_that_follow_one_another() -> None:
+    arguments = ["m", "--x", "1", "2", "3", "--y", "4", "5", "--x", "6", "--x=7", "8"]
+    assert _repeat(arguments, {"--x"}) == (
+        ["m", "--x", "1", "--x", "2", "--x", "3", "--y", "4", "5", "--x", "6", "--x=7", "8"]
+    )
