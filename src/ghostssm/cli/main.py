@@ -1,9 +1,10 @@
-"""The command's entry: verbs, and what happens to errors."""
+"""The command's entry: its verbs, and what becomes of errors."""
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
+from collections.abc import Callable
 
 import typer
 
@@ -23,22 +24,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect.inspect, prune.prune, compare.compare, evaluate.evaluate, generate.generate):
-    app.command(cls=SpacedListCommand)(verb)
+
+
+def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake ends in one message and exit code 2, never in a traceback."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            verb(*args, **kwargs)
+        except GhostError as error:
+            print_error(str(error))
+            raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
+        except KeyboardInterrupt:
+            print_error("interrupted; nothing was written.")
+            raise typer.Exit(_EXIT_INTERRUPTED) from None
+
+    return wrapped
+
+
+for _verb in (inspect.inspect, prune.prune, compare.compare, evaluate.evaluate, generate.generate):
+    app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line and exit code 2, never in a traceback."""
+    """Run the command."""
     # transformers would tell of every kernel package that is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except InputError as error:
-        print_error(str(error))
-        sys.exit(_EXIT_BAD_INPUT)
-    except GhostError as error:
-        print_error(str(error))
-        sys.exit(_EXIT_FAILED)
-    except KeyboardInterrupt:
-        print_error("interrupted; nothing was written.")
-        sys.exit(_EXIT_INTERRUPTED)
+    app()

@@ -15,6 +15,8 @@ repeated over heads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -99,18 +101,21 @@ def ssd_chunked(
     return y, from_grouped_state(state, heads=x.shape[2])
 
 
+@dataclass(frozen=True)
 class Chunk:
     """One chunk of positions, laid out by group, with what its matrix products share.
 
     Attributes:
         u: (b, g, k, q, p), dt * x.
         B, C: (b, g, q, n).
-        log_decay: (b, g, k, q), sum of dt * A from the start of the chunk up to and including each position. In float64:
-            where decay is fast these sums grow to hundreds, and the differences that matter would drown in rounding.
+        log_decay: (b, g, k, q), float64: sum of dt * A from the start of the chunk up to and including each position.
+            These sums grow to hundreds where decay is fast, and small differences of them matter.
     """
 
-    def __init__(self, u: Tensor, B: Tensor, C: Tensor, log_decay: Tensor):
-        self.u, self.B, self.C, self.log_decay = u, B, C, log_decay
+    u: Tensor
+    B: Tensor
+    C: Tensor
+    log_decay: Tensor
 
     @classmethod
     def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Chunk:

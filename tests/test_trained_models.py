@@ -1,0 +1,113 @@
+"""Trained models and real text: scores by brute force, and GHOST against its baselines."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.models.mamba2 import modeling_mamba2
+
+import ghostssm
+from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.checkpoint import Checkpoint
+from ghostssm.data.windows import Windows
+from ghostssm.ops.ssd import ssd_chunked
+
+SHARED = Path(os.environ.get("GHOSTSSM_TEST_DATA", Path(__file__).parents[2] / "shared"))
+ENGLISH, WIKITEXT = SHARED / "models" / "english-4m", SHARED / "data" / "wikitext-2"
+
+
+@dataclass(frozen=True)
+class Case:
+    checkpoint: Checkpoint
+    calibration: Windows
+    test: Windows
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "reference",
+        pytest.param(
+            "english-4m",
+            marks=[
+                pytest.mark.shared,
+                pytest.mark.skipif(not ENGLISH.is_dir(), reason=f"needs a trained model at {ENGLISH}"),
+            ],
+        ),
+    ],
+)
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "reference":
+        model, calibration, test = "reference", "stdlib", "stdlib"
+    else:
+        model, calibration, test = str(ENGLISH), str(WIKITEXT / "valid.txt"), str(WIKITEXT / "test.txt")
+    checkpoint = ghostssm.load(model, dtype=torch.float32)
+    tokenizer = checkpoint.require_tokenizer()
+    return Case(
+        checkpoint,
+        ghostssm.cut_windows(ghostssm.read_text(calibration, "calibration"), tokenizer, 512, 8, seed=42),
+        ghostssm.cut_windows(ghostssm.read_text(test, "evaluation"), tokenizer, 512, 24),
+    )
+
+
+def scan_arguments(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """What transformers' own forward pass hands to its scan, layer by layer."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    stock = modeling_mamba2.mamba2_chunk_scan
+
+    def recording(x: Any, dt: Any, A: Any, B: Any, C: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((x, torch.nn.functional.softplus(dt + kwargs["dt_bias"]), A, B, C))
+        return stock(x, dt, A, B, C, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(modeling_mamba2, "mamba2_chunk_scan", recording)
+        model(input_ids=ids, use_cache=False)
+    return calls
+
+
+def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Case) -> None:
+    model = case.checkpoint.model
+    ids = case.calibration.ids[:1, :160]
+    windows = Windows(ids, "one window", "", 1.0, None)
+    walk = LayerWalk(model, windows)
+    for (block, mixer), recorded in zip(walk.blocks(), scan_arguments(model, ids), strict=True):
+        assert mixer is not None
+        statistics = gather_statistics(mixer, walk.mixer_inputs(block, mixer))
+        x, dt, A, B, C = (tensor.double() for tensor in recorded)
+        y, _ = ssd_chunked(x, dt, A, B, C)
+        brute = torch.zeros(mixer.layout.n_groups, mixer.layout.state_size, dtype=torch.float64)
+        for group in range(mixer.layout.n_groups):
+            for first in range(0, mixer.layout.state_size, 32):  # 32 channels at a time, as a batch of mutilated copies
+                copies = C.repeat(32, 1, 1, 1)
+                for copy in range(32):
+                    copies[copy, :, group, first + copy] = 0
+                changed, _ = ssd_chunked(
+                    x.expand(32, -1, -1, -1), dt.expand(32, -1, -1), A, B.expand(32, -1, -1, -1), copies
+                )
+                brute[group, first : first + 32] = (changed - y).square().sum((1, 2, 3))
+        torch.testing.assert_close(statistics.output_energy * statistics.tokens, brute, rtol=1e-4, atol=0)
+        walk.advance(block, mixer)
+
+
+def test_ghost_loses_at_most_half_of_what_magnitude_and_random_lose(case: Case) -> None:
+    result = ghostssm.compare(
+        case.checkpoint, case.calibration, case.test, ["ghost", "magnitude", "random"], [64, 32, 16], batches=()
+    )
+    excess = {(row.method, row.state_size): row.excess for row in result.rows}
+    for size in (64, 32, 16):
+        assert excess["ghost", size] <= 0.5 * excess["magnitude", size]
+        assert excess["ghost", size] <= 0.5 * excess["random", size]
+
+
+def test_own_forward_equals_transformers(case: Case) -> None:
+    model, window = case.checkpoint.model, case.test.ids[:1]
+    with torch.inference_mode():
+        expected = model(input_ids=window, labels=window).loss.double()
+    found = ghostssm.evaluate(model, Windows(window, "", "", 1.0, None)).losses[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
