@@ -120,6 +120,9 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
 
 def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
     """The config.json that makes mamba_ssm build the same model."""
+    limit = tuple(config.time_step_limit)
+    # The default is left out: strict JSON has no infinity.
+    bounded = {} if limit == _SSM_DEFAULTS["dt_limit"] else {"dt_limit": list(limit)}
     return {
         "d_model": config.hidden_size,
         "d_intermediate": 0,
@@ -132,10 +135,10 @@ def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
             "expand": config.expand,
             "headdim": config.head_dim,
             "ngroups": config.n_groups,
-            "dt_limit": list(config.time_step_limit),
             "bias": config.use_bias,
             "conv_bias": config.use_conv_bias,
             "chunk_size": config.chunk_size,
+            **bounded,
         },
         "attn_layer_idx": [],
         "attn_cfg": {},
