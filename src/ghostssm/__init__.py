@@ -41,6 +41,7 @@ __all__ = [
     "TextError",
     "Windows",
     "__version__",
+    "accelerate",
     "apply_plan",
     "compare",
     "cut_windows",
@@ -52,6 +53,7 @@ __all__ = [
     "method_names",
     "pruned",
     "read_text",
+    "restore",
     "save",
 ]
 

@@ -1,6 +1,7 @@
 """Where the public names live; imported when the first of them is used."""
 
 from ghostssm._version import __version__
+from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
@@ -48,6 +49,7 @@ __all__ = [
     "TextError",
     "Windows",
     "__version__",
+    "accelerate",
     "apply_plan",
     "compare",
     "cut_windows",
@@ -59,5 +61,6 @@ __all__ = [
     "method_names",
     "pruned",
     "read_text",
+    "restore",
     "save",
 ]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +19,14 @@ class Mixer:
     """A view of a model's mixer: its parts under the field's names. Holds no copies.
 
     Attributes:
-        name: dotted path of the mixer in its model.
+        name: dotted path of the mixer in its model. layer_index: of its layer, as the model's cache counts.
         module: the mixer itself.
         dt_bias, A_log, D: (h,). norm_weight: (h * p,).
         dt_limit: bounds of dt after softplus.
     """
 
     name: str
+    layer_index: int
     module: nn.Module
     layout: SSDLayout
     in_proj: nn.Linear
@@ -73,7 +71,21 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
     """The first half of a mixer: in_proj, conv, SiLU, softplus. ``hidden``: (b, l, hidden_size), already normalised."""
     z, xBC, dt = mixer.layout.split_in_proj(mixer.in_proj(hidden))
-    xBC = F.silu(causal_conv(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias))
+    return split_streams(mixer, xBC, dt, z)
+
+
+def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor | None = None) -> Streams:
+    """What is left of :func:`mixer_streams` after in_proj.
+
+    Args:
+        xBC: (b, m, conv_dim), m >= l: the convolution's input, with as many earlier positions before it as are known.
+        dt: (b, l, h). z: (b, l, h * p).
+        mask: (b, l), 0 where a position is padding: it then writes nothing into the state.
+    """
+    length = dt.shape[1]
+    xBC = F.silu(causal_conv(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias))[:, -length:]
+    if mask is not None:
+        xBC = xBC * mask[..., None].to(xBC.dtype)
     x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
     dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
     return Streams(x, B, C, dt, z)
@@ -87,7 +99,7 @@ def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
 
 
 def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
-    """The whole mixer, (b, l, hidden_size) to the same; differentiable.
+    """The whole mixer on whole sequences, (b, l, hidden_size) to the same; differentiable.
 
     ``gate`` (g, n), if given, multiplies C: 0 removes a state channel, 1 leaves it.
     """
@@ -95,34 +107,3 @@ def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chun
     C = s.C if gate is None else s.C * gate
     y, _ = ssd_chunked(s.x, s.dt, mixer.A, s.B, C, mixer.D, chunk_size=chunk_size)
     return mixer_output(mixer, y, s.z)
-
-
-@contextmanager
-def own_forward(mixers: Sequence[Mixer], forward: Callable[[Mixer, Tensor], Tensor] = mixer_forward) -> Iterator[None]:
-    """Within the context, whole-sequence calls of the mixers' modules run through our ops.
-
-    Calls with a cache or a padding mask go to the module's stock forward.
-
-    Args:
-        forward: what to call instead, with (mixer, hidden).
-    """
-    try:
-        for mixer in mixers:
-            mixer.module.forward = _dispatch(mixer, forward)
-        yield
-    finally:
-        for mixer in mixers:
-            mixer.module.__dict__.pop("forward", None)
-
-
-def _dispatch(mixer: Mixer, forward: Callable[[Mixer, Tensor], Tensor]) -> Callable[..., Tensor]:
-    stock: Callable[..., Tensor] = mixer.module.forward
-
-    def dispatched(
-        hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        if cache_params is None and attention_mask is None:
-            return forward(mixer, hidden_states)
-        return stock(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
-
-    return dispatched

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ghostssm.acceleration import replaced_forward
 from ghostssm.calibration import gate_saliency
 from ghostssm.families import mixers_of
-from ghostssm.mixer import mixer_forward, own_forward
+from ghostssm.mixer import mixer_forward
 from tests.conftest import random_windows, tiny_model
 
 
@@ -24,10 +25,10 @@ def test_saliency_is_the_squared_slope_of_the_loss_in_each_gate() -> None:
                 gate = torch.ones(2, 16, dtype=torch.float64)
                 gate[group, channel] += sign * step
 
-                def gated(mixer, hidden, name=name, gate=gate):  # type: ignore[no-untyped-def]
+                def gated(mixer, hidden, name=name, gate=gate, **_):  # type: ignore[no-untyped-def]
                     return mixer_forward(mixer, hidden, gate if mixer.name == name else None)
 
-                with torch.no_grad(), own_forward(mixers, gated):
+                with torch.no_grad(), replaced_forward(mixers, gated):
                     logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
                     losses.append(torch.nn.functional.cross_entropy(logits.double(), window[1:]))
             squares.append(((losses[0] - losses[1]) / (2 * step)) ** 2)

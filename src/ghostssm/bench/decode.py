@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ghostssm.acceleration import replaced_forward
 from ghostssm.families import family_of, mixers_of
 from ghostssm.plan import Plan, Selection
 from ghostssm.progress import Progress, silent
@@ -23,7 +24,7 @@ _PROMPT = 8
 def decode_speeds(
     model: PreTrainedModel, state_sizes: Sequence[int], batches: Sequence[int], progress: Progress = silent
 ) -> dict[int, dict[int, float]]:
-    """Greedy decode speed through transformers' own cache, tokens per second over the whole batch.
+    """Greedy decode speed of the accelerated model, tokens per second over the whole batch.
 
     Which channels are kept has no influence on speed, so each size keeps its first ones. The sizes take turns, several
     rounds of a few tokens each, and the median step counts: a drift of the machine's speed then falls on all alike.
@@ -35,7 +36,7 @@ def decode_speeds(
     turns = [(size, batch) for _ in range(_ROUNDS) for size in state_sizes for batch in batches]
     for index, (size, batch) in enumerate(turns):
         progress("decode", index, len(turns))
-        with pruned(model, _first_channels(model, size)):
+        with pruned(model, _first_channels(model, size)), replaced_forward(mixers_of(model)):
             seconds[size, batch] += _step_seconds(model, batch)
     progress("decode", len(turns), len(turns))
     return {size: {batch: batch / statistics.median(seconds[size, batch]) for batch in batches} for size in state_sizes}

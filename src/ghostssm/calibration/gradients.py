@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ghostssm.acceleration import replaced_forward
 from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, mixer_forward, own_forward
+from ghostssm.mixer import Mixer, mixer_forward
 from ghostssm.progress import Progress, silent
 
 
@@ -36,13 +38,13 @@ def gate_saliency(model: PreTrainedModel, ids: Tensor, progress: Progress = sile
         for mixer in mixers
     }
 
-    def gated(mixer: Mixer, hidden: Tensor) -> Tensor:
+    def gated(mixer: Mixer, hidden: Tensor, **_: Any) -> Tensor:
         run = partial(mixer_forward, mixer, gate=gates[mixer.name])
         output: Tensor = checkpoint(run, hidden, use_reentrant=False)
         return output
 
     saliency = {name: torch.zeros_like(gate, dtype=torch.float64) for name, gate in gates.items()}
-    with own_forward(mixers, gated):
+    with replaced_forward(mixers, gated):
         for index in range(len(ids)):
             progress("gradients", index, len(ids))
             window = ids[index : index + 1].to(model.device)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostssm.acceleration import replaced_forward
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
-from ghostssm.mixer import Mixer, own_forward
+from ghostssm.mixer import Mixer
 
 
 class _Captured(Exception):
@@ -67,7 +68,7 @@ class LayerWalk:
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        with torch.inference_mode(), own_forward([mixer] if mixer else []):
+        with torch.inference_mode(), replaced_forward([mixer] if mixer else []):
             for span, arguments in zip(self._spans, self._arguments, strict=True):
                 output = block(self.hidden[span], **arguments)
                 self.hidden[span] = output[0] if isinstance(output, tuple) else output

@@ -34,6 +34,7 @@ def generate(
     if encoded["input_ids"].shape[1] == 0:
         raise InputError("The prompt is empty; expected some text.")
     torch.manual_seed(seed)
+    ghostssm.accelerate(checkpoint.model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     checkpoint.model.generate(
         input_ids=encoded["input_ids"],

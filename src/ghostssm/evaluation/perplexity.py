@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostssm.acceleration import replaced_forward
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import mixers_of
-from ghostssm.mixer import own_forward
 from ghostssm.progress import Progress, silent
 
 
@@ -64,7 +64,7 @@ def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = sile
         NumericalError: a loss that is not finite.
     """
     losses = []
-    with torch.inference_mode(), own_forward(mixers_of(model)):
+    with torch.inference_mode(), replaced_forward(mixers_of(model)):
         for span in windows.batches():
             progress("windows", span.start, len(windows))
             ids = windows.ids[span].to(model.device)

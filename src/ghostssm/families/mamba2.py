@@ -42,6 +42,7 @@ class Mamba2Family:
         low, high = config.time_step_limit
         return Mixer(
             name=f"backbone.layers.{index}.mixer",
+            layer_index=index,
             module=module,
             layout=self.layout(config),
             in_proj=module.in_proj,

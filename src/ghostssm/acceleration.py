@@ -1,0 +1,121 @@
+"""Stock transformers Mamba-2 models with our prefill and decode step, in place.
+
+    ghostssm.accelerate(model)      # same weights, same outputs, same cache object; only faster
+    model.generate(...)
+    ghostssm.restore(model)
+
+Each mixer's ``forward`` is replaced on the instance. It follows the stock one step by step, so that ``generate``, left
+padding with an attention mask, a cache that is used again and beam search work as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghostssm.errors import InputError
+from ghostssm.families import mixers_of
+from ghostssm.mixer import Mixer, at_least_float32, mixer_output, split_streams
+from ghostssm.ops.ssd import ssd_chunked
+from ghostssm.ops.step import conv_step_, ssd_step_
+
+Forward = Callable[..., Tensor]
+"""Called with a mixer view, then as the mixer's own forward."""
+
+
+def accelerate(model: nn.Module, state_dtype: torch.dtype = torch.float32) -> None:
+    """Give every Mamba-2 mixer of a model the faster forward; a no-op where it has it already.
+
+    Args:
+        state_dtype: of the recurrent state in the cache, float32 or bfloat16. bfloat16 halves the state's traffic and
+            rounds it once per token.
+
+    Raises:
+        InputError: another state dtype.
+        ModelError: the model has no Mamba-2 mixers that ghostssm knows.
+    """
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"The state dtype is {state_dtype}; expected torch.float32 or torch.bfloat16.")
+    for mixer in mixers_of(model):
+        _replace(mixer, lambda mixer, *args, **kwargs: fast_forward(mixer, *args, state_dtype=state_dtype, **kwargs))
+
+
+def restore(model: nn.Module) -> None:
+    """Give every mixer its stock forward back."""
+    for mixer in mixers_of(model):
+        mixer.module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def replaced_forward(mixers: Sequence[Mixer], forward: Forward | None = None) -> Iterator[None]:
+    """Within the context the mixers' modules run ``forward`` (ours, if None); afterwards what they ran before."""
+    before = [mixer.module.__dict__.get("forward") for mixer in mixers]
+    try:
+        for mixer in mixers:
+            _replace(mixer, forward or fast_forward)
+        yield
+    finally:
+        for mixer, own in zip(mixers, before, strict=True):
+            if own is None:
+                mixer.module.__dict__.pop("forward", None)
+            else:
+                mixer.module.forward = own
+
+
+def _replace(mixer: Mixer, forward: Forward) -> None:
+    def replacement(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(mixer, *args, **kwargs)
+
+    mixer.module.forward = replacement
+
+
+def fast_forward(
+    mixer: Mixer,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    *,
+    state_dtype: torch.dtype = torch.float32,
+    **_: Any,
+) -> Tensor:
+    """A mixer's forward pass with transformers' cache and padding mask.
+
+    Args:
+        hidden_states: (b, l, hidden_size).
+        cache_params: transformers' cache, updated in place; None for none.
+        attention_mask: (b, l), 0 where a position is padding; None for none.
+    """
+    layer = mixer.layer_index
+    conv_window = None if cache_params is None else cache_params.get_conv_state(layer, state_idx=0)
+    state = None if cache_params is None else cache_params.get_recurrent_state(layer, state_idx=0)
+    if attention_mask is not None:
+        hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
+    z, xBC, dt = mixer.layout.split_in_proj(mixer.in_proj(hidden_states))
+
+    one_token = hidden_states.shape[1] == 1 and attention_mask is None
+    if one_token and state is not None and conv_window is not None and not cache_params.is_recording_past(layer):
+        return mixer_output(mixer, _decode_step(mixer, xBC[:, 0], dt[:, 0], conv_window, state)[:, None], z)
+
+    context = xBC
+    if cache_params is not None:
+        context = cache_params.update_conv_state(
+            xBC.transpose(1, 2), layer, conv_kernel_size=mixer.layout.conv_kernel
+        ).transpose(1, 2)
+    s = split_streams(mixer, context, dt, z, attention_mask)
+    y, final_state = ssd_chunked(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), state)
+    if cache_params is not None:
+        cache_params.update_recurrent_state(final_state.to(state_dtype), layer_idx=layer)
+    return mixer_output(mixer, y, z)
+
+
+def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, conv_window: Tensor, state: Tensor) -> Tensor:
+    """y (b, h, p) of one token; both states are updated in place. As in every engine, dt is not limited here."""
+    xBC = conv_step_(conv_window, xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
+    x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
+    step = F.softplus(at_least_float32(dt + mixer.dt_bias))
+    return ssd_step_(state, x, step, mixer.A, B, C, at_least_float32(mixer.D))

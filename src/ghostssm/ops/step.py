@@ -1,0 +1,92 @@
+"""One token of a mixer's convolution and recurrence, in place: the state is read once and written once.
+
+With numba installed (``pip install 'ghostssm[cpu]'``) the loops are compiled; without it, or off the CPU, the same is
+done by torch operations, on the CPU one sequence at a time so that its state stays in the cache between the passes.
+Shape letters as in :mod:`ghostssm.ops.ssd`; the readable reference is :func:`ghostssm.ops.ssd.ssd_step`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from ghostssm.ops import _compiled_step as compiled
+except ImportError:  # numba is an extra
+    compiled = None  # type: ignore[assignment]
+
+HAS_COMPILED_STEP = compiled is not None
+
+
+def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shift a token into the convolution's window, in place, and return SiLU of the convolution there.
+
+    Args:
+        window: (b, c, width), the last inputs, oldest first; updated.
+        x: (b, c). weight: (c, width). bias: (c,) or None.
+
+    Returns:
+        (b, c).
+    """
+    if compiled is not None and _compilable(window, x, weight, bias):
+        out = torch.empty_like(x)
+        compiled.conv_step(*_arrays(window, x, weight, torch.zeros_like(x[0]) if bias is None else bias, out))
+        return out
+    window.copy_(torch.cat([window[..., 1:], x[..., None].to(window.dtype)], dim=-1))
+    mixed = (window * weight).sum(-1)
+    return F.silu(mixed if bias is None else mixed + bias).to(x.dtype)
+
+
+def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """One token of the recurrence, in place.
+
+    Args:
+        state: (b, h, p, n), float32 or bfloat16; updated.
+        x: (b, h, p). dt: (b, h), after softplus. A: (h,), negative. B, C: (b, g, n). D: (h,). All float32.
+
+    Returns:
+        y: (b, h, p), float32. A bfloat16 state is rounded when it is stored; y is computed before that.
+    """
+    decay = torch.exp(dt * A)
+    u = x * dt[..., None]
+    if compiled is not None and _compilable(u, decay, B, C) and _is_plain(state):
+        y = torch.empty_like(u)
+        if state.dtype == torch.bfloat16:
+            compiled.ssd_step_bfloat16(*_arrays(state.view(torch.uint16), u, decay, B, C, y))
+        else:
+            compiled.ssd_step(*_arrays(state, u, decay, B, C, y))
+    else:
+        y = _ssd_step_torch(state, u, decay, B, C)
+    return y + D[:, None] * x
+
+
+def _ssd_step_torch(state: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    b, h, p, n = state.shape
+    g = B.shape[1]
+    grouped = state.view(b, g, h // g, p, n)
+    decay = decay.view(b, g, h // g, 1, 1)
+    u = u.view(b, g, h // g, p, 1)
+    y = torch.empty_like(u)
+    # A sequence's state fits a processor's cache, a batch of them does not.
+    spans = [slice(i, i + 1) for i in range(b)] if state.device.type == "cpu" else [slice(0, b)]
+    for span in spans:
+        new = grouped[span].to(u.dtype).mul_(decay[span]) if state.dtype != u.dtype else grouped[span].mul_(decay[span])
+        new.addcmul_(u[span], B[span, :, None, None])
+        torch.matmul(new, C[span, :, None, :, None], out=y[span])
+        if state.dtype != u.dtype:
+            grouped[span] = new
+    return y.view(b, h, p)
+
+
+def _compilable(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or (tensor.dtype == torch.float32 and _is_plain(tensor)) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+def _arrays(*tensors: Tensor) -> list[object]:
+    compiled.use_threads(torch.get_num_threads())
+    return [tensor.detach().numpy() for tensor in tensors]

@@ -1,0 +1,138 @@
+"""The accelerated model against the stock one: outputs, caches, padding, generation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghostssm import accelerate, restore
+from ghostssm.acceleration import replaced_forward
+from ghostssm.errors import InputError
+from ghostssm.families import mixers_of
+from ghostssm.ops import step
+from tests.conftest import VOCABULARY, tiny_model
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"n_groups": 2, "use_bias": True, "use_conv_bias": False, "state_size": 33},
+    {"n_groups": 4, "conv_kernel": 2, "state_size": 7},
+]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(step, "compiled", None)
+    elif not step.HAS_COMPILED_STEP:
+        pytest.skip("numba is not installed")
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(3))
+
+
+def stepwise(model: Any, ids: Tensor, pieces: list[int], mask: Tensor | None = None) -> Tensor:
+    """Logits when the ids arrive in pieces, through one cache."""
+    logits, cache, start = [], None, 0
+    for piece in pieces:
+        span = slice(start, start + piece)
+        extra = {"attention_mask": mask[:, span]} if mask is not None and start == 0 else {}
+        output = model(input_ids=ids[:, span], cache_params=cache, use_cache=True, **extra)
+        logits.append(output.logits)
+        cache, start = output.cache_params, start + piece
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("pieces", [[20], [12, 1, 1, 1, 5], [1, 1, 18], [2, 9, 1, 1, 7]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_through_a_cache(shape: dict[str, Any], pieces: list[int]) -> None:
+    model, ids = tiny_model(**shape), tokens(3, 20)
+    with torch.inference_mode():
+        expected = stepwise(model, ids, pieces)
+        accelerate(model)
+        torch.testing.assert_close(stepwise(model, ids, pieces), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_left_padding() -> None:
+    model, ids = tiny_model(n_groups=2, use_bias=True), tokens(3, 16)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :11] = 0, 0
+    with torch.inference_mode():
+        expected = stepwise(model, ids, [14, 1, 1], mask)
+        accelerate(model)
+        found = stepwise(model, ids, [14, 1, 1], mask)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generate_gives_the_same_tokens(options: dict[str, Any]) -> None:
+    model, ids = tiny_model(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False} | options
+    expected = model.generate(ids, **arguments)
+    accelerate(model)
+    assert torch.equal(model.generate(ids, **arguments), expected)
+
+
+def test_gradients_flow() -> None:
+    model, ids = tiny_model(), tokens(1, 30)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.backbone.layers[0].mixer.in_proj.weight.grad.clone())
+        accelerate(model)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_lose_no_more_than_in_the_stock_model(dtype: torch.dtype) -> None:
+    model, ids = tiny_model().to(dtype), tokens(4, 30)
+    pieces = [20] + [1] * 10
+    with torch.inference_mode():
+        exact = stepwise(copy.deepcopy(model).float(), ids, pieces)
+        stock_error = (stepwise(model, ids, pieces) - exact).square().mean().sqrt()
+        accelerate(model)
+        own_error = (stepwise(model, ids, pieces) - exact).square().mean().sqrt()
+    assert own_error < 1.1 * stock_error
+
+
+@pytest.mark.usefixtures("_backend")
+def test_a_bfloat16_state_is_half_as_large_and_nearly_as_good() -> None:
+    model, ids = tiny_model(), tokens(2, 24)
+    with torch.inference_mode():
+        expected = stepwise(model, ids, [4] + [1] * 20)
+        accelerate(model, state_dtype=torch.bfloat16)
+        output = model(input_ids=ids[:, :4], use_cache=True)
+        assert output.cache_params.get_recurrent_state(0, state_idx=0).dtype == torch.bfloat16
+        found = stepwise(model, ids, [4] + [1] * 20)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.03
+
+
+def test_restore_and_nesting() -> None:
+    model, ids = tiny_model(), tokens(1, 10)
+    mixers = mixers_of(model)
+    with torch.inference_mode():
+        stock = model(ids).logits
+        accelerate(model)
+        own = mixers[0].module.forward
+        with replaced_forward(mixers):
+            assert mixers[0].module.forward is not own
+        assert mixers[0].module.forward is own
+        restore(model)
+        assert "forward" not in mixers[0].module.__dict__
+        assert torch.equal(model(ids).logits, stock)
+
+
+def test_an_impossible_state_dtype() -> None:
+    with pytest.raises(InputError, match="float16"):
+        accelerate(tiny_model(), state_dtype=torch.float16)
