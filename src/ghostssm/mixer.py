@@ -83,17 +83,19 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
         mask: (b, l), 0 where a position is padding: it then writes nothing into the state.
     """
     length = dt.shape[1]
-    xBC = F.silu(causal_conv(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias))[:, -length:]
+    # Half precision would round after every tap.
+    weight, bias = at_least_float32(mixer.conv1d.weight.squeeze(1)), mixer.conv1d.bias
+    xBC = F.silu(causal_conv(at_least_float32(xBC), weight, bias))[:, -length:]
     if mask is not None:
         xBC = xBC * mask[..., None].to(xBC.dtype)
-    x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
+    x, B, C = mixer.layout.split_conv(xBC)
     dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
     return Streams(x, B, C, dt, z)
 
 
 def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
     """The second half of a mixer: gate, norm, out_proj. ``y``: (b, l, h, p), with the D term."""
-    normed = gated_rms_norm(y.flatten(-2), z, mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
+    normed = gated_rms_norm(y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
     projected: Tensor = mixer.out_proj(normed.to(mixer.out_proj.weight.dtype))
     return projected
 
