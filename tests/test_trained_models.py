@@ -78,7 +78,7 @@ def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Ca
     walk = LayerWalk(model, windows)
     for (block, mixer), recorded in zip(walk.blocks(), scan_arguments(model, ids), strict=True):
         assert mixer is not None
-        statistics = gather_statistics(mixer, walk.mixer_inputs(block, mixer))
+        statistics = gather_statistics(mixer, walk.streams(block, mixer))
         x, dt, A, B, C = (tensor.double() for tensor in recorded)
         y, _ = ssd_chunked(x, dt, A, B, C)
         brute = torch.zeros(mixer.layout.n_groups, mixer.layout.state_size, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +64,17 @@ class Streams:
     dt: Tensor
     z: Tensor
 
+    def select(self, kept: Sequence[Sequence[int]]) -> Streams:
+        """The streams of a mixer whose group g keeps only the state channels ``kept[g]``; -1 is a channel of zeros."""
+        index = torch.tensor(kept, device=self.B.device)[None, None].expand(*self.B.shape[:2], -1, -1)
+        B, C = (part.gather(-1, index.clamp_min(0)).masked_fill(index < 0, 0) for part in (self.B, self.C))
+        return replace(self, B=B, C=C)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(part.numel() * part.element_size() for part in (self.x, self.B, self.C, self.dt, self.z))
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -95,7 +107,9 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
 
 def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
     """The second half of a mixer: gate, norm, out_proj. ``y``: (b, l, h, p), with the D term."""
-    normed = gated_rms_norm(y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
+    normed = gated_rms_norm(
+        y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups
+    )
     projected: Tensor = mixer.out_proj(normed.to(mixer.out_proj.weight.dtype))
     return projected
 
@@ -105,7 +119,13 @@ def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chun
 
     ``gate`` (g, n), if given, multiplies C: 0 removes a state channel, 1 leaves it.
     """
-    s = mixer_streams(mixer, hidden)
-    C = s.C if gate is None else s.C * gate
-    y, _ = ssd_chunked(s.x, s.dt, mixer.A, s.B, C, mixer.D, chunk_size=chunk_size)
+    streams = mixer_streams(mixer, hidden)
+    if gate is not None:
+        streams = replace(streams, C=streams.C * gate)
+    return output_of_streams(mixer, streams, chunk_size)
+
+
+def output_of_streams(mixer: Mixer, s: Streams, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+    """The rest of the mixer after :func:`mixer_streams`, from a state of zeros."""
+    y, _ = ssd_chunked(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), chunk_size=chunk_size)
     return mixer_output(mixer, y, s.z)

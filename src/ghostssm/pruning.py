@@ -14,7 +14,6 @@ from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Plan, Selection
 from ghostssm.progress import Progress, silent
-from ghostssm.surgery import prune_mixer
 
 DEFAULT_SEED = 42
 
@@ -108,29 +107,27 @@ class Calibration:
         self, method: Method, state_size: int, groups: Groups, progress: Progress
     ) -> tuple[dict[str, Selection], dict[str, Tensor]]:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
-        family = family_of(self.model.config)
         walk = LayerWalk(self.model, self.windows)
         selections: dict[str, Selection] = {}
         scores: dict[str, Tensor] = {}
         for index, (block, mixer) in enumerate(walk.blocks()):
             progress("layers", index, len(walk))
-            sliced = None
-            if mixer is not None:
+            if mixer is None:
+                walk.advance(block)
+            else:
                 statistics = self._statistics(walk, block, mixer, first=not selections)
                 weight = mixer.in_proj.weight.detach()
                 scores[mixer.name] = method.score(Evidence(mixer.layout, weight, 0, statistics))
                 selection = select(scores[mixer.name], state_size, groups)
                 selections[mixer.name] = selection
-                prune_mixer(family, mixer, selection, selection.width)
-                sliced = mixer.with_state_size(selection.width)
-            walk.advance(block, sliced)
+                walk.advance(block, mixer, selection)
         progress("layers", len(walk), len(walk))
         return selections, scores
 
     def _statistics(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, first: bool) -> LayerStatistics:
         if first and self._first_statistics is not None:
             return self._first_statistics
-        statistics = gather_statistics(mixer, walk.mixer_inputs(block, mixer))
+        statistics = gather_statistics(mixer, walk.streams(block, mixer))
         if first:
             self._first_statistics = statistics
         return statistics

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2
 
 from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.calibration import walk as walk_module
+from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
+from ghostssm.plan import Selection
+from ghostssm.pruning import Calibration
+from ghostssm.surgery import pruned
 from tests.conftest import random_windows, tiny_model
+
+
+def walked(model: Any, windows: Windows) -> Tensor:
+    """Hidden states after the last block, before the final norm."""
+    walk = LayerWalk(model, windows)
+    for block, mixer in walk.blocks():
+        walk.advance(block, mixer)
+    return walk.hidden
 
 
 @pytest.mark.parametrize("overrides", [{}, {"n_groups": 4, "use_bias": True}, {"time_step_limit": (0.05, 0.3)}])
 def test_an_unpruned_walk_ends_where_the_model_ends(overrides: dict[str, Any]) -> None:
+    """Both in float32, measured by their distance from a walk in float64."""
     model = tiny_model(**overrides)
     windows = random_windows(3, 700)  # two windows in a batch, one left over
-    walk = LayerWalk(model, windows)
-    for block, mixer in walk.blocks():
-        walk.advance(block, mixer)
     with torch.inference_mode():
-        expected = model.backbone(windows.ids).last_hidden_state
-        found = model.backbone.norm_f(walk.hidden)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        stock = model(windows.ids, output_hidden_states=True).hidden_states[-2]
+    own = walked(model, windows)
+    exact = walked(copy.deepcopy(model).double(), windows)
+    scale = exact.square().mean().sqrt()
+    stock_error, own_error = ((hidden - exact).square().mean().sqrt() / scale for hidden in (stock, own))
+    assert stock_error < 1e-5
+    assert own_error < 1.2 * stock_error
 
 
 def test_statistics_are_on_what_transformers_gives_its_scan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +61,7 @@ def test_statistics_are_on_what_transformers_gives_its_scan(monkeypatch: pytest.
     walk = LayerWalk(model, windows)
     for (block, mixer), (x, dt, A, B, C, dt_bias) in zip(walk.blocks(), calls, strict=True):
         assert mixer is not None
-        statistics = gather_statistics(mixer, walk.mixer_inputs(block, mixer))
+        statistics = gather_statistics(mixer, walk.streams(block, mixer))
         step = torch.nn.functional.softplus(dt.double() + dt_bias.double())
         state = torch.zeros(2, 8, 8, 16, dtype=torch.float64)
         expected = torch.zeros(2, 16, dtype=torch.float64)
@@ -79,3 +96,31 @@ def test_activations_that_overflow_name_their_layer() -> None:
     walk.advance(*first)
     with pytest.raises(NumericalError, match=r"layers\.1\.mixer"):
         walk.advance(*second)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**6, 10**9])
+def test_kept_streams_change_nothing(monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+    model, windows = tiny_model(n_groups=2), random_windows(5, 600)
+    selection = Selection(((0, 3, 5), (2,)))
+    hidden = []
+    for limit in (kept_bytes, 0):
+        monkeypatch.setattr(walk_module, "_KEPT_STREAM_BYTES", limit)
+        walk = LayerWalk(model, windows)
+        for block, mixer in walk.blocks():
+            assert mixer is not None
+            gather_statistics(mixer, walk.streams(block, mixer))
+            walk.advance(block, mixer, selection)
+        hidden.append(walk.hidden)
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pruned_walk_ends_where_the_pruned_model_ends() -> None:
+    model, windows = tiny_model(n_groups=2, use_bias=True), random_windows(3, 100)
+    plan = Calibration(model, windows).plan("ghost", 3, groups="pooled")
+    walk = LayerWalk(model, windows)
+    for (block, mixer), selection in zip(walk.blocks(), plan.selections.values(), strict=True):
+        walk.advance(block, mixer, selection)
+    with pruned(model, plan), torch.inference_mode():
+        expected = model.backbone(windows.ids, use_cache=False).last_hidden_state
+        error = (model.backbone.norm_f(walk.hidden) - expected).square().mean().sqrt()
+    assert error < 1e-5 * expected.square().mean().sqrt()

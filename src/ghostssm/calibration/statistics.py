@@ -10,7 +10,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, mixer_streams
+from ghostssm.mixer import Mixer, Streams
 from ghostssm.ops.energy import ChannelEnergies, channel_energies
 
 
@@ -31,14 +31,13 @@ class LayerStatistics:
     tokens: int
 
 
-def gather_statistics(mixer: Mixer, inputs: Iterable[Tensor]) -> LayerStatistics:
-    """Statistics of a mixer whose inputs, already normalised, arrive as batches (b, l, hidden_size)."""
+def gather_statistics(mixer: Mixer, batches: Iterable[Streams]) -> LayerStatistics:
+    """Statistics of a mixer whose streams arrive in batches."""
     energies: list[ChannelEnergies] = []
     tokens = 0
     with torch.inference_mode():
-        for hidden in inputs:
-            streams = mixer_streams(mixer, hidden)
+        for streams in batches:
             energies.append(channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C))
-            tokens += hidden.shape[0] * hidden.shape[1]
+            tokens += streams.dt.shape[0] * streams.dt.shape[1]
     total = reduce(add, energies)
     return LayerStatistics(total.output / tokens, total.state / tokens, total.readout / tokens, tokens)

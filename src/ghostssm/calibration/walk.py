@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,12 @@ from ghostssm.acceleration import replaced_forward
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
-from ghostssm.mixer import Mixer
+from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
+from ghostssm.plan import Selection
+from ghostssm.surgery import prune_mixer
+
+_KEPT_STREAM_BYTES = 256 << 20
+"""So much of what scoring computed is kept for carrying the hidden states on; the rest is computed again."""
 
 
 class _Captured(Exception):
@@ -29,8 +34,8 @@ class LayerWalk:
 
         walk = LayerWalk(model, windows)
         for block, mixer in walk.blocks():
-            ...                       # look at walk.mixer_inputs(block, mixer), prune the mixer
-            walk.advance(block, mixer)
+            ...                       # decide on a selection from walk.streams(block, mixer)
+            walk.advance(block, mixer, selection)
 
     The arguments that a block takes besides the hidden states are captured from the model's own forward pass.
     """
@@ -41,6 +46,7 @@ class LayerWalk:
         self._blocks = self._family.blocks(model)
         self._spans = windows.batches()
         self._arguments: list[dict[str, Any]] = []
+        self._streams: dict[int, Streams] = {}
         dtype = torch.promote_types(model.dtype, torch.float32)
         self.hidden = torch.empty(*windows.ids.shape, model.config.hidden_size, device=model.device, dtype=dtype)
         for span in self._spans:
@@ -57,19 +63,39 @@ class LayerWalk:
             block = copy.deepcopy(original).to(self.hidden.dtype)
             yield block, self._family.mixer(self._config, block, index)
 
-    def mixer_inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
-        """What the mixer of a block is given, batch by batch: (b, l, hidden_size)."""
-        for span, arguments in zip(self._spans, self._arguments, strict=True):
-            yield _captured_inputs(mixer.module, block, self.hidden[span], **arguments)[0]
+    def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
+        """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
+        self._streams.clear()
+        room = _KEPT_STREAM_BYTES
+        for index, (span, arguments) in enumerate(self._batches()):
+            hidden, _ = _captured_inputs(mixer.module, block, self.hidden[span], **arguments)
+            with torch.inference_mode():
+                streams = mixer_streams(mixer, hidden)
+            room -= streams.nbytes
+            if room >= 0:
+                self._streams[index] = streams
+            yield streams
 
-    def advance(self, block: nn.Module, mixer: Mixer | None) -> None:
-        """Replace the hidden states by the block's output.
+    def advance(self, block: nn.Module, mixer: Mixer | None = None, selection: Selection | None = None) -> None:
+        """Replace the hidden states by the block's output, after pruning the block's mixer by a selection.
 
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        with torch.inference_mode(), replaced_forward([mixer] if mixer else []):
-            for span, arguments in zip(self._spans, self._arguments, strict=True):
+        pruned = mixer
+        if mixer is not None and selection is not None:
+            prune_mixer(self._family, mixer, selection, selection.width)
+            pruned = mixer.with_state_size(selection.width)
+        for index, (span, arguments) in enumerate(self._batches()):
+            streams = self._streams.pop(index, None)
+
+            def forward(mixer: Mixer, hidden: Tensor, streams: Streams | None = streams, **_: Any) -> Tensor:
+                if streams is None:
+                    return mixer_forward(mixer, hidden)
+                kept = streams if selection is None else streams.select(selection.padded(selection.width))
+                return output_of_streams(mixer, kept)
+
+            with torch.inference_mode(), replaced_forward([pruned] if pruned else [], forward):
                 output = block(self.hidden[span], **arguments)
                 self.hidden[span] = output[0] if isinstance(output, tuple) else output
         if not torch.isfinite(self.hidden).all():
@@ -78,6 +104,9 @@ class LayerWalk:
                 f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
                 "evaluate the unpruned model on the same text first."
             )
+
+    def _batches(self) -> Iterable[tuple[slice, dict[str, Any]]]:
+        return zip(self._spans, self._arguments, strict=True)
 
 
 def _first_block_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:

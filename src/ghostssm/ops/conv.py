@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,8 +22,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (b, l, c); positions before the start count as zero.
     """
     width, length = weight.shape[1], x.shape[1]
-    out = x * weight[:, -1]
     padded = F.pad(x, (0, 0, width - 1, 0))
+    out = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
     for tap in range(width - 1):
-        out = out + padded[:, tap : tap + length] * weight[:, tap]
-    return out if bias is None else out + bias
+        out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, tap])
+    return out
