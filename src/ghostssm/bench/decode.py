@@ -36,7 +36,7 @@ def decode_speeds(
     turns = [(size, batch) for _ in range(_ROUNDS) for size in state_sizes for batch in batches]
     for index, (size, batch) in enumerate(turns):
         progress("decode", index, len(turns))
-        with pruned(model, _first_channels(model, size)), replaced_forward(mixers_of(model)):
+        with pruned(model, first_channels(model, size)), replaced_forward(mixers_of(model)):
             seconds[size, batch] += _step_seconds(model, batch)
     progress("decode", len(turns), len(turns))
     return {size: {batch: batch / statistics.median(seconds[size, batch]) for batch in batches} for size in state_sizes}
@@ -63,7 +63,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _first_channels(model: PreTrainedModel, state_size: int) -> Plan:
+def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
     layout = family_of(model.config).layout(model.config)
     selection = Selection((tuple(range(state_size)),) * layout.n_groups)
     return Plan(

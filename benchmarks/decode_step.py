@@ -1,0 +1,75 @@
+"""One decode step of the recurrence: ours, transformers' CPU fallback, and a plain in-place scale of the same state.
+
+    python benchmarks/decode_step.py
+
+The scale (``state.mul_``) reads the state once and writes it once, which is what a step can't avoid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from interleaved import print_machine, seconds_by_side
+from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
+
+from ghostssm.ops import step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--state-size", type=int, nargs="+", default=[128, 96, 64, 32])
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+
+    print_machine()
+    columns = "batch    N    transformers  torch only      ours  ours bf16     mul_  times faster  of mul_ bandwidth"
+    print(columns)
+    for batch in args.batch:
+        for n in args.state_size:
+            seconds = seconds_by_side(sides_of(batch, args.heads, n), args.rounds, warmup=3)
+            median = {name: statistics.median(times) for name, times in seconds.items()}
+            print(
+                f"{batch:5}{n:5}{median['transformers'] * 1e3:14.3f}ms{median['torch'] * 1e3:10.3f}ms"
+                f"{median['ours'] * 1e3:8.3f}ms{median['bfloat16'] * 1e3:9.3f}ms{median['mul_'] * 1e3:7.3f}ms"
+                f"{median['transformers'] / median['ours']:14.1f}{median['mul_'] / median['ours']:19.0%}"
+            )
+
+
+def sides_of(batch: int, heads: int, n: int) -> dict:
+    torch.manual_seed(0)
+    p = 64
+    state = torch.randn(batch, heads, p, n)
+    x, dt, A, D = torch.randn(batch, heads, p), torch.rand(batch, heads) * 0.1, -torch.rand(heads), torch.randn(heads)
+    B, C = torch.randn(batch, 1, n), torch.randn(batch, 1, n)
+    half = state.bfloat16()
+    compiled = step.compiled
+
+    def torch_only() -> None:
+        step.compiled = None
+        step.ssd_step_(state, x, dt, A, B, C, D)
+        step.compiled = compiled
+
+    return {
+        "transformers": lambda: mamba2_selective_state_update(
+            state,
+            x,
+            dt[..., None].expand(-1, -1, p),
+            A[:, None, None].expand(-1, p, n),
+            B,
+            C,
+            D[:, None].expand(-1, p),
+        ),
+        "torch": torch_only,
+        "ours": lambda: step.ssd_step_(state, x, dt, A, B, C, D),
+        "bfloat16": lambda: step.ssd_step_(half, x, dt, A, B, C, D),
+        "mul_": lambda: state.mul_(0.999),
+    }
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,73 @@
+"""Whole-model decoding: transformers dense, ours dense, ours at smaller state sizes; the sides take turns.
+
+    python benchmarks/model_decode.py --batch 64
+
+The model has the sizes of mamba2-130m and random weights. A step is one token for every sequence of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import torch
+from interleaved import model_130m, print_machine
+
+from ghostssm.acceleration import replaced_forward
+from ghostssm.bench.decode import first_channels
+from ghostssm.families import mixers_of
+from ghostssm.surgery import pruned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--bfloat16", action="store_true", help="weights in bfloat16")
+    args = parser.parse_args()
+
+    print_machine()
+    model = model_130m(dtype=torch.bfloat16 if args.bfloat16 else torch.float32)
+    sides = {"transformers, N = 128": (False, 128), "ours, N = 128": (True, 128)}
+    sides |= {f"ours, N' = {size}": (True, size) for size in args.state_size}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    tokens: dict[str, torch.Tensor] = {}
+    for _ in range(args.rounds):
+        for name, (own, size) in sides.items():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(pruned(model, first_channels(model, size)))
+                if own:
+                    stack.enter_context(replaced_forward(mixers_of(model)))
+                tokens[name] = decode(model, args.batch, args.steps, seconds[name])
+
+    same = torch.equal(tokens["transformers, N = 128"], tokens["ours, N = 128"])
+    print(f"batch {args.batch}, {model.dtype}; greedy tokens of ours and transformers identical: {same}")
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, step in median.items():
+        print(
+            f"{name:24}{args.batch / step:10,.1f} tokens/s  x{median['transformers, N = 128'] / step:6.2f} transformers"
+            f"  x{median['ours, N = 128'] / step:5.2f} ours dense   step {min(seconds[name]) * 1e3:.0f} to "
+            f"{max(seconds[name]) * 1e3:.0f} ms"
+        )
+
+
+def decode(model: torch.nn.Module, batch: int, steps: int, seconds: list[float]) -> torch.Tensor:
+    """Greedy tokens (batch, steps) after a prompt of distinct short sequences; wall times of the steps are appended."""
+    ids = torch.randint(0, 50000, (batch, 8), generator=torch.Generator().manual_seed(1))
+    chosen = []
+    with torch.inference_mode():
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        for _ in range(steps):
+            begun = time.perf_counter()
+            chosen.append(output.logits[:, -1:].argmax(-1))
+            output = model(input_ids=chosen[-1], cache_params=output.cache_params, use_cache=True)
+            seconds.append(time.perf_counter() - begun)
+    return torch.cat(chosen, dim=1)
+
+
+if __name__ == "__main__":
+    main()
