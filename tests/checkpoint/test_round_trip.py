@@ -173,6 +173,12 @@ def test_sharded_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suf
     assert torch.equal(logits_of(ghostssm.load(str(folder)).model), logits_of(tiny_model(**THEIR_SIZES)))
 
 
+def test_sharded_transformers_checkpoint(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(logits_of(ghostssm.load(str(tmp_path / "sharded")).model), logits_of(tiny_model()))
+
+
 def test_describe_reads_no_weights(folder_of: Callable[..., Path]) -> None:
     folder = folder_of(n_groups=2)
     model = tiny_model(n_groups=2)

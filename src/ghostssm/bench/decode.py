@@ -1,16 +1,19 @@
-"""Decode speed of a model at several state sizes, measured in turn in one process."""
+"""Prefill and decode speed of a model at several state sizes, measured in turn in one process."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.bench.roofline import wait_for
 from ghostssm.families import family_of, mixers_of
 from ghostssm.plan import Plan, Selection
 from ghostssm.progress import Progress, silent
@@ -18,52 +21,72 @@ from ghostssm.surgery import pruned
 
 _ROUNDS = 3
 _STEPS = 6
-_PROMPT = 8
+
+
+@dataclass
+class Timings:
+    """Wall times of one state size at one batch size: whole prefills, and single decode steps."""
+
+    prefill: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
 
 
 def decode_speeds(
     model: PreTrainedModel, state_sizes: Sequence[int], batches: Sequence[int], progress: Progress = silent
 ) -> dict[int, dict[int, float]]:
-    """Greedy decode speed of the accelerated model, tokens per second over the whole batch.
+    """Greedy decode speed of the accelerated model: state size to batch size to tokens per second over the batch."""
+    timings = measure(model, state_sizes, batches, prompt=8, progress=progress)
+    return {
+        size: {batch: batch / statistics.median(timings[size, batch].steps) for batch in batches}
+        for size in state_sizes
+    }
+
+
+def measure(
+    model: PreTrainedModel,
+    state_sizes: Sequence[int],
+    batches: Sequence[int],
+    prompt: int,
+    progress: Progress = silent,
+) -> dict[tuple[int, int], Timings]:
+    """Time the accelerated model; keyed by (state size, batch size).
 
     Which channels are kept has no influence on speed, so each size keeps its first ones. The sizes take turns, several
-    rounds of a few tokens each, and the median step counts: a drift of the machine's speed then falls on all alike.
-
-    Returns:
-        state size to batch size to tokens per second.
+    rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
     """
-    seconds: dict[tuple[int, int], list[float]] = {(size, batch): [] for size in state_sizes for batch in batches}
-    turns = [(size, batch) for _ in range(_ROUNDS) for size in state_sizes for batch in batches]
+    timings = {(size, batch): Timings() for size in state_sizes for batch in batches}
+    turns = [key for _ in range(_ROUNDS) for key in timings]
     for index, (size, batch) in enumerate(turns):
         progress("decode", index, len(turns))
         with pruned(model, first_channels(model, size)), replaced_forward(mixers_of(model)):
-            seconds[size, batch] += _step_seconds(model, batch)
+            _run(model, batch, prompt, timings[size, batch])
     progress("decode", len(turns), len(turns))
-    return {size: {batch: batch / statistics.median(seconds[size, batch]) for batch in batches} for size in state_sizes}
+    return timings
 
 
-def _step_seconds(model: PreTrainedModel, batch: int) -> list[float]:
-    """Wall time of single decode steps after a short prompt."""
-    ids = torch.zeros(batch, _PROMPT, dtype=torch.long, device=model.device)
-    seconds = []
+def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> None:
+    """One prefill and a few decode steps; the first step pays for warming up and is dropped."""
+    ids = torch.zeros(batch, prompt, dtype=torch.long, device=model.device)
+    clock = [_now(model)]
     with torch.inference_mode():
         output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        clock.append(_now(model))
         for _ in range(_STEPS):
-            _wait_for(model.device)
-            begun = time.perf_counter()
             token = output.logits[:, -1:].argmax(-1)
             output = model(input_ids=token, cache_params=output.cache_params, use_cache=True)
-            _wait_for(model.device)
-            seconds.append(time.perf_counter() - begun)
-    return seconds[1:]
+            clock.append(_now(model))
+    prefill, _, *steps = (after - before for before, after in pairwise(clock))
+    timings.prefill.append(prefill)
+    timings.steps.extend(steps)
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _now(model: PreTrainedModel) -> float:
+    wait_for(model.device)
+    return time.perf_counter()
 
 
 def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
+    """The plan that keeps the first channels everywhere: a stand-in wherever only the size matters."""
     layout = family_of(model.config).layout(model.config)
     selection = Selection((tuple(range(state_size)),) * layout.n_groups)
     return Plan(

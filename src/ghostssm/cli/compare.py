@@ -37,14 +37,18 @@ def compare(
 
     ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost magnitude random taylor
     """
+    import torch
+
     import ghostssm
     from ghostssm.evaluation.compare import as_json as row_as_json
+    from ghostssm.pruning import check_state_size
 
     names = methods or list(ghostssm.method_names())
     for name in names:
         ghostssm.method_named(name)
-    import torch
-
+    limit = ghostssm.describe(model).layout.state_size
+    for size in state_size:
+        check_state_size(size, limit)
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     calibration_windows = ghostssm.cut_windows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,27 +16,40 @@ def inspect(
     state_size: Annotated[
         list[int] | None, typer.Option("--state-size", metavar="R ...", help="Also say what these state sizes save.")
     ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
+    ] = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Show a model's sizes and the state it keeps per sequence; weights are not loaded.
 
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
     """
     from ghostssm import describe
+    from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.errors import InputError
     from ghostssm.pruning import check_state_size
 
+    batches = batch or []
+    if any(count < 1 for count in batches):
+        raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
     found = describe(model)
     layout = found.layout
     sizes = [layout.state_size, *(state_size or [])]
     for size in sizes:
         check_state_size(size, layout.state_size)
-    cuts = [
+    machine = measure_machine(batches) if batches else None
+    cuts: list[dict[str, Any]] = [
         {
             "state_size": size,
             "state_bytes_float32": found.state_bytes(size),
             "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
             "saved_fraction": 1 - size / layout.state_size,
             "parameters": found.parameters - found.removed_parameters(size),
+            "predicted_tokens_per_second": {
+                count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
+            },
         }
         for size in sizes
     ]
@@ -58,7 +71,10 @@ def inspect(
     )
     print()
     print_table(
-        ("N'", "state per sequence, fp32", "bf16", "saved", "parameters"),
+        [
+            *("N'", "state per sequence, fp32", "bf16", "saved", "parameters"),
+            *(f"predicted tok/s, batch {count}" for count in batches),
+        ],
         [
             (
                 str(cut["state_size"]),
@@ -66,6 +82,7 @@ def inspect(
                 bytes_text(cut["state_bytes_bfloat16"]),
                 f"{cut['saved_fraction']:.0%}",
                 f"{cut['parameters']:,}",
+                *(f"{speed:,.0f}" for speed in cut["predicted_tokens_per_second"].values()),
             )
             for cut in cuts
         ],
