@@ -30,42 +30,46 @@ def conv_step(window, x, weight, bias, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def ssd_step(state, u, decay, B, C, y):  # type: ignore[no-untyped-def]
-    """state (b, h, p, n) in place, u (b, h, p), decay (b, h), B and C (b, g, n), y (b, h, p): float32."""
+def ssd_step(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
+    """state (b, h, p, n) in place, x and y (b, h, p), dt (b, h), A and D (h,), B and C (b, g, n): float32."""
     b, h, p, n = state.shape
     heads_per_group = h // B.shape[1]
     for index in numba.prange(b * h):
         i, head = index // h, index % h
         write, read = B[i, head // heads_per_group], C[i, head // heads_per_group]
-        kept = decay[i, head]
+        step = dt[i, head]
+        decay = np.exp(step * A[head])
         for j in range(p):
-            row, added = state[i, head, j], u[i, head, j]
-            total = np.float32(0)
+            row, value = state[i, head, j], x[i, head, j]
+            added = step * value
+            total = D[head] * value
             for k in range(n):
-                value = row[k] * kept + added * write[k]
-                row[k] = value
-                total += value * read[k]
+                new = row[k] * decay + added * write[k]
+                row[k] = new
+                total += new * read[k]
             y[i, head, j] = total
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def ssd_step_bfloat16(state, u, decay, B, C, y):  # type: ignore[no-untyped-def]
+def ssd_step_bfloat16(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
     """As :func:`ssd_step`, with the state's bfloat16 numbers as their uint16 bit patterns."""
     b, h, p, n = state.shape
     heads_per_group = h // B.shape[1]
     for index in numba.prange(b * h):
         i, head = index // h, index % h
         write, read = B[i, head // heads_per_group], C[i, head // heads_per_group]
-        kept = decay[i, head]
+        step = dt[i, head]
+        decay = np.exp(step * A[head])
         values = np.empty(n, np.float32)
         bits = values.view(np.uint32)
         for j in range(p):
-            row, added = state[i, head, j], u[i, head, j]
+            row, value = state[i, head, j], x[i, head, j]
+            added = step * value
+            total = D[head] * value
             for k in range(n):
                 bits[k] = np.uint32(row[k]) << np.uint32(16)
-            total = np.float32(0)
             for k in range(n):
-                values[k] = values[k] * kept + added * write[k]
+                values[k] = values[k] * decay + added * write[k]
                 total += values[k] * read[k]
             y[i, head, j] = total
             for k in range(n):  # to the nearest, ties to even

@@ -93,11 +93,9 @@ def ssd_chunked(
     for start in range(0, x.shape[1], chunk_size):
         span = slice(start, start + chunk_size)
         chunk = Chunk.of(x[:, span], dt[:, span], A, B[:, span], C[:, span])
-        outputs.append(chunk.output(state))
+        outputs.append(chunk.output(state, D))
         state = chunk.advance(state)
-    y = torch.cat(outputs, dim=1) if outputs else torch.zeros_like(x)
-    if D is not None:
-        y = y + D[:, None] * x
+    y = torch.cat(outputs, dim=1).flatten(2, 3) if outputs else torch.zeros_like(x)
     return y, from_grouped_state(state, heads=x.shape[2])
 
 
@@ -106,12 +104,13 @@ class Chunk:
     """One chunk of positions, laid out by group, with what its matrix products share.
 
     Attributes:
-        u: (b, g, k, q, p), dt * x.
+        x: (b, g, k, q, p). u: the same, dt * x.
         B, C: (b, g, q, n).
         log_decay: (b, g, k, q), float64: sum of dt * A from the start of the chunk up to and including each position.
             These sums grow to hundreds where decay is fast, and small differences of them matter.
     """
 
+    x: Tensor
     u: Tensor
     B: Tensor
     C: Tensor
@@ -122,38 +121,41 @@ class Chunk:
         """From the streams of one chunk: x (b, q, h, p), dt (b, q, h), A (h,), B and C (b, q, g, n)."""
         b, q, h, p = x.shape
         g = B.shape[2]
-        u = (x * dt[..., None]).view(b, q, g, h // g, p).permute(0, 2, 3, 1, 4)
+        heads = (b, q, g, h // g, p)
+        u = (x * dt[..., None]).view(heads).permute(0, 2, 3, 1, 4)
         log_decay = torch.cumsum((dt * A).double(), dim=1).view(b, q, g, h // g).permute(0, 2, 3, 1)
-        return cls(u, B.transpose(1, 2), C.transpose(1, 2), log_decay)
+        return cls(x.reshape(heads).permute(0, 2, 3, 1, 4), u, B.transpose(1, 2), C.transpose(1, 2), log_decay)
 
     def pairwise_decay(self) -> Tensor:
         """(b, g, k, q, q): the decay from position s to position t; 0 where s > t."""
         q = self.u.shape[3]
         future = torch.ones(q, q, dtype=torch.bool, device=self.u.device).triu(1)
         difference = self.log_decay[..., :, None] - self.log_decay[..., None, :]
-        return torch.exp(difference.to(self.u.dtype).masked_fill(future, float("-inf")))
+        return difference.to(self.u.dtype).masked_fill_(future, float("-inf")).exp_()
 
     def decay_from_start(self) -> Tensor:
         """(b, g, k, q): what is left at each position of the state that entered the chunk."""
         return torch.exp(self.log_decay).to(self.u.dtype)
 
-    def output(self, state: Tensor) -> Tensor:
-        """y without the D term, (b, q, h, p), given the state (b, g, n, k * p) that enters the chunk."""
+    def output(self, state: Tensor, D: Tensor | None = None) -> Tensor:
+        """y, (b, q, g, k, p), given the state (b, g, n, k * p) that enters the chunk."""
         b, g, k, q, p = self.u.shape
         scores = (self.C @ self.B.transpose(-1, -2))[:, :, None] * self.pairwise_decay()
-        within = scores @ self.u
         carried = (self.C @ state).view(b, g, q, k, p).transpose(2, 3)
-        y = within + self.decay_from_start()[..., None] * carried
-        return y.permute(0, 3, 1, 2, 4).reshape(b, q, g * k, p)
+        y = torch.addcmul(scores @ self.u, self.decay_from_start()[..., None], carried)
+        if D is not None:
+            y = torch.addcmul(y, D.view(g, k, 1, 1), self.x)
+        return y.permute(0, 3, 1, 2, 4)
 
     def advance(self, state: Tensor) -> Tensor:
         """The state (b, g, n, k * p) that leaves the chunk, given the one that enters it."""
         b, g, k, q, p = self.u.shape
         total = self.log_decay[..., -1:]
         to_end = self.u * torch.exp(total - self.log_decay).to(self.u.dtype)[..., None]
-        added = self.B.transpose(-1, -2) @ to_end.transpose(2, 3).reshape(b, g, q, k * p)
+        added = to_end.transpose(2, 3).reshape(b * g, q, k * p)
         kept = state.view(b, g, -1, k, p) * torch.exp(total).to(self.u.dtype)[:, :, None]
-        return kept.view_as(state) + added
+        B = self.B.reshape(b * g, q, -1).transpose(-1, -2)
+        return torch.baddbmm(kept.view(b * g, -1, k * p), B, added).view_as(state)
 
 
 def to_grouped_state(state: Tensor, groups: int) -> Tensor:

@@ -27,15 +27,16 @@ def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
         x: (b, c). weight: (c, width). bias: (c,) or None.
 
     Returns:
-        (b, c).
+        (b, c), float32 or better.
     """
     if compiled is not None and _compilable(window, x, weight, bias):
         out = torch.empty_like(x)
         compiled.conv_step(*_arrays(window, x, weight, torch.zeros_like(x[0]) if bias is None else bias, out))
         return out
     window.copy_(torch.cat([window[..., 1:], x[..., None].to(window.dtype)], dim=-1))
-    mixed = (window * weight).sum(-1)
-    return F.silu(mixed if bias is None else mixed + bias).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)  # half precision would round after every tap
+    mixed = (window.to(wide) * weight).sum(-1)
+    return F.silu(mixed if bias is None else mixed + bias)
 
 
 def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -48,25 +49,22 @@ def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
     Returns:
         y: (b, h, p), float32. A bfloat16 state is rounded when it is stored; y is computed before that.
     """
-    decay = torch.exp(dt * A)
-    u = x * dt[..., None]
-    if compiled is not None and _compilable(u, decay, B, C) and _is_plain(state):
-        y = torch.empty_like(u)
+    if compiled is not None and _compilable(x, dt, A, B, C, D) and _is_plain(state):
+        y = torch.empty(x.shape)
         if state.dtype == torch.bfloat16:
-            compiled.ssd_step_bfloat16(*_arrays(state.view(torch.uint16), u, decay, B, C, y))
+            compiled.ssd_step_bfloat16(*_arrays(state.view(torch.uint16), x, dt, A, B, C, D, y))
         else:
-            compiled.ssd_step(*_arrays(state, u, decay, B, C, y))
-    else:
-        y = _ssd_step_torch(state, u, decay, B, C)
-    return y + D[:, None] * x
+            compiled.ssd_step(*_arrays(state, x, dt, A, B, C, D, y))
+        return y
+    return _ssd_step_torch(state, x, dt, A, B, C, D)
 
 
-def _ssd_step_torch(state: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def _ssd_step_torch(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     b, h, p, n = state.shape
     g = B.shape[1]
     grouped = state.view(b, g, h // g, p, n)
-    decay = decay.view(b, g, h // g, 1, 1)
-    u = u.view(b, g, h // g, p, 1)
+    decay = torch.exp(dt * A).view(b, g, h // g, 1, 1)
+    u = (x * dt[..., None]).view(b, g, h // g, p, 1)
     y = torch.empty_like(u)
     # A sequence's state fits a processor's cache, a batch of them does not.
     spans = [slice(i, i + 1) for i in range(b)] if state.device.type == "cpu" else [slice(0, b)]
@@ -76,7 +74,7 @@ def _ssd_step_torch(state: Tensor, u: Tensor, decay: Tensor, B: Tensor, C: Tenso
         torch.matmul(new, C[span, :, None, :, None], out=y[span])
         if state.dtype != u.dtype:
             grouped[span] = new
-    return y.view(b, h, p)
+    return torch.addcmul(y.view(b, h, p), D[:, None], x)
 
 
 def _compilable(*tensors: Tensor | None) -> bool:
