@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,7 +41,6 @@ def compare(
     import torch
 
     import ghostssm
-    from ghostssm.evaluation.compare import as_json as row_as_json
     from ghostssm.pruning import check_state_size
 
     names = methods or list(ghostssm.method_names())
@@ -72,9 +72,9 @@ def compare(
             progress=progress,
         )
     if as_json:
-        print_json([row_as_json(row) for row in result.rows])
+        print_json([dataclasses.asdict(row) for row in result.rows])
         return
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "std. err.", "state/seq"]
+    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {size}" for size in batch]
     ranked = sorted(result.rows, key=lambda row: (-row.state_size, row.excess))
     print_table(headers, [_cells(row, batch) for row in ranked])
@@ -87,8 +87,7 @@ def _cells(row: Row, batches: list[int]) -> list[str]:
         f"{row.state_size}{padded}",
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
-        f"{row.excess:.4f}" if row.method != "dense" else "",
-        f"{row.standard_error:.4f}" if row.method != "dense" else "",
+        "" if row.is_dense else f"{row.excess:.4f} ± {row.standard_error:.4f}",
         bytes_text(row.state_bytes),
     ]
     return cells + [f"{row.tokens_per_second[size]:,.0f}" for size in batches]

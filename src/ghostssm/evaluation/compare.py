@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ghostssm.bench.decode import decode_speeds
 from ghostssm.checkpoint.loading import Checkpoint
@@ -18,13 +18,17 @@ from ghostssm.progress import Progress, silent
 from ghostssm.pruning import DEFAULT_SEED, Calibration, check_state_size
 from ghostssm.surgery import pruned
 
+Cell = tuple[str, int]
+"""A method's name and a state size."""
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
 
     Attributes:
-        method: ``dense`` for the unpruned model.
+        method: `DENSE` for the unpruned model.
         state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, larger where uneven groups or
             layers are padded.
         excess, standard_error: loss minus the dense model's on the same windows, nats per token.
@@ -44,14 +48,23 @@ class Row:
     tokens_per_second: dict[int, float]
     seconds: float
 
+    @property
+    def is_dense(self) -> bool:
+        return self.method == DENSE
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, the dense one first, and what lies behind them, keyed by (method, state size)."""
+    """Rows, the dense one first, and the plans behind them by method and state size."""
 
     rows: tuple[Row, ...]
-    plans: dict[tuple[str, int], Plan]
-    evaluations: dict[tuple[str, int], Evaluation]
+    plans: dict[Cell, Plan]
+
+
+class _Result(NamedTuple):
+    plan: Plan
+    evaluation: Evaluation
+    seconds: float
 
 
 def compare(
@@ -76,45 +89,41 @@ def compare(
     layout = family_of(model.config).layout(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
-    cells = [(method, size) for method in methods for size in state_sizes]
+    cells = [(method, state_size) for method in methods for state_size in state_sizes]
     calibration = Calibration(model, calibration_windows)
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
-    plans: dict[tuple[str, int], Plan] = {}
-    evaluations: dict[tuple[str, int], Evaluation] = {}
-    seconds: dict[tuple[str, int], float] = {}
+    results: dict[Cell, _Result] = {}
     for done, cell in enumerate(cells, 1):
         progress("models", done, len(cells) + 1)
         begun = time.perf_counter()
-        plans[cell] = calibration.plan(*cell, groups=groups, seed=seed)
-        seconds[cell] = time.perf_counter() - begun
-        with pruned(model, plans[cell]):
-            evaluations[cell] = evaluate(model, windows)
+        plan = calibration.plan(*cell, groups=groups, seed=seed)
+        seconds = time.perf_counter() - begun
+        with pruned(model, plan):
+            results[cell] = _Result(plan, evaluate(model, windows), seconds)
     progress("models", len(cells) + 1, len(cells) + 1)
 
-    stored = sorted({plan.kept_state_size for plan in plans.values()} | {layout.state_size}, reverse=True)
-    speeds = decode_speeds(model, stored, tuple(batches), progress)
-    layers = len(mixers_of(model))
+    stored_sizes = {layout.state_size} | {result.plan.kept_state_size for result in results.values()}
+    speeds = decode_speeds(model, sorted(stored_sizes, reverse=True), tuple(batches), progress)
+    state_bytes = {
+        size: 4 * len(mixers_of(model)) * layout.with_state_size(size).state_numbers for size in stored_sizes
+    }
 
-    def row(method: str, asked: int, kept: int, evaluation: Evaluation, spent: float) -> Row:
+    def row(cell: Cell, stored: int, evaluation: Evaluation, seconds: float) -> Row:
         excess = evaluation.excess_over(dense)
         return Row(
-            method=method,
-            state_size=asked,
-            stored_state_size=kept,
+            method=cell[0],
+            state_size=cell[1],
+            stored_state_size=stored,
             perplexity=evaluation.perplexity,
             bits_per_byte=evaluation.bits_per_byte,
             excess=excess.mean,
             standard_error=excess.standard_error,
-            state_bytes=4 * layers * layout.with_state_size(kept).state_numbers,
-            tokens_per_second=speeds[kept],
-            seconds=spent,
+            state_bytes=state_bytes[stored],
+            tokens_per_second=speeds[stored],
+            seconds=seconds,
         )
 
-    rows = [row("dense", layout.state_size, layout.state_size, dense, 0.0)]
-    rows += [row(*cell, plans[cell].kept_state_size, evaluations[cell], seconds[cell]) for cell in cells]
-    return Comparison(tuple(rows), plans, evaluations)
-
-
-def as_json(row: Row) -> dict[str, object]:
-    return dataclasses.asdict(row)
+    rows = [row((DENSE, layout.state_size), layout.state_size, dense, 0.0)]
+    rows += [row(cell, r.plan.kept_state_size, r.evaluation, r.seconds) for cell, r in results.items()]
+    return Comparison(tuple(rows), {cell: result.plan for cell, result in results.items()})
