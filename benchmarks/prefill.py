@@ -11,8 +11,8 @@ import torch
 from interleaved import print_machine, print_sides, seconds_by_side
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from ghostssm.ops.energy import channel_energies
-from ghostssm.ops.ssd import ssd_chunked
+from ghostssm.ops.energy import channel_energies, channel_energies_chunked
+from ghostssm.ops.ssd import ssd, ssd_chunked
 
 
 def main() -> None:
@@ -30,9 +30,11 @@ def main() -> None:
     x, dt, A = torch.randn(b, length, h, p), torch.rand(b, length, h) * 0.1, -torch.rand(h) * 16
     B, C, D = torch.randn(b, length, 1, n), torch.randn(b, length, 1, n), torch.randn(h)
     sides = {"transformers, chunk 256": lambda: mamba2_chunk_scan(x, dt, A, B, C, 256, D=D)}
+    sides["ssd"] = lambda: ssd(x, dt, A, B, C, D)
+    sides["channel_energies"] = lambda: channel_energies(x, dt, A, B, C)
     for chunk in args.chunk_sizes:
         sides[f"ssd_chunked, chunk {chunk}"] = lambda chunk=chunk: ssd_chunked(x, dt, A, B, C, D, chunk_size=chunk)
-        sides[f"channel_energies, chunk {chunk}"] = lambda chunk=chunk: channel_energies(
+        sides[f"energies, chunk {chunk}"] = lambda chunk=chunk: channel_energies_chunked(
             x, dt, A, B, C, chunk_size=chunk
         )
     with torch.inference_mode():

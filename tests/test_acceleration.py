@@ -13,7 +13,7 @@ from ghostssm import accelerate, restore
 from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
-from ghostssm.ops import step
+from ghostssm.ops import compiled
 from tests.conftest import VOCABULARY, tiny_model
 
 SHAPES: list[dict[str, Any]] = [
@@ -26,8 +26,8 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.fixture(params=["compiled", "torch"])
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(step, "compiled", None)
-    elif not step.HAS_COMPILED_STEP:
+        monkeypatch.setattr(compiled, "kernels", None)
+    elif not compiled.HAS_KERNELS:
         pytest.skip("numba is not installed")
 
 

@@ -83,16 +83,15 @@ def build_model(args: argparse.Namespace) -> transformers.Mamba2ForCausalLM:
 class Trainee(nn.Module):
     """The model's loss through our own differentiable ops, compiled block by block (every block shares one graph)."""
 
-    def __init__(self, model: transformers.Mamba2ForCausalLM, chunk_size: int, compiled: bool):
+    def __init__(self, model: transformers.Mamba2ForCausalLM, compiled: bool):
         super().__init__()
         self.model = model
         self.mixers = mixers_of(model)
-        self.chunk_size = chunk_size
         self.block = torch.compile(self._block) if compiled else self._block
         self.head_loss = torch.compile(self._head_loss) if compiled else self._head_loss
 
     def _block(self, norm_weight: Tensor, mixer: Mixer, hidden: Tensor) -> Tensor:
-        return hidden + mixer_forward(mixer, rms_norm(hidden, norm_weight, mixer.norm_eps), chunk_size=self.chunk_size)
+        return hidden + mixer_forward(mixer, rms_norm(hidden, norm_weight, mixer.norm_eps))
 
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         backbone = self.model.backbone
@@ -153,7 +152,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--state-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="slower; for machines without a C++ compiler")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt")
@@ -169,7 +167,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size)
     train, held_out = encode(tokenizer, texts), encode(tokenizer, stdlib_texts(held_out=True))
     model = build_model(args)
-    trainee = Trainee(model, args.chunk_size, compiled=not args.no_compile)
+    trainee = Trainee(model, compiled=not args.no_compile)
     optimizer = optimizer_for(model, args)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(train):,} training tokens, {len(held_out):,} held out", flush=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
 from ghostssm.mixer import Mixer, at_least_float32, mixer_output, split_streams
-from ghostssm.ops.ssd import ssd_chunked
+from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import conv_step_, ssd_step_
 
 Forward = Callable[..., Tensor]
@@ -107,7 +107,7 @@ def fast_forward(
             xBC.transpose(1, 2), layer, conv_kernel_size=mixer.layout.conv_kernel
         ).transpose(1, 2)
     s = split_streams(mixer, context, dt, z, attention_mask)
-    y, final_state = ssd_chunked(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), state)
+    y, final_state = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), state)
     if cache_params is not None:
         cache_params.update_recurrent_state(final_state.to(state_dtype), layer_idx=layer)
     return mixer_output(mixer, y, z)

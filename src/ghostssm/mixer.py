@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ghostssm.layout import SSDLayout
 from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.norm import gated_rms_norm
-from ghostssm.ops.ssd import DEFAULT_CHUNK, ssd_chunked
+from ghostssm.ops.ssd import ssd
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
     return projected
 
 
-def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
     """The whole mixer on whole sequences, (b, l, hidden_size) to the same; differentiable.
 
     ``gate`` (g, n), if given, multiplies C: 0 removes a state channel, 1 leaves it.
@@ -122,10 +122,10 @@ def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None, chun
     streams = mixer_streams(mixer, hidden)
     if gate is not None:
         streams = replace(streams, C=streams.C * gate)
-    return output_of_streams(mixer, streams, chunk_size)
+    return output_of_streams(mixer, streams)
 
 
-def output_of_streams(mixer: Mixer, s: Streams, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
     """The rest of the mixer after :func:`mixer_streams`, from a state of zeros."""
-    y, _ = ssd_chunked(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), chunk_size=chunk_size)
+    y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
     return mixer_output(mixer, y, s.z)

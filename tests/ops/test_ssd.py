@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
 
+from ghostssm.ops import compiled
 from ghostssm.ops.conv import causal_conv
-from ghostssm.ops.ssd import ssd_chunked, ssd_reference, ssd_step
+from ghostssm.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 
 CASES = [
     # groups, length, chunk, state size, with initial state
@@ -25,9 +26,11 @@ CASES = [
 ]
 
 
-def streams(groups: int, length: int, n: int, initial: bool, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def streams(
+    groups: int, length: int, n: int, initial: bool, dtype: torch.dtype = torch.float64, head_dim: int = 5
+) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(groups * 1000 + length)
-    b, h, p = 2, 8, 5
+    b, h, p = 2, 8, head_dim
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=dtype)
@@ -50,6 +53,20 @@ def test_chunked_equals_reference(groups: int, length: int, chunk: int, n: int, 
     y, state = ssd_chunked(**s, chunk_size=chunk)
     torch.testing.assert_close(y, expected_y, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(state, expected_state, rtol=1e-11, atol=1e-11)
+
+
+def in_float32(s: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if tensor is None else tensor.float() for name, tensor in s.items()}
+
+
+@pytest.mark.skipif(not compiled.HAS_KERNELS, reason="numba is not installed")
+@pytest.mark.parametrize(("groups", "length", "chunk", "n", "initial"), CASES)
+def test_compiled_equals_reference(groups: int, length: int, chunk: int, n: int, initial: bool) -> None:
+    s = streams(groups, length, n, initial, head_dim=40)
+    expected_y, expected_state = ssd_reference(**s)
+    y, state = ssd(**in_float32(s))
+    torch.testing.assert_close(y.double(), expected_y, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("groups", "length", "chunk", "n", "initial"), CASES)
@@ -110,6 +127,7 @@ def test_non_contiguous_inputs() -> None:
     strided = {k: v.transpose(0, 1).contiguous().transpose(0, 1) if k in "xBCdt" else v for k, v in s.items()}
     assert not strided["x"].is_contiguous()
     torch.testing.assert_close(ssd_chunked(**strided)[0], ssd_chunked(**s)[0])
+    torch.testing.assert_close(ssd(**in_float32(strided))[0], ssd(**in_float32(s))[0])
 
 
 def test_gradients_agree_with_the_reference() -> None:
@@ -123,10 +141,13 @@ def test_gradients_agree_with_the_reference() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("length", [1, 2, 11])
 @pytest.mark.parametrize(("width", "bias"), [(1, True), (2, False), (4, True)])
-def test_causal_conv_equals_conv1d(width: int, bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the compiled loop, and the sum of shifted copies
+def test_causal_conv_equals_conv1d(width: int, bias: bool, length: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    conv = torch.nn.Conv1d(6, 6, width, groups=6, padding=width - 1, bias=bias, dtype=torch.float64)
-    x = torch.randn(2, 11, 6, dtype=torch.float64)
-    expected = conv(x.transpose(1, 2))[..., :11].transpose(1, 2)
-    torch.testing.assert_close(causal_conv(x, conv.weight.squeeze(1), conv.bias), expected)
+    conv = torch.nn.Conv1d(6, 6, width, groups=6, padding=width - 1, bias=bias, dtype=dtype)
+    x = torch.randn(2, length, 6, dtype=dtype)
+    with torch.no_grad():
+        expected = conv(x.transpose(1, 2))[..., :length].transpose(1, 2)
+        torch.testing.assert_close(causal_conv(x, conv.weight.squeeze(1), conv.bias), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ghostssm.ops import step
+from ghostssm.ops import compiled, step
 from ghostssm.ops.ssd import ssd_step
 
 SIZES = [1, 7, 20, 33, 64, 96, 128]
@@ -15,8 +15,8 @@ SIZES = [1, 7, 20, 33, 64, 96, 128]
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(step, "compiled", None)
-    elif not step.HAS_COMPILED_STEP:
+        monkeypatch.setattr(compiled, "kernels", None)
+    elif not compiled.HAS_KERNELS:
         pytest.skip("numba is not installed")
 
 

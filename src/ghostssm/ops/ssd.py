@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghostssm.ops import compiled
+
 DEFAULT_CHUNK = 64
 
 
@@ -62,6 +64,29 @@ def ssd_step(
     if D is not None:
         y = y + D[:, None] * x
     return y, grouped.view(b, h, p, n)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in the fastest form at hand; arguments and results as :func:`ssd_chunked` has them.
+
+    On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
+    recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache.
+    """
+    if not compiled.usable(x, dt, A, B, C, D, initial_state):
+        return ssd_chunked(x, dt, A, B, C, D, initial_state)
+    state = _initial_state(x, B, initial_state).clone()
+    y = torch.empty(x.shape)
+    skip = torch.zeros_like(A) if D is None else D
+    compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
+    return y, state
 
 
 def ssd_chunked(

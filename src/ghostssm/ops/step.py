@@ -11,12 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from ghostssm.ops import _compiled_step as compiled
-except ImportError:  # numba is an extra
-    compiled = None  # type: ignore[assignment]
-
-HAS_COMPILED_STEP = compiled is not None
+from ghostssm.ops import compiled
 
 
 def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,9 +24,10 @@ def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     Returns:
         (b, c), float32 or better.
     """
-    if compiled is not None and _compilable(window, x, weight, bias):
+    if compiled.usable(window, x, weight, bias):
         out = torch.empty_like(x)
-        compiled.conv_step(*_arrays(window, x, weight, torch.zeros_like(x[0]) if bias is None else bias, out))
+        offset = torch.zeros(x.shape[1]) if bias is None else bias
+        compiled.kernels.conv_step(*compiled.arrays(window, x, weight, offset, out))
         return out
     window.copy_(torch.cat([window[..., 1:], x[..., None].to(window.dtype)], dim=-1))
     wide = torch.promote_types(x.dtype, torch.float32)  # half precision would round after every tap
@@ -49,12 +45,13 @@ def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
     Returns:
         y: (b, h, p), float32. A bfloat16 state is rounded when it is stored; y is computed before that.
     """
-    if compiled is not None and _compilable(x, dt, A, B, C, D) and _is_plain(state):
+    if compiled.usable(x, dt, A, B, C, D) and state.device.type == "cpu":
         y = torch.empty(x.shape)
         if state.dtype == torch.bfloat16:
-            compiled.ssd_step_bfloat16(*_arrays(state.view(torch.uint16), x, dt, A, B, C, D, y))
+            bits = state.view(torch.uint16)
+            compiled.kernels.ssd_step_bfloat16(*compiled.arrays(bits, x, dt, A, B, C, D, y))
         else:
-            compiled.ssd_step(*_arrays(state, x, dt, A, B, C, D, y))
+            compiled.kernels.ssd_step(*compiled.arrays(state, x, dt, A, B, C, D, y))
         return y
     return _ssd_step_torch(state, x, dt, A, B, C, D)
 
@@ -75,16 +72,3 @@ def _ssd_step_torch(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
         if state.dtype != u.dtype:
             grouped[span] = new
     return torch.addcmul(y.view(b, h, p), D[:, None], x)
-
-
-def _compilable(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or (tensor.dtype == torch.float32 and _is_plain(tensor)) for tensor in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
-
-
-def _arrays(*tensors: Tensor) -> list[object]:
-    compiled.use_threads(torch.get_num_threads())
-    return [tensor.detach().numpy() for tensor in tensors]

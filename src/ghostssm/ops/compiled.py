@@ -1,0 +1,36 @@
+"""Whether compiled loops may serve a call, and how tensors reach them.
+
+They need numba (``pip install 'ghostssm[cpu]'``), float32 tensors on the CPU, and no gradient to record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+kernels: Any
+"""The module of compiled loops, or None."""
+try:
+    from ghostssm.ops import _kernels
+
+    kernels = _kernels
+except ImportError:  # numba is an extra
+    kernels = None
+
+HAS_KERNELS = kernels is not None
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the compiled loops can take these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if kernels is None or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not torch.compiler.is_compiling()
+
+
+def arrays(*tensors: Tensor) -> list[object]:
+    """The tensors as numpy arrays over the same memory, for loops that run on as many threads as torch uses."""
+    kernels.use_threads(torch.get_num_threads())
+    return [tensor.detach().numpy() for tensor in tensors]
