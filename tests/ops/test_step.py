@@ -65,6 +65,14 @@ def test_strided_inputs() -> None:
     torch.testing.assert_close(state, after, rtol=1e-5, atol=1e-5)
 
 
+def test_a_strided_state_is_updated_in_place_too() -> None:
+    state, *rest = inputs(2, 20)
+    strided = state.transpose(0, 1).contiguous().transpose(0, 1)
+    _, after = ssd_step(state, *rest)
+    step.ssd_step_(strided, *rest)
+    torch.testing.assert_close(strided, after, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_conv_step(width: int, bias: bool) -> None:

@@ -31,6 +31,10 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def arrays(*tensors: Tensor) -> list[object]:
-    """The tensors as numpy arrays over the same memory, for loops that run on as many threads as torch uses."""
+    """The tensors as contiguous numpy arrays, for loops that run on as many threads as torch uses.
+
+    A contiguous tensor shares its memory with its array; another one is copied, so that the loops are compiled once and
+    their inner ones run in vector lanes.
+    """
     kernels.use_threads(torch.get_num_threads())
-    return [tensor.detach().numpy() for tensor in tensors]
+    return [tensor.detach().contiguous().numpy() for tensor in tensors]

@@ -69,7 +69,9 @@ def channel_energies(
         return channel_energies_chunked(x, dt, A, B, C, initial_state)
     b, _, h, p = x.shape
     g, n = B.shape[2:]
-    state = torch.zeros(b, h, p, n) if initial_state is None else initial_state.clone()
+    state = (
+        torch.zeros(b, h, p, n) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
+    )
     output = torch.zeros(b, h, compiled.kernels.row_blocks(p), n, dtype=torch.float64)
     stored = torch.zeros_like(output)
     compiled.kernels.channel_energies(*compiled.arrays(state, x, dt, A, B, C, output, stored))

@@ -24,8 +24,8 @@ def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     Returns:
         (b, c), float32 or better.
     """
-    if compiled.usable(window, x, weight, bias):
-        out = torch.empty_like(x)
+    if compiled.usable(window, x, weight, bias) and window.is_contiguous():
+        out = torch.empty(x.shape)
         offset = torch.zeros(x.shape[1]) if bias is None else bias
         compiled.kernels.conv_step(*compiled.arrays(window, x, weight, offset, out))
         return out
@@ -45,7 +45,7 @@ def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
     Returns:
         y: (b, h, p), float32. A bfloat16 state is rounded when it is stored; y is computed before that.
     """
-    if compiled.usable(x, dt, A, B, C, D) and state.device.type == "cpu":
+    if compiled.usable(x, dt, A, B, C, D) and state.device.type == "cpu" and state.is_contiguous():
         y = torch.empty(x.shape)
         if state.dtype == torch.bfloat16:
             bits = state.view(torch.uint16)
