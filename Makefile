@@ -3,8 +3,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT := demo-output
 DEMO_TEXT := --windows 16 --window-length 1024
-# Threads that sleep while they wait leave the other core to whoever else computes.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 

@@ -14,7 +14,9 @@ from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
 from ghostssm.ops import compiled
-from tests.conftest import VOCABULARY, tiny_model
+from ghostssm.pruning import Calibration
+from ghostssm.surgery import apply_plan, pruned
+from tests.conftest import VOCABULARY, random_windows, tiny_model
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -131,6 +133,22 @@ def test_restore_and_nesting() -> None:
         restore(model)
         assert "forward" not in mixers[0].module.__dict__
         assert torch.equal(model(ids).logits, stock)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_pruning_an_accelerated_model() -> None:
+    ids = tokens(2, 20)
+    model, stock = tiny_model(n_groups=2), tiny_model(n_groups=2)
+    accelerate(model)
+    plan = Calibration(model, random_windows(2, 40)).plan("ghost", 5)
+    with torch.inference_mode():
+        dense = model(ids).logits
+        with pruned(model, plan), pruned(stock, plan):
+            expected = stepwise(stock, ids, [18, 1, 1])
+            torch.testing.assert_close(stepwise(model, ids, [18, 1, 1]), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(ids).logits, dense)
+        apply_plan(model, plan)
+        torch.testing.assert_close(stepwise(model, ids, [18, 1, 1]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_impossible_state_dtype() -> None:

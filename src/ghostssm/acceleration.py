@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ def accelerate(model: nn.Module, state_dtype: torch.dtype = torch.float32) -> No
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"The state dtype is {state_dtype}; expected torch.float32 or torch.bfloat16.")
     for mixer in mixers_of(model):
-        _replace(mixer, lambda mixer, *args, **kwargs: fast_forward(mixer, *args, state_dtype=state_dtype, **kwargs))
+        _replace(mixer, partial(fast_forward, state_dtype=state_dtype))
 
 
 def restore(model: nn.Module) -> None:
@@ -64,14 +66,30 @@ def replaced_forward(mixers: Sequence[Mixer], forward: Forward | None = None) ->
             if own is None:
                 mixer.module.__dict__.pop("forward", None)
             else:
-                mixer.module.forward = own
+                mixer.module.__dict__["forward"] = own
+
+
+def refresh(model: nn.Module) -> None:
+    """After the sizes of a model's mixers changed: let replaced forwards see the new ones."""
+    for mixer in mixers_of(model):
+        replacement = mixer.module.__dict__.get("forward")
+        if isinstance(replacement, _Replacement):
+            _replace(mixer, replacement.forward)
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """A mixer's ``forward``: ours, with the view of the mixer that it works on."""
+
+    mixer: Mixer
+    forward: Forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(self.mixer, *args, **kwargs)
 
 
 def _replace(mixer: Mixer, forward: Forward) -> None:
-    def replacement(*args: Any, **kwargs: Any) -> Tensor:
-        return forward(mixer, *args, **kwargs)
-
-    mixer.module.forward = replacement
+    mixer.module.__dict__["forward"] = _Replacement(mixer, forward)
 
 
 def fast_forward(

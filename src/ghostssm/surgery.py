@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostssm.acceleration import refresh
 from ghostssm.families import family_of, mixers_of
 from ghostssm.families.base import Family
 from ghostssm.mixer import Mixer
@@ -31,6 +32,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
     for mixer in mixers:
         prune_mixer(family, mixer, plan.selections[mixer.name], plan.kept_state_size)
     family.set_state_size(model.config, plan.kept_state_size)
+    refresh(model)
 
 
 @contextmanager
@@ -46,6 +48,7 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         for mixer, kept in zip(before, tensors, strict=True):
             _install(family, mixer, mixer.layout.state_size, kept)
         family.set_state_size(model.config, plan.state_size)
+        refresh(model)
 
 
 def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: int) -> None:

@@ -20,7 +20,7 @@ from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import ModelError, NumericalError
-from ghostssm.families import family_named, family_of
+from ghostssm.families import family_named
 
 _LISTED_FAULTS = 8
 _OTHER_MAMBAS = {
@@ -139,15 +139,12 @@ def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
 def _build(
     source: Source, config: PreTrainedConfig, stored: dict[str, StoredTensor], dtype: torch.dtype
 ) -> PreTrainedModel:
+    model: PreTrainedModel
     if source.dialect == "transformers":
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
     else:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
-        family_class = type(empty_model(config))
-        model = family_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{source.name} did not load as a language model.")
-    family_of(model.config)
+        model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The SSD recurrence of Mamba-2: readable reference, chunked form, one decode step.
+"""The SSD recurrence of Mamba-2: token by token as the readable reference, in chunks, and compiled.
 
 Per head, with the scalar decay ``a_t = exp(dt_t * A)`` and the input ``u_t = dt_t * x_t`` (Dao & Gu 2024, eq. 16-19):
 
