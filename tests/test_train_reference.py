@@ -1,0 +1,29 @@
+"""The tool that trains the built-in model, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ghostssm
+
+TOOL = Path(__file__).parents[1] / "tools" / "train_reference.py"
+
+
+@pytest.mark.slow
+def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--hidden-size", "32", "--head-dim", "8", "--state-size", "16", "--vocab-size", "300"]
+    run = ["--steps", "2", "--warmup", "1", "--batch", "2", "--window", "64", "--no-compile"]
+    command = [sys.executable, str(TOOL), "--output", str(tmp_path / "model"), *sizes, *run]
+    subprocess.run(command, check=True, capture_output=True)
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["held_out_loss"][-1][0] == 2
+    checkpoint = ghostssm.load(str(tmp_path / "model"))
+    assert checkpoint.model.config.state_size == 16
+    text = "def f(x):\n    return x + 1\n"
+    ids = checkpoint.require_tokenizer()(text)["input_ids"]
+    assert checkpoint.require_tokenizer().decode(ids) == text
