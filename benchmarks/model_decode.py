@@ -15,9 +15,8 @@ import time
 import torch
 from interleaved import model_130m, print_machine
 
-from ghostssm.acceleration import replaced_forward
+import ghostssm
 from ghostssm.bench.decode import first_channels
-from ghostssm.families import mixers_of
 from ghostssm.surgery import pruned
 
 
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bfloat16", action="store_true", help="weights in bfloat16")
+    parser.add_argument("--pack-weights", action="store_true", help="accelerate(model, pack_weights=True)")
     args = parser.parse_args()
 
     print_machine()
@@ -41,7 +41,8 @@ def main() -> None:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(pruned(model, first_channels(model, size)))
                 if own:
-                    stack.enter_context(replaced_forward(mixers_of(model)))
+                    ghostssm.accelerate(model, pack_weights=args.pack_weights)
+                    stack.callback(ghostssm.restore, model)
                 tokens[name] = decode(model, args.batch, args.steps, seconds[name])
 
     same = torch.equal(tokens["transformers, N = 128"], tokens["ours, N = 128"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,6 +52,7 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         refresh(model)
 
 
+@torch.inference_mode(False)  # the new weights are ordinary parameters wherever the call stands
 def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: int) -> None:
     """Slice one mixer's module in place to the selection, every group padded to ``state_size`` channels."""
     padded = selection.padded(state_size)
