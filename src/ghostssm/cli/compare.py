@@ -78,10 +78,12 @@ def compare(
     headers += [f"tok/s, batch {size}" for size in batch]
     ranked = sorted(result.rows, key=lambda row: (-row.state_size, row.excess))
     print_table(headers, [_cells(row, batch) for row in ranked])
+    if any(row.stored_state_size != row.state_size for row in ranked):
+        note("(in brackets: the state size stored, where uneven groups or layers are padded to the widest)")
 
 
 def _cells(row: Row, batches: list[int]) -> list[str]:
-    padded = "" if row.stored_state_size == row.state_size else f" (stored {row.stored_state_size})"
+    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size})"
     cells = [
         row.method,
         f"{row.state_size}{padded}",

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -32,12 +33,16 @@ def print_json(value: Any) -> None:
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
     """A table on standard output: ruled on a terminal, aligned plain lines elsewhere. Numbers align right."""
     if sys.stdout.isatty():
-        table = Table()
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for position, header in enumerate(headers):
-            table.add_column(header, justify="left" if position < text_columns else "right", no_wrap=True)
+            justify: Literal["left", "right"] = "left" if position < text_columns else "right"
+            table.add_column(header.replace(", ", "\n"), justify=justify, no_wrap=True, vertical="bottom")
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        console.width = max(console.width, needed)  # numbers may wrap, but are never cut off
+        console.print(table)
         return
     widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
     for row in (headers, *rows):
