@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.bench.memory import peak_bytes, reset_peak
 from ghostssm.bench.roofline import wait_for
 from ghostssm.families import family_of, mixers_of
 from ghostssm.plan import Plan, Selection
@@ -25,10 +26,11 @@ _STEPS = 6
 
 @dataclass
 class Timings:
-    """Wall times of one state size at one batch size: whole prefills, and single decode steps."""
+    """One state size at one batch size: wall times of whole prefills and of single decode steps, and peak memory."""
 
     prefill: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
 def decode_speeds(
@@ -59,7 +61,9 @@ def measure(
     for index, (size, batch) in enumerate(turns):
         progress("decode", index, len(turns))
         with pruned(model, first_channels(model, size)), replaced_forward(mixers_of(model)):
+            reset_peak()
             _run(model, batch, prompt, timings[size, batch])
+            timings[size, batch].peak_bytes = max(timings[size, batch].peak_bytes, peak_bytes())
     progress("decode", len(turns), len(turns))
     return timings
 

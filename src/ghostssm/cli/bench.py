@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -65,16 +63,26 @@ def bench(
                     "prefill_tokens_per_second": count * prompt / statistics.median(timings[size, count].prefill),
                     "decode_tokens_per_second": count / step,
                     "predicted_tokens_per_second": count / predicted,
+                    "peak_memory_bytes": timings[size, count].peak_bytes,
                     "speedup": dense_step / step,
                     "predicted_speedup": dense_predicted / predicted,
                 }
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if as_json:
-        print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "peak_memory_bytes": peak, "rows": rows})
+        print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "rows": rows})
         return
     print_table(
-        ("batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted", "times dense", "predicted"),
+        (
+            "batch",
+            "N'",
+            "state",
+            "prefill tok/s",
+            "decode tok/s",
+            "predicted",
+            "times dense",
+            "predicted",
+            "peak memory",
+        ),
         [
             (
                 str(row["batch"]),
@@ -85,12 +93,13 @@ def bench(
                 f"{row['predicted_tokens_per_second']:,.0f}",
                 f"{row['speedup']:.2f}",
                 f"{row['predicted_speedup']:.2f}",
+                bytes_text(row["peak_memory_bytes"]),
             )
             for row in rows
         ],
         text_columns=0,
     )
-    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, peak memory {bytes_text(peak)}, float32")
+    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
     for size in sizes[1:]:
         paying = [row["batch"] for row in rows if row["state_size"] == size and row["speedup"] >= _WORTH_IT]
         print(
