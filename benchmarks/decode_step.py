@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--state-size", type=int, nargs="+", default=[128, 96, 64, 32])
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile; takes a minute per line")
     args = parser.parse_args()
 
     print_machine()
@@ -30,16 +31,17 @@ def main() -> None:
     print(columns)
     for batch in args.batch:
         for n in args.state_size:
-            seconds = seconds_by_side(sides_of(batch, args.heads, n), args.rounds, warmup=3)
+            seconds = seconds_by_side(sides_of(batch, args.heads, n, args.compile), args.rounds, warmup=3)
             median = {name: statistics.median(times) for name, times in seconds.items()}
-            print(
+            line = (
                 f"{batch:5}{n:5}{median['transformers'] * 1e3:14.3f}ms{median['torch'] * 1e3:10.3f}ms"
                 f"{median['ours'] * 1e3:8.3f}ms{median['bfloat16'] * 1e3:9.3f}ms{median['mul_'] * 1e3:7.3f}ms"
                 f"{median['transformers'] / median['ours']:14.1f}{median['mul_'] / median['ours']:19.0%}"
             )
+            print(line + (f"   torch.compile {median['torch.compile'] * 1e3:.3f}ms" if args.compile else ""))
 
 
-def sides_of(batch: int, heads: int, n: int) -> dict:
+def sides_of(batch: int, heads: int, n: int, with_compile: bool) -> dict:
     torch.manual_seed(0)
     p = 64
     state = torch.randn(batch, heads, p, n)
@@ -53,7 +55,12 @@ def sides_of(batch: int, heads: int, n: int) -> dict:
         step.ssd_step_(state, x, dt, A, B, C, D)
         compiled.kernels = kernels
 
-    return {
+    def inductor_step() -> torch.Tensor:
+        decay = torch.exp(dt * A)[..., None, None]
+        state.copy_(state * decay + (x * dt[..., None])[..., None] * B[:, 0, None, None])
+        return (state * C[:, 0, None, None]).sum(-1) + D[:, None] * x
+
+    return ({"torch.compile": torch.compile(inductor_step)} if with_compile else {}) | {
         "transformers": lambda: mamba2_selective_state_update(
             state,
             x,
