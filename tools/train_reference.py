@@ -219,7 +219,7 @@ def save(
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     record = {
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "options": {key: value for key, value in vars(args).items() if key not in ("output", "resume", "no_compile")},
         "parameters": parameters,
         "training_tokens": tokens,
         "held_out_loss": history,
