@@ -69,8 +69,8 @@ def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = sile
             progress("windows", span.start, len(windows))
             ids = windows.ids[span].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            by_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            losses.append(by_token.double().mean(1).cpu())
+            by_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses.append(by_token.view(len(ids), -1).double().mean(1).cpu())
     progress("windows", len(windows), len(windows))
     stacked = torch.cat(losses)
     if not torch.isfinite(stacked).all():
