@@ -2,12 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT := demo-output
-DEMO_TEXT := --windows 16 --window-length 1024
+DEMO_TEXT := --windows 8 --window-length 1024
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/ghostssm compare reference --state-size 64 32 16 --calibration stdlib --text stdlib --text-windows 32 $(DEMO_TEXT)
+	$(BIN)/ghostssm compare reference --state-size 64 32 16 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT)
 	$(BIN)/ghostssm prune reference --state-size 32 --calibration stdlib $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
 
 test: lint
