@@ -230,6 +230,14 @@ def test_an_output_folder_with_something_in_it(run: Run, small: Path, text_file:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("device", ["meta:x", "nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, device: str) -> None:
+    code, _, err = run("evaluate", small, "--text", text_file, "--window-length", 64, "--device", device)
+    assert code == 2
+    assert repr(device) in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

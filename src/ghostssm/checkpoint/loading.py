@@ -19,7 +19,7 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
-from ghostssm.errors import ModelError, NumericalError
+from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named
 
 _LISTED_FAULTS = 8
@@ -65,9 +65,11 @@ def load(
         tokenizer: a folder or hub id to take the tokenizer from instead.
 
     Raises:
+        InputError: a device that this machine or this torch does not have.
         ModelError: not a Mamba-2 model, a file that is missing or broken, or shapes that contradict the config.
         NumericalError: NaN or Inf in a weight; names the tensor.
     """
+    _check_device(device)
     source = find_source(spec)
     config = model_config(source)
     stored = _checked_tensors(source, config)
@@ -77,6 +79,16 @@ def load(
         if not torch.isfinite(value).all():
             raise NumericalError(f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken.")
     return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"The device {str(device)!r} can't be used ({reason}); expected 'cpu' or a device at hand."
+        ) from None
 
 
 def model_config(source: Source) -> PreTrainedConfig:
