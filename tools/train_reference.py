@@ -1,14 +1,18 @@
-"""Train the built-in reference model: a small Mamba-2 on the sources of Python's standard library.
+"""Train a small Mamba-2: the built-in reference model, on the sources of Python's standard library, or one on other text.
 
     python tools/train_reference.py --output runs/reference
+    python tools/train_reference.py --output runs/headers --text FOLDER --groups 2 --head-dim 32 --hidden-size 192
 
-Modules are held out by a hash of their name (``ghostssm.data.stdlib``). The folder gets the weights in bfloat16, the
-tokenizer, ``training.json`` with every choice and the losses, and ``checkpoint.pt`` to go on from with ``--resume``.
+Modules are held out by a hash of their name (``ghostssm.data.stdlib``), files of another text by a hash of what they
+say. The folder gets the weights in bfloat16, the tokenizer, ``training.json`` with every choice and the losses,
+``checkpoint.pt`` to go on from with ``--resume``, and, with ``--text``, ``calibration.txt`` (a part of the text that it
+was trained on) and ``held_out.txt``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -23,12 +27,30 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from ghostssm.data.sources import read_text
 from ghostssm.data.stdlib import stdlib_texts
 from ghostssm.families import mixers_of
 from ghostssm.mixer import Mixer, mixer_forward
 from ghostssm.ops.norm import rms_norm
 
 END = "<|endoftext|>"
+SAMPLE_BYTES = 4_000_000
+"""Size of the texts that are written beside a model trained with ``--text``."""
+
+
+def corpus(text: str | None) -> tuple[list[str], list[str]]:
+    """The texts to train on and the held-out ones."""
+    if text is None:
+        return stdlib_texts(held_out=False, tests=True), stdlib_texts(held_out=True)
+    sides: tuple[list[str], list[str]] = ([], [])
+    for part in read_text(text, "calibration").parts:
+        sides[hashlib.sha256(part.encode()).digest()[0] % 16 == 0].append(part)
+    return sides
+
+
+def write_sample(file: Path, texts: list[str]) -> None:
+    """The first texts, as many as SAMPLE_BYTES hold."""
+    file.write_text("\n\n".join(texts)[:SAMPLE_BYTES], encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
@@ -96,15 +118,19 @@ class Trainee(nn.Module):
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         backbone = self.model.backbone
         hidden = rms_norm(hidden, backbone.norm_f.weight, backbone.norm_f.variance_epsilon)
-        logits = F.linear(hidden, backbone.embeddings.weight)
+        logits = F.linear(hidden, self.model.lm_head.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean next-token loss of windows (b, l + 1)."""
-        hidden = self.model.backbone.embeddings(tokens[:, :-1])
+        return self.loss(tokens[:, :-1], tokens[:, 1:])
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over the positions whose target is not -100; both (b, l)."""
+        hidden = self.model.backbone.embeddings(ids)
         for block, mixer in zip(self.model.backbone.layers, self.mixers, strict=True):
             hidden = self.block(block.norm.weight, mixer, hidden)
-        return self.head_loss(hidden, tokens[:, 1:])
+        return self.head_loss(hidden, targets)
 
 
 def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -140,6 +166,7 @@ def gather(stream: np.ndarray, starts: np.ndarray, args: argparse.Namespace) -> 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--text", help="a file or folder to train on instead of the standard library")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
@@ -162,10 +189,13 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    texts = stdlib_texts(held_out=False, tests=True)
+    texts, held_out_texts = corpus(args.text)
     random.Random(args.seed).shuffle(texts)
     tokenizer = train_tokenizer(texts, args.vocab_size)
-    train, held_out = encode(tokenizer, texts), encode(tokenizer, stdlib_texts(held_out=True))
+    train, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
+    if args.text is not None:
+        write_sample(args.output / "calibration.txt", texts)
+        write_sample(args.output / "held_out.txt", held_out_texts)
     model = build_model(args)
     trainee = Trainee(model, compiled=not args.no_compile)
     optimizer = optimizer_for(model, args)
@@ -219,7 +249,7 @@ def save(
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     record = {
-        "options": {key: value for key, value in vars(args).items() if key not in ("output", "resume", "no_compile")},
+        "options": {key: value for key, value in vars(args).items() if key not in ("output", "text", "resume", "no_compile")},
         "parameters": parameters,
         "training_tokens": tokens,
         "held_out_loss": history,

@@ -1,0 +1,108 @@
+"""Train a small Mamba-2 on associative recall, the task that needs its whole state.
+
+    python tools/train_recall.py --output runs/recall
+
+Every sequence holds new pairs of keys and values, so nothing can be learnt by heart; the number of pairs grows to
+``--pairs`` as the model learns. The folder gets the weights in float32 and ``training.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from train_reference import Trainee, learning_rate_factor, optimizer_for
+
+from ghostssm.evaluation.recall import associative_recall, recall_of
+
+
+def build_model(args: argparse.Namespace) -> transformers.Mamba2ForCausalLM:
+    return transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=1 + args.keys + args.values,
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.layers,
+            state_size=args.state_size,
+            head_dim=args.head_dim,
+            num_heads=2 * args.hidden_size // args.head_dim,
+            expand=2,
+            n_groups=args.groups,
+            chunk_size=64,
+            tie_word_embeddings=False,
+            residual_in_fp32=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=64, help="most pairs in a sequence")
+    parser.add_argument("--keys", type=int, default=256)
+    parser.add_argument("--values", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--state-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true", help="slower; for machines without a C++ compiler")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model = build_model(args)
+    trainee = Trainee(model, compiled=not args.no_compile)
+    optimizer = optimizer_for(model, args)
+    train, test = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
+    held_out = associative_recall(64, args.pairs, args.keys, args.values, test)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    begun, accuracy, pairs = time.perf_counter(), 0.0, max(1, args.pairs // 8)
+    for step in range(args.steps):
+        # Sequences get longer as they are solved; all batches hold about as many tokens.
+        sequences = args.batch * args.pairs // pairs
+        ids, targets = associative_recall(sequences, pairs, args.keys, args.values, train)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps, args.warmup)
+        loss = trainee.loss(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if loss.item() < 0.2 and pairs < args.pairs:
+            pairs = min(args.pairs, 2 * pairs)
+        done = step + 1
+        if done % 100 == 0 or done == args.steps:
+            accuracy = recall_of(model, *held_out).accuracy
+            minutes = (args.steps - done) * (time.perf_counter() - begun) / done / 60
+            print(
+                f"step {done}/{args.steps}  {pairs} pairs, loss {loss.item():.3f}  held-out accuracy at {args.pairs} pairs "
+                f"{accuracy:.1%}  {minutes:.0f} min left",
+                flush=True,
+            )
+
+    model.save_pretrained(args.output)
+    options = {key: value for key, value in vars(args).items() if key not in ("output", "no_compile")}
+    record = {"options": options, "held_out_accuracy": accuracy, "torch": torch.__version__}
+    (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"saved {args.output}")
+
+
+if __name__ == "__main__":
+    main()
