@@ -2,8 +2,12 @@
 
     python tools/train_recall.py --output runs/recall
 
-Every sequence holds new pairs of keys and values, so nothing can be learnt by heart; the number of pairs grows to
-``--pairs`` as the model learns. The folder gets the weights in float32 and ``training.json``.
+Every sequence holds new pairs of keys and values, so nothing can be learnt by heart. The folder gets the weights in
+float32 and ``training.json``. With the defaults more than 99% of the held-out answers are right, after about six
+minutes on one processor core; for the first 400 steps almost nothing seems to happen.
+
+One layer is enough, and all of its state is used: its convolution brings each key to its value. Of two layers one does
+most of the work, and methods that share a budget between layers then merely find out which.
 """
 
 from __future__ import annotations
@@ -15,9 +19,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from train_reference import Trainee, learning_rate_factor, optimizer_for
 
 from ghostssm.evaluation.recall import associative_recall, recall_of
+
+ROUNDS = (1, 2, 4, 8)
+"""The sequences of a batch take turns. Those held out have one round; of several the first are easier, as fewer pairs
+are in the state, and the model learns from them what to do. All are of one length, so that nothing compiles again."""
 
 
 def build_model(args: argparse.Namespace) -> transformers.Mamba2ForCausalLM:
@@ -41,19 +50,30 @@ def build_model(args: argparse.Namespace) -> transformers.Mamba2ForCausalLM:
     )
 
 
+def draw_batch(args: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences and targets, (batch, 4 * pairs)."""
+    rounds = [count for count in ROUNDS if args.pairs % count == 0]
+    parts = [
+        associative_recall(1, args.pairs, args.keys, args.values, generator, rounds=rounds[index % len(rounds)])
+        for index in range(args.batch)
+    ]
+    ids, targets = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(targets)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=64, help="most pairs in a sequence")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--keys", type=int, default=256)
     parser.add_argument("--values", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--state-size", type=int, default=128)
@@ -73,27 +93,22 @@ def main() -> None:
     held_out = associative_recall(64, args.pairs, args.keys, args.values, test)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    begun, accuracy, pairs = time.perf_counter(), 0.0, max(1, args.pairs // 8)
+    begun, accuracy = time.perf_counter(), 0.0
     for step in range(args.steps):
-        # Sequences get longer as they are solved; all batches hold about as many tokens.
-        sequences = args.batch * args.pairs // pairs
-        ids, targets = associative_recall(sequences, pairs, args.keys, args.values, train)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps, args.warmup)
-        loss = trainee.loss(ids, targets)
+        loss = trainee.loss(*draw_batch(args, train))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if loss.item() < 0.2 and pairs < args.pairs:
-            pairs = min(args.pairs, 2 * pairs)
         done = step + 1
         if done % 100 == 0 or done == args.steps:
             accuracy = recall_of(model, *held_out).accuracy
             minutes = (args.steps - done) * (time.perf_counter() - begun) / done / 60
             print(
-                f"step {done}/{args.steps}  {pairs} pairs, loss {loss.item():.3f}  held-out accuracy at {args.pairs} pairs "
-                f"{accuracy:.1%}  {minutes:.0f} min left",
+                f"step {done}/{args.steps}  loss {loss.item():.3f}  held-out accuracy {accuracy:.1%}  "
+                f"{minutes:.0f} min left",
                 flush=True,
             )
 

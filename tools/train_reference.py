@@ -1,4 +1,4 @@
-"""Train a small Mamba-2: the built-in reference model, on the sources of Python's standard library, or one on other text.
+"""Train a small Mamba-2: the built-in one, on the sources of Python's standard library, or one on other text.
 
     python tools/train_reference.py --output runs/reference
     python tools/train_reference.py --output runs/headers --text FOLDER --groups 2 --head-dim 32 --hidden-size 192
@@ -249,7 +249,9 @@ def save(
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     record = {
-        "options": {key: value for key, value in vars(args).items() if key not in ("output", "text", "resume", "no_compile")},
+        "options": {
+            key: value for key, value in vars(args).items() if key not in ("output", "text", "resume", "no_compile")
+        },
         "parameters": parameters,
         "training_tokens": tokens,
         "held_out_loss": history,

@@ -33,6 +33,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "Recipe",
     "Row",
     "SSDLayout",
     "Selection",
@@ -55,6 +56,7 @@ __all__ = [
     "read_text",
     "restore",
     "save",
+    "smallest_plan",
 ]
 
 

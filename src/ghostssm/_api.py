@@ -20,7 +20,8 @@ from ghostssm.evaluation.compare import Comparison, Row, compare
 from ghostssm.layout import SSDLayout
 from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
+from ghostssm.pruning import Calibration, smallest_plan
+from ghostssm.recipe import Recipe
 from ghostssm.surgery import apply_plan, pruned
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "Recipe",
     "Row",
     "SSDLayout",
     "Selection",
@@ -63,4 +65,5 @@ __all__ = [
     "read_text",
     "restore",
     "save",
+    "smallest_plan",
 ]

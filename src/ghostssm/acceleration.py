@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, at_least_float32, mixer_output, split_streams
+from ghostssm.mixer import Mixer, at_least_float32, mixer_output, project_streams, split_streams
 from ghostssm.ops.packed import PackedLinear
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import conv_step_, ssd_step_
@@ -149,5 +149,7 @@ def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, conv_window: Tensor, sta
     """y (b, h, p) of one token; both states are updated in place. As in every engine, dt is not limited here."""
     xBC = conv_step_(conv_window, xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
     x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
+    if mixer.projection is not None:
+        B, C = project_streams(B, mixer.projection.B), project_streams(C, mixer.projection.C)
     step = F.softplus(at_least_float32(dt + mixer.dt_bias))
     return ssd_step_(state, x, step, mixer.A, B, C, at_least_float32(mixer.D))

@@ -16,6 +16,20 @@ from ghostssm.ops.ssd import ssd
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Maps from the n state channels that B and C have to the r that the recurrence runs on.
+
+    B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
+
+    Attributes:
+        B, C: (j, n, r); j is the number of groups, or of heads for maps of their own.
+    """
+
+    B: Tensor
+    C: Tensor
+
+
+@dataclass(frozen=True)
 class Mixer:
     """A view of a model's mixer: its parts under the field's names. Holds no copies.
 
@@ -24,6 +38,7 @@ class Mixer:
         module: the mixer itself.
         dt_bias, A_log, D: (h,). norm_weight: (h * p,).
         dt_limit: bounds of dt after softplus.
+        projection: of B and C onto a smaller state, if there is one.
     """
 
     name: str
@@ -39,11 +54,17 @@ class Mixer:
     norm_eps: float
     out_proj: nn.Linear
     dt_limit: tuple[float, float]
+    projection: Projection | None = None
 
     @property
     def A(self) -> Tensor:
         """(h,), negative, float32 or better."""
         return -torch.exp(at_least_float32(self.A_log))
+
+    @property
+    def state_size(self) -> int:
+        """Of the recurrent state: r if there is a projection, else n."""
+        return self.layout.state_size if self.projection is None else self.projection.B.shape[-1]
 
     def with_state_size(self, state_size: int) -> Mixer:
         """The view to use once the module's tensors have another state size."""
@@ -55,7 +76,8 @@ class Streams:
     """What the recurrence of one mixer works on, after conv, SiLU, softplus and limits.
 
     Attributes:
-        x: (b, l, h, p). B, C: (b, l, g, n). dt: (b, l, h). z: (b, l, h * p). All but z in float32 or better.
+        x: (b, l, h, p). B, C: (b, l, g, n), or (b, l, j, r) if they are projected. dt: (b, l, h). z: (b, l, h * p).
+            All but z in float32 or better.
     """
 
     x: Tensor
@@ -70,10 +92,20 @@ class Streams:
         B, C = (part.gather(-1, index.clamp_min(0)).masked_fill(index < 0, 0) for part in (self.B, self.C))
         return replace(self, B=B, C=C)
 
+    def project(self, projection: Projection) -> Streams:
+        """The streams of a mixer with a projected state."""
+        return replace(self, B=project_streams(self.B, projection.B), C=project_streams(self.C, projection.C))
+
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return sum(part.numel() * part.element_size() for part in (self.x, self.B, self.C, self.dt, self.z))
+
+
+def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
+    """B or C (..., g, n) through maps (j, n, r), of which each group has j / g: (..., j, r)."""
+    by_group = maps.to(stream.dtype).unflatten(0, (stream.shape[-2], -1))
+    return torch.einsum("...gn,gknr->...gkr", stream, by_group).flatten(-3, -2)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -102,14 +134,18 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
         xBC = xBC * mask[..., None].to(xBC.dtype)
     x, B, C = mixer.layout.split_conv(xBC)
     dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
-    return Streams(x, B, C, dt, z)
+    streams = Streams(x, B, C, dt, z)
+    return streams if mixer.projection is None else streams.project(mixer.projection)
+
+
+def gated_norm(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
+    """Gate and norm, (b, l, h * p). ``y``: (b, l, h, p), with the D term."""
+    return gated_rms_norm(y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
 
 
 def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
     """The second half of a mixer: gate, norm, out_proj. ``y``: (b, l, h, p), with the D term."""
-    normed = gated_rms_norm(
-        y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups
-    )
+    normed = gated_norm(mixer, y, z)
     projected: Tensor = mixer.out_proj(normed.to(mixer.out_proj.weight.dtype))
     return projected
 
@@ -129,3 +165,9 @@ def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
     """The rest of the mixer after :func:`mixer_streams`, from a state of zeros."""
     y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
     return mixer_output(mixer, y, s.z)
+
+
+def normed_output(mixer: Mixer, s: Streams) -> Tensor:
+    """What out_proj gets, (b, l, h * p), from a state of zeros."""
+    y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
+    return gated_norm(mixer, y, s.z)

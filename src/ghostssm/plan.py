@@ -1,7 +1,7 @@
-"""A plan: which state channels every mixer keeps. A frozen value that is made, saved, read and applied apart.
+"""A plan: what becomes of every mixer's state. A frozen value that is made, saved, read and applied apart.
 
-On disk a plan is ``plan.json`` and, with the scores that led to it, ``plan.safetensors`` (one float64 tensor (g, n) per
-mixer). The reader reports every fault of a file at once.
+On disk a plan is ``plan.json`` and its tensors, ``plan.safetensors``: the scores that led to it, one float64 tensor
+(g, n) per mixer; projections; and the parameters that were repaired. The reader reports every fault of a file at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ghostssm.errors import PlanError
 from ghostssm.layout import SSDLayout
+from ghostssm.mixer import Projection
 
 FORMAT = "ghostssm-plan"
 VERSION = 1
 PLAN_FILE = "plan.json"
-SCORES_FILE = "plan.safetensors"
+TENSORS_FILE = "plan.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,37 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """All that is decided for one mixer.
+
+    Attributes:
+        selection: the channels that stay.
+        projection: of these channels onto a smaller state, if any.
+        changes: new values of the mixer module's parameters, by name, in their shapes after the selection.
+    """
+
+    selection: Selection
+    projection: Projection | None = None
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """The state size that this mixer needs."""
+        return self.selection.width if self.projection is None else self.projection.B.shape[-1]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Selections for every mixer of a model.
+    """Decisions for every mixer of a model.
 
     Attributes:
         method: the name of the method that decided.
         model_type: the family's model type.
         n_groups, state_size: of the model that the plan is for.
-        selections: mixer name to decision, front to back.
+        selections: mixer name to the channels that stay, front to back.
+        projections: mixer name to its projection, for every mixer or for none.
+        changes: mixer name to new values of its module's parameters, in their shapes after the selection.
+        per_layer: keep a state size per layer, rather than pad all layers to the widest.
         scores: mixer name to (g, n) float64, as the method saw them; may be empty.
         provenance: what the plan was made from and with: JSON values only.
     """
@@ -63,11 +87,35 @@ class Plan:
     selections: Mapping[str, Selection]
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    projections: Mapping[str, Projection] = field(default_factory=dict, repr=False)
+    changes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    per_layer: bool = False
 
     @property
     def kept_state_size(self) -> int:
-        """The state size of the pruned model: the widest group of any mixer. Narrower ones are padded with zeros."""
-        return max(selection.width for selection in self.selections.values())
+        """The state size of the pruned model: the widest of any mixer. In a stock model narrower ones are padded."""
+        return max(self.state_sizes)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """The state size that each mixer needs, front to back."""
+        return tuple(self.decision(name).width for name in self.selections)
+
+    @property
+    def needs_own_class(self) -> bool:
+        """Whether stock classes can't express the result: projections, or a size of its own in every layer."""
+        return bool(self.projections) or (self.per_layer and len(set(self.state_sizes)) > 1)
+
+    @property
+    def mean_state_size(self) -> float:
+        """The state size of the pruned model, averaged over its mixers."""
+        if not self.needs_own_class:
+            return self.kept_state_size
+        return sum(self.state_sizes) / len(self.state_sizes)
+
+    def decision(self, name: str) -> Decision:
+        """All that is decided for one mixer."""
+        return Decision(self.selections[name], self.projections.get(name), self.changes.get(name, {}))
 
     @property
     def kept_channels(self) -> int:
@@ -92,8 +140,12 @@ class Plan:
         if faults:
             raise PlanError("The plan does not fit this model: " + "; ".join(faults) + ".")
 
-    def save(self, folder: Path) -> None:
-        """Write ``plan.json`` and, if there are scores, ``plan.safetensors`` into a folder."""
+    def save(self, folder: Path, *, changes: bool = True) -> None:
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder.
+
+        Without ``changes`` the repaired parameters and projections are only named: enough beside a checkpoint, which
+        holds them, but such a plan can't be applied.
+        """
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -102,13 +154,22 @@ class Plan:
             "n_groups": self.n_groups,
             "state_size": self.state_size,
             "kept_state_size": self.kept_state_size,
+            "per_layer": self.per_layer,
+            "projected": {name: projection.B.shape[-1] for name, projection in self.projections.items()},
+            "changed": {name: sorted(changed) for name, changed in self.changes.items()},
             "provenance": dict(self.provenance),
             "selections": {name: [list(channels) for channels in s.kept] for name, s in self.selections.items()},
         }
         (folder / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        if self.scores:
-            scores = {name: score.to(torch.float64).contiguous() for name, score in self.scores.items()}
-            safetensors.torch.save_file(scores, folder / SCORES_FILE)
+        tensors = {f"scores:{name}": score.to(torch.float64) for name, score in self.scores.items()}
+        if changes:
+            for name, projection in self.projections.items():
+                tensors |= {f"B_projection:{name}": projection.B, f"C_projection:{name}": projection.C}
+            for name, changed in self.changes.items():
+                tensors |= {f"change:{name}:{parameter}": value for parameter, value in changed.items()}
+        if tensors:
+            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            safetensors.torch.save_file(whole, folder / TENSORS_FILE)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -127,6 +188,7 @@ class Plan:
         faults = _faults(document)
         if faults:
             raise PlanError(f"{file} is not a valid plan:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        tensors = _read_tensors(file.with_name(TENSORS_FILE))
         return cls(
             method=document["method"],
             model_type=document["model_type"],
@@ -136,12 +198,34 @@ class Plan:
                 name: Selection(tuple(tuple(channels) for channels in kept))
                 for name, kept in document["selections"].items()
             },
-            scores=_read_scores(file.with_name(SCORES_FILE)),
+            scores=_keyed(tensors, "scores:"),
             provenance=document.get("provenance", {}),
+            projections={
+                name: Projection(*(_named(tensors, f"{part}_projection:{name}", file) for part in "BC"))
+                for name in document.get("projected", {})
+            },
+            changes={
+                name: {parameter: _named(tensors, f"change:{name}:{parameter}", file) for parameter in parameters}
+                for name, parameters in document.get("changed", {}).items()
+            },
+            per_layer=document.get("per_layer", False),
         )
 
 
-def _read_scores(file: Path) -> dict[str, Tensor]:
+def _keyed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _named(tensors: Mapping[str, Tensor], key: str, file: Path) -> Tensor:
+    if key not in tensors:
+        raise PlanError(
+            f"{file} names {key!r}, which {TENSORS_FILE} beside it does not hold; a plan that was written with a "
+            "checkpoint only describes it. Prune again to get a plan to apply."
+        )
+    return tensors[key]
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         return {}
     try:
@@ -167,6 +251,7 @@ def _faults(document: Any) -> list[str]:
             faults.append(f"{key} is {document.get(key)!r}, expected a positive integer")
     if not isinstance(document.get("provenance", {}), dict):
         faults.append("provenance is not an object")
+    faults += _option_faults(document)
     selections = document.get("selections")
     if not isinstance(selections, dict) or not selections:
         return [*faults, "selections is missing or empty, expected an object of mixers"]
@@ -191,6 +276,25 @@ def _selection_faults(kept: Any, document: dict[str, Any]) -> list[str]:
         elif any(a >= b for a, b in pairwise(channels)):
             faults.append(f"group {group} is not strictly ascending")
     return faults
+
+
+def _option_faults(document: dict[str, Any]) -> list[str]:
+    """What is wrong with the entries that a plan may lack."""
+    faults = []
+    if not isinstance(document.get("per_layer", False), bool):
+        faults.append("per_layer is neither true nor false")
+    if not isinstance(document.get("projected", {}), dict):
+        faults.append("projected is not an object")
+    if not _is_names(document.get("changed", {})):
+        faults.append("changed is not an object of lists of parameter names")
+    return faults
+
+
+def _is_names(value: Any) -> bool:
+    """Whether a value is an object of lists of strings."""
+    return isinstance(value, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values()
+    )
 
 
 def _is_count(value: Any) -> bool:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostssm.budget import allocate
 from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
+from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
+from ghostssm.calibration.repair import repair_output
+from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.data.windows import Windows
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, ModelError
+from ghostssm.evaluation import evaluate
 from ghostssm.families import family_of, mixers_of
-from ghostssm.methods import Evidence, Method, method_named
+from ghostssm.methods import Evidence
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
-from ghostssm.plan import Plan, Selection
+from ghostssm.plan import Decision, Plan
 from ghostssm.progress import Progress, silent
+from ghostssm.recipe import Recipe
+from ghostssm.surgery import pruned
 
 DEFAULT_SEED = 42
+_HELD_OUT_ONE_IN = 4
+DEFAULT_MULTIPLE = 8
+"""State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
 
 class Calibration:
@@ -24,12 +40,19 @@ class Calibration:
     What does not depend on a plan is gathered once: gate gradients, and the statistics of the first mixer, whose inputs
     no decision changes. Deeper statistics are gathered anew for each plan, on the activations that the plan's own
     pruning leaves.
+
+    Raises:
+        ModelError: the model was projected before, or its layers have state sizes of their own.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Windows):
+        if any(mixer.projection is not None for mixer in mixers_of(model)) or _state_sizes(model) > 1:
+            raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
         self.model, self.windows = model, windows
         self._saliency: dict[str, Tensor] | None = None
         self._first_statistics: LayerStatistics | None = None
+        self._first_samples: OutputSamples | None = None
+        self._curves: dict[str, list[Tensor]] = {}
 
     def saliency(self, progress: Progress) -> dict[str, Tensor]:
         """Gate saliency of every mixer, (g, n) each."""
@@ -39,38 +62,44 @@ class Calibration:
 
     def plan(
         self,
-        method: str,
+        recipe: str | Recipe,
         state_size: int,
         groups: Groups = "equal",
         seed: int = DEFAULT_SEED,
         progress: Progress = silent,
+        multiple: int = DEFAULT_MULTIPLE,
     ) -> Plan:
-        """Decide which state channels every mixer keeps.
+        """Decide what becomes of every mixer's state.
 
         Args:
-            method: a registered method's name.
-            state_size: N', from 1 to the model's state size.
+            recipe: a method's name, or what :class:`Recipe` says.
+            state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
             groups: how the groups of a layer share it.
-            seed: for methods that draw at random.
+            seed: for methods that draw at random, and for what is sampled.
+            multiple: of state sizes per layer.
 
         Raises:
-            InputError: a state size out of range, or no such method.
+            InputError: a state size out of range, or no such recipe.
             NumericalError: activations that are not finite.
         """
-        chosen = method_named(method)
+        recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         layout = family_of(self.model.config).layout(self.model.config)
         check_state_size(state_size, layout.state_size)
-        if chosen.needs == "statistics":
-            selections, scores = self._front_to_back(chosen, state_size, groups, progress)
-        else:
-            selections, scores = self._at_once(chosen, state_size, groups, seed, progress)
+        run = _Run(self, recipe, groups, seed, progress)
+        sizes = [state_size] * len(mixers_of(self.model))
+        if recipe.per_layer:
+            sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
+        decisions, scores = run.decide(sizes)
         return Plan(
-            method=method,
+            method=str(recipe),
             model_type=self.model.config.model_type,
             n_groups=layout.n_groups,
             state_size=layout.state_size,
-            selections=selections,
+            selections={name: decision.selection for name, decision in decisions.items()},
             scores={name: score.double().cpu() for name, score in scores.items()},
+            projections={name: d.projection for name, d in decisions.items() if d.projection is not None},
+            changes={name: decision.changes for name, decision in decisions.items() if decision.changes},
+            per_layer=recipe.per_layer,
             provenance={
                 "requested_state_size": state_size,
                 "groups": groups,
@@ -85,52 +114,204 @@ class Calibration:
             },
         )
 
-    def _at_once(
-        self, method: Method, state_size: int, groups: Groups, seed: int, progress: Progress
-    ) -> tuple[dict[str, Selection], dict[str, Tensor]]:
-        """All mixers on the unpruned model."""
-        mixers = mixers_of(self.model)
-        saliency = self.saliency(progress) if method.needs == "gradients" else {}
-        scores = {
-            mixer.name: method.score(
-                Evidence(mixer.layout, mixer.in_proj.weight.detach(), seed + index, None, saliency.get(mixer.name))
+
+@dataclasses.dataclass
+class _Run:
+    """One plan in the making."""
+
+    calibration: Calibration
+    recipe: Recipe
+    groups: Groups
+    seed: int
+    progress: Progress
+
+    def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
+        """Decisions and scores of every mixer, for state sizes given per mixer."""
+        known = self._before_the_walk(sizes)
+        if known and not (self.recipe.repair or self.recipe.refit):
+            return {name: decision for name, (decision, _) in known.items()}, {n: s for n, (_, s) in known.items()}
+        return self._front_to_back(sizes, known)
+
+    def curves(self) -> list[Tensor]:
+        """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
+        the energy of the hidden states after it, which is what the next layers' norms divide by."""
+        method = self.recipe.how
+        if method.name not in self.calibration._curves:
+            walk = self._walk()
+            curves: list[Tensor] = []
+            for block, mixer in walk.blocks():
+                score = None
+                if mixer is not None:
+                    score = method.score(self._evidence(walk, block, mixer, len(curves))).double().cpu()
+                walk.advance(block, mixer)
+                if score is not None:
+                    errors = score.square().sort(dim=1, descending=True).values.sum(0)
+                    left = errors.flip(0).cumsum(0).flip(0)
+                    energy = walk.hidden.square().sum(-1).mean().item()
+                    curves.append(torch.cat([left, left.new_zeros(1)]) / energy)
+                self.progress("budget", walk.index + 1, len(walk))
+            self.calibration._curves[method.name] = curves
+        return self.calibration._curves[method.name]
+
+    def _walk(self) -> LayerWalk:
+        return LayerWalk(self.calibration.model, self.calibration.windows)
+
+    def _before_the_walk(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
+        """What methods that look at the unpruned model decide for all mixers at once; nothing for the others."""
+        method, model = self.recipe.how, self.calibration.model
+        if method.needs not in ("weights", "gradients"):
+            return {}
+        mixers = mixers_of(model)
+        saliency = self.calibration.saliency(self.progress) if method.needs == "gradients" else {}
+        scores = [
+            method.score(
+                Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, None, saliency.get(mixer.name))
             )
             for index, mixer in enumerate(mixers)
-        }
+        ]
         if method.scope == "model":
-            kept = select_together(list(scores.values()), state_size)
+            kept = select_together(scores, sizes[0])
         else:
-            kept = [select(score, state_size, groups) for score in scores.values()]
-        return dict(zip(scores, kept, strict=True)), scores
+            kept = [select(score, size, self.groups) for score, size in zip(scores, sizes, strict=True)]
+        return {
+            mixer.name: (Decision(selection), score)
+            for mixer, selection, score in zip(mixers, kept, scores, strict=True)
+        }
 
     def _front_to_back(
-        self, method: Method, state_size: int, groups: Groups, progress: Progress
-    ) -> tuple[dict[str, Selection], dict[str, Tensor]]:
+        self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]
+    ) -> tuple[dict[str, Decision], dict[str, Tensor]]:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
-        walk = LayerWalk(self.model, self.windows)
-        selections: dict[str, Selection] = {}
+        walk = self._walk()
+        decisions: dict[str, Decision] = {}
         scores: dict[str, Tensor] = {}
-        for index, (block, mixer) in enumerate(walk.blocks()):
-            progress("layers", index, len(walk))
+        for block, mixer in walk.blocks():
+            self.progress("layers", walk.index, len(walk))
             if mixer is None:
                 walk.advance(block)
-            else:
-                statistics = self._statistics(walk, block, mixer, first=not selections)
-                weight = mixer.in_proj.weight.detach()
-                scores[mixer.name] = method.score(Evidence(mixer.layout, weight, 0, statistics))
-                selection = select(scores[mixer.name], state_size, groups)
-                selections[mixer.name] = selection
-                walk.advance(block, mixer, selection)
-        progress("layers", len(walk), len(walk))
-        return selections, scores
+                continue
+            decision, scores[mixer.name] = known.get(mixer.name) or self._decision(
+                walk, block, mixer, len(decisions), sizes[len(decisions)]
+            )
+            targets = walk.outputs(block, mixer) if self.recipe.repair or self.recipe.refit else []
+            smaller = walk.apply(block, mixer, decision)
+            if targets:
+                decision = self._mended(walk, block, smaller, decision, targets)
+            decisions[mixer.name] = decision
+            walk.advance(block, smaller, decision)
+        self.progress("layers", len(walk), len(walk))
+        return decisions, scores
 
-    def _statistics(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, first: bool) -> LayerStatistics:
-        if first and self._first_statistics is not None:
-            return self._first_statistics
-        statistics = gather_statistics(mixer, walk.streams(block, mixer))
-        if first:
-            self._first_statistics = statistics
-        return statistics
+    def _decision(
+        self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
+    ) -> tuple[Decision, Tensor]:
+        method = self.recipe.how
+        evidence = self._evidence(walk, block, mixer, index)
+        score = method.score(evidence)
+        if method.decide is not None:
+            return method.decide(evidence, size, self.groups), score
+        return Decision(select(score, size, self.groups)), score
+
+    def _evidence(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Evidence:
+        """What the method wants to know of mixer number ``index``."""
+        method, shared = self.recipe.how, self.calibration
+        evidence: dict[str, Any] = {}
+        if method.needs == "inputs":
+            evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
+        if method.needs == "statistics":
+            if index or shared._first_statistics is None:
+                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer))
+            else:
+                evidence["statistics"] = shared._first_statistics
+            if not index:
+                shared._first_statistics = evidence["statistics"]
+        if method.needs == "samples":
+            if index or shared._first_samples is None:
+                tokens = shared.windows.ids.numel()
+                streams = walk.streams(block, mixer)
+                evidence["samples"] = sample_outputs(mixer, streams, tokens, seed=self.seed + index)
+            else:
+                evidence["samples"] = shared._first_samples
+            if not index:
+                shared._first_samples = evidence["samples"]
+            evidence["changes"] = partial(walk.changes, block, mixer)
+        return Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, **evidence)
+
+    def _mended(
+        self, walk: LayerWalk, block: nn.Module, mixer: Mixer, decision: Decision, targets: list[Tensor]
+    ) -> Decision:
+        """The decision with the parameters that refit and repair arrive at; they are in the block already."""
+        before = {name: value.detach().clone() for name, value in mixer.module.named_parameters()}
+        if self.recipe.refit:
+            data, tokens = [], 0
+            for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
+                if tokens < MOST_TOKENS:
+                    data.append(RefitData.of(mixer, hidden, target))
+                    tokens += hidden.shape[0] * hidden.shape[1]
+            refit(mixer, joined(data), self.recipe.refit, self.seed)
+            walk.forget_streams()
+        if self.recipe.repair:
+            repair_output(mixer, walk.pruned_streams(block, mixer, decision), targets)
+        changed = {
+            name: value.detach().clone()
+            for name, value in mixer.module.named_parameters()
+            if not torch.equal(value, before[name])
+        }
+        return dataclasses.replace(decision, projection=mixer.projection, changes={**decision.changes, **changed})
+
+
+def smallest_plan(
+    model: PreTrainedModel,
+    windows: Windows,
+    recipe: str | Recipe,
+    max_excess_loss: float,
+    *,
+    multiple: int = DEFAULT_MULTIPLE,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> Plan:
+    """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
+
+    Every fourth window is held out; the others calibrate.
+
+    Args:
+        max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+
+    Raises:
+        InputError: fewer than four windows, or no size below the model's own stays within the bound.
+    """
+    apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
+    if len(windows) < _HELD_OUT_ONE_IN:
+        raise InputError(f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4.")
+    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    dense = evaluate(model, held_out)
+    limit = family_of(model.config).layout(model.config).state_size
+    low, high, best = 0, -(-limit // multiple), None  # in multiples: low is too small or 0, high is large enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = calibration.plan(recipe, middle * multiple, groups, seed, progress, multiple)
+        with pruned(model, plan) as smaller:
+            excess = evaluate(smaller, held_out).excess_over(dense).mean
+        if excess <= max_excess_loss:
+            high, best = middle, plan
+        else:
+            low = middle
+    if best is None:
+        raise InputError(
+            f"No state size below {limit} in multiples of {multiple} keeps the excess loss within {max_excess_loss:g} "
+            "nats per token; allow more, or try another method."
+        )
+    return best
+
+
+def _gram(hidden: Tensor) -> Tensor:
+    rows = hidden.flatten(0, 1)
+    return (rows.T @ rows).double()
+
+
+def _state_sizes(model: PreTrainedModel) -> int:
+    return len({mixer.layout.state_size for mixer in mixers_of(model)})
 
 
 def check_state_size(state_size: int, limit: int) -> None:

@@ -6,6 +6,7 @@ stays zero and y does not change.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,39 +16,58 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import refresh
+from ghostssm.errors import PlanError
 from ghostssm.families import family_of, mixers_of
 from ghostssm.families.base import Family
+from ghostssm.families.ghost_mamba2 import projected_model
 from ghostssm.mixer import Mixer
-from ghostssm.plan import Plan, Selection
+from ghostssm.plan import Decision, Plan, Selection
 
 
-def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
-    """Prune a model in place: slice every mixer and write the new state size into the config.
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Prune a model and return it: in place, unless the result needs another model class.
+
+    A plan with projections, or with a state size per layer, gives a new
+    :class:`ghostssm.modeling.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
+    stays as it is.
 
     Raises:
         PlanError: the plan is for another model; nothing was changed.
     """
-    mixers = mixers_of(model)
+    mixers = _fitting_mixers(model, plan)
+    if plan.needs_own_class:
+        return _converted(model, plan)
     family = family_of(model.config)
-    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family.model_type)
     for mixer in mixers:
         prune_mixer(family, mixer, plan.selections[mixer.name], plan.kept_state_size)
+        change_parameters(mixer.module, plan.decision(mixer.name))
     family.set_state_size(model.config, plan.kept_state_size)
     refresh(model)
+    return model
 
 
 @contextmanager
-def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Within the context the model is pruned by the plan; afterwards it is as before. Copies only what is sliced."""
+def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+    """Within the context, the model pruned by the plan; afterwards the model is as before.
+
+    Copies only what the plan slices or changes.
+    """
+    mixers = _fitting_mixers(model, plan)
+    if plan.needs_own_class:
+        yield _converted(model, plan)
+        return
     family = family_of(model.config)
-    before = mixers_of(model)
-    tensors = [_sliced_tensors(mixer) for mixer in before]
-    apply_plan(model, plan)
+    sliced = [_sliced_tensors(mixer) for mixer in mixers]
+    changed = [
+        {name: mixer.module.get_parameter(name) for name in plan.changes.get(mixer.name, {})} for mixer in mixers
+    ]
     try:
-        yield
+        yield apply_plan(model, plan)
     finally:
-        for mixer, kept in zip(before, tensors, strict=True):
-            _install(family, mixer, mixer.layout.state_size, kept)
+        for mixer, tensors, parameters in zip(mixers, sliced, changed, strict=True):
+            for name, parameter in parameters.items():
+                _set_parameter(mixer.module, name, parameter)
+            _install(family, mixer, mixer.layout.state_size, tensors)
         family.set_state_size(model.config, plan.state_size)
         refresh(model)
 
@@ -65,6 +85,46 @@ def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: 
         conv_bias=None if before.conv_bias is None else _take(before.conv_bias, channels),
     )
     _install(family, mixer, state_size, after)
+
+
+@torch.inference_mode(False)
+def change_parameters(module: nn.Module, decision: Decision) -> None:
+    """Give a sliced mixer's module the parameters that a decision changes, in their dtype and on their device."""
+    for name, value in decision.changes.items():
+        old = module.get_parameter(name)
+        if value.shape != old.shape:
+            raise PlanError(f"The plan's {name} has shape {tuple(value.shape)}; the mixer's is {tuple(old.shape)}.")
+        _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
+
+
+def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
+    mixers = mixers_of(model)
+    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family_of(model.config).model_type)
+    return mixers
+
+
+@torch.inference_mode(False)
+def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A model of our own class by the plan, sharing the tensors that stay as they are."""
+    family, tensors = family_of(model.config), dict(model.state_dict())
+    for index, block in enumerate(family.blocks(model)):
+        mixer = family.mixer(model.config, copy.deepcopy(block), index)
+        if mixer is None:
+            continue
+        decision = plan.decision(mixer.name)
+        prune_mixer(family, mixer, decision.selection, decision.selection.width)
+        change_parameters(mixer.module, decision)
+        parts = dict(mixer.module.state_dict())
+        if decision.projection is not None:
+            like = mixer.in_proj.weight
+            parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
+        tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
+    return projected_model(
+        model.config,
+        tensors,
+        [selection.width for selection in plan.selections.values()],
+        plan.state_sizes if plan.projections else None,
+    )
 
 
 class _SlicedTensors(NamedTuple):
@@ -90,6 +150,12 @@ def _take(tensor: Tensor, index: Tensor) -> Tensor:
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter under a dotted name."""
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(last, parameter)
 
 
 def _install(family: Family, mixer: Mixer, state_size: int, tensors: _SlicedTensors) -> None:

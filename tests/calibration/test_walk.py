@@ -14,7 +14,7 @@ from ghostssm.calibration import LayerWalk, gather_statistics
 from ghostssm.calibration import walk as walk_module
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
-from ghostssm.plan import Selection
+from ghostssm.plan import Decision, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.surgery import pruned
 from tests.conftest import random_windows, tiny_model
@@ -101,7 +101,7 @@ def test_activations_that_overflow_name_their_layer() -> None:
 @pytest.mark.parametrize("kept_bytes", [0, 10**6, 10**9])
 def test_kept_streams_change_nothing(monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
     model, windows = tiny_model(n_groups=2), random_windows(5, 600)
-    selection = Selection(((0, 3, 5), (2,)))
+    decision = Decision(Selection(((0, 3, 5), (2,))))
     hidden = []
     for limit in (kept_bytes, 0):
         monkeypatch.setattr(walk_module, "_KEPT_STREAM_BYTES", limit)
@@ -109,7 +109,7 @@ def test_kept_streams_change_nothing(monkeypatch: pytest.MonkeyPatch, kept_bytes
         for block, mixer in walk.blocks():
             assert mixer is not None
             gather_statistics(mixer, walk.streams(block, mixer))
-            walk.advance(block, mixer, selection)
+            walk.advance(block, walk.apply(block, mixer, decision), decision)
         hidden.append(walk.hidden)
     torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
 
@@ -118,8 +118,9 @@ def test_a_pruned_walk_ends_where_the_pruned_model_ends() -> None:
     model, windows = tiny_model(n_groups=2, use_bias=True), random_windows(3, 100)
     plan = Calibration(model, windows).plan("ghost", 3, groups="pooled")
     walk = LayerWalk(model, windows)
-    for (block, mixer), selection in zip(walk.blocks(), plan.selections.values(), strict=True):
-        walk.advance(block, mixer, selection)
+    for block, mixer in walk.blocks():
+        assert mixer is not None
+        walk.advance(block, walk.apply(block, mixer, plan.decision(mixer.name)))
     with pruned(model, plan), torch.inference_mode():
         expected = model.backbone(windows.ids, use_cache=False).last_hidden_state
         error = (model.backbone.norm_f(walk.hidden) - expected).square().mean().sqrt()

@@ -1,13 +1,13 @@
-"""Prefill and decode speed of a model at several state sizes, measured in turn in one process."""
+"""Prefill and decode speed of a model under several plans, measured in turn in one process."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,13 +20,14 @@ from ghostssm.plan import Plan, Selection
 from ghostssm.progress import Progress, silent
 from ghostssm.surgery import pruned
 
+Key = TypeVar("Key", bound=Hashable)
 _ROUNDS = 3
 _STEPS = 6
 
 
 @dataclass
 class Timings:
-    """One state size at one batch size: wall times of whole prefills and of single decode steps, and peak memory."""
+    """One plan at one batch size: wall times of whole prefills and of single decode steps, and peak memory."""
 
     prefill: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -34,36 +35,32 @@ class Timings:
 
 
 def decode_speeds(
-    model: PreTrainedModel, state_sizes: Sequence[int], batches: Sequence[int], progress: Progress = silent
-) -> dict[int, dict[int, float]]:
-    """Greedy decode speed of the accelerated model: state size to batch size to tokens per second over the batch."""
-    timings = measure(model, state_sizes, batches, prompt=8, progress=progress)
-    return {
-        size: {batch: batch / statistics.median(timings[size, batch].steps) for batch in batches}
-        for size in state_sizes
-    }
+    model: PreTrainedModel, plans: Mapping[Key, Plan], batches: Sequence[int], progress: Progress = silent
+) -> dict[Key, dict[int, float]]:
+    """Greedy decode speed of the accelerated model under each plan: batch size to tokens per second over the batch."""
+    timings = measure(model, plans, batches, prompt=8, progress=progress)
+    return {key: {batch: batch / statistics.median(timings[key, batch].steps) for batch in batches} for key in plans}
 
 
 def measure(
     model: PreTrainedModel,
-    state_sizes: Sequence[int],
+    plans: Mapping[Key, Plan],
     batches: Sequence[int],
     prompt: int,
     progress: Progress = silent,
-) -> dict[tuple[int, int], Timings]:
-    """Time the accelerated model; keyed by (state size, batch size).
+) -> dict[tuple[Key, int], Timings]:
+    """Time the accelerated model under several plans; keyed by the plan's key and the batch size.
 
-    Which channels are kept has no influence on speed, so each size keeps its first ones. The sizes take turns, several
-    rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
+    The plans take turns, several rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
     """
-    timings = {(size, batch): Timings() for size in state_sizes for batch in batches}
-    turns = [key for _ in range(_ROUNDS) for key in timings]
-    for index, (size, batch) in enumerate(turns):
+    timings = {(key, batch): Timings() for key in plans for batch in batches}
+    turns = [turn for _ in range(_ROUNDS) for turn in timings]
+    for index, (key, batch) in enumerate(turns):
         progress("decode", index, len(turns))
-        with pruned(model, first_channels(model, size)), replaced_forward(mixers_of(model)):
+        with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller)):
             reset_peak()
-            _run(model, batch, prompt, timings[size, batch])
-            timings[size, batch].peak_bytes = max(timings[size, batch].peak_bytes, peak_bytes())
+            _run(smaller, batch, prompt, timings[key, batch])
+            timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes())
     progress("decode", len(turns), len(turns))
     return timings
 
@@ -90,7 +87,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
-    """The plan that keeps the first channels everywhere: a stand-in wherever only the size matters."""
+    """The plan that keeps the first channels everywhere: which channels are kept has no influence on speed."""
     layout = family_of(model.config).layout(model.config)
     selection = Selection((tuple(range(state_size)),) * layout.n_groups)
     return Plan(

@@ -44,7 +44,7 @@ def measure_machine(batches: list[int], device: str = "cpu") -> Machine:
     return Machine(bandwidth, rates)
 
 
-def predicted_step_seconds(model: Description, machine: Machine, batch: int, state_size: int) -> float:
+def predicted_step_seconds(model: Description, machine: Machine, batch: int, state_size: int | None) -> float:
     """Seconds per decode step of a whole batch, with weights and state in float32."""
     weights = model.parameters - model.removed_parameters(state_size)
     multiply = max(4 * weights / machine.bandwidth, 2 * weights * batch / machine.rates[batch])

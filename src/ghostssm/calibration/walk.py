@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
 from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
-from ghostssm.plan import Selection
-from ghostssm.surgery import prune_mixer
+from ghostssm.plan import Decision
+from ghostssm.surgery import change_parameters, prune_mixer
 
 _KEPT_STREAM_BYTES = 256 << 20
 """So much of what scoring computed is kept for carrying the hidden states on; the rest is computed again."""
+
+_MEASURED_TOKENS = 8192
+"""Of the windows, so many tokens serve to measure what a decision would do."""
 
 
 class _Captured(Exception):
@@ -34,8 +38,9 @@ class LayerWalk:
 
         walk = LayerWalk(model, windows)
         for block, mixer in walk.blocks():
-            ...                       # decide on a selection from walk.streams(block, mixer)
-            walk.advance(block, mixer, selection)
+            ...                       # decide from walk.streams(block, mixer)
+            smaller = walk.apply(block, mixer, decision)
+            walk.advance(block, smaller, decision)
 
     The arguments that a block takes besides the hidden states are captured from the model's own forward pass.
     """
@@ -47,6 +52,7 @@ class LayerWalk:
         self._spans = windows.batches()
         self._arguments: list[dict[str, Any]] = []
         self._streams: dict[int, Streams] = {}
+        self.index = 0
         dtype = torch.promote_types(model.dtype, torch.float32)
         self.hidden = torch.empty(*windows.ids.shape, model.config.hidden_size, device=model.device, dtype=dtype)
         for span in self._spans:
@@ -60,6 +66,8 @@ class LayerWalk:
     def blocks(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
         """Front to back: a copy of each block, and the view of the mixer in that copy."""
         for index, original in enumerate(self._blocks):
+            self.index = index
+            self._streams.clear()
             block = copy.deepcopy(original).to(self.hidden.dtype)
             yield block, self._family.mixer(self._config, block, index)
 
@@ -76,26 +84,73 @@ class LayerWalk:
                 self._streams[index] = streams
             yield streams
 
-    def advance(self, block: nn.Module, mixer: Mixer | None = None, selection: Selection | None = None) -> None:
-        """Replace the hidden states by the block's output, after pruning the block's mixer by a selection.
+    def inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
+        """What the mixer is called with, (b, l, hidden_size), batch by batch."""
+        for span, arguments in self._batches():
+            yield _captured_inputs(mixer.module, block, self.hidden[span], **arguments)[0]
+
+    def outputs(self, block: nn.Module, mixer: Mixer) -> list[Tensor]:
+        """What the mixer makes of its inputs, batch by batch."""
+        with torch.inference_mode():
+            return [
+                mixer_forward(mixer, hidden) if streams is None else output_of_streams(mixer, streams)
+                for hidden, streams in self._inputs_and_streams(block, mixer)
+            ]
+
+    def changes(self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision]) -> list[float]:
+        """The mean squared change of the mixer's output that each decision would make, on the first windows."""
+        totals, tokens = [0.0] * len(decisions), 0
+        with torch.inference_mode():
+            for hidden, kept in self._inputs_and_streams(block, mixer):
+                streams = mixer_streams(mixer, hidden) if kept is None else kept
+                dense = output_of_streams(mixer, streams)
+                for index, decision in enumerate(decisions):
+                    change = output_of_streams(mixer, _decided(streams, decision)) - dense
+                    totals[index] += change.double().square().sum().item()
+                tokens += dense.shape[0] * dense.shape[1]
+                if tokens >= _MEASURED_TOKENS:
+                    break
+        return [total / tokens for total in totals]
+
+    def pruned_streams(self, block: nn.Module, mixer: Mixer, decision: Decision) -> Iterator[Streams]:
+        """As :meth:`streams`, of a mixer that a decision was applied to; uses what :meth:`streams` kept."""
+        for hidden, streams in self._inputs_and_streams(block, mixer):
+            with torch.inference_mode():
+                smaller = mixer_streams(mixer, hidden) if streams is None else _decided(streams, decision)
+            yield smaller
+
+    def forget_streams(self) -> None:
+        """Call when the parameters behind the streams have changed."""
+        self._streams.clear()
+
+    def apply(self, block: nn.Module, mixer: Mixer, decision: Decision) -> Mixer:
+        """Prune a block copy's mixer and give it the decision's parameters; returns the view of what it is then."""
+        prune_mixer(self._family, mixer, decision.selection, decision.selection.width)
+        change_parameters(mixer.module, decision)
+        if decision.changes:
+            self.forget_streams()
+        view = self._family.mixer(self._config, block, self.index)
+        assert view is not None
+        return replace(view.with_state_size(decision.selection.width), projection=decision.projection)
+
+    def advance(self, block: nn.Module, mixer: Mixer | None = None, decision: Decision | None = None) -> None:
+        """Replace the hidden states by the block's output.
+
+        Args:
+            mixer: of the block, if it has one; with the decision that was applied to it, if any.
 
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        pruned = mixer
-        if mixer is not None and selection is not None:
-            prune_mixer(self._family, mixer, selection, selection.width)
-            pruned = mixer.with_state_size(selection.width)
         for index, (span, arguments) in enumerate(self._batches()):
             streams = self._streams.pop(index, None)
 
             def forward(mixer: Mixer, hidden: Tensor, streams: Streams | None = streams, **_: Any) -> Tensor:
                 if streams is None:
                     return mixer_forward(mixer, hidden)
-                kept = streams if selection is None else streams.select(selection.padded(selection.width))
-                return output_of_streams(mixer, kept)
+                return output_of_streams(mixer, streams if decision is None else _decided(streams, decision))
 
-            with torch.inference_mode(), replaced_forward([pruned] if pruned else [], forward):
+            with torch.inference_mode(), replaced_forward([mixer] if mixer else [], forward):
                 output = block(self.hidden[span], **arguments)
                 self.hidden[span] = output[0] if isinstance(output, tuple) else output
         if not torch.isfinite(self.hidden).all():
@@ -105,8 +160,19 @@ class LayerWalk:
                 "evaluate the unpruned model on the same text first."
             )
 
+    def _inputs_and_streams(self, block: nn.Module, mixer: Mixer) -> Iterator[tuple[Tensor, Streams | None]]:
+        for index, hidden in enumerate(self.inputs(block, mixer)):
+            yield hidden, self._streams.get(index)
+
     def _batches(self) -> Iterable[tuple[slice, dict[str, Any]]]:
         return zip(self._spans, self._arguments, strict=True)
+
+
+def _decided(streams: Streams, decision: Decision) -> Streams:
+    """The streams that a dense mixer's become under a decision that changes none of the weights behind them."""
+    selection = decision.selection
+    kept = streams.select(selection.padded(selection.width))
+    return kept if decision.projection is None else kept.project(decision.projection)
 
 
 def _first_block_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ghostssm.checkpoint.loading import empty_model, model_config
 from ghostssm.checkpoint.source import find_source
-from ghostssm.families import family_of
+from ghostssm.families import family_of, mixers_of
 from ghostssm.layout import SSDLayout
 
 
@@ -15,25 +15,38 @@ class Description:
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
-        layers: mixers with a recurrent state.
+        layout: of the widest mixer.
+        state_sizes: of the recurrent state of every mixer, front to back.
         parameters: of the whole model, shared ones counted once.
     """
 
     name: str
     dialect: str
     family: str
-    layers: int
     layout: SSDLayout
+    state_sizes: tuple[int, ...]
     vocab_size: int
     parameters: int
 
+    @property
+    def layers(self) -> int:
+        """Mixers with a recurrent state."""
+        return len(self.state_sizes)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the state is neither projected nor of a size of its own in every layer."""
+        return set(self.state_sizes) == {self.layout.state_size}
+
     def state_bytes(self, state_size: int | None = None, bytes_per_number: int = 4) -> int:
         """Bytes of recurrent state per sequence, over all layers; of the model as it is, or cut to a state size."""
-        layout = self.layout if state_size is None else self.layout.with_state_size(state_size)
-        return self.layers * layout.state_numbers * bytes_per_number
+        channels = sum(self.state_sizes) if state_size is None else self.layers * state_size
+        return channels * self.layout.intermediate_size * bytes_per_number
 
-    def removed_parameters(self, state_size: int) -> int:
+    def removed_parameters(self, state_size: int | None) -> int:
         """Parameters of in_proj and conv1d that a cut to ``state_size`` takes away (biases not counted)."""
+        if state_size is None:
+            return 0
         channels = self.layout.conv_dim - self.layout.with_state_size(state_size).conv_dim
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel)
 
@@ -44,13 +57,12 @@ def describe(spec: str) -> Description:
     config = model_config(source)
     model = empty_model(config)
     family = family_of(config)
-    mixers = [family.mixer(config, block, index) for index, block in enumerate(family.blocks(model))]
     return Description(
         name=spec,
         dialect=source.dialect,
         family=family.model_type,
-        layers=sum(mixer is not None for mixer in mixers),
         layout=family.layout(config),
+        state_sizes=tuple(mixer.state_size for mixer in mixers_of(model)),
         vocab_size=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

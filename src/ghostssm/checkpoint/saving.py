@@ -18,7 +18,7 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.errors import OutputError
+from ghostssm.errors import InputError, OutputError
 from ghostssm.plan import Plan
 
 MANIFEST_FILE = "ghostssm.json"
@@ -85,15 +85,17 @@ def save(
     (``plan.json``, ``plan.safetensors``) and ``ghostssm.json``, which says what produced it.
 
     Raises:
+        InputError: the dialect can't express the plan's result; nothing was written.
         OutputError: the folder must not or can't be written; nothing is left behind.
     """
+    check_dialect(dialect, plan.needs_own_class)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder:
         try:
             _write_model(checkpoint, folder.partial, dialect)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(folder.partial)
-            plan.save(folder.partial)
+            plan.save(folder.partial, changes=False)
             manifest = json.dumps(_manifest(checkpoint, plan, dialect), indent=1) + "\n"
             (folder.partial / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
             folder.commit()
@@ -102,6 +104,15 @@ def save(
                 f"{folder.path} could not be written: {error.strerror or error}. Nothing was kept."
             ) from error
     return folder.path
+
+
+def check_dialect(dialect: Dialect, needs_own_class: bool) -> None:
+    """Raise InputError unless a dialect has a model class for the result."""
+    if needs_own_class and dialect != "transformers":
+        raise InputError(
+            f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "
+            "transformers dialect, or a method and options that keep the stock class."
+        )
 
 
 def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
@@ -130,7 +141,10 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect) -> dict[str,
         "base_model_sha256": checkpoint.source.fingerprint(),
         "dialect": dialect,
         "method": plan.method,
-        "state_size": {"before": plan.state_size, "after": plan.kept_state_size},
+        "state_size": {
+            "before": plan.state_size,
+            "after": list(plan.state_sizes) if plan.needs_own_class else plan.kept_state_size,
+        },
         "options": dict(plan.provenance),
         "versions": {
             "python": platform.python_version(),

@@ -31,7 +31,7 @@ def bench(
     import torch
 
     import ghostssm
-    from ghostssm.bench.decode import measure
+    from ghostssm.bench.decode import first_channels, measure
     from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
     from ghostssm.pruning import check_state_size
@@ -39,14 +39,17 @@ def bench(
     if min(batch) < 1:
         raise InputError(f"The batch size is {min(batch)}; expected at least 1.")
     described = ghostssm.describe(model)
+    if not described.is_stock:
+        raise InputError(f"{model} has a projected state or a state size per layer; bench the original model.")
     for size in state_size:
         check_state_size(size, described.layout.state_size)
     dense = described.layout.state_size
     sizes = [dense, *(size for size in state_size if size != dense)]
     loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
     machine = measure_machine(batch, device)
+    plans = {size: first_channels(loaded, size) for size in sizes}
     with progress_reporter() as progress:
-        timings = measure(loaded, sizes, batch, prompt, progress)
+        timings = measure(loaded, plans, batch, prompt, progress)
 
     rows: list[dict[str, Any]] = []
     for count in batch:

@@ -18,7 +18,13 @@ def compare(
     model: arguments.Model,
     state_size: arguments.StateSizes,
     methods: Annotated[
-        list[str] | None, typer.Option("--methods", metavar="NAME ...", help="Methods to compare; all if not given.")
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            metavar="NAME ...",
+            help="Methods to compare, each with its repairs: ghost, output+repair, output+refit60+repair, "
+            "balanced+per-layer ... All methods without repairs if not given.",
+        ),
     ] = None,
     calibration: arguments.CalibrationText = "wikitext2",
     text: arguments.EvaluationText = "wikitext2",
@@ -36,7 +42,7 @@ def compare(
 ) -> None:
     """Prune by several methods to several sizes and print one table; nothing is written.
 
-    ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost magnitude random taylor
+    ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost output+repair balanced+per-layer
     """
     import torch
 
@@ -45,7 +51,7 @@ def compare(
 
     names = methods or list(ghostssm.method_names())
     for name in names:
-        ghostssm.method_named(name)
+        ghostssm.Recipe.parse(name)
     limit = ghostssm.describe(model).layout.state_size
     for size in state_size:
         check_state_size(size, limit)
@@ -79,11 +85,11 @@ def compare(
     ranked = sorted(result.rows, key=lambda row: (-row.state_size, row.excess))
     print_table(headers, [_cells(row, batch) for row in ranked])
     if any(row.stored_state_size != row.state_size for row in ranked):
-        note("(in brackets: the state size stored, where uneven groups or layers are padded to the widest)")
+        note("(in brackets: the state size stored, padded to the widest group and layer, or whole)")
 
 
 def _cells(row: Row, batches: list[int]) -> list[str]:
-    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size})"
+    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
     cells = [
         row.method,
         f"{row.state_size}{padded}",

@@ -36,16 +36,20 @@ def inspect(
         raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
     found = describe(model)
     layout = found.layout
-    sizes = [layout.state_size, *(state_size or [])]
-    for size in sizes:
+    if state_size and not found.is_stock:
+        raise InputError(
+            f"{model} has a projected state or a state size per layer; inspect the original model for cuts."
+        )
+    sizes = [None, *(state_size or [])]
+    for size in state_size or []:
         check_state_size(size, layout.state_size)
     machine = measure_machine(batches) if batches else None
     cuts: list[dict[str, Any]] = [
         {
-            "state_size": size,
+            "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
             "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
-            "saved_fraction": 1 - size / layout.state_size,
+            "saved_fraction": 1 - found.state_bytes(size) / found.state_bytes(layout.state_size),
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": {
                 count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
@@ -54,7 +58,7 @@ def inspect(
         for size in sizes
     ]
     if as_json:
-        print_json(dataclasses.asdict(found) | {"cuts": cuts})
+        print_json(dataclasses.asdict(found) | {"layers": found.layers, "cuts": cuts})
         return
     print_facts(
         [
@@ -77,7 +81,7 @@ def inspect(
         ],
         [
             (
-                str(cut["state_size"]),
+                f"{cut['state_size']:g}",
                 bytes_text(cut["state_bytes_float32"]),
                 bytes_text(cut["state_bytes_bfloat16"]),
                 f"{cut['saved_fraction']:.0%}",

@@ -1,21 +1,59 @@
-"""``ghostssm prune``: one model, one method, one size, to a checkpoint."""
+"""``ghostssm prune``: one model, one recipe, one size, to a checkpoint."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 
+if TYPE_CHECKING:
+    from ghostssm import Plan, Recipe, Windows
+    from ghostssm.checkpoint import Checkpoint
+    from ghostssm.methods.selection import Groups
+
 
 def prune(
     model: arguments.Model,
-    state_size: Annotated[int, typer.Option("--state-size", metavar="R", help="The state size N' to prune to.")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="Folder for the checkpoint and the plan.")],
-    method: Annotated[str, typer.Option("--method", help="How channels are scored.")] = "ghost",
+    state_size: Annotated[
+        int | None, typer.Option("--state-size", metavar="R", help="The state size N' to prune to.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="F", help="Instead: keep this share of the state, 0 to 1.")
+    ] = None,
+    max_excess_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--max-excess-loss",
+            metavar="X",
+            help="Instead: the smallest state that loses at most X nats per token on held-out calibration windows.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="How it is decided what stays, as published: 'ghost', 'balanced' ... "
+            "If not given, what loses least in a stock checkpoint: 'output', refitted and repaired.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool | None, typer.Option("--repair/--no-repair", help="Fit out_proj to the pruned state, in closed form.")
+    ] = None,
+    refit: Annotated[
+        int | None,
+        typer.Option("--refit", metavar="N", min=0, help="Steps of local refit per layer; 0 for forward passes only."),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Let layers have state sizes of their own, by what it costs them.")
+    ] = False,
+    multiple: Annotated[
+        int, typer.Option("--multiple", min=1, help="Of sizes per layer, and of sizes that are searched.")
+    ] = 8,
     calibration: arguments.CalibrationText = "wikitext2",
     windows: arguments.CalibrationWindows = 128,
     window_length: arguments.WindowLength = 2048,
@@ -35,33 +73,32 @@ def prune(
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output mamba2-130m-n64
     """
     import ghostssm
-    from ghostssm.pruning import check_state_size
+    from ghostssm.checkpoint.saving import check_dialect
 
     begun = time.perf_counter()
     folder = ghostssm.OutputFolder(output, overwrite)
-    ghostssm.method_named(method)
-    check_state_size(state_size, ghostssm.describe(model).layout.state_size)
+    recipe = _wanted_recipe(method, repair, refit, per_layer)
+    check_dialect(dialect, recipe.per_layer or not recipe.how.stock)
+    size = _wanted_size(ghostssm.describe(model).layout.state_size, state_size, budget, max_excess_loss)
 
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     text = ghostssm.read_text(calibration, "calibration")
     cut = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), window_length, windows, seed)
-    note(f"calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
-    with progress_reporter() as progress:
-        plan = ghostssm.Calibration(checkpoint.model, cut).plan(
-            method, state_size, groups=groups, seed=seed, progress=progress
-        )
-    ghostssm.apply_plan(checkpoint.model, plan)
-    written = ghostssm.save(checkpoint, plan, folder, dialect=dialect)
+    note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
+    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, groups, seed, multiple)
+    smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
+    written = ghostssm.save(smaller, plan, folder, dialect=dialect)
 
     found = ghostssm.describe(str(written))
-    before = found.layers * found.layout.with_state_size(plan.state_size).state_numbers * 4
+    before = found.state_bytes(plan.state_size)
+    after: int | list[int] = list(found.state_sizes) if plan.needs_own_class else plan.kept_state_size
     seconds = time.perf_counter() - begun
     if as_json:
         print_json(
             {
                 "output": str(written),
-                "method": method,
-                "state_size": {"before": plan.state_size, "after": plan.kept_state_size},
+                "method": plan.method,
+                "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "seconds": seconds,
             }
@@ -70,8 +107,69 @@ def prune(
     print_facts(
         [
             ("written", str(written)),
-            ("state size", f"{plan.state_size} -> {plan.kept_state_size}"),
+            ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
             ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
             ("time", f"{seconds:.0f} s"),
         ]
     )
+
+
+def _wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
+    from ghostssm.recipe import DEFAULT_RECIPE, Recipe
+
+    base = DEFAULT_RECIPE if method is None else Recipe.parse(method)
+    return Recipe(
+        base.method,
+        base.repair if repair is None else repair,
+        base.refit if refit is None else refit,
+        base.per_layer or per_layer,
+    )
+
+
+def _wanted_size(limit: int, state_size: int | None, budget: float | None, max_excess_loss: float | None) -> int | None:
+    """The state size, on average; None where a bound on the loss decides."""
+    from ghostssm.errors import InputError
+    from ghostssm.pruning import check_state_size
+
+    if sum(option is not None for option in (state_size, budget, max_excess_loss)) != 1:
+        raise InputError("Say how much to keep: give one of --state-size, --budget and --max-excess-loss.")
+    if max_excess_loss is not None:
+        if not max_excess_loss >= 0:
+            raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
+        return None
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
+        return max(1, round(budget * limit))
+    assert state_size is not None
+    check_state_size(state_size, limit)
+    return state_size
+
+
+def _decide(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    recipe: Recipe,
+    size: int | None,
+    max_excess_loss: float | None,
+    groups: Groups,
+    seed: int,
+    multiple: int,
+) -> Plan:
+    import ghostssm
+
+    with progress_reporter() as progress:
+        if size is not None:
+            calibration = ghostssm.Calibration(checkpoint.model, windows)
+            return calibration.plan(recipe, size, groups, seed, progress, multiple)
+        assert max_excess_loss is not None
+        return ghostssm.smallest_plan(
+            checkpoint.model,
+            windows,
+            recipe,
+            max_excess_loss,
+            multiple=multiple,
+            groups=groups,
+            seed=seed,
+            progress=progress,
+        )

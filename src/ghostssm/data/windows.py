@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Windows:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    def part(self, rows: slice | Tensor) -> Windows:
+        """Some of the windows."""
+        return replace(self, ids=self.ids[rows])
 
     def batches(self) -> list[slice]:
         """Consecutive windows, about 2048 tokens at a time: enough to keep a processor busy, little memory."""

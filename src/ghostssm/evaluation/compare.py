@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ghostssm.bench.decode import decode_speeds
+from ghostssm.bench.decode import decode_speeds, first_channels
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.data.windows import Windows
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
@@ -16,6 +16,7 @@ from ghostssm.methods.selection import Groups
 from ghostssm.plan import Plan
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning import DEFAULT_SEED, Calibration, check_state_size
+from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
 
 Cell = tuple[str, int]
@@ -29,8 +30,8 @@ class Row:
 
     Attributes:
         method: `DENSE` for the unpruned model.
-        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, larger where uneven groups or
-            layers are padded.
+        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
+            larger where uneven groups or layers are padded.
         excess, standard_error: loss minus the dense model's on the same windows, nats per token.
         state_bytes: recurrent state of one sequence over all layers, float32.
         tokens_per_second: batch size to decode speed, all sequences together.
@@ -39,7 +40,7 @@ class Row:
 
     method: str
     state_size: int
-    stored_state_size: int
+    stored_state_size: float
     perplexity: float
     bits_per_byte: float
     excess: float
@@ -82,6 +83,7 @@ def compare(
     """Prune by every method to every size, and measure loss, state and decode speed. The model is left as it was.
 
     Args:
+        methods: recipes (:class:`ghostssm.recipe.Recipe`), such as ``ghost`` or ``output+repair``.
         calibration_windows: what the methods see. windows: what the losses are measured on.
         batches: batch sizes at which to measure decoding; empty for none.
     """
@@ -89,7 +91,7 @@ def compare(
     layout = family_of(model.config).layout(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
-    cells = [(method, state_size) for method in methods for state_size in state_sizes]
+    cells = [(str(Recipe.parse(method)), state_size) for method in methods for state_size in state_sizes]
     calibration = Calibration(model, calibration_windows)
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
@@ -99,31 +101,37 @@ def compare(
         begun = time.perf_counter()
         plan = calibration.plan(*cell, groups=groups, seed=seed)
         seconds = time.perf_counter() - begun
-        with pruned(model, plan):
-            results[cell] = _Result(plan, evaluate(model, windows), seconds)
+        with pruned(model, plan) as smaller:
+            results[cell] = _Result(plan, evaluate(smaller, windows), seconds)
     progress("models", len(cells) + 1, len(cells) + 1)
 
-    stored_sizes = {layout.state_size} | {result.plan.kept_state_size for result in results.values()}
-    speeds = decode_speeds(model, sorted(stored_sizes, reverse=True), tuple(batches), progress)
-    state_bytes = {
-        size: 4 * len(mixers_of(model)) * layout.with_state_size(size).state_numbers for size in stored_sizes
+    plans = {cell: result.plan for cell, result in results.items()}
+    whole = first_channels(model, layout.state_size)
+    # Which channels a stock model keeps has no influence on its speed: each size is timed once.
+    shape: dict[Cell, Cell | int] = {
+        cell: cell if plan.needs_own_class else plan.kept_state_size for cell, plan in plans.items()
     }
+    timed = {layout.state_size: whole} | {
+        key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
+    }
+    speeds = decode_speeds(model, timed, tuple(batches), progress)
+    numbers_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
-    def row(cell: Cell, stored: int, evaluation: Evaluation, seconds: float) -> Row:
+    def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
         excess = evaluation.excess_over(dense)
         return Row(
             method=cell[0],
             state_size=cell[1],
-            stored_state_size=stored,
+            stored_state_size=plan.mean_state_size,
             perplexity=evaluation.perplexity,
             bits_per_byte=evaluation.bits_per_byte,
             excess=excess.mean,
             standard_error=excess.standard_error,
-            state_bytes=state_bytes[stored],
-            tokens_per_second=speeds[stored],
+            state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
+            tokens_per_second=speeds[shape.get(cell, layout.state_size)],
             seconds=seconds,
         )
 
-    rows = [row((DENSE, layout.state_size), layout.state_size, dense, 0.0)]
-    rows += [row(cell, r.plan.kept_state_size, r.evaluation, r.seconds) for cell, r in results.items()]
-    return Comparison(tuple(rows), {cell: result.plan for cell, result in results.items()})
+    rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
+    rows += [row(cell, r.plan, r.evaluation, r.seconds) for cell, r in results.items()]
+    return Comparison(tuple(rows), plans)

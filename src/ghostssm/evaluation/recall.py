@@ -39,28 +39,35 @@ class Recall:
 
 
 def associative_recall(
-    sequences: int, pairs: int, keys: int, values: int, generator: torch.Generator
+    sequences: int, pairs: int, keys: int, values: int, generator: torch.Generator, *, rounds: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Sequences for multi-query associative recall (Arora et al. 2023).
 
     ``pairs`` keys, all different, each followed by its value; then the same keys in another order, each to be answered
     by its value. Keys are the tokens 1 to ``keys``, values the ``values`` tokens after these; 0 is unused.
 
+    Args:
+        rounds: pairs come in as many rounds, each of facts and the questions about them: easier to learn.
+
     Returns:
         ids (sequences, 4 * pairs), and targets of the same shape: at a queried key its value, elsewhere `IGNORED`.
+
+    Raises:
+        InputError: no pairs, more pairs than keys, or rounds that don't divide the pairs.
     """
     if not 1 <= pairs <= keys:
         raise InputError(f"{pairs} pairs of {keys} keys; expected from 1 to as many pairs as there are keys.")
+    if rounds < 1 or pairs % rounds:
+        raise InputError(f"{pairs} pairs in {rounds} rounds; expected as many pairs in each round.")
     key = torch.rand(sequences, keys, generator=generator).argsort(1)[:, :pairs] + 1
     value = torch.randint(keys + 1, keys + values + 1, (sequences, pairs), generator=generator)
-    order = torch.rand(sequences, pairs, generator=generator).argsort(1)
-    facts = torch.stack([key, value], dim=2).flatten(1)
-    questions = torch.stack([key.gather(1, order), value.gather(1, order)], dim=2)
-    targets = questions.clone()
-    targets[..., 0] = questions[..., 1]
-    targets[..., 1] = IGNORED
-    ids = torch.cat([facts, questions.flatten(1)], dim=1)
-    return ids, torch.cat([torch.full_like(facts, IGNORED), targets.flatten(1)], dim=1)
+    facts = torch.stack([key, value], dim=2).view(sequences, rounds, -1, 2)
+    order = torch.rand(facts.shape[:3], generator=generator).argsort(2)
+    questions = facts.gather(2, order[..., None].expand_as(facts))
+    ids = torch.stack([facts, questions], dim=2)
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :, 1, :, 0] = questions[..., 1]
+    return ids.flatten(1), targets.flatten(1)
 
 
 def recall_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int = 32) -> Recall:
@@ -83,8 +90,8 @@ def recall_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int =
 def last_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> Recall:
     """LAMBADA's measure (Paperno et al. 2016): a passage's last word, given all before it.
 
-    A word of several tokens is correct if each of them is the likeliest, given the right ones before it; its loss is the
-    sum over its tokens.
+    A word of several tokens is correct if each of them is the likeliest, given the right ones before it; its loss is
+    the sum over its tokens.
 
     Raises:
         InputError: a passage of fewer than two words.
@@ -94,7 +101,9 @@ def last_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passa
         for passage in passages:
             context, _, word = passage.strip().rpartition(" ")
             if not context:
-                raise InputError(f"The passage {passage[:60]!r} has fewer than two words; expected a context and a word.")
+                raise InputError(
+                    f"The passage {passage[:60]!r} has fewer than two words; expected a context and a word."
+                )
             before = tokenizer(context, add_special_tokens=False)["input_ids"]
             answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([before + answer], device=model.device)

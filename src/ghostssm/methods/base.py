@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.statistics import LayerStatistics
 from ghostssm.errors import InputError
 from ghostssm.layout import SSDLayout
+from ghostssm.methods.selection import Groups
+from ghostssm.plan import Decision
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Evidence:
         layout: the mixer's sizes.
         in_proj: (in_proj_rows, hidden_size), the mixer's input projection.
         statistics: on the pruned activations that reach the mixer; for methods that need ``"statistics"``.
+        samples: of the recurrence on the same activations; for methods that need ``"samples"``.
+        input_gram: (hidden_size, hidden_size), sum of x x^T over inputs; for methods that need ``"inputs"``.
+        changes: measures the mean squared change of the mixer's output that decisions would make.
         saliency: (g, n), squared gate gradients on the unpruned model; for methods that need ``"gradients"``.
         seed: the same for a whole plan and different for each of its mixers.
     """
@@ -30,6 +36,9 @@ class Evidence:
     seed: int
     statistics: LayerStatistics | None = None
     saliency: Tensor | None = None
+    samples: OutputSamples | None = None
+    input_gram: Tensor | None = None
+    changes: Callable[[Sequence[Decision]], list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,17 @@ class Method:
         needs: what must be gathered before it can score.
         score: evidence on one mixer to (g, n).
         scope: channels compete within their layer, or over the whole model.
+        decide: the decision, where it is more than the highest scores: evidence, state size and how groups share it.
+        stock: whether the result stays in the stock model class.
     """
 
     name: str
     summary: str
-    needs: Literal["weights", "statistics", "gradients"]
+    needs: Literal["weights", "statistics", "samples", "inputs", "gradients"]
     score: Callable[[Evidence], Tensor]
     scope: Literal["layer", "model"] = "layer"
+    decide: Callable[[Evidence, int, Groups], Decision] | None = None
+    stock: bool = True
 
 
 _METHODS: dict[str, Method] = {}
@@ -77,3 +90,17 @@ def statistics_of(evidence: Evidence) -> LayerStatistics:
     """The statistics, for a method that declared that it needs them."""
     assert evidence.statistics is not None
     return evidence.statistics
+
+
+def least_change(evidence: Evidence, candidates: Sequence[Decision]) -> Decision:
+    """The candidate that changes the mixer's output least, measured; the first where nothing can be measured."""
+    if evidence.changes is None:
+        return candidates[0]
+    changes = evidence.changes(candidates)
+    return candidates[changes.index(min(changes))]
+
+
+def samples_of(evidence: Evidence) -> OutputSamples:
+    """The samples, for a method that declared that it needs them."""
+    assert evidence.samples is not None
+    return evidence.samples

@@ -1,0 +1,131 @@
+"""What every method costs in loss: excess over dense with its paired standard error, seconds, and peak memory.
+
+    python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT
+    python benchmarks/fidelity.py RECALL_MODEL --recall 64
+
+The first form takes any two texts: of one kind, or, to see what calibration on other text costs, of two. The second
+takes a model of ``tools/train_recall.py`` and this many pairs, and gives the accuracy of its answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from interleaved import print_machine
+
+import ghostssm
+from ghostssm.bench.memory import peak_bytes, reset_peak
+from ghostssm.evaluation.recall import Recall, associative_recall, recall_of
+
+RECIPES = (
+    "ghost",
+    "random",
+    "magnitude",
+    "taylor-layer",
+    "rrqr",
+    "output-single",
+    "output",
+    "ghost+repair",
+    "output+repair",
+    "ghost+refit+repair",
+    "output+refit+repair",
+    "balanced",
+    "balanced+per-layer",
+    "balanced+refit+per-layer",
+    "sparsegpt",
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", default="stdlib")
+    parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--recall", type=int, metavar="PAIRS", help="associative recall instead of text")
+    parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--text-windows", type=int, default=64)
+    parser.add_argument("--output", type=Path, help="also write the rows to this JSON file")
+    return parser.parse_args()
+
+
+class OnText:
+    """Excess loss on windows of a text."""
+
+    def __init__(self, args: argparse.Namespace):
+        checkpoint = ghostssm.load(args.model, dtype=torch.float32)
+        vocabulary, length = checkpoint.require_tokenizer(), args.window_length
+        self.model = checkpoint.model
+        calibration = ghostssm.read_text(args.calibration, "calibration")
+        self.windows = ghostssm.cut_windows(calibration, vocabulary, length, args.windows, seed=42)
+        text = ghostssm.read_text(args.text, "evaluation")
+        self.test = ghostssm.cut_windows(text, vocabulary, length, args.text_windows, seed=1)
+        self.dense = ghostssm.evaluate(self.model, self.test)
+        print(
+            f"calibration: {len(self.windows)} x {length} tokens of {Path(args.calibration).name}; "
+            f"test: {len(self.test)} x {length} of {Path(args.text).name}; dense perplexity {self.dense.perplexity:.3f}"
+        )
+
+    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+        excess = ghostssm.evaluate(model, self.test).excess_over(self.dense)
+        return excess.mean, excess.standard_error
+
+
+class OnRecall:
+    """Accuracy lost on associative recall; the standard error is over sequences."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.model = ghostssm.load(args.model, dtype=torch.float32).model
+        values = self.model.config.vocab_size // 2
+        draw = torch.Generator().manual_seed(7)
+        ids, _ = associative_recall(args.windows, args.recall, values, values, draw)
+        self.windows = ghostssm.Windows(ids, "associative recall", "", 1.0, 7)
+        self.test = associative_recall(args.text_windows, args.recall, values, values, draw)
+        self.dense = recall_of(self.model, *self.test)
+        print(f"{args.recall} pairs, {args.text_windows} sequences; dense accuracy {self.dense.accuracy:.2%}")
+
+    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+        lost = self._by_sequence(self.dense) - self._by_sequence(recall_of(model, *self.test))
+        return lost.mean().item(), (lost.std() / len(lost) ** 0.5).item()
+
+    def _by_sequence(self, recall: Recall) -> torch.Tensor:
+        return recall.correct.double().view(len(self.test[0]), -1).mean(1)
+
+
+def main() -> None:
+    args = parse_args()
+    print_machine()
+    task = OnText(args) if args.recall is None else OnRecall(args)
+    calibration = ghostssm.Calibration(task.model, task.windows)
+    unit = "excess loss" if args.recall is None else "accuracy lost"
+    print(f"{'recipe':28}{'N' + chr(39):>4}{unit:>20}  of ghost's  seconds  peak memory  state sizes")
+    rows = []
+    for size in args.state_size:
+        first = None
+        for recipe in args.recipes:
+            reset_peak()
+            begun = time.perf_counter()
+            plan = calibration.plan(recipe, size)
+            seconds, peak = time.perf_counter() - begun, peak_bytes()
+            with ghostssm.pruned(task.model, plan) as smaller:
+                mean, error = task.cost(smaller)
+            first = mean if first is None else first
+            sizes = " ".join(map(str, plan.state_sizes)) if plan.per_layer else f"{plan.mean_state_size:g}"
+            print(
+                f"{recipe:28}{size:4}{mean:11.5f} ± {error:.5f}{mean / first:11.3f}{seconds:9.1f}{peak / 1e6:10.0f} MB"
+                f"  {sizes}",
+                flush=True,
+            )
+            rows.append({"recipe": recipe, "state_size": size, "mean": mean, "error": error, "seconds": seconds})
+    if args.output is not None:
+        args.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Mamba-2 with projected states or a state size per layer: our own class, ``GhostMamba2ForCausalLM``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ghostssm.families.base import register
+from ghostssm.families.mamba2 import Mamba2Family
+from ghostssm.layout import SSDLayout
+from ghostssm.mixer import Mixer, Projection
+from ghostssm.modeling import GhostMamba2Config, GhostMamba2ForCausalLM
+
+
+class GhostMamba2Family(Mamba2Family):
+    model_type = GhostMamba2Config.model_type
+
+    def layout(self, config: PreTrainedConfig) -> SSDLayout:
+        """The sizes of the widest layer."""
+        sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
+        return super().layout(config).with_state_size(max(sizes))
+
+    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer:
+        stock = super().mixer(config, block, index)
+        module: Any = stock.module
+        projected = module.B_projection is not None
+        return replace(
+            stock,
+            layout=stock.layout.with_state_size(config.state_size_of(index)),
+            projection=Projection(module.B_projection, module.C_projection) if projected else None,
+        )
+
+
+register(GhostMamba2Family())
+
+
+def projected_model(
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    state_sizes: Sequence[int],
+    projected_state_sizes: Sequence[int] | None,
+) -> PreTrainedModel:
+    """A model of our own class from a stock model's config and the tensors of all its layers, which are not copied.
+
+    Args:
+        tensors: the whole state dict, sliced, with ``B_projection`` and ``C_projection`` in every projected mixer.
+        state_sizes: of every layer, the width of its B and C. projected_state_sizes: of every layer, 0 for none.
+    """
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "layer_types"):
+        values.pop(key, None)
+    own = GhostMamba2Config(
+        **(values | {"state_size": max(state_sizes), "state_sizes": list(state_sizes)}),
+        projected_state_sizes=None if projected_state_sizes is None else list(projected_state_sizes),
+    )
+    with torch.device("meta"):
+        model = GhostMamba2ForCausalLM(own)
+    model.load_state_dict(dict(tensors), assign=True)
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,135 @@
+"""Balanced projection: a smaller state in the basis that input and output can best agree on.
+
+The decay of a Mamba-2 head is a scalar, so a change of basis of the state commutes with the recurrence. With maps T_B
+and T_C of shape (n, r), B' = T_B^T B and C' = T_C^T C drive the same recurrence on r channels, whose output is
+C^T T_C T_B^T h in place of C^T h. With Gramians W_c = L L^T of the states and W_o = R R^T of the readouts, and
+R^T L = U S V^T, the square-root method (Moore 1981; Laub et al. 1987; Antoulas 2005, ch. 7) gives
+
+    T_B = R U_r S_r^-1/2        T_C = L V_r S_r^-1/2,
+
+which is best for states and readouts that are uncorrelated, and exact for r = n. S are the empirical Hankel singular
+values; W_c is weighted by how states reach the block's output. States and readouts are correlated, so both maps are
+then refined together on samples of the output itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghostssm.calibration.samples import OutputSamples
+from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
+from ghostssm.methods.selection import Groups
+from ghostssm.mixer import Projection
+from ghostssm.plan import Decision, Selection
+
+_HELD_OUT = 0.2
+SHARES = (0.0, 1.0)
+"""Of the norm's derivative (:mod:`ghostssm.calibration.samples`)."""
+_RIDGES = (1e-8, 1e-6, 1e-4, 1e-3)
+"""Candidates for what is added to both Gramians' diagonals, in multiples of their means."""
+_ROUNDS = 6
+_ITERATIONS_PER_ROUND = 10
+
+
+def balanced_maps(
+    controllability: Tensor, observability: Tensor, r: int, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T_B and T_C, (n, r), and all Hankel singular values, (n,).
+
+    The ridge keeps both well conditioned where a Gramian is rank-deficient: directions that are never reached or never
+    read get a small singular value instead of none.
+
+    Args:
+        controllability, observability: (n, n), float64, symmetric, positive semidefinite.
+    """
+    L, R = _factor(controllability, ridge), _factor(observability, ridge)
+    U, S, Vh = torch.linalg.svd(R.T @ L)
+    scale = S[:r].clamp_min(torch.finfo(S.dtype).tiny).rsqrt()
+    return R @ U[:, :r] * scale, L @ Vh[:r].T * scale, S
+
+
+def hankel_values(evidence: Evidence) -> Tensor:
+    """(g, n), descending."""
+    samples = samples_of(evidence)
+    pairs = zip(samples.controllability(), samples.observability(), strict=True)
+    return torch.stack([balanced_maps(W_c, W_o, 1, _RIDGES[0])[2] for W_c, W_o in pairs])
+
+
+def projection_error(samples: OutputSamples, maps: Projection) -> Tensor:
+    """Mean squared change of the output, all groups together, from projecting the state."""
+    inner = torch.einsum("gnr,sgn->sgr", maps.C, samples.readouts)
+    lost = samples.readouts - torch.einsum("gnr,sgr->sgn", maps.B, inner)
+    return torch.einsum("sgdn,sgn->sd", samples.maps, lost).square().sum() / len(samples)
+
+
+def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+    """Balanced maps with the ridge that does best on held-out samples, refined jointly; all channels stay."""
+    del groups  # every group projects to the same size
+    layout = evidence.layout
+    everything = Selection((tuple(range(layout.state_size)),) * layout.n_groups)
+    candidates = []
+    for share in SHARES:
+        fit, held_out = samples_of(evidence).with_share(share).split(_HELD_OUT)
+        starts = [_projection(fit, state_size, ridge) for ridge in _RIDGES]
+        start = min(starts, key=lambda maps: projection_error(held_out, maps).item())
+        candidates.append(Decision(everything, refined(start, fit, held_out)))
+    return least_change(evidence, candidates)
+
+
+def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples) -> Projection:
+    """Both maps by L-BFGS on the output error of samples; the best on the held-out ones, which may be the start."""
+    # Outside inference mode, in which the samples were made and which keeps no gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        fit = OutputSamples(fit.maps.clone(), fit.readouts.clone(), fit.directions, fit.along)
+        B, C = start.B.clone().requires_grad_(), start.C.clone().requires_grad_()
+        trial = Projection(B, C)
+        scale = max(projection_error(fit, start).item(), 1e-30)
+        optimizer = torch.optim.LBFGS(
+            [B, C], max_iter=_ITERATIONS_PER_ROUND, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            error = projection_error(fit, trial) / scale
+            error.backward()
+            return error
+
+        best, kept, rounds_without = projection_error(held_out, start).item(), start, 0
+        for _ in range(_ROUNDS):
+            optimizer.step(loss)
+            now = Projection(B.detach().clone(), C.detach().clone())
+            error = projection_error(held_out, now).item()
+            rounds_without = 0 if error < best else rounds_without + 1
+            if error < best:
+                best, kept = error, now
+            if rounds_without == 2:
+                break
+    return kept
+
+
+def _projection(samples: OutputSamples, r: int, ridge: float) -> Projection:
+    pairs = zip(samples.controllability(), samples.observability(), strict=True)
+    maps = [balanced_maps(W_c, W_o, r, ridge) for W_c, W_o in pairs]
+    B, C = (torch.stack([each[part] for each in maps]).to(samples.maps) for part in (0, 1))
+    return Projection(B, C)
+
+
+def _factor(gramian: Tensor, ridge: float) -> Tensor:
+    """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
+    mean = gramian.diagonal().mean().clamp_min(torch.finfo(gramian.dtype).tiny)
+    values, vectors = torch.linalg.eigh(gramian)
+    factor: Tensor = vectors * (values.clamp_min(0) + ridge * mean).sqrt()
+    return factor
+
+
+register(
+    Method(
+        "balanced",
+        "balanced projection of the state (own model class)",
+        "samples",
+        hankel_values,
+        decide=decide,
+        stock=False,
+    )
+)

@@ -1,0 +1,85 @@
+"""Choose channels together: the set whose removal changes the output least, correlations included.
+
+The error of removing a set R is the quadratic form 1_R^T G 1_R of a Gram matrix G. Finding the best R is a binary
+quadratic programme; greedy elimination followed by exchanges finds a set that no swap of two channels improves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
+from ghostssm.methods.selection import Groups
+from ghostssm.plan import Decision, Selection
+
+SHARES = (0.0, 0.7, 1.0)
+"""Of the norm's derivative (:mod:`ghostssm.calibration.samples`)."""
+
+
+def least_error_set(
+    gram: NDArray[np.float64], groups: Sequence[int] | NDArray[np.int_], removed: Sequence[int]
+) -> NDArray[np.bool_]:
+    """The channels to remove, as a mask.
+
+    Args:
+        gram: (c, c), symmetric, positive semidefinite. groups: (c,), the group of each channel.
+        removed: how many channels each group loses.
+    """
+    label, left = np.asarray(groups), np.array(removed)
+    gone = np.zeros(len(gram), dtype=bool)
+    pull = np.zeros(len(gram))  # gram @ gone
+    diagonal = gram.diagonal()
+    for _ in range(left.sum()):
+        added = np.where(gone | (left[label] == 0), np.inf, diagonal + 2 * pull)
+        channel = int(added.argmin())
+        gone[channel] = True
+        left[label[channel]] -= 1
+        pull += gram[channel]
+    tolerance = 1e-12 * max(float(diagonal.sum()), 1e-300)
+    while True:
+        out, back = np.flatnonzero(~gone), np.flatnonzero(gone)
+        change = (diagonal + 2 * pull)[out][:, None] + (diagonal - 2 * pull)[back][None, :]
+        change = change - 2 * gram[np.ix_(out, back)]
+        change[label[out][:, None] != label[back][None, :]] = np.inf
+        if not change.size or change.min() > -tolerance:
+            return gone
+        i, j = np.unravel_index(int(change.argmin()), change.shape)
+        gone[out[i]], gone[back[j]] = True, False
+        pull += gram[out[i]] - gram[back[j]]
+
+
+def choose_from_gram(gram: Tensor, n_groups: int, state_size: int, groups: Groups) -> Selection:
+    """Keep ``state_size`` channels of each group, or on average if the groups are pooled; gram: (g * n, g * n)."""
+    n = len(gram) // n_groups
+    label = np.repeat(np.arange(n_groups), n)
+    if groups == "pooled":
+        gone = least_error_set(gram.cpu().numpy(), np.zeros(len(gram), dtype=int), [n_groups * (n - state_size)])
+    else:
+        gone = least_error_set(gram.cpu().numpy(), label, [n - state_size] * n_groups)
+    kept = (~gone).reshape(n_groups, n)
+    return Selection(tuple(tuple(int(channel) for channel in np.flatnonzero(row)) for row in kept))
+
+
+def single(evidence: Evidence) -> Tensor:
+    """sqrt(G_nn): the root mean squared change of the block's output from removing channel n alone."""
+    layout = evidence.layout
+    return samples_of(evidence).output_gram().diagonal().sqrt().view(layout.n_groups, layout.state_size)
+
+
+def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+    """The set of channels whose joint removal changes the block's output least.
+
+    The best for several shares of the norm's derivative, and of these the one that is measured to be best.
+    """
+    samples = samples_of(evidence)
+    grams = (samples.with_share(share).output_gram() for share in SHARES)
+    choices = dict.fromkeys(choose_from_gram(gram, evidence.layout.n_groups, state_size, groups) for gram in grams)
+    return least_change(evidence, [Decision(choice) for choice in choices])
+
+
+register(Method("output-single", "change of the block's output, channel by channel", "samples", single))
+register(Method("output", "change of the block's output, removed channels together", "samples", single, decide=decide))
