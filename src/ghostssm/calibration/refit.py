@@ -23,10 +23,10 @@ LEARNING_RATE = 0.02
 """Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
 MOST_TOKENS = 32768
 """Of the calibration windows, so many tokens are kept in memory for a mixer's refit."""
-_CHECK_EVERY = 10
+_CHECK_EVERY = 20
 """Steps between two looks at the held-out windows."""
 _CAUTION = 0.3
-"""Factor on the learning rate when a look finds no improvement."""
+"""Factor on the learning rate while no look has found an improvement."""
 _TOKENS_PER_STEP = 1024
 _HELD_OUT_ONE_IN = 8
 
@@ -106,7 +106,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
             error = trial.error(held_out)
             if error < best:
                 best, kept = error, trial.state()
-            else:  # back to what was best, in smaller steps
+            elif best == first:  # too bold for a mixer that is nearly right: start again, in smaller steps
                 trial.load(kept)
                 optimizer.state.clear()
                 caution *= _CAUTION
