@@ -4,10 +4,12 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT := demo-output
 DEMO_TEXT := --windows 8 --window-length 1024
 
+DEMO_METHODS := ghost magnitude random taylor-layer output+repair output+refit50+repair balanced balanced+per-layer
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/ghostssm compare reference --state-size 64 32 16 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT)
+	$(BIN)/ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
 	$(BIN)/ghostssm prune reference --state-size 32 --calibration stdlib $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
 
 test: lint

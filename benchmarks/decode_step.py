@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
+from typing import Any
 
 import torch
 from interleaved import print_machine, seconds_by_side
@@ -24,24 +26,35 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="also torch.compile; takes a minute per line")
+    parser.add_argument("--extension", action="store_true", help="also a C++ extension; needs a compiler and ninja")
     args = parser.parse_args()
+    extension = compiled_extension() if args.extension else None
 
     print_machine()
     columns = "batch    N    transformers  torch only      ours  ours bf16     mul_  times faster  of mul_ bandwidth"
     print(columns)
     for batch in args.batch:
         for n in args.state_size:
-            seconds = seconds_by_side(sides_of(batch, args.heads, n, args.compile), args.rounds, warmup=3)
+            seconds = seconds_by_side(sides_of(batch, args.heads, n, args.compile, extension), args.rounds, warmup=3)
             median = {name: statistics.median(times) for name, times in seconds.items()}
             line = (
                 f"{batch:5}{n:5}{median['transformers'] * 1e3:14.3f}ms{median['torch'] * 1e3:10.3f}ms"
                 f"{median['ours'] * 1e3:8.3f}ms{median['bfloat16'] * 1e3:9.3f}ms{median['mul_'] * 1e3:7.3f}ms"
                 f"{median['transformers'] / median['ours']:14.1f}{median['mul_'] / median['ours']:19.0%}"
             )
-            print(line + (f"   torch.compile {median['torch.compile'] * 1e3:.3f}ms" if args.compile else ""))
+            extra = [name for name in ("torch.compile", "C++") if name in median]
+            print(line + "".join(f"   {name} {median[name] * 1e3:.3f}ms" for name in extra))
 
 
-def sides_of(batch: int, heads: int, n: int, with_compile: bool) -> dict:
+def compiled_extension() -> Any:
+    from torch.utils.cpp_extension import load
+
+    source = Path(__file__).with_name("step_extension.cpp")
+    flags = ["-O3", "-march=native", "-ffast-math"]
+    return load("step_extension", [str(source)], extra_cflags=flags)
+
+
+def sides_of(batch: int, heads: int, n: int, with_compile: bool, extension: Any) -> dict:
     torch.manual_seed(0)
     p = 64
     state = torch.randn(batch, heads, p, n)
@@ -60,7 +73,11 @@ def sides_of(batch: int, heads: int, n: int, with_compile: bool) -> dict:
         state.copy_(state * decay + (x * dt[..., None])[..., None] * B[:, 0, None, None])
         return (state * C[:, 0, None, None]).sum(-1) + D[:, None] * x
 
-    return ({"torch.compile": torch.compile(inductor_step)} if with_compile else {}) | {
+    extra: dict = {"torch.compile": torch.compile(inductor_step)} if with_compile else {}
+    if extension is not None:
+        y = torch.empty_like(x)
+        extra["C++"] = lambda: extension.ssd_step(state, x, dt, A, B, C, D, y)
+    return extra | {
         "transformers": lambda: mamba2_selective_state_update(
             state,
             x,

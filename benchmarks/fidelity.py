@@ -1,10 +1,12 @@
 """What every method costs in loss: excess over dense with its paired standard error, seconds, and peak memory.
 
     python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT
+    python benchmarks/fidelity.py MODEL --calibration TEXT --last-words PASSAGES
     python benchmarks/fidelity.py RECALL_MODEL --recall 64
 
 The first form takes any two texts: of one kind, or, to see what calibration on other text costs, of two. The second
-takes a model of ``tools/train_recall.py`` and this many pairs, and gives the accuracy of its answers.
+measures the loss of the last word of every passage (a text with one on each line), as LAMBADA does. The third takes a
+model of ``tools/train_recall.py`` and this many pairs, and gives the accuracy of its answers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from interleaved import print_machine
 
 import ghostssm
 from ghostssm.bench.memory import peak_bytes, reset_peak
-from ghostssm.evaluation.recall import Recall, associative_recall, recall_of
+from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
 
 RECIPES = (
     "ghost",
@@ -45,6 +47,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--calibration", default="stdlib")
     parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--last-words", metavar="PASSAGES", help="the last words of passages instead of whole text")
+    parser.add_argument("--passages", type=int, default=1000, help="at most so many of them")
     parser.add_argument("--recall", type=int, metavar="PAIRS", help="associative recall instead of text")
     parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
@@ -77,6 +81,24 @@ class OnText:
         return excess.mean, excess.standard_error
 
 
+class OnLastWords(OnText):
+    """Excess loss of the last words of passages; prints the accuracy too."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        self.tokenizer = ghostssm.load(args.model).require_tokenizer()
+        passages = ghostssm.read_text(args.last_words, "evaluation").joined.splitlines()
+        self.passages = [passage for passage in passages if passage.strip()][: args.passages]
+        self.words = last_words(self.model, self.tokenizer, self.passages)
+        print(f"{len(self.passages)} passages: dense loss {self.words.loss:.3f}, accuracy {self.words.accuracy:.2%}")
+
+    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+        found = last_words(model, self.tokenizer, self.passages)
+        excess = found.losses - self.words.losses
+        print(f"accuracy {found.accuracy:.2%}", end="  ")
+        return excess.mean().item(), (excess.std() / len(excess) ** 0.5).item()
+
+
 class OnRecall:
     """Accuracy lost on associative recall; the standard error is over sequences."""
 
@@ -101,7 +123,7 @@ class OnRecall:
 def main() -> None:
     args = parse_args()
     print_machine()
-    task = OnText(args) if args.recall is None else OnRecall(args)
+    task = OnRecall(args) if args.recall else OnLastWords(args) if args.last_words else OnText(args)
     calibration = ghostssm.Calibration(task.model, task.windows)
     unit = "excess loss" if args.recall is None else "accuracy lost"
     print(f"{'recipe':28}{'N' + chr(39):>4}{unit:>20}  of ghost's  seconds  peak memory  state sizes")

@@ -17,7 +17,7 @@ from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
 from ghostssm.calibration.repair import repair_output
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.data.windows import Windows
-from ghostssm.errors import InputError, ModelError
+from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
 from ghostssm.families import family_of, mixers_of
 from ghostssm.methods import Evidence
@@ -208,6 +208,11 @@ class _Run:
         method = self.recipe.how
         evidence = self._evidence(walk, block, mixer, index)
         score = method.score(evidence)
+        if not torch.isfinite(score).all():
+            raise NumericalError(
+                f"NaN or Inf in what {mixer.name} adds to its output. The checkpoint is broken or overflows; "
+                "evaluate the unpruned model on the same text first."
+            )
         if method.decide is not None:
             return method.decide(evidence, size, self.groups), score
         return Decision(select(score, size, self.groups)), score

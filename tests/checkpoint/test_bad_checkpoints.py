@@ -32,7 +32,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "'llama'.*expected one of: mamba2"),
+        ({"model_type": "llama"}, "'llama'.*expected one of: ghost_mamba2, mamba2"),
         ({"model_type": "mamba"}, "Mamba-1"),
         ({"model_type": None}, "neither a model_type nor an ssm_cfg"),
         ({"num_heads": 7}, "num_heads"),

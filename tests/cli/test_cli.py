@@ -81,6 +81,53 @@ def test_prune_writes_a_checkpoint_a_plan_and_a_manifest(
     assert not (output / "model.safetensors").exists()
 
 
+def test_prune_by_share_and_per_layer(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
+    options = ["--budget", 0.5, "--method", "balanced", "--per-layer", "--multiple", 2, "--json"]
+    code, out, _ = run("prune", small, *options, *common)
+    assert code == 0
+    sizes = json.loads(out)["state_size"]["after"]
+    sizes = sizes if isinstance(sizes, list) else [sizes] * 3
+    assert sum(sizes) <= 24
+    assert all(size % 2 == 0 for size in sizes)
+    code, out, _ = run("inspect", tmp_path / "out", "--json")
+    assert json.loads(out)["state_sizes"] == sizes
+    code, out, _ = run("evaluate", tmp_path / "out", "--text", text_file, "--window-length", 64)
+    assert code == 0
+    for refused in (["inspect", tmp_path / "out", "--state-size", 4], ["bench", tmp_path / "out"]):
+        code, _, err = run(*refused)
+        assert code == 2
+        assert "the original model" in err
+
+
+def test_prune_to_a_bound_on_the_loss(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
+    code, out, _ = run("prune", small, "--max-excess-loss", 100, "--method", "ghost", "--json", *common)
+    assert code == 0
+    assert json.loads(out)["state_size"]["after"] == 8
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["method"] == "ghost"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give one of --state-size, --budget and --max-excess-loss"),
+        (["--state-size", 4, "--budget", 0.5], "give one of"),
+        (["--budget", 1.5], "--budget is 1.5"),
+        (["--max-excess-loss", -1], "--max-excess-loss is -1"),
+        (["--state-size", 4, "--per-layer", "--dialect", "mamba_ssm"], "mamba_ssm dialect"),
+        (["--state-size", 4, "--method", "output+mend"], "'mend'"),
+    ],
+)
+def test_prune_options_that_contradict(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run("prune", small, "--calibration", text_file, "--output", tmp_path / "out", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_twice_writes_the_same_files(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         run(*prune_arguments(small, text_file, tmp_path / name))
@@ -109,6 +156,20 @@ def test_evaluate(run: Run, small: Path, text_file: Path) -> None:
     assert found["loss"] == pytest.approx(sum(found["window_losses"]) / len(found["window_losses"]))
     code, out, _ = run("evaluate", small, "--text", text_file, "--window-length", 100, "--text-windows", 2)
     assert "2 windows of 100 tokens" in out
+
+
+def test_evaluate_last_words(run: Run, small: Path, tmp_path: Path) -> None:
+    passages = tmp_path / "passages.txt"
+    passages.write_text("the quick brown fox\n\none two three\n")
+    code, out, _ = run("evaluate", small, "--last-words", passages, "--json")
+    assert code == 0
+    assert json.loads(out)["passages"] == 2
+    code, out, _ = run("evaluate", small, "--last-words", passages)
+    assert "accuracy" in out
+    passages.write_text("word\n")
+    code, _, err = run("evaluate", small, "--last-words", passages)
+    assert code == 2
+    assert "fewer than two words" in err
 
 
 def test_generate(run: Run, small: Path) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from ghostssm.cli import arguments
 from ghostssm.cli.console import print_facts, print_json, progress_reporter
+
+if TYPE_CHECKING:
+    from ghostssm.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -11,11 +18,15 @@ def evaluate(
     text: arguments.EvaluationText = "wikitext2",
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
+    last_words: Annotated[
+        str | None,
+        typer.Option("--last-words", metavar="TEXT", help="Instead: the last word of every line of TEXT, as LAMBADA."),
+    ] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, in float32.
+    """Measure perplexity and bits per byte on a text, in float32; or recall, by the last words of passages.
 
     ghostssm evaluate mamba2-130m-n64 --text wikitext2
     """
@@ -24,6 +35,9 @@ def evaluate(
     import ghostssm
 
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
+    if last_words is not None:
+        _evaluate_last_words(checkpoint, last_words, as_json)
+        return
     cut = ghostssm.cut_windows(
         ghostssm.read_text(text, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
     )
@@ -47,5 +61,24 @@ def evaluate(
             ("loss", f"{result.loss:.4f} nats per token"),
             ("perplexity", f"{result.perplexity:.3f}"),
             ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ]
+    )
+
+
+def _evaluate_last_words(checkpoint: Checkpoint, text: str, as_json: bool) -> None:
+    import ghostssm
+    from ghostssm.evaluation.recall import last_words
+
+    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()]
+    with progress_reporter() as progress:
+        found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
+    if as_json:
+        print_json({"text": text, "passages": len(passages), "loss": found.loss, "accuracy": found.accuracy})
+        return
+    print_facts(
+        [
+            ("text", f"{text}, {len(passages)} passages"),
+            ("loss of the last word", f"{found.loss:.4f} nats"),
+            ("accuracy", f"{found.accuracy:.2%}"),
         ]
     )

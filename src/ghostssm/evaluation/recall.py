@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
+from ghostssm.progress import Progress, silent
 
 IGNORED = -100
 """The target of a position that is not scored; torch's convention."""
@@ -87,7 +88,12 @@ def recall_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int =
     return Recall(torch.cat(losses), torch.cat(correct))
 
 
-def last_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> Recall:
+def last_words(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str],
+    progress: Progress = silent,
+) -> Recall:
     """LAMBADA's measure (Paperno et al. 2016): a passage's last word, given all before it.
 
     A word of several tokens is correct if each of them is the likeliest, given the right ones before it; its loss is
@@ -98,7 +104,8 @@ def last_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passa
     """
     losses, correct = [], []
     with torch.inference_mode(), replaced_forward(mixers_of(model)):
-        for passage in passages:
+        for index, passage in enumerate(passages):
+            progress("passages", index, len(passages))
             context, _, word = passage.strip().rpartition(" ")
             if not context:
                 raise InputError(

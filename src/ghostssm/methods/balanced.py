@@ -45,7 +45,7 @@ def balanced_maps(
     """
     L, R = _factor(controllability, ridge), _factor(observability, ridge)
     U, S, Vh = torch.linalg.svd(R.T @ L)
-    scale = S[:r].clamp_min(torch.finfo(S.dtype).tiny).rsqrt()
+    scale = S[:r].rsqrt()
     return R @ U[:, :r] * scale, L @ Vh[:r].T * scale, S
 
 
@@ -117,7 +117,7 @@ def _projection(samples: OutputSamples, r: int, ridge: float) -> Projection:
 
 def _factor(gramian: Tensor, ridge: float) -> Tensor:
     """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
-    mean = gramian.diagonal().mean().clamp_min(torch.finfo(gramian.dtype).tiny)
+    mean = gramian.diagonal().mean().item() or 1.0
     values, vectors = torch.linalg.eigh(gramian)
     factor: Tensor = vectors * (values.clamp_min(0) + ridge * mean).sqrt()
     return factor

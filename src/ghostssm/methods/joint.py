@@ -25,20 +25,42 @@ def least_error_set(
 ) -> NDArray[np.bool_]:
     """The channels to remove, as a mask.
 
+    From two sides: channels go one by one, always the one that costs least; and all are gone and come back one by one,
+    always the one that is missed most, which sees channels that cancel each other. Exchanges improve both; the better
+    one counts.
+
     Args:
         gram: (c, c), symmetric, positive semidefinite. groups: (c,), the group of each channel.
         removed: how many channels each group loses.
     """
-    label, left = np.asarray(groups), np.array(removed)
-    gone = np.zeros(len(gram), dtype=bool)
-    pull = np.zeros(len(gram))  # gram @ gone
-    diagonal = gram.diagonal()
+    label = np.asarray(groups)
+    kept = np.bincount(label, minlength=len(removed)) - np.asarray(removed)
+    down = _greedy(gram, label, np.zeros(len(gram), dtype=bool), np.array(removed))
+    up = _greedy(gram, label, np.ones(len(gram), dtype=bool), kept)
+    candidates = [_exchanged(gram, label, start) for start in (down, up)]
+    return min(candidates, key=lambda gone: float(gone @ gram @ gone))
+
+
+def _greedy(
+    gram: NDArray[np.float64], label: NDArray[np.int_], gone: NDArray[np.bool_], moves: NDArray[np.int_]
+) -> NDArray[np.bool_]:
+    """Move channels, each once, to the other side of ``gone``, as many of each group as ``moves`` says."""
+    gone, left, moved = gone.copy(), moves.copy(), np.zeros(len(gram), dtype=bool)
+    sign = -1 if gone.all() else 1
+    pull = gram @ gone
     for _ in range(left.sum()):
-        added = np.where(gone | (left[label] == 0), np.inf, diagonal + 2 * pull)
-        channel = int(added.argmin())
-        gone[channel] = True
+        change = np.where(moved | (left[label] == 0), np.inf, gram.diagonal() + sign * 2 * pull)
+        channel = int(change.argmin())
+        gone[channel], moved[channel] = sign > 0, True
         left[label[channel]] -= 1
-        pull += gram[channel]
+        pull += sign * gram[channel]
+    return gone
+
+
+def _exchanged(gram: NDArray[np.float64], label: NDArray[np.int_], start: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Exchange two channels of a group, the best pair first, until no exchange lowers the error."""
+    gone, diagonal = start.copy(), gram.diagonal()
+    pull = gram @ gone
     tolerance = 1e-12 * max(float(diagonal.sum()), 1e-300)
     while True:
         out, back = np.flatnonzero(~gone), np.flatnonzero(gone)

@@ -27,7 +27,7 @@ def strong_pivots(gram: NDArray[np.float64], count: int) -> list[int]:
     Args:
         gram: (n, n), symmetric, positive semidefinite.
     """
-    gram = gram + 1e-10 * max(float(gram.diagonal().mean()), 1e-300) * np.eye(len(gram))
+    gram = gram + 1e-10 * (float(gram.diagonal().mean()) or 1.0) * np.eye(len(gram))
     root = scipy.linalg.cholesky(gram)
     kept = [int(pivot) for pivot in scipy.linalg.qr(root, mode="r", pivoting=True)[1][:count]]
     rest = [channel for channel in range(len(gram)) if channel not in set(kept)]
