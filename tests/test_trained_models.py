@@ -105,6 +105,15 @@ def test_ghost_loses_at_most_half_of_what_magnitude_and_random_lose(case: Case) 
         assert excess["ghost", size] <= 0.5 * excess["random", size]
 
 
+def test_what_goes_past_ghost_loses_less(case: Case) -> None:
+    result = ghostssm.compare(
+        case.checkpoint, case.calibration, case.test, ["ghost", "output+repair", "balanced"], [32], batches=()
+    )
+    excess = {row.method: row.excess for row in result.rows}
+    assert excess["output+repair"] < excess["ghost"]
+    assert excess["balanced"] < 0.6 * excess["ghost"]
+
+
 def test_own_forward_equals_transformers(case: Case) -> None:
     model, window = case.checkpoint.model, case.test.ids[:1]
     with torch.inference_mode():
