@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT := demo-output
 DEMO_TEXT := --windows 8 --window-length 1024
 
-DEMO_METHODS := ghost magnitude random taylor-layer output+repair output+refit50+repair balanced balanced+per-layer
+DEMO_METHODS := ghost magnitude random output+repair output+refit50+repair balanced+per-layer
 
 .PHONY: demo test lint clean
 
