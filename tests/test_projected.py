@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import ghostssm
 from ghostssm.evaluation import evaluate
 from ghostssm.families import mixers_of
-from ghostssm.methods.joint import choose_from_gram
 from ghostssm.mixer import Projection
 from ghostssm.modeling import GhostMamba2ForCausalLM
 from ghostssm.plan import Plan, Selection
@@ -178,6 +178,29 @@ class TestSmallestPlan:
             smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)
 
 
-def test_pooled_groups_pad_in_own_class_too() -> None:
-    gram = torch.diag(torch.cat([torch.arange(16.0) + 20, torch.arange(16.0)])).double()
-    assert len(choose_from_gram(gram, 2, 4, "pooled").kept[0]) == 8
+def test_refitted_layers_of_uneven_groups_are_padded_exactly() -> None:
+    model, windows = tiny_model(n_groups=2), random_windows(9, 60)
+    for mixer, factor in zip(mixers_of(model), (1.0, 30.0, 3.0), strict=True):  # one group speaks up
+        rows = mixer.layout.in_proj_C
+        mixer.in_proj.weight.data[rows.start : rows.start + 16] *= factor
+    plan = Calibration(model, windows).plan("output+refit5+repair", 6, groups="pooled")
+    assert len(set(plan.state_sizes)) > 1
+    with pruned(model, plan):
+        assert model.config.state_size == max(plan.state_sizes)
+        padded = logits(model, windows.ids)
+    with pruned(model, replace(plan, per_layer=True)) as uneven:
+        torch.testing.assert_close(padded, logits(uneven, windows.ids), rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_do_not_fit_are_refused_before_anything_changes() -> None:
+    model, windows = tiny_model(), random_windows(9, 40)
+    plan = Calibration(model, windows).plan("output+repair", 6)
+    whole = logits(model, windows.ids)
+    name = next(iter(plan.changes))
+    for wrong, message in (
+        ({"out_proj.weight": torch.zeros(3, 3)}, r"has shape \(3, 3\), expected \(32, 64\)"),
+        ({"nonsense": torch.zeros(1)}, "no parameter 'nonsense'"),
+    ):
+        with pytest.raises(ghostssm.PlanError, match=message):
+            apply_plan(model, replace(plan, changes={**plan.changes, name: wrong}))
+        assert torch.equal(logits(model, windows.ids), whole)

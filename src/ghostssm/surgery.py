@@ -39,8 +39,12 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         return _converted(model, plan)
     family = family_of(model.config)
     for mixer in mixers:
-        prune_mixer(family, mixer, plan.selections[mixer.name], plan.kept_state_size)
-        change_parameters(mixer.module, plan.decision(mixer.name))
+        decision = plan.decision(mixer.name)
+        prune_mixer(family, mixer, decision.selection, decision.width)
+        change_parameters(mixer.module, decision)
+        if decision.width < plan.kept_state_size:
+            everything = Selection((tuple(range(decision.width)),) * mixer.layout.n_groups)
+            prune_mixer(family, mixer.with_state_size(decision.width), everything, plan.kept_state_size)
     family.set_state_size(model.config, plan.kept_state_size)
     refresh(model)
     return model
@@ -92,15 +96,38 @@ def change_parameters(module: nn.Module, decision: Decision) -> None:
     """Give a sliced mixer's module the parameters that a decision changes, in their dtype and on their device."""
     for name, value in decision.changes.items():
         old = module.get_parameter(name)
-        if value.shape != old.shape:
-            raise PlanError(f"The plan's {name} has shape {tuple(value.shape)}; the mixer's is {tuple(old.shape)}.")
         _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
 
 
 def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
     plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family_of(model.config).model_type)
+    faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
+    if faults:
+        raise PlanError("The plan's tensors do not fit this model: " + "; ".join(faults) + ".")
     return mixers
+
+
+def _tensor_faults(mixer: Mixer, decision: Decision) -> list[str]:
+    """What keeps a decision's tensors from going into a mixer that is sliced by its selection."""
+    faults = []
+    layout = mixer.layout.with_state_size(decision.selection.width)
+    rows = {"in_proj": layout.in_proj_rows, "conv1d": layout.conv_dim}
+    parameters = dict(mixer.module.named_parameters())
+    for name, value in decision.changes.items():
+        if name not in parameters:
+            faults.append(f"{mixer.name} has no parameter {name!r}")
+            continue
+        first, *rest = parameters[name].shape
+        expected = (rows.get(name.partition(".")[0], first), *rest)
+        if tuple(value.shape) != expected:
+            faults.append(f"{mixer.name}.{name} has shape {tuple(value.shape)}, expected {expected}")
+    if decision.projection is not None:
+        for part in (decision.projection.B, decision.projection.C):
+            expected = (layout.n_groups, layout.state_size, decision.width)
+            if tuple(part.shape) != expected:
+                faults.append(f"a projection of {mixer.name} has shape {tuple(part.shape)}, expected {expected}")
+    return faults
 
 
 @torch.inference_mode(False)
