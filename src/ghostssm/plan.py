@@ -36,8 +36,11 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """The largest count over the groups: the state size that this mixer needs."""
-        return max(len(channels) for channels in self.kept)
+        """The largest count over the groups: the state size that this mixer needs.
+
+        At least 1: a mixer that keeps nothing has one channel of zeros, since no model class knows a state of size 0.
+        """
+        return max(1, *(len(channels) for channels in self.kept))
 
     def padded(self, width: int) -> tuple[tuple[int, ...], ...]:
         """``kept`` with every group filled up to ``width`` by -1, which stands for a channel of zeros."""

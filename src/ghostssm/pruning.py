@@ -221,6 +221,8 @@ class _Run:
         """What the method wants to know of mixer number ``index``."""
         method, shared = self.recipe.how, self.calibration
         evidence: dict[str, Any] = {}
+        if method.needs == "gradients":
+            evidence["saliency"] = shared.saliency(self.progress)[mixer.name]
         if method.needs == "inputs":
             evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
         if method.needs == "statistics":

@@ -9,6 +9,7 @@ from ghostssm.errors import InputError
 from ghostssm.evaluation import evaluate
 from ghostssm.families import mixers_of
 from ghostssm.methods import method_named, method_names
+from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.surgery import apply_plan, pruned
 from tests.conftest import random_windows, tiny_model
@@ -24,6 +25,27 @@ def test_every_method_makes_a_plan_that_applies(method: str) -> None:
     assert all(score.shape == (2, 16) for score in plan.scores.values())
     with pruned(model, plan) as smaller:
         assert torch.isfinite(evaluate(smaller, windows).losses).all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["taylor-layer+per-layer", "magnitude+per-layer+repair", "taylor+repair", "random+refit2", "sparsegpt+repair"],
+)
+def test_any_method_takes_any_repair(recipe: str) -> None:
+    model, windows = tiny_model(), random_windows(9, 40)
+    with pruned(model, Calibration(model, windows).plan(recipe, 6, multiple=2)) as smaller:
+        assert torch.isfinite(evaluate(smaller, windows).losses).all()
+
+
+def test_a_layer_that_keeps_nothing_gets_a_channel_of_zeros() -> None:
+    model, windows = tiny_model(), random_windows(2, 40)
+    names = [mixer.name for mixer in mixers_of(model)]
+    kept = dict(zip(names, (Selection(((),)), Selection(((1, 4),)), Selection(((0,),))), strict=True))
+    plan = Plan(method="test", model_type="mamba2", n_groups=1, state_size=16, selections=kept)
+    assert plan.state_sizes == (1, 2, 1)
+    with pruned(model, plan) as smaller:
+        assert torch.isfinite(evaluate(smaller, windows).losses).all()
+        assert mixers_of(smaller)[0].in_proj.weight[mixers_of(smaller)[0].layout.in_proj_B].abs().max() == 0
 
 
 @pytest.mark.parametrize("method", ["ghost", "output", "rrqr", "taylor", "random"])
