@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ghostssm._registration import register_with_transformers
+
 if TYPE_CHECKING:
     from ghostssm._api import *
 
@@ -67,3 +69,6 @@ def __getattr__(name: str) -> Any:
     from ghostssm import _api
 
     return getattr(_api, name)
+
+
+register_with_transformers()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ghostssm.budget import allocate
 from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
 from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
-from ghostssm.calibration.repair import repair_output
+from ghostssm.calibration.repair import repair_output, repair_skip
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError, NumericalError
@@ -275,6 +275,7 @@ class _Run:
             refit(mixer, joined(data), self.recipe.refit, self.seed)
             walk.forget_streams()
         if self.recipe.repair:
+            repair_skip(mixer, walk.pruned_streams(block, mixer, decision), targets)
             repair_output(mixer, walk.pruned_streams(block, mixer, decision), targets)
         changed = {
             name: value.detach().clone()

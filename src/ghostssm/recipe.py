@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         method: a registered method's name.
-        repair: fit out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
+        repair: fit D and out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
         refit: steps of gradient descent on every pruned mixer's small tensors (:mod:`ghostssm.calibration.refit`).
         per_layer: divide the total state over the layers by what it costs them.
 
