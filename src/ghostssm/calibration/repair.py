@@ -99,7 +99,7 @@ def repair_skip(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Tens
 
 
 def _slopes(mixer: Mixer, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-    """(b * l * hidden_size, h), float64: the output's derivative with respect to every head's D, by central differences,
+    """(b * l * hidden_size, h), float64: the output's derivative with respect to each head's D, by central differences,
     whose step may be large since only the norm bends the output."""
 
     def along(head: int) -> Tensor:
