@@ -52,8 +52,8 @@ def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int
         lost = (state * (s.C[:, t] * removed)[:, heads][:, :, None]).sum(-1)
         gate = torch.nn.functional.silu(s.z[:, t]).view_as(y)
         gated = (y * gate).view(2, n_groups, -1)
-        rms = (gated.square().mean(-1, keepdim=True) + mixer.norm_eps).sqrt()
-        change = ((lost * gate).view(2, n_groups, -1) / rms).flatten(1) * mixer.norm_weight
+        rms = (gated.square().mean(-1, keepdim=True) + mixer.norm.eps).sqrt()
+        change = ((lost * gate).view(2, n_groups, -1) / rms).flatten(1) * mixer.norm.weight
         total += (change @ mixer.out_proj.weight.T).square().sum().item()
     mask = removed.double().flatten()
     assert (mask @ gram @ mask).item() == pytest.approx(total / 48, rel=1e-9)
