@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.families import mixers_of
+from ghostssm.families import family_of, mixers_of
+from ghostssm.ops import compiled
 from tests.conftest import VOCABULARY
 
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -140,6 +144,7 @@ def tiny_hybrid(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     prefix, sizes = CASES[case]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{prefix}Config")(**(_COMMON | sizes | overrides))
+    config._experts_implementation = "eager"  # the grouped product knows no float64
     model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -155,5 +160,29 @@ def tiny_hybrid(case: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
             mixer.A_log.uniform_(-1, 2)
             mixer.dt_bias.uniform_(-3, 0)
             mixer.D.normal_()
-    assert all(isinstance(mixer.module, nn.Module) for mixer in mixers_of(model))
     return model.eval()
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Within the context transformers computes in float64 also where its code asks for float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(compiled, "kernels", None)  # they tell dtypes by these names
+        yield
+
+
+def stepwise(model: PreTrainedModel, ids: Tensor, pieces: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """Logits when the ids arrive in pieces, through one cache; ``mask`` (b, l) is 0 for padding on the left."""
+    cache_argument = family_of(model.config).cache_argument
+    logits, cache, start = [], None, 0
+    for piece in pieces:
+        stop = start + piece
+        extra: dict[str, Any] = {} if mask is None else {"attention_mask": mask[:, :stop]}
+        if model.config.model_type != "mamba2":
+            extra["position_ids"] = torch.arange(start, stop)[None]  # Bamba does not count on from its cache
+        output = model(input_ids=ids[:, start:stop], use_cache=True, **{cache_argument: cache}, **extra)
+        logits.append(output.logits)
+        cache, start = output[cache_argument], stop
+    return torch.cat(logits, dim=1)

@@ -149,9 +149,10 @@ def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Stor
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
     model = empty_model(config)
-    shared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for pattern in model._keys_to_ignore_on_load_unexpected or ():
         stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
+    ties = model.all_tied_weights_keys.items()
+    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in stored}
     # transformers reads the names that its classes have, and those of older or merged layouts that it converts.
     forms = (model.state_dict(), revert_weight_conversion(model, model.state_dict()))
     shapes = ({name: tuple(value.shape) for name, value in form.items()} for form in forms)
