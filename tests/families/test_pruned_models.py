@@ -45,13 +45,13 @@ def saved(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFa
 
 
 @cases
-@pytest.mark.parametrize("counts", [[5], [0, 3]])
-def test_sliced_saved_and_loaded_equals_masked(case: str, counts: list[int], tmp_path: Path) -> None:
-    """The dense model with the cut channels zeroed, against the pruned model as stock transformers loads it."""
+def test_sliced_saved_and_loaded_equals_masked(case: str, tmp_path: Path) -> None:
+    """The dense model with the cut channels zeroed, against the pruned model as stock transformers loads it.
+
+    Every second group keeps nothing and is padded.
+    """
     checkpoint = ghostssm.load(str(saved(tiny_hybrid(case), tmp_path / "dense")))
-    if counts == [0, 3] and mixers_of(checkpoint.model)[0].layout.n_groups == 1:
-        pytest.skip("a mixer's only group keeps at least one channel")
-    plan = random_plan(checkpoint.model, counts)
+    plan = random_plan(checkpoint.model, [5, 0])
     ghostssm.apply_plan(checkpoint.model, plan)
     folder = ghostssm.save(checkpoint, plan, tmp_path / "pruned")
 
@@ -59,7 +59,7 @@ def test_sliced_saved_and_loaded_equals_masked(case: str, counts: list[int], tmp
     zero_cut_channels(masked, plan)
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
     key = STATE_SIZE_KEYS.get(pruned.config.model_type, "mamba_d_state")
-    assert getattr(AutoConfig.from_pretrained(folder), key) == max(counts)
+    assert getattr(AutoConfig.from_pretrained(folder), key) == 5
     assert json.loads((folder / "config.json").read_text())["architectures"] == [type(masked).__name__]
 
     ids, mask = tokens(2, 20), padding(0, 6, length=20)
@@ -87,15 +87,14 @@ def test_sliced_saved_and_loaded_equals_masked(case: str, counts: list[int], tmp
 
 
 @cases
-@pytest.mark.parametrize("recipe", ["ghost", "output+refit5+repair"])
-def test_a_recipe_from_checkpoint_to_checkpoint(case: str, recipe: str, tmp_path: Path) -> None:
+def test_from_bfloat16_checkpoint_to_checkpoint(case: str, tmp_path: Path) -> None:
     before = saved(tiny_hybrid(case).to(torch.bfloat16), tmp_path / "dense")
     checkpoint = ghostssm.load(str(before))
     model, windows = checkpoint.model, random_windows(9, 40)
     assert model.dtype == torch.bfloat16
     dense = logits_of(model, windows.ids)
     assert torch.equal(dense, logits_of(AutoModelForCausalLM.from_pretrained(before).eval(), windows.ids))
-    plan = ghostssm.Calibration(model, windows).plan(recipe, 5)
+    plan = ghostssm.Calibration(model, windows).plan("output+refit5+repair", 5)
     with ghostssm.pruned(model, plan) as smaller:
         inside = logits_of(smaller, windows.ids)
         assert not torch.equal(inside, dense)
@@ -113,8 +112,7 @@ def test_a_recipe_from_checkpoint_to_checkpoint(case: str, recipe: str, tmp_path
     assert set(stored_tensors(folder)) == set(stored_tensors(before))
 
 
-@pytest.mark.parametrize("case", ["falcon_h1", "nemotron_h", "zamba2"])
-@pytest.mark.parametrize("groups", ["equal", "pooled"])
+@pytest.mark.parametrize(("case", "groups"), [("falcon_h1-norm-first", "equal"), ("nemotron_h", "pooled")])
 def test_every_method_that_keeps_the_stock_class(case: str, groups: Any) -> None:
     model, windows = tiny_hybrid(case), random_windows(2, 30)
     dense = logits_of(model, windows.ids)
