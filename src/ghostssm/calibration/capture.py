@@ -8,7 +8,7 @@ are, and each of them notes its arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,7 +59,7 @@ def block_calls(
         rests = _outputs_besides_hidden(model, blocks, windows.ids[:1, :_SHAPE_TOKENS].to(model.device))
         for span in windows.batches():
             seen: list[tuple[Tensor, Call]] = []
-            with _passed_through(blocks, rests, seen):
+            with _passed_through(blocks, rests, seen), suppress(_Captured):
                 model(input_ids=windows.ids[span].to(model.device), use_cache=False)
             kept: dict[int, Tensor] = {}
             # `seen` holds on to the tensors, so that their identities stay unique.
@@ -121,11 +121,16 @@ def _outputs_besides_hidden(
 def _passed_through(
     blocks: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], seen: list[tuple[Tensor, Call]]
 ) -> Iterator[None]:
-    """Within the context, blocks return the hidden states that they get, and note what they were called with."""
+    """Within the context, blocks return the hidden states that they get, and note what they were called with.
+
+    The last one leaves the model's forward pass, so that no logits are computed.
+    """
 
     def forward(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
         hidden, call = _hidden_and_rest(args, kwargs)
         seen.append((hidden, call))
+        if len(seen) == len(blocks):
+            raise _Captured
         return hidden if rest is None else (hidden, *rest)
 
     before = [block.__dict__.get("forward") for block in blocks]
