@@ -45,7 +45,6 @@ class LayerWalk:
     """
 
     def __init__(self, model: PreTrainedModel, windows: Windows):
-        self._config = model.config
         self._family = family_of(model.config)
         self._blocks = self._family.blocks(model)
         self._spans = windows.batches()
@@ -63,7 +62,7 @@ class LayerWalk:
             self.index = index
             self._streams.clear()
             block = copy.deepcopy(original).to(self.hidden.dtype)
-            yield block, self._family.mixer(self._config, block, index)
+            yield block, self._family.mixer(block, index)
 
     def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
         """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
@@ -122,7 +121,7 @@ class LayerWalk:
         change_parameters(mixer.module, decision)
         if decision.changes:
             self.forget_streams()
-        view = self._family.mixer(self._config, block, self.index)
+        view = self._family.mixer(block, self.index)
         assert view is not None
         return replace(view, projection=decision.projection)
 
