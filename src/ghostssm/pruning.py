@@ -20,8 +20,8 @@ from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
-from ghostssm.families import family_of, mixers_of
-from ghostssm.methods import Evidence
+from ghostssm.families import family_named, family_of, mixers_of
+from ghostssm.methods import Evidence, method_names, stock_method_names
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
@@ -82,10 +82,11 @@ class Calibration:
             multiple: of state sizes per layer.
 
         Raises:
-            InputError: a state size out of range, or no such recipe.
+            InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        check_recipe(recipe, self.model.config.model_type)
         layout = family_of(self.model.config).layout(self.model.config)
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress)
@@ -304,8 +305,11 @@ def smallest_plan(
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
 
     Raises:
-        InputError: fewer than four windows, or no size below the model's own stays within the bound.
+        InputError: as :meth:`Calibration.plan`; fewer than four windows, or no size below the model's own stays within
+            the bound.
     """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_recipe(recipe, model.config.model_type)
     apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
     if len(windows) < _HELD_OUT_ONE_IN:
         raise InputError(f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4.")
@@ -337,6 +341,21 @@ def _gram(hidden: Tensor) -> Tensor:
 
 def _state_sizes(model: PreTrainedModel) -> int:
     return len({mixer.layout.state_size for mixer in mixers_of(model)})
+
+
+def check_recipe(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a family has a model class for what a recipe can result in."""
+    if recipe.stock or not family_named(model_type).is_hybrid:
+        return
+    raise InputError(
+        f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
+        f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
+    )
+
+
+def methods_for(model_type: str) -> tuple[str, ...]:
+    """The methods for which a family has a model class."""
+    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
 
 
 def check_state_size(state_size: int, limit: int) -> None:

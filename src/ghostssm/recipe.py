@@ -72,6 +72,11 @@ class Recipe:
     def how(self) -> Method:
         return method_named(self.method)
 
+    @property
+    def stock(self) -> bool:
+        """Whether the result stays in the stock model class."""
+        return self.how.stock and not self.per_layer
+
 
 DEFAULT_RECIPE = Recipe("output", repair=True, refit=DEFAULT_REFIT_STEPS)
 """What loses least among the recipes whose results load in stock classes."""

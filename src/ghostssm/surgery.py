@@ -32,7 +32,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     stays as it is.
 
     Raises:
-        PlanError: the plan is for another model; nothing was changed.
+        PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
     """
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:
@@ -101,7 +101,13 @@ def change_parameters(module: nn.Module, decision: Decision) -> None:
 
 def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
-    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family_of(model.config).model_type)
+    family = family_of(model.config)
+    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family.model_type)
+    if plan.needs_own_class and family.is_hybrid:
+        raise PlanError(
+            "The plan has projections or a state size per layer, for which "
+            f"{family.model_type} models have no class; make one with a method that keeps the stock class."
+        )
     faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
     if faults:
         raise PlanError("The plan's tensors do not fit this model: " + "; ".join(faults) + ".")
@@ -135,7 +141,7 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A model of our own class by the plan, sharing the tensors that stay as they are."""
     family, tensors = family_of(model.config), dict(model.state_dict())
     for index, block in enumerate(family.blocks(model)):
-        mixer = family.mixer(model.config, copy.deepcopy(block), index)
+        mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
             continue
         decision = plan.decision(mixer.name)

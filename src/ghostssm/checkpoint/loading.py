@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
-from ghostssm.families import family_named
+from ghostssm.families import family_named, mixers_of
 
 _LISTED_FAULTS = 8
 _OTHER_MAMBAS = {
     "mamba": "Mamba-1",
     "falcon_mamba": "Mamba-1 (FalconMamba)",
     "jamba": "Mamba-1 (Jamba)",
+    "zamba": "Mamba-1 (Zamba)",
     "mamba3": "Mamba-3",
 }
 
@@ -66,7 +69,8 @@ def load(
 
     Raises:
         InputError: a device that this machine or this torch does not have.
-        ModelError: not a Mamba-2 model, a file that is missing or broken, or shapes that contradict the config.
+        ModelError: not a Mamba-2 model, a quantised one, a file that is missing or broken, or shapes that contradict
+            the config.
         NumericalError: NaN or Inf in a weight; names the tensor.
     """
     _check_device(device)
@@ -95,7 +99,7 @@ def model_config(source: Source) -> PreTrainedConfig:
     """The config as transformers' class, with sizes that a family here accepts.
 
     Raises:
-        ModelError: not a Mamba-2 model, or sizes that contradict each other.
+        ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
     if source.dialect == "mamba_ssm":
         return mamba_ssm.to_transformers_config(source.config)
@@ -107,32 +111,52 @@ def model_config(source: Source) -> PreTrainedConfig:
             f"{source.folder / 'config.json'} has neither a model_type nor an ssm_cfg; expected the config of a "
             "Mamba-2 model in the transformers or the mamba_ssm dialect."
         )
-    if "quantization_config" in source.config:
-        raise ModelError(f"{source.name} is quantised; prune the unquantised model, then quantise the result.")
+    if quantisation := source.config.get("quantization_config"):
+        how = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ModelError(
+            f"{source.name} is quantised (quantization_config in config.json: {how}). "
+            "Prune the unquantised model, then quantise the result."
+        )
     family = family_named(model_type)
     try:
         config = AutoConfig.from_pretrained(source.folder)
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{source.folder / 'config.json'} is not a valid {model_type} config: {error}") from None
     family.layout(config)
-    if config.hidden_act not in ("silu", "swish"):
-        raise ModelError(f"hidden_act is {config.hidden_act!r}; expected 'silu', as every published Mamba-2 has.")
     return config
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model of a config on the meta device: names and shapes, no memory.
+
+    Raises:
+        ModelError: transformers can't build it, it has no Mamba-2 layer, or one of a kind that ghostssm does not know.
+    """
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # the faults of a model class share no base class
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model from this config ({reason})."
+        ) from error
+    mixers_of(model)
+    return model
 
 
 def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
     stored = stored_tensors(source.folder)
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
-    expected = {name: tuple(value.shape) for name, value in empty_model(config).state_dict().items()}
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    faults = shape_faults(stored, expected, optional)
+    model = empty_model(config)
+    for pattern in model._keys_to_ignore_on_load_unexpected or ():
+        stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
+    ties = model.all_tied_weights_keys.items()
+    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in stored}
+    # transformers reads the names that its classes have, and those of older or merged layouts that it converts.
+    forms = (model.state_dict(), revert_weight_conversion(model, model.state_dict()))
+    shapes = ({name: tuple(value.shape) for name, value in form.items()} for form in forms)
+    faults = min((shape_faults(stored, expected, shared) for expected in shapes), key=len)
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""

@@ -19,6 +19,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError, OutputError
+from ghostssm.families import family_named
 from ghostssm.plan import Plan
 
 MANIFEST_FILE = "ghostssm.json"
@@ -88,7 +89,7 @@ def save(
         InputError: the dialect can't express the plan's result; nothing was written.
         OutputError: the folder must not or can't be written; nothing is left behind.
     """
-    check_dialect(dialect, plan.needs_own_class)
+    check_dialect(dialect, plan.model_type, plan.needs_own_class)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder:
         try:
@@ -106,8 +107,10 @@ def save(
     return folder.path
 
 
-def check_dialect(dialect: Dialect, needs_own_class: bool) -> None:
+def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool) -> None:
     """Raise InputError unless a dialect has a model class for the result."""
+    if dialect != "transformers" and family_named(model_type).is_hybrid:
+        raise InputError(f"The {dialect} dialect has no {model_type} models; expected the transformers dialect.")
     if needs_own_class and dialect != "transformers":
         raise InputError(
             f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "

@@ -22,6 +22,8 @@ _TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
+"""Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Of safetensors only the headers are read; .bin files are memory-mapped and unpickled with ``weights_only``.
 
     Raises:
-        ModelError: no weight file, a shard that the index names is missing, or a file that is truncated or broken.
+        ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, or
+            quantised weights.
     """
     for stem, suffix, reader in (("model", "safetensors", _read_header), ("pytorch_model", "bin", _map_pickle)):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -81,12 +84,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             names = handle.keys()
             for name in names:
                 part = handle.get_slice(name)
-                dtype = _TORCH_DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise ModelError(
-                        f"{name} in {file} is stored as {part.get_dtype()}; expected floating-point weights. "
-                        "Prune before quantising."
-                    )
+                dtype = _plain_dtype(name, _TORCH_DTYPES.get(part.get_dtype()), part.get_dtype(), file)
                 tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, file, partial(_read_one, file, name))
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"{file} is truncated or not a safetensors file ({error}). Download it again.") from None
@@ -112,9 +110,21 @@ def _map_pickle(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ModelError(f"{file} does not hold a dictionary of tensors; expected a model's state_dict.")
     return {
-        name: StoredTensor(tuple(value.shape), value.dtype, file, partial(_same, value))
+        name: StoredTensor(
+            tuple(value.shape), _plain_dtype(name, value.dtype, str(value.dtype), file), file, partial(_same, value)
+        )
         for name, value in loaded.items()
     }
+
+
+def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Path) -> torch.dtype:
+    """The dtype of a tensor that is no part of a quantised weight."""
+    if dtype is None or dtype not in _TORCH_DTYPES.values() or name.rpartition(".")[2] in _QUANTISED_PARTS:
+        raise ModelError(
+            f"{name} in {file} is stored as {stored_as}, as quantised checkpoints have it; expected floating-point "
+            "weights. Prune the unquantised model, then quantise the result."
+        )
+    return dtype
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -74,12 +74,15 @@ def prune(
     """
     import ghostssm
     from ghostssm.checkpoint.saving import check_dialect
+    from ghostssm.pruning import check_recipe
 
     begun = time.perf_counter()
     folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
-    check_dialect(dialect, recipe.per_layer or not recipe.how.stock)
-    size = _wanted_size(ghostssm.describe(model).layout.state_size, state_size, budget, max_excess_loss)
+    described = ghostssm.describe(model)
+    check_recipe(recipe, described.family)
+    check_dialect(dialect, described.family, not recipe.stock)
+    size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
 
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     text = ghostssm.read_text(calibration, "calibration")

@@ -11,32 +11,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ghostssm.families.base import register
-from ghostssm.families.mamba2 import Mamba2Family
+from ghostssm.families.stock import MAMBA2, StockFamily
 from ghostssm.layout import SSDLayout
 from ghostssm.mixer import Mixer, Projection
 from ghostssm.modeling import GhostMamba2Config, GhostMamba2ForCausalLM
 
 
-class GhostMamba2Family(Mamba2Family):
-    model_type = GhostMamba2Config.model_type
+class GhostMamba2Family(StockFamily):
+    """Found as in a stock Mamba-2; its mixers differ in size and may project their state."""
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         """The sizes of the widest layer."""
         sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
         return super().layout(config).with_state_size(max(sizes))
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer:
-        stock = super().mixer(config, block, index)
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        stock = super().mixer(block, index)
+        if stock is None:
+            return None
         module: Any = stock.module
         projected = module.B_projection is not None
-        return replace(
-            stock,
-            layout=stock.layout.with_state_size(config.state_size_of(index)),
-            projection=Projection(module.B_projection, module.C_projection) if projected else None,
-        )
+        return replace(stock, projection=Projection(module.B_projection, module.C_projection) if projected else None)
 
 
-register(GhostMamba2Family())
+register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type}))
 
 
 def projected_model(
