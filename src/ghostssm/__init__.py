@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ghostssm._api import *
 
 __all__ = [
+    "Advice",
     "Calibration",
     "Checkpoint",
     "Comparison",
@@ -43,15 +44,18 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "advise",
     "apply_plan",
     "compare",
     "cut_windows",
     "describe",
+    "engine_names",
     "evaluate",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "nearest_state_size",
     "pruned",
     "read_text",
     "restore",

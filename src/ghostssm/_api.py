@@ -5,6 +5,7 @@ from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
+from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
     InputError,
@@ -25,6 +26,7 @@ from ghostssm.recipe import Recipe
 from ghostssm.surgery import apply_plan, pruned
 
 __all__ = [
+    "Advice",
     "Calibration",
     "Checkpoint",
     "Comparison",
@@ -52,15 +54,18 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "advise",
     "apply_plan",
     "compare",
     "cut_windows",
     "describe",
+    "engine_names",
     "evaluate",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "nearest_state_size",
     "pruned",
     "read_text",
     "restore",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,7 +12,7 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 
 if TYPE_CHECKING:
-    from ghostssm import Plan, Recipe, Windows
+    from ghostssm import Description, Plan, Recipe, Windows
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.methods.selection import Groups
 
@@ -54,6 +55,7 @@ def prune(
     multiple: Annotated[
         int, typer.Option("--multiple", min=1, help="Of sizes per layer, and of sizes that are searched.")
     ] = 8,
+    engine: arguments.Engines = None,
     calibration: arguments.CalibrationText = "wikitext2",
     windows: arguments.CalibrationWindows = 128,
     window_length: arguments.WindowLength = 2048,
@@ -79,13 +81,17 @@ def prune(
     folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
     check_dialect(dialect, recipe.per_layer or not recipe.how.stock)
-    size = _wanted_size(ghostssm.describe(model).layout.state_size, state_size, budget, max_excess_loss)
+    described = ghostssm.describe(model)
+    size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
+    suited = None
+    if engine:
+        size, suited = _suited_sizes(described, recipe, groups, size, engine)
 
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     text = ghostssm.read_text(calibration, "calibration")
     cut = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), window_length, windows, seed)
     note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
-    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, groups, seed, multiple)
+    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
     smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
     written = ghostssm.save(smaller, plan, folder, dialect=dialect)
 
@@ -146,12 +152,48 @@ def _wanted_size(limit: int, state_size: int | None, budget: float | None, max_e
     return state_size
 
 
+def _suited_sizes(
+    described: Description, recipe: Recipe, groups: Groups, size: int | None, engines: Sequence[str]
+) -> tuple[int | None, Sequence[int] | None]:
+    """The size nearest to the wanted one that the engines run; where a bound on the loss decides, all that they run."""
+    from ghostssm.engines import advise, good_state_sizes, nearest_state_size
+    from ghostssm.errors import InputError
+
+    layout, family = described.layout, described.family
+    if recipe.per_layer or not recipe.how.stock:
+        for advice in advise(layout, family, engines=engines, own_class=True):
+            if advice.level == "no":
+                raise InputError(
+                    f"{advice.engine} {advice.reason}, which {recipe} makes; leave --per-layer out and take a method "
+                    "for stock classes, or leave the engine out."
+                )
+        return size, None
+    if recipe.how.scope == "model" or (groups == "pooled" and layout.n_groups > 1):
+        raise InputError(
+            f"With --engine the state size has to be known beforehand, but {recipe} with --groups {groups} pads to the "
+            "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
+        )
+    if size is None:
+        return None, good_state_sizes(layout, family, engines)
+    chosen = nearest_state_size(size, layout, family, engines)
+    if chosen != size:
+        reasons = [
+            f"{advice.engine}: {advice.level}, {advice.reason}"
+            for advice in advise(layout.with_state_size(size), family, engines=engines)
+            if advice.level != "runs"
+        ]
+        suits = f"the nearest that suits {' and '.join(engines)}"
+        note(f"state size {chosen} in place of {size}, {suits} ({'; '.join(reasons)})")
+    return chosen, None
+
+
 def _decide(
     checkpoint: Checkpoint,
     windows: Windows,
     recipe: Recipe,
     size: int | None,
     max_excess_loss: float | None,
+    suited: Sequence[int] | None,
     groups: Groups,
     seed: int,
     multiple: int,
@@ -169,6 +211,7 @@ def _decide(
             recipe,
             max_excess_loss,
             multiple=multiple,
+            state_sizes=suited,
             groups=groups,
             seed=seed,
             progress=progress,
