@@ -45,6 +45,8 @@ class Engine:
         version: the version whose source was read.
         rules: what a mixer has to meet.
         model_types: transformers model types that it has a class for; None for all.
+        dialect: whose config.json and tensor names it reads.
+        cannot_tie: model types whose head it does not tie to the embeddings.
         own_class: what becomes of models whose state is projected or differs between layers.
         remark: what else its users have to know; may be empty.
         source: where the rules come from.
@@ -57,18 +59,24 @@ class Engine:
     own_class: Level
     remark: str
     source: str
+    dialect: Literal["transformers", "mamba_ssm"] = "transformers"
+    cannot_tie: frozenset[str] = frozenset()
 
-    def advise(self, layout: SSDLayout, model_type: str, *, own_class: bool = False) -> Advice:
+    def advise(self, layout: SSDLayout, model_type: str, *, own_class: bool = False, tied_head: bool = False) -> Advice:
         """Whether a model with mixers of this layout runs.
 
         Args:
             model_type: the transformers name of the family, such as ``mamba2``.
             own_class: whether its state is projected, or differs between layers.
+            tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
         """
         if own_class:
             return Advice(self.name, layout.state_size, self.own_class, _OWN_CLASS[self.own_class])
         if self.model_types is not None and model_type not in self.model_types:
             return Advice(self.name, layout.state_size, "no", f"has no class for model type {model_type!r}")
+        if tied_head and model_type in self.cannot_tie:
+            reason = f"knows no tied head for {model_type}, and leaves the head uninitialised; write it with --untie"
+            return Advice(self.name, layout.state_size, "no", reason)
         broken = [rule for rule in self.rules if not rule.holds(layout, model_type)]
         levels: list[Level] = ["runs", *(rule.otherwise for rule in broken)]
         level = max(levels, key=_LEVELS.index)
@@ -163,6 +171,7 @@ ENGINES: tuple[Engine, ...] = (
         own_class="no",
         remark="write with --dialect mamba_ssm",
         source="modules/mamba2.py (one ssm_cfg for all layers), ops/triton/ssd_combined.py; causal-conv1d",
+        dialect="mamba_ssm",
     ),
     Engine(
         name="vllm",
@@ -179,8 +188,9 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
         own_class="no",
-        remark="its mamba2 knows no tied head: write one with --untie",
+        remark="",
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
+        cannot_tie=frozenset({"mamba2"}),
     ),
     Engine(
         name="llama.cpp-cpu",
@@ -299,7 +309,12 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
 
 
 def advise(
-    layout: SSDLayout, model_type: str, *, engines: Sequence[str] | None = None, own_class: bool = False
+    layout: SSDLayout,
+    model_type: str,
+    *,
+    engines: Sequence[str] | None = None,
+    own_class: bool = False,
+    tied_head: bool = False,
 ) -> tuple[Advice, ...]:
     """Which engines run a model with mixers of this layout, in the order of the table.
 
@@ -307,27 +322,33 @@ def advise(
         model_type: the transformers name of the model's family, such as ``mamba2``.
         engines: names; None for all that are known.
         own_class: whether the state is projected, or differs between layers.
+        tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
 
     Raises:
         InputError: no engine of that name.
     """
     chosen = ENGINES if engines is None else engines_named(engines)
-    return tuple(engine.advise(layout, model_type, own_class=own_class) for engine in chosen)
+    return tuple(engine.advise(layout, model_type, own_class=own_class, tied_head=tied_head) for engine in chosen)
 
 
-def good_state_sizes(layout: SSDLayout, model_type: str, engines: Sequence[str]) -> tuple[int, ...]:
+def good_state_sizes(
+    layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
+) -> tuple[int, ...]:
     """State sizes below that of ``layout`` which all of the engines run, and not slowly; ascending.
 
     Raises:
         InputError: no engine of that name, or no such size; says every engine's rule.
     """
-    sizes = tuple(size for size in range(1, layout.state_size) if _suits(size, layout, model_type, engines))
+    sizes = tuple(size for size in range(1, layout.state_size) if _suits(size, layout, model_type, engines, tied_head))
     if sizes:
         return sizes
     rules = []
     for engine in engines_named(engines):
         known = engine.model_types is None or model_type in engine.model_types
-        rule = engine.rule_text if known else engine.advise(layout, model_type).reason
+        tying = tied_head and model_type in engine.cannot_tie
+        rule = (
+            engine.rule_text if known and not tying else engine.advise(layout, model_type, tied_head=tied_head).reason
+        )
         rules.append(f"\n  - {engine.name}: {rule}")
     raise InputError(
         f"No state size below the model's N = {layout.state_size} ({layout.num_heads} heads of {layout.head_dim}, "
@@ -336,20 +357,23 @@ def good_state_sizes(layout: SSDLayout, model_type: str, engines: Sequence[str])
     )
 
 
-def nearest_state_size(wanted: int, layout: SSDLayout, model_type: str, engines: Sequence[str]) -> int:
+def nearest_state_size(
+    wanted: int, layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
+) -> int:
     """The state size next to ``wanted`` that all of the engines run, and not slowly; of two, the larger.
 
     Args:
-        wanted: from 1 to the model's N. layout: of the model before the cut.
+        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as :func:`advise` has it.
 
     Raises:
         InputError: as :func:`good_state_sizes`.
     """
-    if _suits(wanted, layout, model_type, engines):
+    if _suits(wanted, layout, model_type, engines, tied_head):
         return wanted
-    sizes = good_state_sizes(layout, model_type, engines)
+    sizes = good_state_sizes(layout, model_type, engines, tied_head=tied_head)
     return min(sizes, key=lambda size: (abs(size - wanted), -size))
 
 
-def _suits(size: int, layout: SSDLayout, model_type: str, engines: Sequence[str]) -> bool:
-    return all(entry.level == "runs" for entry in advise(layout.with_state_size(size), model_type, engines=engines))
+def _suits(size: int, layout: SSDLayout, model_type: str, engines: Sequence[str], tied_head: bool) -> bool:
+    cut = layout.with_state_size(size)
+    return all(entry.level == "runs" for entry in advise(cut, model_type, engines=engines, tied_head=tied_head))

@@ -10,10 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.quiet import quiet_transformers
@@ -157,6 +159,8 @@ def _build(
     else:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
         model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        if (source.folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 

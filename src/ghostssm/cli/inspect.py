@@ -54,6 +54,7 @@ def inspect(
             found.family,
             engines=engine,
             own_class=not found.is_stock,
+            tied_head=found.tied_head,
         )
         for size in sizes
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -35,6 +35,15 @@ class Family(Protocol):
 
     def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer | None:
         """The Mamba-2 mixer of block number ``index``, if it has one."""
+        ...
+
+
+@runtime_checkable
+class ServedElsewhere(Protocol):
+    """A family whose config.json needs more keys than transformers writes, so that other engines can read it."""
+
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """These keys and their values."""
         ...
 
 

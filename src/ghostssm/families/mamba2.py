@@ -28,6 +28,10 @@ class Mamba2Family:
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         config.state_size = state_size
 
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What SGLang and mlx-lm read and transformers' Mamba2Config does not have."""
+        return {"intermediate_size": self.layout(config).intermediate_size, "rms_norm": True}
+
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
         mixer: Any = module
         mixer.ssm_state_size = layout.state_size
