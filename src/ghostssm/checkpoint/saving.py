@@ -97,7 +97,7 @@ def save(
     """Write a checkpoint whose model a plan was applied to.
 
     The folder gets the weights and config in the chosen dialect, the tokenizer and generation config, the base model's
-    licence files, the plan (``plan.json``, ``plan.safetensors``), ``ghostssm.json``, which says what produced it, and a
+    licence files, the plan (``plan.json``, ``plan.tensors``), ``ghostssm.json``, which says what produced it, and a
     model card, ``README.md``.
 
     Args:
