@@ -116,6 +116,15 @@ def test_projected_states_run_in_transformers_only() -> None:
     assert set(found.values()) == {"no"}
 
 
+def test_a_tied_head_matters_where_it_is_not_known() -> None:
+    found = {advice.engine: advice for advice in advise(SMALL, "mamba2", tied_head=True)}
+    assert {name for name, advice in found.items() if advice.level == "no"} == {"sglang"}
+    assert "--untie" in found["sglang"].reason
+    with pytest.raises(InputError, match="sglang: knows no tied head"):
+        nearest_state_size(64, SMALL, "mamba2", ["sglang"], tied_head=True)
+    assert nearest_state_size(64, SMALL, "mamba2", ["sglang"]) == 64
+
+
 def test_every_engine_has_a_source() -> None:
     assert all(engine.source and engine.version for engine in ENGINES)
     assert len(set(engine_names())) == len(ENGINES)

@@ -23,7 +23,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -42,7 +42,7 @@ REPLACEABLE = frozenset(
 class _Nothing(types.ModuleType):
     """A module in which every name exists and does nothing."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -244,7 +244,7 @@ def main() -> int:
 
     # These ask whether optional packages are there; they must not take an empty module for one.
     import transformers.image_utils
-    import transformers.modeling_utils  # noqa: F401
+    import transformers.modeling_utils
 
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = list(write_checkpoints(Path(scratch)))

@@ -164,9 +164,43 @@ def test_a_bound_on_the_loss_is_met_among_the_sizes_that_suit(
     assert json.loads(out)["state_size"]["after"] == 32
 
 
+def test_prune_measures_for_the_card(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--method", "magnitude", "--evaluate", text_file, "--text-windows", 3]
+    code, out, _ = run(*prune_arguments(small, text_file, tmp_path / "out"), *options, "--json")
+    assert code == 0
+    measured = json.loads(out)["measured"]
+    assert measured["windows"] == 3
+    losses = {}
+    for name, folder in (("dense", small), ("pruned", tmp_path / "out")):
+        _, out, _ = run("evaluate", folder, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json")
+        losses[name] = json.loads(out)["loss"]
+    assert (measured["dense_loss"], measured["pruned_loss"]) == (losses["dense"], pytest.approx(losses["pruned"]))
+    assert f"| this model | {measured['pruned_loss']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_failed_upload_leaves_the_checkpoint(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    options = ["--method", "magnitude", "--push-to-hub", "org/name"]
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 1
+    assert "The upload to org/name failed" in err
+    assert "Traceback" not in err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.state_size == 4
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "two"), "--push-to-hub", "name")
+    assert code == 2
+    assert "expected ORG/NAME" in err
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--engine", "sglang"], "sglang: knows no tied head for mamba2"),
+        (["--engine", "mamba_ssm"], "add --dialect mamba_ssm"),
+        (["--untie", "--dialect", "mamba_ssm"], "always stores lm_head.weight"),
         (["--engine", "mlx-lm"], "mlx-lm: N' is a multiple of 32"),
         (["--engine", "vllm", "--per-layer"], "vllm has no class for projected states"),
         (["--engine", "vllm", "--method", "balanced"], "vllm has no class for projected states"),

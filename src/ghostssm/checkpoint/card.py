@@ -58,11 +58,12 @@ def _inherited(source: Source) -> dict[str, Any]:
     """What of the base model's metadata holds for the pruned model too."""
     found: dict[str, Any] = {}
     path = source.folder / CARD_FILE
-    if path.is_file():
-        try:
-            found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-        except Exception:  # a broken card of the base model, whose faults share no class, is no reason to fail
-            found = {}
+    try:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if content.startswith("---"):
+            found = ModelCard(content, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a broken card of the base model, whose faults share no class, is no reason to fail
+        found = {}
     if "license" not in found and isinstance(source.config.get("license"), str):
         found["license"] = source.config["license"]
     return {key: found[key] for key in _INHERITED if found.get(key)}
