@@ -3,10 +3,13 @@
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
+from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
+    HubError,
     InputError,
     LayoutError,
     ModelError,
@@ -17,6 +20,7 @@ from ghostssm.errors import (
 )
 from ghostssm.evaluation import Difference, Evaluation, evaluate
 from ghostssm.evaluation.compare import Comparison, Row, compare
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.layout import SSDLayout
 from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
@@ -25,6 +29,7 @@ from ghostssm.recipe import Recipe
 from ghostssm.surgery import apply_plan, pruned
 
 __all__ = [
+    "Advice",
     "Calibration",
     "Checkpoint",
     "Comparison",
@@ -33,8 +38,10 @@ __all__ = [
     "Evaluation",
     "Evidence",
     "GhostError",
+    "HubError",
     "InputError",
     "LayoutError",
+    "Measurement",
     "Method",
     "ModelError",
     "NumericalError",
@@ -52,16 +59,20 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "advise",
     "apply_plan",
     "compare",
     "cut_windows",
     "describe",
+    "engine_names",
     "evaluate",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "nearest_state_size",
     "pruned",
+    "push_to_hub",
     "read_text",
     "restore",
     "save",

@@ -293,6 +293,7 @@ def smallest_plan(
     max_excess_loss: float,
     *,
     multiple: int = DEFAULT_MULTIPLE,
+    state_sizes: Sequence[int] | None = None,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
     progress: Progress = silent,
@@ -303,6 +304,7 @@ def smallest_plan(
 
     Args:
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+        state_sizes: the sizes to try instead, ascending.
 
     Raises:
         InputError: as :meth:`Calibration.plan`; fewer than four windows, or no size below the model's own stays within
@@ -316,10 +318,11 @@ def smallest_plan(
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
     dense = evaluate(model, held_out)
     limit = family_of(model.config).layout(model.config).state_size
-    low, high, best = 0, -(-limit // multiple), None  # in multiples: low is too small or 0, high is large enough
+    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
     while high - low > 1:
         middle = (low + high) // 2
-        plan = calibration.plan(recipe, middle * multiple, groups, seed, progress, multiple)
+        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
         with pruned(model, plan) as smaller:
             excess = evaluate(smaller, held_out).excess_over(dense).mean
         if excess <= max_excess_loss:
@@ -327,8 +330,9 @@ def smallest_plan(
         else:
             low = middle
     if best is None:
+        among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
         raise InputError(
-            f"No state size below {limit} in multiples of {multiple} keeps the excess loss within {max_excess_loss:g} "
+            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
             "nats per token; allow more, or try another method."
         )
     return best

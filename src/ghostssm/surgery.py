@@ -152,12 +152,14 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             like = mixer.in_proj.weight
             parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
         tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
-    return projected_model(
+    converted = projected_model(
         model.config,
         tensors,
         [selection.width for selection in plan.selections.values()],
         plan.state_sizes if plan.projections else None,
     )
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted
 
 
 class _SlicedTensors(NamedTuple):

@@ -128,6 +128,95 @@ def test_prune_options_that_contradict(
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_lists_engines(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 3)
+    assert code == 0
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("vllm ", "mlx-lm "))}
+    assert table["vllm"] == ["runs", "runs", "runs"]
+    assert "computes as for 4" in out
+    code, out, _ = run("inspect", small, "--state-size", 8, "--json", "--engine", "mlx-lm", "vllm")
+    found = [(advice["engine"], advice["level"]) for advice in json.loads(out)["cuts"][1]["engines"]]
+    assert found == [("mlx-lm", "no"), ("vllm", "runs")]
+    code, _, err = run("inspect", small, "--engine", "vlm")
+    assert code == 2
+    assert "'vlm' is known; expected one of: transformers-cpu" in err
+
+
+def test_prune_for_engines_takes_the_nearest_size_that_suits(
+    run: Run, folder_of: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    arguments = prune_arguments(folder_of(state_size=64), text_file, tmp_path / "out")
+    arguments[arguments.index("--state-size") + 1] = 20
+    code, out, err = run(*arguments, "--engine", "llama.cpp-cpu", "vllm", "--method", "magnitude", "--json")
+    assert code == 0
+    assert json.loads(out)["state_size"]["after"] == 32
+    assert "state size 32 in place of 20" in err
+    assert "llama.cpp-cpu: slow" in err
+
+
+def test_a_bound_on_the_loss_is_met_among_the_sizes_that_suit(
+    run: Run, folder_of: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
+    options = ["--max-excess-loss", 100, "--method", "magnitude", "--engine", "llama.cpp-cpu", "--json"]
+    code, out, _ = run("prune", folder_of(state_size=96), *options, *common)
+    assert code == 0
+    assert json.loads(out)["state_size"]["after"] == 32
+
+
+def test_prune_measures_for_the_card(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--method", "magnitude", "--evaluate", text_file, "--text-windows", 3]
+    code, out, _ = run(*prune_arguments(small, text_file, tmp_path / "out"), *options, "--json")
+    assert code == 0
+    measured = json.loads(out)["measured"]
+    assert measured["windows"] == 3
+    losses = {}
+    for name, folder in (("dense", small), ("pruned", tmp_path / "out")):
+        _, out, _ = run("evaluate", folder, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json")
+        losses[name] = json.loads(out)["loss"]
+    assert (measured["dense_loss"], measured["pruned_loss"]) == (losses["dense"], pytest.approx(losses["pruned"]))
+    assert f"| this model | {measured['pruned_loss']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_failed_upload_leaves_the_checkpoint(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    options = ["--method", "magnitude", "--push-to-hub", "org/name"]
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 1
+    assert "The upload to org/name failed" in err
+    assert "Traceback" not in err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.state_size == 4
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "two"), "--push-to-hub", "name")
+    assert code == 2
+    assert "expected ORG/NAME" in err
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "sglang"], "sglang: knows no tied head for mamba2"),
+        (["--engine", "mamba_ssm"], "add --dialect mamba_ssm"),
+        (["--untie", "--dialect", "mamba_ssm"], "always stores lm_head.weight"),
+        (["--engine", "mlx-lm"], "mlx-lm: N' is a multiple of 32"),
+        (["--engine", "vllm", "--per-layer"], "vllm has no class for projected states"),
+        (["--engine", "vllm", "--method", "balanced"], "vllm has no class for projected states"),
+        (["--engine", "vllm", "--method", "taylor"], "known beforehand"),
+        (["--engine", "llama"], "No engine 'llama' is known"),
+    ],
+)
+def test_engines_that_refuse(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_twice_writes_the_same_files(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         run(*prune_arguments(small, text_file, tmp_path / name))

@@ -11,11 +11,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.quiet import quiet_transformers
@@ -181,6 +183,8 @@ def _build(
     else:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
         model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        if (source.folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 

@@ -15,7 +15,7 @@ from ghostssm.errors import ModelError
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Source:
         folder: where its files are.
         config: the parsed config.json.
         dialect: whose config.json it is.
+        hub_id: its name on the hub, if it came from there.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     dialect: Dialect
+    hub_id: str | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the config and weight files, hexadecimal."""
@@ -57,6 +59,7 @@ def find_source(spec: str, weights: bool = True) -> Source:
     Raises:
         ModelError: nothing there, the hub is out of reach, or config.json is missing or broken.
     """
+    hub_id = None
     if spec == REFERENCE:
         folder = Path(str(resources.files("ghostssm") / "reference"))
     elif Path(spec).is_dir():
@@ -64,11 +67,11 @@ def find_source(spec: str, weights: bool = True) -> Source:
     elif Path(spec).exists():
         raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
     elif _HUB_ID.fullmatch(spec):
-        folder = _download(spec, weights)
+        folder, hub_id = _download(spec, weights), spec
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     config = _read_config(folder)
-    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers")
+    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id)
 
 
 def _download(hub_id: str, weights: bool) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -40,6 +40,10 @@ class Family(Protocol):
 
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         """Write a new state size into a config."""
+        ...
+
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What other engines read in config.json and transformers does not write there, with its values."""
         ...
 
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:

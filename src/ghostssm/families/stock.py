@@ -44,6 +44,7 @@ class StockFamily:
     Attributes:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
+        derived_keys: what transformers' config works out and other engines want to find in config.json.
         cache_argument, is_hybrid: as :class:`ghostssm.families.base.Family` has them.
     """
 
@@ -51,6 +52,7 @@ class StockFamily:
     keys: ConfigKeys = ConfigKeys()
     blocks_path: str = "model.layers"
     mixer_paths: tuple[str, ...] = ("mamba",)
+    derived_keys: tuple[str, ...] = ()
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
 
@@ -63,6 +65,12 @@ class StockFamily:
 
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         setattr(config, self.keys.state_size, state_size)
+
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        keys = {key: getattr(config, key) for key in self.derived_keys}
+        if not self.is_hybrid:  # SGLang and mlx-lm read these
+            keys |= {"intermediate_size": self.layout(config).intermediate_size, "rms_norm": True}
+        return keys
 
     @torch.inference_mode(False)  # a buffer that inference mode made would stop gradients
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
@@ -179,6 +187,7 @@ HYBRIDS = (
         "nemotron_h",
         ConfigKeys("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
         mixer_paths=("mixer",),
+        derived_keys=("num_hidden_layers", "hybrid_override_pattern"),
     ),
     StockFamily(
         "zamba2",
