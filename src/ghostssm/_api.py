@@ -3,6 +3,8 @@
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint.exporting import export_checkpoint
+from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
 from ghostssm.errors import (
@@ -22,7 +24,7 @@ from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.surgery import apply_plan, pad_state, pruned
 
 __all__ = [
     "Calibration",
@@ -32,6 +34,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Evidence",
+    "ExportedGGUF",
     "GhostError",
     "InputError",
     "LayoutError",
@@ -57,10 +60,13 @@ __all__ = [
     "cut_windows",
     "describe",
     "evaluate",
+    "export_checkpoint",
+    "export_gguf",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "pad_state",
     "pruned",
     "read_text",
     "restore",

@@ -92,7 +92,7 @@ def save(
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder:
         try:
-            _write_model(checkpoint, folder.partial, dialect)
+            write_model(checkpoint, folder.partial, dialect)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(folder.partial)
             plan.save(folder.partial, changes=False)
@@ -115,7 +115,8 @@ def check_dialect(dialect: Dialect, needs_own_class: bool) -> None:
         )
 
 
-def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+    """Write config and weights in a dialect, and for transformers the generation config."""
     model = checkpoint.model
     if dialect == "transformers":
         model.config.architectures = [type(model).__name__]
