@@ -12,10 +12,13 @@ import llama_cpp
 import numpy as np
 import torch
 
+_ERROR = 4
+"""ggml's level of error messages."""
+
 
 @llama_cpp.llama_log_callback
 def _only_errors(level: int, text: bytes, _: Any) -> None:
-    if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
+    if level == _ERROR:
         sys.stderr.write(text.decode())
 
 

@@ -77,7 +77,7 @@ def test_shapes(folder_of: Callable[..., Path], tmp_path: Path, config: dict[str
     checkpoint = ghostssm.load(str(folder_of(**config)))
     written = ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf")
     ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert_same_logits(written.path, tiny_model(**config), [ids], 1e-4)
+    assert_same_logits(written.path, tiny_model(**config), [ids], 5e-4)
     with Llama(written.path) as llama:  # the tokenizer of bytes has no merges at all
         assert llama.tokenize("a\nü") == checkpoint.require_tokenizer().encode("a\nü")
 
@@ -116,7 +116,10 @@ LLAMA3 = (
 
 def split(pattern: str) -> Any:
     regex = tokenizers.Regex(pattern)
-    parts = [tokenizers.pre_tokenizers.Split(regex, "isolated"), tokenizers.pre_tokenizers.ByteLevel(False, False)]
+    parts = [
+        tokenizers.pre_tokenizers.Split(regex, "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
     return tokenizers.pre_tokenizers.Sequence(parts)
 
 
@@ -134,7 +137,7 @@ PRE_TOKENIZERS = {
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_token_ids_of_real_text(tmp_path: Path, name: str) -> None:
     """BPE trained on source code, with the added tokens and the NFC step of GPT-NeoX, the state-spaces tokenizer."""
-    text = read_text("stdlib", "calibration").text[:400_000]
+    text = read_text("stdlib", "calibration").joined[:400_000]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name == "llama-bpe"))
     bpe.normalizer = tokenizers.normalizers.NFC()
     bpe.pre_tokenizer = PRE_TOKENIZERS[name]
@@ -155,7 +158,7 @@ def test_token_ids_of_real_text(tmp_path: Path, name: str) -> None:
     checkpoint = ghostssm.load(str(folder))
     written = ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf")
     assert "NFC" in written.notes[0]
-    other = read_text("stdlib", "evaluation").text
+    other = read_text("stdlib", "evaluation").joined
     spaces = "".join("x" + " " * count + "\n" * (count % 4) for count in range(60))
     texts = [*PROMPTS, other[:100_000], spaces, "I'm DON'T we'Ll 1234567 ½ Ⅷ ٣٤٥ a\u00a0b\u2003c\t\t\v d<|endoftext|>e"]
     if WIKITEXT.is_dir():
