@@ -19,7 +19,7 @@ from tests.test_trained_models import ENGLISH, WIKITEXT
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install llama-cpp-python (builds llama.cpp)")
 pytest.importorskip("gguf", reason="needs the gguf package")
 
-from tests.engines.llama import Llama
+from llama_engine import Llama
 
 pytestmark = pytest.mark.llama_cpp
 

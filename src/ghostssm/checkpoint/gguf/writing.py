@@ -151,10 +151,9 @@ def _write_tensors(writer: Any, model: PreTrainedModel, architecture: Architectu
     writer.write_ti_data_to_file()
     for name, tensor in gguf_tensors(architecture, model):
         plain = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-        stored = gguf.quants.quantize(plain, formats[name])
-        if formats[name] == gguf.GGMLQuantizationType.F16 and not np.isfinite(stored).all():
+        if formats[name] == gguf.GGMLQuantizationType.F16 and np.abs(plain).max() > np.finfo(np.float16).max:
             raise NumericalError(f"{name} has numbers too large for float16; export with --dtype bf16 or f32.")
-        writer.write_tensor_data(stored)
+        writer.write_tensor_data(gguf.quants.quantize(plain, formats[name]))
     return len(formats)
 
 
