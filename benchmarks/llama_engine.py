@@ -23,7 +23,8 @@ def _only_errors(level: int, text: bytes, _: Any) -> None:
 
 
 class Llama:
-    """A model with room for some sequences of some length; every position's logits are kept."""
+    """A model with room for some sequences of some length; every position's logits are kept, and keys
+    and values are float32."""
 
     def __init__(self, path: Path, sequences: int = 1, length: int = 256, threads: int = 2):
         llama_cpp.llama_log_set(_only_errors, ctypes.c_void_p(0))
@@ -36,6 +37,8 @@ class Llama:
         settings.n_ctx = sequences * max(length, 256)
         settings.n_batch = settings.n_ubatch = max(length, sequences)
         settings.n_seq_max = sequences
+        settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.n_threads = settings.n_threads_batch = threads
         context = llama_cpp.llama_init_from_model(model, settings)
         assert context, path
