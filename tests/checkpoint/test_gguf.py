@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFas
 import ghostssm
 from ghostssm.errors import InputError, ModelError, NumericalError, OutputError
 from tests.conftest import tiny_model
+from tests.engines.hybrids import HYBRIDS, hybrid_model
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install 'ghostssm[gguf]'")
 
@@ -264,3 +266,42 @@ def test_the_package_is_asked_for_where_it_is_missing(
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install 'ghostssm\[gguf\]'"):
         ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_lose_no_tensor(tmp_path: Path, name: str) -> None:
+    """What llama.cpp makes of them is tested where it is installed."""
+    model = hybrid_model(name)
+    checkpoint = ghostssm.Checkpoint(model, None, ghostssm.find_source("reference"))
+    written = ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf", with_tokenizer=False)
+    values, tensors = read(written.path)
+    arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[values["general.architecture"]]
+    known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
+    bare = {re.sub(r"blk\.\d+\.", "blk.{bid}.", key).removesuffix(".weight").removesuffix(".bias") for key in tensors}
+    assert bare <= known
+    second_head = "output.weight" in tensors and model.config.tie_word_embeddings
+    extra = model.get_input_embeddings().weight.numel() if second_head else 0
+    assert sum(tensor.numel() for tensor in tensors.values()) == model.num_parameters() + extra
+    assert values[f"{written.architecture}.ssm.state_size"] == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bamba", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
+        ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate"),
+        ("granitemoehybrid", {"hidden_size": 32}, "twice the hidden size"),
+        ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "mlp"]}, "layers of experts"),
+        ("nemotron_h", {"model_type": "zamba2"}, "'zamba2'.*expected one of: bamba"),
+    ],
+)
+def test_hybrids_that_llama_cpp_computes_otherwise(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    model = hybrid_model(name)
+    for key, value in changes.items():
+        object.__setattr__(model.config, key, value)
+    checkpoint = ghostssm.Checkpoint(model, None, ghostssm.find_source("reference"))
+    with pytest.raises(ModelError, match=message):
+        ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf", with_tokenizer=False)
+    assert not list(tmp_path.iterdir())
