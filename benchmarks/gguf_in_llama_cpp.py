@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=8, help="decode steps per round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="not wall time: for one thread on a busy machine")
     args = parser.parse_args()
     print_machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +101,8 @@ def compare_speed(folder: Path, args: argparse.Namespace) -> None:
                 position[size] += 1
 
         sides = {str(size): lambda size=size: decode(size, batch, engines, position) for size in engines}  # noqa: B023
-        seconds = seconds_by_side(sides, args.rounds, warmup=2)
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        seconds = seconds_by_side(sides, args.rounds, warmup=2, clock=clock)
         steps = {name: [time / args.tokens for time in times] for name, times in seconds.items()}
         base = statistics.median(steps[str(args.state_size[0])])
         for name, times in steps.items():
