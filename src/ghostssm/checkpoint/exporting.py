@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.saving import MANIFEST_FILE, OutputFolder, write_model
+from ghostssm.checkpoint.saving import MANIFEST_FILE, OutputFolder
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError, OutputError
 from ghostssm.families import mixers_of
@@ -39,7 +40,7 @@ def export_checkpoint(
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder:
         try:
-            write_model(checkpoint, folder.partial, dialect)
+            saving.write_model(checkpoint, folder.partial, dialect)
             if with_tokenizer and checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(folder.partial)
             for name in _CARRIED:
