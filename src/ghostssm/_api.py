@@ -3,6 +3,8 @@
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint.exporting import export_checkpoint
+from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
@@ -26,7 +28,7 @@ from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.surgery import apply_plan, pad_state, pruned
 
 __all__ = [
     "Advice",
@@ -37,6 +39,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Evidence",
+    "ExportedGGUF",
     "GhostError",
     "HubError",
     "InputError",
@@ -66,11 +69,14 @@ __all__ = [
     "describe",
     "engine_names",
     "evaluate",
+    "export_checkpoint",
+    "export_gguf",
     "find_source",
     "load",
     "method_named",
     "method_names",
     "nearest_state_size",
+    "pad_state",
     "pruned",
     "push_to_hub",
     "read_text",

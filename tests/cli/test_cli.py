@@ -421,7 +421,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ghostssm.checkpoint.saving._write_model", interrupted)
+    monkeypatch.setattr("ghostssm.checkpoint.saving.write_model", interrupted)
     before = sorted(path.name for path in tmp_path.iterdir())
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
     assert code == 130
@@ -434,3 +434,42 @@ def test_values_that_follow_one_another() -> None:
     assert _repeat(arguments, {"--x"}) == (
         ["m", "--x", "1", "--x", "2", "--x", "3", "--y", "4", "5", "--x", "6", "--x=7", "8"]
     )
+
+
+def test_export(run: Run, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    target = tmp_path / "deep" / "model.gguf"
+    code, out, _ = run("export", small, "--dtype", "q8_0", "--pad-to", 24, "--output", target)
+    assert code == 0
+    assert "gguf, q8_0" in out
+    assert target.read_bytes()[:4] == b"GGUF"
+    code, _, err = run("export", small, "--output", target)
+    assert code == 2
+    assert "--overwrite" in err
+    code, out, _ = run(
+        "export", small, "--format", "gguf", "--no-tokenizer", "--overwrite", "--output", target, "--json"
+    )
+    found = json.loads(out)
+    assert (found["dtype"], found["state_sizes"], found["bytes"]) == ("f32", [16], target.stat().st_size)
+    folder = tmp_path / "theirs"
+    code, out, _ = run("export", small, "--format", "mamba_ssm", "--dtype", "bf16", "--pad-to", 32, "--output", folder)
+    assert code == 0
+    assert "bfloat16" in out
+    assert json.loads((folder / "config.json").read_text())["ssm_cfg"]["d_state"] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "transformers", "--dtype", "q8_0"], "number format of GGUF"),
+        (["--pad-to", 8], "16 channels already"),
+        (["--format", "onnx"], "onnx"),
+    ],
+)
+def test_export_options_that_can_not_be(
+    run: Run, small: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run("export", small, "--output", tmp_path / "out", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()

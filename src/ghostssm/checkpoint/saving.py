@@ -113,8 +113,8 @@ def save(
     with folder:
         try:
             with _untied(checkpoint.model) if untie else nullcontext():
-                _write_model(checkpoint, folder.partial, dialect)
-            _carry_over(checkpoint, folder.partial)
+                write_model(checkpoint, folder.partial, dialect)
+            carry_over(checkpoint, folder.partial)
             plan.save(folder.partial, changes=False)
             tied = checkpoint.model.config.tie_word_embeddings and not untie
             write_card(model_card(checkpoint, plan, dialect, measured, tied_head=tied), folder.partial)
@@ -141,7 +141,8 @@ def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, unti
         )
 
 
-def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+    """Write config and weights in a dialect, and for transformers the generation config."""
     model = checkpoint.model
     if dialect == "transformers":
         model.config.architectures = [type(model).__name__]
@@ -185,7 +186,7 @@ def _untied(model: PreTrainedModel) -> Iterator[None]:
         config.tie_word_embeddings = True
 
 
-def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
+def carry_over(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what belongs to a model beside its weights, as the base model has it."""
     source, tokenizer = checkpoint.source, checkpoint.tokenizer
     names = [*_LICENCE_FILES]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, generate, inspect, prune
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.errors import GhostError, InputError
@@ -43,7 +43,16 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-for _verb in (inspect.inspect, prune.prune, compare.compare, bench.bench, evaluate.evaluate, generate.generate):
+_VERBS: tuple[Callable[..., None], ...] = (
+    inspect.inspect,
+    prune.prune,
+    export.export,
+    compare.compare,
+    bench.bench,
+    evaluate.evaluate,
+    generate.generate,
+)
+for _verb in _VERBS:
     app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
 
 

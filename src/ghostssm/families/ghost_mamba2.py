@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ghostssm.families.base import register
 from ghostssm.families.stock import MAMBA2, StockFamily
@@ -36,6 +36,8 @@ class GhostMamba2Family(StockFamily):
 
 register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type}))
 
+_OWN_KEYS = ("state_sizes", "projected_state_sizes", "projection_heads")
+
 
 def projected_model(
     config: PreTrainedConfig,
@@ -61,3 +63,16 @@ def projected_model(
     model.load_state_dict(dict(tensors), assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
+    """A stock model from a config of our own class and tensors of one size in all layers, which are not copied."""
+    values = config.to_dict()
+    for key in (*_OWN_KEYS, "model_type", "architectures", "auto_map", "transformers_version", "layer_types"):
+        values.pop(key, None)
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(Mamba2Config(**(values | {"state_size": state_size})))
+    model.load_state_dict(dict(tensors), assign=True)
+    model.tie_weights()
+    stock: PreTrainedModel = model.eval()
+    return stock
