@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import print_facts, print_json, progress_reporter
+from ghostssm.cli.console import print_facts, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.data.windows import Windows
+
+_HARNESS_BATCH = 8
 
 
 def evaluate(
@@ -26,18 +32,37 @@ def evaluate(
     copying: Annotated[
         bool, typer.Option("--copying", help="Instead: tokens that repeat what was read 256 or more tokens before.")
     ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME ...", help="Instead: tasks of lm-evaluation-harness (package lm-eval)."),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.")] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying.
+    """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
 
     ghostssm evaluate mamba2-130m-n64 --text wikitext2
+    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai,piqa
     """
     import torch
 
     import ghostssm
 
+    if sum((last_words is not None, copying, bool(tasks))) > 1:
+        raise ghostssm.InputError("Give at most one of --last-words, --copying and --tasks.")
+    if not tasks and (include_path is not None or limit is not None):
+        raise ghostssm.InputError("--include-path and --limit are for tasks; expected --tasks as well.")
+    if limit is not None and limit < 1:
+        raise ghostssm.InputError(f"--limit is {limit}; expected at least 1 document.")
+    if tasks:
+        names = [name for value in tasks for name in value.split(",") if name]
+        _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
+        return
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     if last_words is not None:
         _evaluate_last_words(checkpoint, last_words, as_json)
@@ -69,6 +94,57 @@ def evaluate(
             ("perplexity", f"{result.perplexity:.3f}"),
             ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ]
+    )
+
+
+def _evaluate_tasks(
+    model: str,
+    names: list[str],
+    include_path: str | None,
+    limit: int | None,
+    max_length: int,
+    tokenizer: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    from ghostssm.checkpoint.loading import check_device
+    from ghostssm.errors import InputError
+
+    check_device(device)
+    for library in ("datasets", "huggingface_hub", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        from ghostssm.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
+            "install it with: pip install 'ghostssm[lm-eval]'."
+        ) from None
+
+    # What the harness and the tasks' own code print is not the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = harness.load_tasks(names, include_path)
+        evaluated = harness.GhostLM(model, tokenizer, device=device, batch_size=_HARNESS_BATCH, max_length=max_length)
+        scores = harness.run_tasks(evaluated, loaded, limit)
+    if as_json:
+        print_json([dataclasses.asdict(score) for score in scores])
+        return
+    several_filters = any(score.filter != "none" for score in scores)
+    print_table(
+        ["task", "metric", "value", "documents", "shots"],
+        [
+            [
+                score.task,
+                score.metric
+                + (f" ({score.filter})" if several_filters else "")
+                + {True: " (higher is better)", False: " (lower is better)", None: ""}[score.higher_is_better],
+                f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}"),
+                "" if score.documents is None else str(score.documents),
+                "" if score.shots is None else str(score.shots),
+            ]
+            for score in scores
+        ],
+        text_columns=2,
     )
 
 
