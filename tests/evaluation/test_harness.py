@@ -263,6 +263,12 @@ def test_options_that_contradict(run: Run, folder_of: Callable[..., Path], optio
     assert message in err
 
 
+def test_a_model_that_is_not_there(run: Run) -> None:
+    code, _, err = run("evaluate", "nowhere", "--tasks", "x")
+    assert code == 2
+    assert "No model at 'nowhere'" in err
+
+
 def test_without_the_package(run: Run, folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ghostssm.evaluation, "harness", raising=False)
     monkeypatch.delitem(sys.modules, "ghostssm.evaluation.harness", raising=False)

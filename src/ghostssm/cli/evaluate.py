@@ -108,9 +108,11 @@ def _evaluate_tasks(
     as_json: bool,
 ) -> None:
     from ghostssm.checkpoint.loading import check_device
+    from ghostssm.checkpoint.source import find_source
     from ghostssm.errors import InputError
 
     check_device(device)
+    find_source(model, weights=False)  # before the data of every task is fetched
     for library in ("datasets", "huggingface_hub", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
