@@ -273,6 +273,22 @@ def test_evaluate_last_words(run: Run, small: Path, tmp_path: Path) -> None:
     assert "fewer than two words" in err
 
 
+def test_evaluate_copying(run: Run, small: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n * n % 7919:05d} {n % 17:x}; " for n in range(200)))
+    code, out, _ = run("evaluate", small, "--text", text, "--copying", "--window-length", 600, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["distance"] == 256
+    assert found["copied"]["tokens"] + found["elsewhere"]["tokens"] == 3 * 599
+    assert found["copied"]["tokens"] > 0
+    code, out, _ = run("evaluate", small, "--text", text, "--copying", "--window-length", 600)
+    assert "256 or more before" in out
+    code, _, err = run("evaluate", small, "--text", text, "--copying", "--window-length", 100)
+    assert code == 2
+    assert "windows have 100 tokens" in err
+
+
 def test_generate(run: Run, small: Path) -> None:
     first = run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
     assert first[0] == 0

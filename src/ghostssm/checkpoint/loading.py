@@ -75,7 +75,7 @@ def load(
             the config.
         NumericalError: NaN or Inf in a weight; names the tensor.
     """
-    _check_device(device)
+    check_device(device)
     source = find_source(spec)
     config = model_config(source)
     stored = _checked_tensors(source, config)
@@ -87,7 +87,8 @@ def load(
     return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raise InputError for a device that this machine or this torch does not have."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
