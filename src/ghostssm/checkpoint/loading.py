@@ -10,19 +10,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.source import Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named
+from ghostssm.files import read_json_object
 
 _LISTED_FAULTS = 8
+_MODULES_PER_TENSOR = 16
+"""Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
     "mamba": "Mamba-1",
     "falcon_mamba": "Mamba-1 (FalconMamba)",
@@ -97,40 +103,54 @@ def model_config(source: Source) -> PreTrainedConfig:
     Raises:
         ModelError: not a Mamba-2 model, or sizes that contradict each other.
     """
+    file = source.folder / "config.json"
+    values = checked_config(source.config, str(file))
     if source.dialect == "mamba_ssm":
-        return mamba_ssm.to_transformers_config(source.config)
+        return mamba_ssm.to_transformers_config(values)
     model_type = source.config.get("model_type")
     if model_type in _OTHER_MAMBAS:
         raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     if not isinstance(model_type, str):
         raise ModelError(
-            f"{source.folder / 'config.json'} has neither a model_type nor an ssm_cfg; expected the config of a "
+            f"{file} has neither a model_type nor an ssm_cfg; expected the config of a "
             "Mamba-2 model in the transformers or the mamba_ssm dialect."
         )
     if "quantization_config" in source.config:
         raise ModelError(f"{source.name} is quantised; prune the unquantised model, then quantise the result.")
     family = family_named(model_type)
     try:
-        config = AutoConfig.from_pretrained(source.folder)
+        with quiet_transformers():
+            config = type(AutoConfig.for_model(model_type)).from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
-        raise ModelError(f"{source.folder / 'config.json'} is not a valid {model_type} config: {error}") from None
+        raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
     family.layout(config)
     if config.hidden_act not in ("silu", "swish"):
         raise ModelError(f"hidden_act is {config.hidden_act!r}; expected 'silu', as every published Mamba-2 has.")
     return config
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> PreTrainedModel:
+    """The model of a config on the meta device: names and shapes, no memory.
+
+    Raises:
+        ModelError: transformers can't build it, or it has more modules than ``most_modules``.
+    """
+    try:
+        with torch.device("meta"), bounded_modules(most_modules):
+            return AutoModelForCausalLM.from_config(config)
+    except ModelError:
+        raise
+    except Exception as error:  # the faults of a model class share no base class
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(f"No {config.model_type} model can be built from this config ({reason}).") from None
 
 
 def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
     stored = stored_tensors(source.folder)
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
-    expected = {name: tuple(value.shape) for name, value in empty_model(config).state_dict().items()}
+    model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     faults = shape_faults(stored, expected, optional)
     if faults:
@@ -151,13 +171,25 @@ def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
 def _build(
     source: Source, config: PreTrainedConfig, stored: dict[str, StoredTensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    model: PreTrainedModel
-    if source.dialect == "transformers":
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
-    else:
-        tensors = {name: tensor.read() for name, tensor in stored.items()}
-        model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    tensors = {}
+    for name, tensor in stored.items():
+        value = tensor.read()
+        # Widened one by one, so that the narrow ones need not stay.
+        tensors[name] = value.to(torch.promote_types(value.dtype, dtype))
+    model: PreTrainedModel = type(empty_model(config)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype
+    )
+    if (source.folder / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
     return model
+
+
+def _generation_config(file: Path) -> GenerationConfig:
+    values = checked_config(read_json_object(file, ModelError), str(file))
+    try:
+        return GenerationConfig.from_dict(values)
+    except Exception as error:  # transformers' validation raises many classes
+        raise ModelError(f"{file} is not a valid generation config: {error}") from None
 
 
 def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
@@ -167,16 +199,38 @@ def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None)
         place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
     if place is None:
         return None
+    tokenizer = _read_tokenizer(place)
+    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise ModelError(
+            f"The tokenizer {str(place)!r} has {highest + 1} tokens, the model only {config.vocab_size}; "
+            "expected the tokenizer that the model was trained with."
+        )
+    return tokenizer
+
+
+def _read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    if Path(place).is_dir():
+        check_links(Path(place))
+        _check_tokenizer_config(Path(place) / "tokenizer_config.json")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # tokenizers and the hub client raise many classes
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("text")
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers, their native code and the hub client raise many classes
         raise ModelError(
             f"The tokenizer {str(place)!r} could not be loaded ({type(error).__name__}); bring its tokenizer.json into "
             f"a folder and name that with --tokenizer."
         ) from error
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"The tokenizer {str(place)!r} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
-            "expected the tokenizer that the model was trained with."
-        )
     return tokenizer
+
+
+def _check_tokenizer_config(file: Path) -> None:
+    """transformers opens the files that ``fast_tokenizer_files`` names."""
+    try:
+        named = read_json_object(file, ModelError).get("fast_tokenizer_files", [])
+    except FileNotFoundError:
+        return
+    if not isinstance(named, list) or any(not isinstance(name, str) or Path(name).name != name for name in named):
+        raise ModelError(f"fast_tokenizer_files in {file} is {named!r}; expected plain names of files beside it.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -11,11 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghostssm.errors import ModelError
+from ghostssm.files import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = frozenset({".safetensors", ".bin"})
+_READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_MOST_SMALL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Source:
         total = hashlib.sha256()
         for pattern in ("config.json", "*.safetensors", "*.bin"):
             for path in sorted(self.folder.glob(pattern)):
+                confined(path, ModelError)
                 content = hashlib.sha256()
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
@@ -58,7 +63,8 @@ def find_source(spec: str, weights: bool = True) -> Source:
         ModelError: nothing there, the hub is out of reach, or config.json is missing or broken.
     """
     if spec == REFERENCE:
-        folder = Path(str(resources.files("ghostssm") / "reference"))
+        # Some installers link every file of a package to a store of their own.
+        folder = (Path(str(resources.files("ghostssm") / "reference")) / "config.json").resolve().parent
     elif Path(spec).is_dir():
         folder = Path(spec)
     elif Path(spec).exists():
@@ -67,8 +73,29 @@ def find_source(spec: str, weights: bool = True) -> Source:
         folder = _download(spec, weights)
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
+    check_links(folder)
     config = _read_config(folder)
     return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers")
+
+
+def check_links(folder: Path) -> None:
+    """Check that whatever transformers may open in a folder lies in it.
+
+    Raises:
+        ModelError: a link that leaves the folder, a pipe or a device under a name that loaders read, or one of their
+            small files with more than 256 MiB.
+    """
+    try:
+        paths = [path for place in (folder, folder / _TEMPLATE_FOLDER) if place.is_dir() for path in place.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} can't be read: {error.strerror or error}.") from None
+    if (folder / _TEMPLATE_FOLDER).is_symlink():
+        raise ModelError(f"{folder / _TEMPLATE_FOLDER} is a link; expected a folder.")
+    for path in paths:
+        if path.suffix in _READ_BY_LOADERS and (path.is_symlink() or not path.is_dir()):
+            size = confined(path, ModelError).stat().st_size
+            if path.suffix not in _WEIGHTS and size > _MOST_SMALL_BYTES:
+                raise ModelError(f"{path} has {size} bytes, more than any tokenizer or config needs.")
 
 
 def _download(hub_id: str, weights: bool) -> Path:
@@ -88,13 +115,7 @@ def _download(hub_id: str, weights: bool) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(folder / "config.json", ModelError)
     except FileNotFoundError:
         raise ModelError(f"{folder} holds no config.json; expected the folder of a checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds {type(config).__name__}; expected an object.")
-    return config
