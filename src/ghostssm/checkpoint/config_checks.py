@@ -47,7 +47,7 @@ def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ModelError: NaN, a number beyond what sizes and token ids can be, or more layers than any model has.
     """
-    config = _decoded(config)
+    config = {key: _decoded(value) for key, value in config.items() if key not in _ACTING_ENTRIES}
     faults = number_faults(config, _MOST_NUMBER)
     faults += [
         f"{name} is {count}, expected at most {MOST_LAYERS}"

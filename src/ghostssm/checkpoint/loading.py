@@ -23,7 +23,7 @@ from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
-from ghostssm.families import family_named
+from ghostssm.families import family_named, mixers_of
 from ghostssm.files import read_json_object
 
 _LISTED_FAULTS = 8
@@ -108,13 +108,13 @@ def model_config(source: Source) -> PreTrainedConfig:
     if source.dialect == "mamba_ssm":
         return mamba_ssm.to_transformers_config(values)
     model_type = source.config.get("model_type")
-    if model_type in _OTHER_MAMBAS:
-        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     if not isinstance(model_type, str):
         raise ModelError(
             f"{file} has neither a model_type nor an ssm_cfg; expected the config of a "
             "Mamba-2 model in the transformers or the mamba_ssm dialect."
         )
+    if model_type in _OTHER_MAMBAS:
+        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     if "quantization_config" in source.config:
         raise ModelError(f"{source.name} is quantised; prune the unquantised model, then quantise the result.")
     family = family_named(model_type)
@@ -133,16 +133,19 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
     """The model of a config on the meta device: names and shapes, no memory.
 
     Raises:
-        ModelError: transformers can't build it, or it has more modules than ``most_modules``.
+        ModelError: transformers can't build it, it has more modules than ``most_modules``, or mixers that are none of
+            Mamba-2.
     """
     try:
         with torch.device("meta"), bounded_modules(most_modules):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        mixers_of(model)
     except ModelError:
         raise
     except Exception as error:  # the faults of a model class share no base class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(f"No {config.model_type} model can be built from this config ({reason}).") from None
+    return model
 
 
 def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
