@@ -40,6 +40,7 @@ __all__ = [
     "Source",
     "Text",
     "TextError",
+    "Verification",
     "Windows",
     "__version__",
     "accelerate",
@@ -57,6 +58,7 @@ __all__ = [
     "restore",
     "save",
     "smallest_plan",
+    "verify",
 ]
 
 

@@ -2,7 +2,18 @@
 
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
-from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint import (
+    Checkpoint,
+    Description,
+    OutputFolder,
+    Source,
+    Verification,
+    describe,
+    find_source,
+    load,
+    save,
+    verify,
+)
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
 from ghostssm.errors import (
@@ -49,6 +60,7 @@ __all__ = [
     "Source",
     "Text",
     "TextError",
+    "Verification",
     "Windows",
     "__version__",
     "accelerate",
@@ -66,4 +78,5 @@ __all__ = [
     "restore",
     "save",
     "smallest_plan",
+    "verify",
 ]

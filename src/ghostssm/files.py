@@ -12,6 +12,7 @@ from ghostssm.errors import InputError
 
 MOST_JSON_BYTES = 16 << 20
 """Of a JSON document, parsed: an index of a hundred thousand tensors takes less."""
+_MOST_NAME_BYTES = 255
 _HUB_ENTRIES = ("models--", "datasets--")
 
 
@@ -34,6 +35,11 @@ def confined(path: Path, fault: type[InputError]) -> Path:
     if not regular:
         raise fault(f"{path} is missing or no regular file.")
     return path
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a string names a file in a folder: no path, and no longer than file systems allow."""
+    return Path(name).name == name and "\0" not in name and len(name.encode()) <= _MOST_NAME_BYTES
 
 
 def read_json_object(path: Path, fault: type[InputError]) -> dict[str, Any]:

@@ -193,10 +193,7 @@ class Plan:
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
-            selections={
-                name: Selection(tuple(tuple(channels) for channels in kept))
-                for name, kept in document["selections"].items()
-            },
+            selections=selections_of(document),
             scores=_keyed(tensors, "scores:"),
             provenance=document.get("provenance", {}),
             projections={
@@ -236,6 +233,13 @@ def read_description(file: Path) -> dict[str, Any]:
         raise PlanError(f"{file} can't be read: there is no such file.") from None
     _raise_faults(file, _faults(document))
     return document
+
+
+def selections_of(document: Mapping[str, Any]) -> dict[str, Selection]:
+    """The selections in a checked plan document."""
+    return {
+        name: Selection(tuple(tuple(channels) for channels in kept)) for name, kept in document["selections"].items()
+    }
 
 
 def _raise_faults(file: Path, faults: list[str]) -> None:

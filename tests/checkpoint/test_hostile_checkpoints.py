@@ -131,7 +131,9 @@ def test_shards_that_contradict_their_index(tmp_path: Path) -> None:
         ({name: "/etc/passwd"}, "plain names"),
         ({name: "config.json"}, "plain names"),
         ({name: ""}, "plain names"),
-        ({name: "\0.safetensors"}, "missing weight files"),
+        ({name: "\0.safetensors"}, "plain names"),
+        ({name: "x" * 300 + ".safetensors"}, "plain names"),
+        ({name: "x.safetensors"}, "missing weight files"),
         ({name: 3}, "not a shard index"),
     ):
         index.write_text(json.dumps({"weight_map": places | changes}))

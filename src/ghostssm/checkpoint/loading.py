@@ -24,7 +24,7 @@ from ghostssm.checkpoint.source import Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
-from ghostssm.files import read_json_object
+from ghostssm.files import is_plain_name, read_json_object
 
 _LISTED_FAULTS = 8
 _MODULES_PER_TENSOR = 16
@@ -78,7 +78,7 @@ def load(
     _check_device(device)
     source = find_source(spec)
     config = model_config(source)
-    stored = _checked_tensors(source, config)
+    stored = checked_tensors(source, config)
     with quiet_transformers():
         model = _build(source, config, stored, dtype or _stored_dtype(stored))
     for name, value in model.state_dict().items():
@@ -148,7 +148,12 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
     return model
 
 
-def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """The tensors in a source's weight files, under transformers' names; nothing is loaded.
+
+    Raises:
+        ModelError: names and shapes other than the config implies.
+    """
     stored = stored_tensors(source.folder)
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
@@ -235,5 +240,5 @@ def _check_tokenizer_config(file: Path) -> None:
         named = read_json_object(file, ModelError).get("fast_tokenizer_files", [])
     except FileNotFoundError:
         return
-    if not isinstance(named, list) or any(not isinstance(name, str) or Path(name).name != name for name in named):
+    if not isinstance(named, list) or any(not isinstance(name, str) or not is_plain_name(name) for name in named):
         raise ModelError(f"fast_tokenizer_files in {file} is {named!r}; expected plain names of files beside it.")

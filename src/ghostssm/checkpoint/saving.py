@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-import transformers
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError, OutputError
 from ghostssm.plan import Plan
-
-MANIFEST_FILE = "ghostssm.json"
 
 
 class OutputFolder:
@@ -82,7 +79,8 @@ def save(
     """Write a checkpoint whose model a plan was applied to.
 
     The folder gets the weights and config in the chosen dialect, the tokenizer and generation config, the plan
-    (``plan.json``, ``plan.safetensors``) and ``ghostssm.json``, which says what produced it.
+    (``plan.json``, ``plan.safetensors``) and ``ghostssm.json``, which says what produced it and what
+    :func:`ghostssm.verify` checks.
 
     Raises:
         InputError: the dialect can't express the plan's result; nothing was written.
@@ -96,8 +94,7 @@ def save(
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save_pretrained(folder.partial)
             plan.save(folder.partial, changes=False)
-            manifest = json.dumps(_manifest(checkpoint, plan, dialect), indent=1) + "\n"
-            (folder.partial / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+            write_manifest(folder.partial, _facts(checkpoint, plan, dialect), Probe.of(checkpoint.model))
             folder.commit()
         except OSError as error:
             raise OutputError(
@@ -134,7 +131,7 @@ def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None
     torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, plan: Plan, dialect: Dialect) -> dict[str, Any]:
     return {
         "ghostssm": __version__,
         "base_model": checkpoint.source.name,
@@ -146,9 +143,6 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect) -> dict[str,
             "after": list(plan.state_sizes) if plan.needs_own_class else plan.kept_state_size,
         },
         "options": dict(plan.provenance),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "device": str(checkpoint.model.device),
     }

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
-from ghostssm.files import confined, read_json_object
+from ghostssm.files import confined, is_plain_name, read_json_object
 from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
 
 _LISTED_FAULTS = 3
@@ -78,9 +79,11 @@ def _places(index: Path, suffix: str) -> dict[str, str]:
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ModelError(f"{index} is not a shard index; expected an object weight_map of tensor and file names.")
     names = sorted(set(places.values()))
-    outside = [name for name in names if Path(name).name != name or Path(name).suffix != f".{suffix}"]
+    outside = [name for name in names if not is_plain_name(name) or Path(name).suffix != f".{suffix}"]
     if outside:
-        raise ModelError(f"{index} names {outside[0]!r}; expected plain names of .{suffix} files in the same folder.")
+        raise ModelError(
+            f"{index} names {short(outside[0])}; expected plain names of .{suffix} files in the same folder."
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing[:_LISTED_FAULTS])}.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, generate, inspect, prune
+from ghostssm.cli import bench, compare, evaluate, generate, inspect, prune, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.errors import GhostError, InputError
@@ -43,7 +43,15 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-for _verb in (inspect.inspect, prune.prune, compare.compare, bench.bench, evaluate.evaluate, generate.generate):
+for _verb in (
+    inspect.inspect,
+    prune.prune,
+    compare.compare,
+    bench.bench,
+    evaluate.evaluate,
+    generate.generate,
+    verify.verify,
+):
     app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
 
 

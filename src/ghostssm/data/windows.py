@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,11 @@ class Windows:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids, hexadecimal: the same for the same text, tokenizer, length, count and seed."""
+        return hashlib.sha256(self.ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
     def part(self, rows: slice | Tensor) -> Windows:
         """Some of the windows."""
