@@ -38,6 +38,7 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StorageError",
     "Text",
     "TextError",
     "Verification",

@@ -24,6 +24,7 @@ from ghostssm.errors import (
     NumericalError,
     OutputError,
     PlanError,
+    StorageError,
     TextError,
 )
 from ghostssm.evaluation import Difference, Evaluation, evaluate
@@ -58,6 +59,7 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StorageError",
     "Text",
     "TextError",
     "Verification",

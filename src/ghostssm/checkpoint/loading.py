@@ -140,7 +140,7 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
         with torch.device("meta"), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         mixers_of(model)
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:  # the faults of a model class share no base class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -224,7 +224,7 @@ def _read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokenizer("text")
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError):  # SIGTERM too
         raise
     except BaseException as error:  # tokenizers, their native code and the hub client raise many classes
         raise ModelError(

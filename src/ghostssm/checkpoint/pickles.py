@@ -39,7 +39,7 @@ def read_weight_pickle(file: Path) -> dict[str, Tensor]:
         mapped = zipfile.is_zipfile(file)  # older files are no zip archives and can't be mapped
         _check_names(file, mapped)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:  # zip, pickle and torch faults share no base class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

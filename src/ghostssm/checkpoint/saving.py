@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
@@ -17,7 +19,8 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.errors import InputError, OutputError
+from ghostssm.errors import InputError, OutputError, StorageError
+from ghostssm.interrupts import uninterrupted
 from ghostssm.plan import Plan
 
 
@@ -41,7 +44,13 @@ class OutputFolder:
             raise OutputError(f"{self.path} is a file; expected a folder to write.")
         if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
             raise OutputError(f"{self.path} exists and is not empty; name another folder, or pass --overwrite.")
-        self.partial = self.path.absolute().with_name(f".{self.path.absolute().name}.partial-{os.getpid()}")
+        absolute = self.path.absolute()
+        self._new_parents = [parent for parent in absolute.parents if not parent.exists()]
+        place = absolute.parents[len(self._new_parents)]
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(f"{self.path} can't be written: {place} is read-only; name another folder.")
+        self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
+        self._old = self.partial.with_name(self.partial.name + ".old")
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -51,21 +60,39 @@ class OutputFolder:
         return self
 
     def commit(self) -> None:
-        """Put the finished folder in its place; an old one goes only once the new one stands."""
+        """Put the finished folder in its place; an old one goes only once the new one stands and is on the disk."""
         umask = os.umask(0)
         os.umask(umask)
-        for file in self.partial.iterdir():
-            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
-        old = self.partial.with_name(self.partial.name + ".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        for file in self.partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
+            _flush(file)
+        with uninterrupted():
+            if self.path.exists():
+                self.path.rename(self._old)
+            self.partial.rename(self.path)
+        _flush(self.path.absolute().parent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with uninterrupted():
+            if self._old.exists() and not self.path.exists():
+                self._old.rename(self.path)
+            for folder in (self.partial, self._old):
+                shutil.rmtree(folder, ignore_errors=True)
+            for parent in self._new_parents:
+                with suppress(OSError):  # not empty: the output is there
+                    parent.rmdir()
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written; also where a disk that is full says so late."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save(
@@ -84,7 +111,8 @@ def save(
 
     Raises:
         InputError: the dialect can't express the plan's result; nothing was written.
-        OutputError: the folder must not or can't be written; nothing is left behind.
+        OutputError: the folder must not or can't be written.
+        StorageError: writing failed, for example on a full disk; nothing is left behind.
     """
     check_dialect(dialect, plan.needs_own_class)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
@@ -96,11 +124,22 @@ def save(
             plan.save(folder.partial, changes=False)
             write_manifest(folder.partial, _facts(checkpoint, plan, dialect), Probe.of(checkpoint.model))
             folder.commit()
-        except OSError as error:
-            raise OutputError(
-                f"{folder.path} could not be written: {error.strerror or error}. Nothing was kept."
-            ) from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = _write_failure(error)
+            if reason is None:
+                raise
+            raise StorageError(f"{folder.path} could not be written: {reason}. Nothing was kept.") from error
     return folder.path
+
+
+def _write_failure(error: Exception) -> str | None:
+    """What kept a file from being written; None if the error is of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save has no class of its own for it, and has lost the reason.
+    return "torch.save came to a halt; the disk may be full" if "inline_container" in str(error) else None
 
 
 def check_dialect(dialect: Dialect, needs_own_class: bool) -> None:

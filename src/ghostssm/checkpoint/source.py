@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -31,15 +32,27 @@ class Source:
         folder: where its files are.
         config: the parsed config.json.
         dialect: whose config.json it is.
+        stamps: size and time of every weight file, as they were found.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     dialect: Dialect
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the config and weight files, hexadecimal."""
+        """SHA-256 over the names and contents of the config and weight files, hexadecimal.
+
+        Raises:
+            ModelError: a weight file has changed since it was found.
+        """
+        now = _stamps(self.folder)
+        for name, stamp in self.stamps.items():
+            if now.get(name) != stamp:
+                raise ModelError(
+                    f"{self.folder / name} was changed or truncated meanwhile; bring it back and run again."
+                )
         total = hashlib.sha256()
         for pattern in ("config.json", "*.safetensors", "*.bin"):
             for path in sorted(self.folder.glob(pattern)):
@@ -75,7 +88,12 @@ def find_source(spec: str, weights: bool = True) -> Source:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
-    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers")
+    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", _stamps(folder))
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    states = {path.name: path.stat() for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file()}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
 def check_links(folder: Path) -> None:
