@@ -380,3 +380,12 @@ def test_fuzzed_files(fuzzing: Any, tmp_path: Path) -> None:
         tried, accepted = fuzzing.fuzz(target, tmp_path, watching, 60, seed=0)
         assert tried >= 60
         assert accepted < tried
+
+
+def test_loading_opens_nothing_outside_the_folder(fuzzing: Any, folder_of: FolderOf) -> None:
+    folder = folder_of()
+    ghostssm.load(str(folder))  # what is imported late is imported now
+    watching = fuzzing.watch(folder)
+    with watching.on():
+        ghostssm.load(str(folder))
+    assert watching.events == []
