@@ -2,11 +2,13 @@
 
     python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT
     python benchmarks/fidelity.py MODEL --calibration TEXT --last-words PASSAGES
+    python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT --copying 1024
     python benchmarks/fidelity.py RECALL_MODEL --recall 64
 
 The first form takes any two texts: of one kind, or, to see what calibration on other text costs, of two. The second
-measures the loss of the last word of every passage (a text with one on each line), as LAMBADA does. The third takes a
-model of ``tools/train_recall.py`` and this many pairs, and gives the accuracy of its answers.
+measures the loss of the last word of every passage (a text with one on each line), as LAMBADA does. The third measures,
+in windows of this many tokens, the loss of tokens that repeat what was read 256 or more tokens before. The fourth takes
+a model of ``tools/train_recall.py`` and this many pairs, and gives the accuracy of its answers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from interleaved import print_machine
 
 import ghostssm
 from ghostssm.bench.memory import peak_bytes, reset_peak
+from ghostssm.evaluation.copying import copying, copying_in_reach
 from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
 
 RECIPES = (
@@ -50,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--last-words", metavar="PASSAGES", help="the last words of passages instead of whole text")
     parser.add_argument("--passages", type=int, default=1000, help="at most so many of them")
+    parser.add_argument("--copying", type=int, metavar="LENGTH", help="copied tokens, in windows of this many")
     parser.add_argument("--recall", type=int, metavar="PAIRS", help="associative recall instead of text")
     parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
@@ -100,6 +104,31 @@ class OnLastWords(OnText):
         return excess.mean().item(), (excess.std() / len(excess) ** 0.5).item()
 
 
+class OnCopying(OnText):
+    """Excess loss of copied tokens; prints that of all others too."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        tokenizer = ghostssm.load(args.model).require_tokenizer()
+        text = ghostssm.read_text(args.text, "evaluation")
+        self.long = ghostssm.cut_windows(text, tokenizer, args.copying, args.text_windows, seed=1)
+        self.whole, short = copying(self.model, self.long), copying_in_reach(self.model, self.long)
+        for name in ("copied", "elsewhere"):
+            losses = getattr(self.whole, name)
+            gain = getattr(short, name).excess_over(losses)
+            print(
+                f"{name}: {int(losses.counts.sum())} tokens in {len(self.long)} windows of {args.copying}, dense loss "
+                f"{losses.mean:.4f}, without sight of 256 tokens back {gain.mean:+.4f} ± {gain.standard_error:.4f}"
+            )
+
+    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+        found = copying(model, self.long)
+        elsewhere = found.elsewhere.excess_over(self.whole.elsewhere)
+        print(f"elsewhere {elsewhere.mean:.5f} ± {elsewhere.standard_error:.5f}", end="  ")
+        copied = found.copied.excess_over(self.whole.copied)
+        return copied.mean, copied.standard_error
+
+
 class OnRecall:
     """Accuracy lost on associative recall; the standard error is over sequences."""
 
@@ -124,7 +153,8 @@ class OnRecall:
 def main() -> None:
     args = parse_args()
     print_machine()
-    task = OnRecall(args) if args.recall else OnLastWords(args) if args.last_words else OnText(args)
+    kind = OnRecall if args.recall else OnLastWords if args.last_words else OnCopying if args.copying else OnText
+    task = kind(args)
     calibration = ghostssm.Calibration(task.model, task.windows)
     recipes = [str(ghostssm.Recipe.parse(recipe)) for recipe in args.recipes]
     unit = "excess loss" if args.recall is None else "accuracy lost"

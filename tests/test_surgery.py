@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Mamba2ForCausalLM
+from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from ghostssm.errors import PlanError
 from ghostssm.families import mixers_of
@@ -24,7 +24,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def random_plan(model: Mamba2ForCausalLM, counts: list[int]) -> Plan:
+def random_plan(model: PreTrainedModel, counts: list[int]) -> Plan:
     """Random channels; group g of every mixer keeps ``counts[g % len(counts)]`` of them."""
     draw = torch.Generator().manual_seed(7)
     selections = {}
@@ -32,22 +32,21 @@ def random_plan(model: Mamba2ForCausalLM, counts: list[int]) -> Plan:
         groups, n = mixer.layout.n_groups, mixer.layout.state_size
         kept = [sorted(torch.randperm(n, generator=draw)[: counts[g % len(counts)]].tolist()) for g in range(groups)]
         selections[mixer.name] = Selection(tuple(map(tuple, kept)))
-    config = model.config
-    return Plan("random", "mamba2", config.n_groups, config.state_size, selections)
+    return Plan("random", model.config.model_type, groups, n, selections)
 
 
-def zero_cut_channels(model: Mamba2ForCausalLM, plan: Plan) -> None:
+def zero_cut_channels(model: PreTrainedModel, plan: Plan) -> None:
     """The mask: every weight that makes a cut channel's B or C becomes zero. Written without the layout's help."""
-    config = model.config
-    inner, n, groups = config.num_heads * config.head_dim, config.state_size, config.n_groups
-    for block, selection in zip(model.backbone.layers, plan.selections.values(), strict=True):
+    for name, selection in plan.selections.items():
+        mixer: Any = model.get_submodule(name)
+        inner, n, groups = mixer.num_heads * mixer.head_dim, mixer.ssm_state_size, mixer.n_groups
         for group in range(groups):
             for channel in set(range(n)) - set(selection.kept[group]):
                 for offset in (0, groups * n):
                     row = inner + offset + group * n + channel
-                    block.mixer.conv1d.weight.data[row] = 0
-                    block.mixer.in_proj.weight.data[inner + row] = 0
-                    for module, index in ((block.mixer.conv1d, row), (block.mixer.in_proj, inner + row)):
+                    mixer.conv1d.weight.data[row] = 0
+                    mixer.in_proj.weight.data[inner + row] = 0
+                    for module, index in ((mixer.conv1d, row), (mixer.in_proj, inner + row)):
                         if module.bias is not None:
                             module.bias.data[index] = 0
 

@@ -113,7 +113,8 @@ class Trainee(nn.Module):
         self.head_loss = torch.compile(self._head_loss) if compiled else self._head_loss
 
     def _block(self, norm_weight: Tensor, mixer: Mixer, hidden: Tensor) -> Tensor:
-        return hidden + mixer_forward(mixer, rms_norm(hidden, norm_weight, mixer.norm_eps))
+        assert mixer.norm is not None  # of the mixer itself; the block's own has the same epsilon
+        return hidden + mixer_forward(mixer, rms_norm(hidden, norm_weight, mixer.norm.eps))
 
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         backbone = self.model.backbone

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ghostssm._registration import register_with_transformers
+
 if TYPE_CHECKING:
     from ghostssm._api import *
 
 __all__ = [
+    "Advice",
     "Calibration",
     "Checkpoint",
     "Comparison",
@@ -23,9 +26,12 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Evidence",
+    "ExportedGGUF",
     "GhostError",
+    "HubError",
     "InputError",
     "LayoutError",
+    "Measurement",
     "Method",
     "ModelError",
     "NumericalError",
@@ -45,16 +51,23 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "advise",
     "apply_plan",
     "compare",
     "cut_windows",
     "describe",
+    "engine_names",
     "evaluate",
+    "export_checkpoint",
+    "export_gguf",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "nearest_state_size",
+    "pad_state",
     "pruned",
+    "push_to_hub",
     "read_text",
     "restore",
     "save",
@@ -70,3 +83,6 @@ def __getattr__(name: str) -> Any:
     from ghostssm import _api
 
     return getattr(_api, name)
+
+
+register_with_transformers()

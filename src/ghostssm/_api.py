@@ -14,10 +14,15 @@ from ghostssm.checkpoint import (
     save,
     verify,
 )
+from ghostssm.checkpoint.exporting import export_checkpoint
+from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
+from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
+from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
+    HubError,
     InputError,
     LayoutError,
     ModelError,
@@ -29,14 +34,16 @@ from ghostssm.errors import (
 )
 from ghostssm.evaluation import Difference, Evaluation, evaluate
 from ghostssm.evaluation.compare import Comparison, Row, compare
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.layout import SSDLayout
 from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.surgery import apply_plan, pad_state, pruned
 
 __all__ = [
+    "Advice",
     "Calibration",
     "Checkpoint",
     "Comparison",
@@ -44,9 +51,12 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Evidence",
+    "ExportedGGUF",
     "GhostError",
+    "HubError",
     "InputError",
     "LayoutError",
+    "Measurement",
     "Method",
     "ModelError",
     "NumericalError",
@@ -66,16 +76,23 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "advise",
     "apply_plan",
     "compare",
     "cut_windows",
     "describe",
+    "engine_names",
     "evaluate",
+    "export_checkpoint",
+    "export_gguf",
     "find_source",
     "load",
     "method_named",
     "method_names",
+    "nearest_state_size",
+    "pad_state",
     "pruned",
+    "push_to_hub",
     "read_text",
     "restore",
     "save",

@@ -127,7 +127,7 @@ def fast_forward(
     state = None if cache_params is None else cache_params.get_recurrent_state(layer, state_idx=0)
     if attention_mask is not None:
         hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
-    z, xBC, dt = mixer.layout.split_in_proj(mixer.in_proj(hidden_states))
+    z, xBC, dt = mixer.project_in(hidden_states)
 
     one_token = hidden_states.shape[1] == 1 and attention_mask is None
     if one_token and state is not None and conv_window is not None and not cache_params.is_recording_past(layer):

@@ -38,3 +38,7 @@ class StorageError(GhostError):
 
 class NumericalError(InputError):
     """NaN or Inf in a model's weights or activations; names the tensor or the layer."""
+
+
+class HubError(GhostError):
+    """An upload that failed; what was to be uploaded is on the disk."""

@@ -61,7 +61,12 @@ class SSDLayout:
 
     @property
     def in_proj_rows(self) -> int:
-        return self.intermediate_size + self.conv_dim + self.num_heads
+        return sum(self.in_proj_sizes)
+
+    @property
+    def in_proj_sizes(self) -> tuple[int, int, int, int, int]:
+        """Rows of in_proj that make z, x, B, C and dt."""
+        return self.intermediate_size, self.intermediate_size, self.group_width, self.group_width, self.num_heads
 
     @property
     def state_numbers(self) -> int:

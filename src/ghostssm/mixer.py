@@ -30,14 +30,30 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """The RMS norm between the recurrence and out_proj; every group of heads is normalised on its own.
+
+    Attributes:
+        weight: (h * p,).
+        gate_first: the gate SiLU(z) acts before the norm, or else after it.
+    """
+
+    weight: Tensor
+    eps: float
+    gate_first: bool = True
+
+
+@dataclass(frozen=True)
 class Mixer:
     """A view of a model's mixer: its parts under the field's names. Holds no copies.
 
     Attributes:
         name: dotted path of the mixer in its model. layer_index: of its layer, as the model's cache counts.
         module: the mixer itself.
-        dt_bias, A_log, D: (h,). norm_weight: (h * p,).
+        dt_bias, A_log, D: (h,).
+        norm: None where y is gated only.
         dt_limit: bounds of dt after softplus.
+        input_multiplier: of what in_proj gets. row_multipliers: (in_proj_rows,), of what it gives; None for none.
         projection: of B and C onto a smaller state, if there is one.
     """
 
@@ -50,10 +66,11 @@ class Mixer:
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
-    norm_weight: Tensor
-    norm_eps: float
+    norm: Norm | None
     out_proj: nn.Linear
     dt_limit: tuple[float, float]
+    input_multiplier: float = 1.0
+    row_multipliers: Tensor | None = None
     projection: Projection | None = None
 
     @property
@@ -65,6 +82,17 @@ class Mixer:
     def state_size(self) -> int:
         """Of the recurrent state: r if there is a projection, else n."""
         return self.layout.state_size if self.projection is None else self.projection.B.shape[-1]
+
+    def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, the convolution's input xBC, and dt, from (b, l, hidden_size)."""
+        projected = self.in_proj(self.scaled_input(hidden))
+        if self.row_multipliers is not None:
+            projected = projected * self.row_multipliers.to(projected)  # the model may have moved since
+        return self.layout.split_in_proj(projected)
+
+    def scaled_input(self, hidden: Tensor) -> Tensor:
+        """What in_proj gets."""
+        return hidden if self.input_multiplier == 1 else hidden * self.input_multiplier
 
     def with_state_size(self, state_size: int) -> Mixer:
         """The view to use once the module's tensors have another state size."""
@@ -114,7 +142,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
     """The first half of a mixer: in_proj, conv, SiLU, softplus. ``hidden``: (b, l, hidden_size), already normalised."""
-    z, xBC, dt = mixer.layout.split_in_proj(mixer.in_proj(hidden))
+    z, xBC, dt = mixer.project_in(hidden)
     return split_streams(mixer, xBC, dt, z)
 
 
@@ -138,14 +166,17 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
     return streams if mixer.projection is None else streams.project(mixer.projection)
 
 
-def gated_norm(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
+def gated_norm(norm: Norm | None, y: Tensor, z: Tensor, groups: int) -> Tensor:
     """Gate and norm, (b, l, h * p). ``y``: (b, l, h, p), with the D term."""
-    return gated_rms_norm(y.flatten(-2), at_least_float32(z), mixer.norm_weight, mixer.norm_eps, mixer.layout.n_groups)
+    y, z = y.flatten(-2), at_least_float32(z)
+    if norm is None:
+        return y * F.silu(z)
+    return gated_rms_norm(y, z, norm.weight, norm.eps, groups, gate_first=norm.gate_first)
 
 
 def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:
     """The second half of a mixer: gate, norm, out_proj. ``y``: (b, l, h, p), with the D term."""
-    normed = gated_norm(mixer, y, z)
+    normed = gated_norm(mixer.norm, y, z, mixer.layout.n_groups)
     projected: Tensor = mixer.out_proj(normed.to(mixer.out_proj.weight.dtype))
     return projected
 
@@ -170,4 +201,4 @@ def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
 def normed_output(mixer: Mixer, s: Streams) -> Tensor:
     """What out_proj gets, (b, l, h * p), from a state of zeros."""
     y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
-    return gated_norm(mixer, y, s.z)
+    return gated_norm(mixer.norm, y, s.z, mixer.layout.n_groups)

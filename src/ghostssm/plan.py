@@ -1,6 +1,6 @@
 """A plan: what becomes of every mixer's state. A frozen value that is made, saved, read and applied apart.
 
-On disk a plan is ``plan.json`` and its tensors, ``plan.safetensors``: the scores that led to it, one float64 tensor
+On disk a plan is ``plan.json`` and its tensors, ``plan.tensors``: the scores that led to it, one float64 tensor
 (g, n) per mixer; projections; and the parameters that were repaired. The reader reports every fault of a file at once.
 """
 
@@ -27,7 +27,8 @@ from ghostssm.tensorfile import FLOAT_DTYPES, Entry, read_header, read_tensor
 FORMAT = "ghostssm-plan"
 VERSION = 1
 PLAN_FILE = "plan.json"
-TENSORS_FILE = "plan.safetensors"
+TENSORS_FILE = "plan.tensors"
+"""In the safetensors format, but not by its suffix: vLLM and SGLang take every *.safetensors for a model's weights."""
 _LISTED_FAULTS = 20
 _MOST_COUNT = 2**31 - 1
 
@@ -148,7 +149,7 @@ class Plan:
             raise PlanError("The plan does not fit this model: " + "; ".join(faults) + ".")
 
     def save(self, folder: Path, *, changes: bool = True) -> None:
-        """Write ``plan.json`` and ``plan.safetensors`` into a folder.
+        """Write ``plan.json`` and ``plan.tensors`` into a folder.
 
         Without ``changes`` the repaired parameters and projections are only named: enough beside a checkpoint, which
         holds them, but such a plan can't be applied.

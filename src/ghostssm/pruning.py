@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from ghostssm.budget import allocate
 from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
 from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
-from ghostssm.calibration.repair import repair_output
+from ghostssm.calibration.repair import repair_output, repair_skip
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
-from ghostssm.families import family_of, mixers_of
-from ghostssm.methods import Evidence
+from ghostssm.families import family_named, family_of, mixers_of
+from ghostssm.methods import Evidence, method_names, stock_method_names
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
@@ -82,10 +82,11 @@ class Calibration:
             multiple: of state sizes per layer.
 
         Raises:
-            InputError: a state size out of range, or no such recipe.
+            InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        check_recipe(recipe, self.model.config.model_type)
         layout = family_of(self.model.config).layout(self.model.config)
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress)
@@ -277,6 +278,7 @@ class _Run:
             refit(mixer, joined(data), self.recipe.refit, self.seed)
             walk.forget_streams()
         if self.recipe.repair:
+            repair_skip(mixer, walk.pruned_streams(block, mixer, decision), targets)
             repair_output(mixer, walk.pruned_streams(block, mixer, decision), targets)
         changed = {
             name: value.detach().clone()
@@ -293,6 +295,7 @@ def smallest_plan(
     max_excess_loss: float,
     *,
     multiple: int = DEFAULT_MULTIPLE,
+    state_sizes: Sequence[int] | None = None,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
     progress: Progress = silent,
@@ -303,20 +306,25 @@ def smallest_plan(
 
     Args:
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+        state_sizes: the sizes to try instead, ascending.
 
     Raises:
-        InputError: fewer than four windows, or no size below the model's own stays within the bound.
+        InputError: as :meth:`Calibration.plan`; fewer than four windows, or no size below the model's own stays within
+            the bound.
     """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_recipe(recipe, model.config.model_type)
     apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
     if len(windows) < _HELD_OUT_ONE_IN:
         raise InputError(f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4.")
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
     dense = evaluate(model, held_out)
     limit = family_of(model.config).layout(model.config).state_size
-    low, high, best = 0, -(-limit // multiple), None  # in multiples: low is too small or 0, high is large enough
+    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
     while high - low > 1:
         middle = (low + high) // 2
-        plan = calibration.plan(recipe, middle * multiple, groups, seed, progress, multiple)
+        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
         with pruned(model, plan) as smaller:
             excess = evaluate(smaller, held_out).excess_over(dense).mean
         if excess <= max_excess_loss:
@@ -324,8 +332,9 @@ def smallest_plan(
         else:
             low = middle
     if best is None:
+        among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
         raise InputError(
-            f"No state size below {limit} in multiples of {multiple} keeps the excess loss within {max_excess_loss:g} "
+            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
             "nats per token; allow more, or try another method."
         )
     searched = {"max_excess_loss": max_excess_loss, "held_out_windows": len(held_out)}
@@ -339,6 +348,21 @@ def _gram(hidden: Tensor) -> Tensor:
 
 def _state_sizes(model: PreTrainedModel) -> int:
     return len({mixer.layout.state_size for mixer in mixers_of(model)})
+
+
+def check_recipe(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a family has a model class for what a recipe can result in."""
+    if recipe.stock or not family_named(model_type).is_hybrid:
+        return
+    raise InputError(
+        f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
+        f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
+    )
+
+
+def methods_for(model_type: str) -> tuple[str, ...]:
+    """The methods for which a family has a model class."""
+    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
 
 
 def check_state_size(state_size: int, limit: int) -> None:

@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         method: a registered method's name.
-        repair: fit out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
+        repair: fit D and out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
         refit: steps of gradient descent on every pruned mixer's small tensors (:mod:`ghostssm.calibration.refit`).
         per_layer: divide the total state over the layers by what it costs them.
 
@@ -71,6 +71,11 @@ class Recipe:
     @property
     def how(self) -> Method:
         return method_named(self.method)
+
+    @property
+    def stock(self) -> bool:
+        """Whether the result stays in the stock model class."""
+        return self.how.stock and not self.per_layer
 
 
 DEFAULT_RECIPE = Recipe("output", repair=True, refit=DEFAULT_REFIT_STEPS)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import refresh
-from ghostssm.errors import PlanError
+from ghostssm.errors import InputError, PlanError
 from ghostssm.families import family_of, mixers_of
 from ghostssm.families.base import Family
-from ghostssm.families.ghost_mamba2 import projected_model
+from ghostssm.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.mixer import Mixer
+from ghostssm.modeling import GhostMamba2Config
 from ghostssm.plan import Decision, Plan, Selection
 
 
@@ -32,7 +33,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     stays as it is.
 
     Raises:
-        PlanError: the plan is for another model; nothing was changed.
+        PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
     """
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:
@@ -43,11 +44,58 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         prune_mixer(family, mixer, decision.selection, decision.width)
         change_parameters(mixer.module, decision)
         if decision.width < plan.kept_state_size:
-            everything = Selection((tuple(range(decision.width)),) * mixer.layout.n_groups)
-            prune_mixer(family, mixer.with_state_size(decision.width), everything, plan.kept_state_size)
+            narrow = mixer.with_state_size(decision.width)
+            prune_mixer(family, narrow, _everything(narrow), plan.kept_state_size)
     family.set_state_size(model.config, plan.kept_state_size)
     refresh(model)
     return model
+
+
+def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
+    """Give every layer ``state_size`` channels, the new ones zero: the same logits, for engines without small kernels.
+
+    In place for a stock model; a model of our own class with a state size per layer gives a new stock model, and stays
+    as it is.
+
+    Args:
+        state_size: at least that of the widest layer.
+
+    Raises:
+        InputError: a layer is wider already, or projects its state; nothing was changed.
+    """
+    mixers = mixers_of(model)
+    widest = max(mixer.layout.state_size for mixer in mixers)
+    if state_size < widest:
+        raise InputError(f"The state can't be padded to {state_size}: it has {widest} channels already.")
+    if any(mixer.projection is not None for mixer in mixers):
+        raise InputError(
+            "A projected state can't be padded: its maps after the convolution would remain. "
+            "Prune with a method that keeps the stock class, such as output or ghost."
+        )
+    family = family_of(model.config)
+    if model.config.model_type == GhostMamba2Config.model_type:
+        return _padded_stock(model, state_size)
+    for mixer in mixers:
+        prune_mixer(family, mixer, _everything(mixer), state_size)
+    family.set_state_size(model.config, state_size)
+    refresh(model)
+    return model
+
+
+def _everything(mixer: Mixer) -> Selection:
+    return Selection((tuple(range(mixer.layout.state_size)),) * mixer.layout.n_groups)
+
+
+@torch.inference_mode(False)
+def _padded_stock(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
+    """A stock model with the tensors of one of our own class, sharing those that stay as they are."""
+    family, tensors = family_of(model.config), dict(model.state_dict())
+    for index, block in enumerate(family.blocks(model)):
+        mixer = family.mixer(copy.deepcopy(block), index)
+        if mixer is not None:
+            prune_mixer(family, mixer, _everything(mixer), state_size)
+            tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
+    return stock_model(model.config, tensors, state_size)
 
 
 @contextmanager
@@ -101,7 +149,13 @@ def change_parameters(module: nn.Module, decision: Decision) -> None:
 
 def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
-    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family_of(model.config).model_type)
+    family = family_of(model.config)
+    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family.model_type)
+    if plan.needs_own_class and family.is_hybrid:
+        raise PlanError(
+            "The plan has projections or a state size per layer, for which "
+            f"{family.model_type} models have no class; make one with a method that keeps the stock class."
+        )
     faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
     if faults:
         raise PlanError("The plan's tensors do not fit this model: " + "; ".join(faults) + ".")
@@ -135,7 +189,7 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A model of our own class by the plan, sharing the tensors that stay as they are."""
     family, tensors = family_of(model.config), dict(model.state_dict())
     for index, block in enumerate(family.blocks(model)):
-        mixer = family.mixer(model.config, copy.deepcopy(block), index)
+        mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
             continue
         decision = plan.decision(mixer.name)
@@ -146,12 +200,14 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             like = mixer.in_proj.weight
             parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
         tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
-    return projected_model(
+    converted = projected_model(
         model.config,
         tensors,
         [selection.width for selection in plan.selections.values()],
         plan.state_sizes if plan.projections else None,
     )
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted
 
 
 class _SlicedTensors(NamedTuple):

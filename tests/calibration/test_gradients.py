@@ -25,8 +25,8 @@ def test_saliency_is_the_squared_slope_of_the_loss_in_each_gate() -> None:
                 gate = torch.ones(2, 16, dtype=torch.float64)
                 gate[group, channel] += sign * step
 
-                def gated(mixer, hidden, name=name, gate=gate, **_):  # type: ignore[no-untyped-def]
-                    return mixer_forward(mixer, hidden, gate if mixer.name == name else None)
+                def gated(mixer, hidden_states, name=name, gate=gate, **_):  # type: ignore[no-untyped-def]
+                    return mixer_forward(mixer, hidden_states, gate if mixer.name == name else None)
 
                 with torch.no_grad(), replaced_forward(mixers, gated):
                     logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.calibration.repair import repair_output
+from ghostssm.calibration.repair import _slopes, repair_output, repair_skip
 from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, Streams, mixer_streams, normed_output, output_of_streams
+from ghostssm.mixer import Mixer, Streams, mixer_output, mixer_streams, normed_output, output_of_streams
 from tests.conftest import tiny_model
 
 
@@ -68,3 +68,33 @@ def test_what_can_only_get_worse_is_left_alone(windows: int) -> None:
     assert change <= 1
     if windows == 1:
         assert torch.equal(mixer.out_proj.weight, before)
+
+
+def test_a_skip_that_explains_the_target_is_found() -> None:
+    """Up to what the sampled positions and two steps through the norm's curvature leave."""
+    mixer, batches = prepared(n_groups=2)
+    wanted = outputs(mixer, batches)
+    right = mixer.D.detach().clone()
+    mixer.D.data += 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(1))
+    assert repair_skip(mixer, batches, wanted) < 1e-3
+    torch.testing.assert_close(mixer.D.detach(), right, rtol=0, atol=1e-2)
+
+
+def test_slopes_are_the_outputs_derivative() -> None:
+    mixer = mixers_of(tiny_model(n_groups=2).double())[0]
+    draw = torch.Generator().manual_seed(0)
+    y, x = (torch.randn(2, 5, 8, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    z = torch.randn(2, 5, 64, generator=draw, dtype=torch.float64)
+    step = 1e-6 * torch.eye(8, dtype=torch.float64)
+    with torch.no_grad():
+        moved = [mixer_output(mixer, y + d[:, None] * x, z) - mixer_output(mixer, y - d[:, None] * x, z) for d in step]
+        expected = torch.stack([change.flatten() / 2e-6 for change in moved], dim=1)
+        torch.testing.assert_close(_slopes(mixer, y, x, z), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("windows", [1, 16])
+def test_a_right_skip_stays(windows: int) -> None:
+    mixer, batches = prepared(windows)
+    before = mixer.D.detach().clone()
+    assert repair_skip(mixer, batches, outputs(mixer, batches)) == 1
+    assert torch.equal(mixer.D, before)

@@ -13,11 +13,15 @@ from ghostssm.families import mixers_of
 from ghostssm.mixer import Mixer, Streams, mixer_output, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
 from tests.conftest import tiny_model
+from tests.families.tiny import tiny_hybrid
+
+NORMS = ["falcon_h1", "falcon_h1-norm", "falcon_h1-norm-first"]
+"""No norm, gate first, norm first; each with two groups."""
 
 
-def mixer_and_streams(n_groups: int = 2, length: int = 24) -> tuple[Mixer, Streams]:
-    model = tiny_model(n_groups=n_groups).double().requires_grad_(False)
-    mixer = mixers_of(model)[1]
+def mixer_and_streams(n_groups: int = 2, length: int = 24, case: str | None = None) -> tuple[Mixer, Streams]:
+    model = tiny_hybrid(case) if case else tiny_model(n_groups=n_groups)
+    mixer = mixers_of(model.double().requires_grad_(False))[1]
     hidden = torch.randn(2, length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     return mixer, mixer_streams(mixer, hidden)
 
@@ -39,9 +43,9 @@ def test_states_are_the_recurrences(n_groups: int) -> None:
         torch.testing.assert_close(state, states[position])
 
 
-@pytest.mark.parametrize("n_groups", [1, 2])
-def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int) -> None:
-    mixer, s = mixer_and_streams(n_groups)
+@pytest.mark.parametrize(("n_groups", "case"), [(1, None), (2, None), *((2, case) for case in NORMS)])
+def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int, case: str | None) -> None:
+    mixer, s = mixer_and_streams(n_groups, case=case)
     gram = sample_outputs(mixer, [s], tokens=48, directions=None).output_gram()
     removed = torch.rand(n_groups, 16, generator=torch.Generator().manual_seed(0)) < 0.4
     states = reference_states(mixer, s)
@@ -51,16 +55,20 @@ def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int
         y = (state * s.C[:, t, heads][:, :, None]).sum(-1) + mixer.D[:, None] * s.x[:, t]
         lost = (state * (s.C[:, t] * removed)[:, heads][:, :, None]).sum(-1)
         gate = torch.nn.functional.silu(s.z[:, t]).view_as(y)
-        gated = (y * gate).view(2, n_groups, -1)
-        rms = (gated.square().mean(-1, keepdim=True) + mixer.norm_eps).sqrt()
-        change = ((lost * gate).view(2, n_groups, -1) / rms).flatten(1) * mixer.norm_weight
+        change = (lost * gate).view(2, n_groups, -1)
+        if mixer.norm is not None:
+            normalised = (y * gate if mixer.norm.gate_first else y).view(2, n_groups, -1)
+            rms = (normalised.square().mean(-1, keepdim=True) + mixer.norm.eps).sqrt()
+            change = change / rms * mixer.norm.weight.view(n_groups, -1)
+        change = change.flatten(1)
         total += (change @ mixer.out_proj.weight.T).square().sum().item()
     mask = removed.double().flatten()
     assert (mask @ gram @ mask).item() == pytest.approx(total / 48, rel=1e-9)
 
 
-def test_a_share_of_one_is_the_derivative_of_the_whole_mixer() -> None:
-    mixer, s = mixer_and_streams()
+@pytest.mark.parametrize("case", [None, *NORMS])
+def test_a_share_of_one_is_the_derivative_of_the_whole_mixer(case: str | None) -> None:
+    mixer, s = mixer_and_streams(case=case)
     samples = sample_outputs(mixer, [s], tokens=48, directions=None).with_share(1.0)
     amount, direction = 1e-6, torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -14,6 +14,7 @@ import torch
 import ghostssm
 from ghostssm.errors import ModelError, NumericalError
 from tests.checkpoint.test_round_trip import mamba_ssm_folder
+from tests.conftest import tiny_model
 
 FolderOf = Callable[..., Path]
 
@@ -32,15 +33,21 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "'llama'.*expected one of: ghost_mamba2, mamba2"),
+        ({"model_type": "llama"}, "'llama'.*no Mamba-2 layers.*expected one of: bamba, .*mamba2, .*zamba2"),
         ({"model_type": "mamba"}, "Mamba-1"),
+        ({"model_type": "falcon_mamba"}, r"Mamba-1 \(FalconMamba\)"),
+        ({"model_type": "jamba"}, r"Mamba-1 \(Jamba\)"),
+        ({"model_type": "zamba"}, r"Mamba-1 \(Zamba\)"),
+        ({"model_type": "mamba3"}, "Mamba-3"),
         ({"model_type": None}, "neither a model_type nor an ssm_cfg"),
         ({"num_heads": 7}, "num_heads"),
         ({"n_groups": 3}, "n_groups = 3 does not divide"),
         ({"state_size": 0}, "state_size is 0"),
         ({"state_size": "16"}, "state_size"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"hidden_act": "gelu"}, "activation of backbone.layers.0.mixer is 'gelu'"),
+        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "gptq.*Prune the unquantised model"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ],
 )
 def test_configs(folder_of: FolderOf, changes: dict[str, Any], message: str) -> None:
@@ -134,14 +141,39 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_integer_weights_are_taken_for_quantised(folder_of: FolderOf) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "stored_as"),
+    [
+        ("weight", torch.zeros(168, 32, dtype=torch.int8), "I8|int8"),
+        ("weight", torch.zeros(168, 32, dtype=torch.float8_e4m3fn), "F8_E4M3|float8_e4m3fn"),
+        ("qweight", torch.zeros(4, 168, dtype=torch.int32), "I32|int32"),
+        ("weight_scale_inv", torch.ones(2, 1), "F32|float32"),
+        ("SCB", torch.ones(168), "F32|float32"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_quantised_weights(folder_of: FolderOf, name: str, value: torch.Tensor, stored_as: str, pickled: bool) -> None:
+    """Without a quantization_config: by what is stored."""
     folder = folder_of()
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["backbone.layers.0.mixer.in_proj.weight"] = torch.zeros(168, 32, dtype=torch.int8)
+        tensors[f"backbone.layers.0.mixer.in_proj.{name}"] = value
 
     edit_weights(folder, change)
-    with pytest.raises(ModelError, match="quantising"):
+    if pickled:
+        whole = folder / "model.safetensors"
+        torch.save(safetensors.torch.load_file(whole), folder / "pytorch_model.bin")
+        whole.unlink()
+    with pytest.raises(ModelError, match=rf"in_proj\.{name} in .* is stored as .*({stored_as}).*then quantise"):
+        ghostssm.load(str(folder))
+
+
+def test_a_shared_tensor_may_be_stored_once_but_not_left_out(folder_of: FolderOf) -> None:
+    folder = folder_of()
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("backbone.embeddings.weight")}))
+    assert torch.equal(ghostssm.load(str(folder)).model.lm_head.weight, tiny_model().lm_head.weight)
+    edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"embeddings\.weight \(288, 32\) is missing"):
         ghostssm.load(str(folder))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
@@ -60,19 +60,126 @@ def test_transformers_dialect(
     assert stored["state_size"] == 5
     assert stored["n_groups"] == config.get("n_groups", 1)
     assert stored["tie_word_embeddings"] == config.get("tie_word_embeddings", True)
+    assert (stored["intermediate_size"], stored["rms_norm"]) == (64, True)
+    assert str(tmp_path) not in (written / "config.json").read_text()
+    # vLLM and SGLang take every *.safetensors for weights of the model.
+    assert [path.name for path in written.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_stock_transformers_reads_it_without_ghostssm(folder_of: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, plan = pruned_checkpoint(folder_of())
+STOCK_SCRIPT = """
+import sys, torch, transformers
+folder, out = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+ids = torch.arange(1, 30)[None]
+logits = model(ids).logits
+greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+talk = [{"role": "user", "content": "hi"}]
+chat = tokenizer.apply_chat_template(talk, tokenize=False) if tokenizer.chat_template else ""
+torch.save({"logits": logits, "greedy": greedy, "chat": chat}, out)
+assert not any(name.startswith("ghostssm") for name in sys.modules)
+"""
+
+
+def in_stock_transformers(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """What transformers makes of a folder in a process that never imports ghostssm."""
+    out = tmp_path / "stock.pt"
+    command = [sys.executable, "-c", STOCK_SCRIPT, str(folder), str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+def test_stock_transformers_reads_it_without_ghostssm(
+    folder_of: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = folder_of(n_groups=2)
+    AutoTokenizer.from_pretrained(folder, chat_template="{{ messages[0]['content'] }}!").save_pretrained(folder)
+    checkpoint, plan = pruned_checkpoint(folder)
+    written = ghostssm.save(checkpoint, plan, tmp_path / "out", untie=True)
+    found = in_stock_transformers(written, tmp_path)
+    assert torch.equal(found["logits"], logits_of(checkpoint.model))
+    with torch.inference_mode():
+        assert torch.equal(found["greedy"], checkpoint.model.generate(IDS, max_new_tokens=8, do_sample=False))
+    assert found["chat"] == "hi!"
+
+
+def test_stock_transformers_reads_what_came_from_mamba_ssm(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = mamba_ssm_folder(tmp_path, tokenizer)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 3, "do_sample": true}')
+    checkpoint, plan = pruned_checkpoint(folder)
     written = ghostssm.save(checkpoint, plan, tmp_path / "out")
-    script = (
-        "import sys, torch, transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(written)!r}).eval()\n"
-        f"torch.save(model(torch.arange(1, 30)[None]).logits, {str(tmp_path / 'logits.pt')!r})\n"
-        "assert not any(name.startswith('ghostssm') for name in sys.modules)\n"
+    assert torch.equal(in_stock_transformers(written, tmp_path)["logits"], logits_of(checkpoint.model))
+    stored = json.loads((written / "config.json").read_text())
+    expected = {
+        "model_type": "mamba2",
+        "architectures": ["Mamba2ForCausalLM"],
+        "n_groups": 1,
+        "state_size": 5,
+        "tie_word_embeddings": True,
+        "intermediate_size": 64,
+        "rms_norm": True,
+        "head_dim": 8,
+        "num_heads": 8,
+        "chunk_size": 256,
+    }
+    assert {key: stored[key] for key in expected} == expected
+    generation = GenerationConfig.from_pretrained(written)
+    assert (generation.eos_token_id, generation.top_k, generation.do_sample) == (7, 3, True)
+
+
+def test_untie_stores_the_head_and_leaves_the_model_as_it_was(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    written = ghostssm.save(checkpoint, plan, tmp_path / "out", untie=True)
+    stored = safetensors.torch.load_file(written / "model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], stored["backbone.embeddings.weight"])
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is False
+    model: Any = checkpoint.model
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    tied = ghostssm.save(checkpoint, plan, tmp_path / "tied")
+    assert "lm_head.weight" not in safetensors.torch.load_file(tied / "model.safetensors")
+    with pytest.raises(ghostssm.InputError, match="always stores lm_head"):
+        ghostssm.save(checkpoint, plan, tmp_path / "theirs", untie=True, dialect="mamba_ssm")
+
+
+def test_untie_refuses_models_that_share_more(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    checkpoint.model.all_tied_weights_keys["backbone.layers.1.mixer.D"] = "backbone.layers.0.mixer.D"
+    with pytest.raises(ghostssm.InputError, match=r"shares lm_head\.weight, backbone\.layers\.1\.mixer\.D"):
+        ghostssm.save(checkpoint, plan, tmp_path / "out", untie=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])
+def test_what_belongs_to_a_model_is_carried_over(folder_of: Callable[..., Path], tmp_path: Path, dialect: Any) -> None:
+    folder = folder_of()
+    (folder / "LICENSE").write_text("the licence")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (folder / "notes.txt").write_text("somebody's")
+    generation = GenerationConfig(eos_token_id=[0, 5], do_sample=True, temperature=0.7)
+    generation.save_pretrained(folder)
+    checkpoint, plan = pruned_checkpoint(folder)
+    written = ghostssm.save(checkpoint, plan, tmp_path / "out", dialect=dialect)
+    assert (written / "LICENSE").read_text() == "the licence"
+    assert (written / "special_tokens_map.json").read_text() == '{"eos_token": "<|endoftext|>"}'
+    assert not (written / "notes.txt").exists()
+    read = GenerationConfig.from_pretrained(written)
+    assert (read.eos_token_id, read.do_sample, read.temperature) == ([0, 5], True, 0.7)
+
+
+def test_own_class_carries_the_generation_config(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_of()
+    GenerationConfig(eos_token_id=[0, 5]).save_pretrained(folder)
+    checkpoint = ghostssm.load(str(folder))
+    plan = ghostssm.Calibration(checkpoint.model, random_windows(1, 40)).plan("ghost+per-layer", 6, multiple=2)
+    assert plan.needs_own_class
+    smaller = ghostssm.apply_plan(checkpoint.model, plan)
+    written = ghostssm.save(
+        ghostssm.Checkpoint(smaller, checkpoint.tokenizer, checkpoint.source), plan, tmp_path / "out", untie=True
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits_of(checkpoint.model))
+    assert GenerationConfig.from_pretrained(written).eos_token_id == [0, 5]
+    assert torch.equal(logits_of(ghostssm.load(str(written)).model), logits_of(smaller))
 
 
 def test_manifest_and_plan(folder_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -48,6 +48,20 @@ def test_every_kind_of_result_passes(folder_of: FolderOf, tmp_path: Path, recipe
     assert result.passed, result
 
 
+@pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])
+def test_an_exported_copy_passes_padded_or_not(folder_of: FolderOf, tmp_path: Path, dialect: Any) -> None:
+    pruned = written(folder_of, tmp_path)
+    for state_size in (None, 12):
+        checkpoint = ghostssm.load(str(pruned))
+        if state_size is not None:
+            model = ghostssm.pad_state(checkpoint.model, state_size)
+            checkpoint = ghostssm.Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
+        result = ghostssm.verify(
+            ghostssm.export_checkpoint(checkpoint, tmp_path / "copy", dialect=dialect, overwrite=True)
+        )
+        assert result.passed, result
+
+
 def change_weight(folder: Path) -> None:
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["backbone.layers.1.mixer.D"][0] += 1
@@ -98,7 +112,7 @@ def other_selections(folder: Path) -> None:
         (other_selections, {"files", "plan"}),
         (remove("tokenizer.json"), {"files"}),
         (edit("tokenizer_config.json", surprise=1), {"files"}),
-        (remove("plan.safetensors"), {"files"}),
+        (remove("plan.tensors"), {"files"}),
         (add("model.safetensors.index.json"), {"files"}),
         (add("adapter_config.json"), {"files"}),
         (add("additional_chat_templates/x.jinja"), {"files"}),
@@ -190,3 +204,21 @@ def test_the_choice_does_not_depend_on_threads(recipe: str) -> None:
     assert plans[0].selections == plans[1].selections
     for name, score in plans[0].scores.items():
         torch.testing.assert_close(score, plans[1].scores[name], rtol=1e-4, atol=0)
+
+
+def test_the_command(folder_of: FolderOf, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ghostssm.cli.main import app
+
+    folder = written(folder_of, tmp_path)
+    good = CliRunner().invoke(app, ["verify", str(folder)])
+    assert good.exit_code == 0
+    assert [line.split()[1] for line in good.stdout.splitlines()[1:]] == ["ok"] * 6
+    change_weight(folder)
+    bad = CliRunner().invoke(app, ["verify", str(folder), "--json"])
+    assert bad.exit_code == 1
+    found = json.loads(bad.stdout)
+    assert not found["passed"]
+    assert [check["name"] for check in found["checks"] if not check["passed"]] == ["files", "logits"]
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "nowhere")]).exit_code == 2

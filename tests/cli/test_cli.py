@@ -128,6 +128,95 @@ def test_prune_options_that_contradict(
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_lists_engines(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 3)
+    assert code == 0
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("vllm ", "mlx-lm "))}
+    assert table["vllm"] == ["runs", "runs", "runs"]
+    assert "computes as for 4" in out
+    code, out, _ = run("inspect", small, "--state-size", 8, "--json", "--engine", "mlx-lm", "vllm")
+    found = [(advice["engine"], advice["level"]) for advice in json.loads(out)["cuts"][1]["engines"]]
+    assert found == [("mlx-lm", "no"), ("vllm", "runs")]
+    code, _, err = run("inspect", small, "--engine", "vlm")
+    assert code == 2
+    assert "'vlm' is known; expected one of: transformers-cpu" in err
+
+
+def test_prune_for_engines_takes_the_nearest_size_that_suits(
+    run: Run, folder_of: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    arguments = prune_arguments(folder_of(state_size=64), text_file, tmp_path / "out")
+    arguments[arguments.index("--state-size") + 1] = 20
+    code, out, err = run(*arguments, "--engine", "llama.cpp-cpu", "vllm", "--method", "magnitude", "--json")
+    assert code == 0
+    assert json.loads(out)["state_size"]["after"] == 32
+    assert "state size 32 in place of 20" in err
+    assert "llama.cpp-cpu: slow" in err
+
+
+def test_a_bound_on_the_loss_is_met_among_the_sizes_that_suit(
+    run: Run, folder_of: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
+    options = ["--max-excess-loss", 100, "--method", "magnitude", "--engine", "llama.cpp-cpu", "--json"]
+    code, out, _ = run("prune", folder_of(state_size=96), *options, *common)
+    assert code == 0
+    assert json.loads(out)["state_size"]["after"] == 32
+
+
+def test_prune_measures_for_the_card(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--method", "magnitude", "--evaluate", text_file, "--text-windows", 3]
+    code, out, _ = run(*prune_arguments(small, text_file, tmp_path / "out"), *options, "--json")
+    assert code == 0
+    measured = json.loads(out)["measured"]
+    assert measured["windows"] == 3
+    losses = {}
+    for name, folder in (("dense", small), ("pruned", tmp_path / "out")):
+        _, out, _ = run("evaluate", folder, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json")
+        losses[name] = json.loads(out)["loss"]
+    assert (measured["dense_loss"], measured["pruned_loss"]) == (losses["dense"], pytest.approx(losses["pruned"]))
+    assert f"| this model | {measured['pruned_loss']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_failed_upload_leaves_the_checkpoint(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    options = ["--method", "magnitude", "--push-to-hub", "org/name"]
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 1
+    assert "The upload to org/name failed" in err
+    assert "Traceback" not in err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.state_size == 4
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "two"), "--push-to-hub", "name")
+    assert code == 2
+    assert "expected ORG/NAME" in err
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "sglang"], "sglang: knows no tied head for mamba2"),
+        (["--engine", "mamba_ssm"], "add --dialect mamba_ssm"),
+        (["--untie", "--dialect", "mamba_ssm"], "always stores lm_head.weight"),
+        (["--engine", "mlx-lm"], "mlx-lm: N' is a multiple of 32"),
+        (["--engine", "vllm", "--per-layer"], "vllm has no class for projected states"),
+        (["--engine", "vllm", "--method", "balanced"], "vllm has no class for projected states"),
+        (["--engine", "vllm", "--method", "taylor"], "known beforehand"),
+        (["--engine", "llama"], "No engine 'llama' is known"),
+    ],
+)
+def test_engines_that_refuse(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_twice_writes_the_same_files(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         run(*prune_arguments(small, text_file, tmp_path / name))
@@ -182,6 +271,22 @@ def test_evaluate_last_words(run: Run, small: Path, tmp_path: Path) -> None:
     code, _, err = run("evaluate", small, "--last-words", passages)
     assert code == 2
     assert "fewer than two words" in err
+
+
+def test_evaluate_copying(run: Run, small: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n * n % 7919:05d} {n % 17:x}; " for n in range(200)))
+    code, out, _ = run("evaluate", small, "--text", text, "--copying", "--window-length", 600, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["distance"] == 256
+    assert found["copied"]["tokens"] + found["elsewhere"]["tokens"] == 3 * 599
+    assert found["copied"]["tokens"] > 0
+    code, out, _ = run("evaluate", small, "--text", text, "--copying", "--window-length", 600)
+    assert "256 or more before" in out
+    code, _, err = run("evaluate", small, "--text", text, "--copying", "--window-length", 100)
+    assert code == 2
+    assert "windows have 100 tokens" in err
 
 
 def test_generate(run: Run, small: Path) -> None:
@@ -332,7 +437,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ghostssm.checkpoint.saving._write_model", interrupted)
+    monkeypatch.setattr("ghostssm.checkpoint.saving.write_model", interrupted)
     before = sorted(path.name for path in tmp_path.iterdir())
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
     assert code == 130
@@ -345,3 +450,42 @@ def test_values_that_follow_one_another() -> None:
     assert _repeat(arguments, {"--x"}) == (
         ["m", "--x", "1", "--x", "2", "--x", "3", "--y", "4", "5", "--x", "6", "--x=7", "8"]
     )
+
+
+def test_export(run: Run, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    target = tmp_path / "deep" / "model.gguf"
+    code, out, _ = run("export", small, "--dtype", "q8_0", "--pad-to", 24, "--output", target)
+    assert code == 0
+    assert "gguf, q8_0" in out
+    assert target.read_bytes()[:4] == b"GGUF"
+    code, _, err = run("export", small, "--output", target)
+    assert code == 2
+    assert "--overwrite" in err
+    code, out, _ = run(
+        "export", small, "--format", "gguf", "--no-tokenizer", "--overwrite", "--output", target, "--json"
+    )
+    found = json.loads(out)
+    assert (found["dtype"], found["state_sizes"], found["bytes"]) == ("f32", [16], target.stat().st_size)
+    folder = tmp_path / "theirs"
+    code, out, _ = run("export", small, "--format", "mamba_ssm", "--dtype", "bf16", "--pad-to", 32, "--output", folder)
+    assert code == 0
+    assert "bfloat16" in out
+    assert json.loads((folder / "config.json").read_text())["ssm_cfg"]["d_state"] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "transformers", "--dtype", "q8_0"], "number format of GGUF"),
+        (["--pad-to", 8], "16 channels already"),
+        (["--format", "onnx"], "onnx"),
+    ],
+)
+def test_export_options_that_can_not_be(
+    run: Run, small: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run("export", small, "--output", tmp_path / "out", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def test_every_write_may_be_the_one_that_fails(
         raise OSError(28, "No space left on device")
 
     for target in (
-        "ghostssm.checkpoint.saving._write_model",
+        "ghostssm.checkpoint.saving.write_model",
         "safetensors.torch.save_file",
         "ghostssm.checkpoint.saving.write_manifest",
         "os.fsync",
@@ -229,12 +229,12 @@ RUN = """
 import time
 from ghostssm.checkpoint import saving
 from ghostssm.cli import main
-write = saving._write_model
+write = saving.write_model
 def waiting(*args):
     write(*args)
     print("writing", flush=True)
     time.sleep(60)
-saving._write_model = waiting
+saving.write_model = waiting
 main()
 """
 

@@ -360,6 +360,20 @@ def test_a_saved_folder_needs_no_ghostssm(tmp_path: Path) -> None:
     assert {"configuration_ghost_mamba2.py", "modeling_ghost_mamba2.py", "config.json"} <= names
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ghostssm; assert 'torch' not in sys.modules; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.register; import ghostssm",
+    ],
+)
+def test_importing_ghostssm_is_enough_for_the_auto_classes(imports: str, tmp_path: Path) -> None:
+    tiny_ghost(**MIXED).save_pretrained(tmp_path)
+    load = f"import sys; {imports}; model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}); print(type(model))"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
+    assert "ghostssm.modeling" in done.stdout, done.stderr
+
+
 def test_weights_may_be_offloaded() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, ids = tiny_ghost(**MIXED), tokens(1, 6)

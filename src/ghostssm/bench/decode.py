@@ -68,13 +68,14 @@ def measure(
 def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> None:
     """One prefill and a few decode steps; the first step pays for warming up and is dropped."""
     ids = torch.zeros(batch, prompt, dtype=torch.long, device=model.device)
+    cache = family_of(model.config).cache_argument
     clock = [_now(model)]
     with torch.inference_mode():
         output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         clock.append(_now(model))
         for _ in range(_STEPS):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, cache_params=output.cache_params, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
             clock.append(_now(model))
     prefill, _, *steps = (after - before for before, after in pairwise(clock))
     timings.prefill.append(prefill)

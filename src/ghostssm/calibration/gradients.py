@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -38,9 +39,9 @@ def gate_saliency(model: PreTrainedModel, ids: Tensor, progress: Progress = sile
         for mixer in mixers
     }
 
-    def gated(mixer: Mixer, hidden: Tensor, **_: Any) -> Tensor:
+    def gated(mixer: Mixer, hidden_states: Tensor, **_: Any) -> Tensor:
         run = partial(mixer_forward, mixer, gate=gates[mixer.name])
-        output: Tensor = checkpoint(run, hidden, use_reentrant=False)
+        output: Tensor = checkpoint(run, hidden_states, use_reentrant=False)
         return output
 
     saliency = {name: torch.zeros_like(gate, dtype=torch.float64) for name, gate in gates.items()}
@@ -48,7 +49,9 @@ def gate_saliency(model: PreTrainedModel, ids: Tensor, progress: Progress = sile
         for index in range(len(ids)):
             progress("gradients", index, len(ids))
             window = ids[index : index + 1].to(model.device)
-            loss = model(input_ids=window, labels=window, use_cache=False).loss
+            # Not the model's own loss, which may have terms for routers and the like.
+            logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+            loss = F.cross_entropy(logits, window[0, 1:])
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 saliency[name] += gradient.double().square() / len(ids)
     progress("gradients", len(ids), len(ids))

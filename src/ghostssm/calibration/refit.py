@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, at_least_float32, project_streams
+from ghostssm.mixer import Mixer, at_least_float32, gated_norm, project_streams
 from ghostssm.ops.conv import causal_conv
-from ghostssm.ops.norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd, ssd_chunked
 
 LEARNING_RATE = 0.02
@@ -54,7 +53,7 @@ class RefitData:
         channels = slice(0, layout.intermediate_size)
         with torch.no_grad():
             hidden = hidden.clone()  # gradients can't flow through what inference mode made
-            z, xBC, dt = layout.split_in_proj(mixer.in_proj(hidden))
+            z, xBC, dt = mixer.project_in(hidden)
             bias = None if mixer.conv1d.bias is None else mixer.conv1d.bias[channels]
             x = F.silu(causal_conv(xBC[..., channels], mixer.conv1d.weight.squeeze(1)[channels], bias))
         return cls(hidden, target.clone(), x.unflatten(-1, (layout.num_heads, layout.head_dim)), z.clone(), dt.clone())
@@ -136,7 +135,7 @@ class _Trial:
             "dt_bias": (mixer.dt_bias, whole),
             "A_log": (mixer.A_log, whole),
             "D": (mixer.D, whole),
-            "norm": (mixer.norm_weight, whole),
+            "norm": (mixer.norm.weight if mixer.norm else None, whole),
             "project_B": (mixer.projection.B if mixer.projection else None, whole),
             "project_C": (mixer.projection.C if mixer.projection else None, whole),
         }
@@ -168,7 +167,9 @@ class _Trial:
 
     def output(self, data: RefitData) -> Tensor:
         mixer, layout, leaf = self.mixer, self.mixer.layout, self.leaves
-        both = F.linear(data.hidden, leaf["in_proj"], leaf.get("in_proj_bias"))
+        both = F.linear(mixer.scaled_input(data.hidden), leaf["in_proj"], leaf.get("in_proj_bias"))
+        if mixer.row_multipliers is not None:
+            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop]
         both = F.silu(causal_conv(both, leaf["taps"].squeeze(1), leaf.get("taps_bias")))
         B, C = both.unflatten(-1, (2, layout.n_groups, layout.state_size)).unbind(2)
         if mixer.projection is not None:
@@ -176,6 +177,7 @@ class _Trial:
         dt = F.softplus(at_least_float32(data.dt + leaf["dt_bias"])).clamp(*mixer.dt_limit)
         scan = ssd_chunked if torch.is_grad_enabled() else ssd
         y, _ = scan(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
-        normed = gated_rms_norm(y.flatten(-2), data.z, leaf["norm"], mixer.norm_eps, layout.n_groups)
+        norm = None if mixer.norm is None else replace(mixer.norm, weight=leaf["norm"])
+        normed = gated_norm(norm, y, data.z, layout.n_groups)
         bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
         return F.linear(normed, mixer.out_proj.weight.detach(), bias)

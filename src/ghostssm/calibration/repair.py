@@ -1,4 +1,4 @@
-"""Closed-form repair: out_proj by ridge regression, so that a pruned mixer's output comes close to what it was."""
+"""Closed-form repair: D and out_proj by least squares, so that a pruned mixer's output comes close to what it was."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, Streams, at_least_float32, normed_output
+from ghostssm.mixer import Mixer, Streams, at_least_float32, mixer_output, normed_output
+from ghostssm.ops.ssd import ssd
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
 _HELD_OUT_ONE_IN = 8
+_SKIP_TOKENS = 4096
+"""Of the windows, so many tokens serve to fit D, which has one number per head."""
+_SKIP_STEPS = 2
+_SKIP_RIDGE = 1e-6
+_SKIP_DIFFERENCE = 1e-2
 
 
 @dataclass
@@ -49,6 +55,59 @@ class _Normal:
         """Sum of squares that is left under a change of the weight."""
         gain = 2 * (change * self.cross).sum() - (change @ self.gram * change).sum()
         return self.energy - gain.item()
+
+
+@torch.inference_mode(False)
+def repair_skip(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Tensor]) -> float:
+    """Fit D to the wanted outputs, in place, by Gauss-Newton steps: only the norm makes the output nonlinear in D.
+
+    A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
+
+    Args, returns: as :func:`repair_output`.
+    """
+    D = mixer.D
+    parts, stride = [], max(1, sum(target.shape[0] * target.shape[1] for target in targets) // _SKIP_TOKENS)
+    with torch.no_grad():
+        for streams, target in zip(batches, targets, strict=True):
+            y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
+            parts.append([part[:, ::stride].clone() for part in (y, streams.x, streams.z, target)])
+        y, x, z, target = (torch.cat(part) for part in zip(*parts, strict=True))
+        apart = torch.arange(len(y)) % _HELD_OUT_ONE_IN == 1
+        if not apart.any():
+            return 1.0
+
+        def missing(skip: Tensor, rows: Tensor) -> Tensor:
+            return target[rows] - mixer_output(mixer, y[rows] + skip[:, None] * x[rows], z[rows])
+
+        skip = at_least_float32(D).clone()
+        before = error = missing(skip, apart).double().square().sum().item()
+        for _ in range(_SKIP_STEPS):
+            gram = torch.zeros(len(skip), len(skip), dtype=torch.float64, device=skip.device)
+            pull = gram[0].clone()
+            for row in torch.nonzero(~apart):  # the slopes of all windows at once would fill the memory
+                slopes = _slopes(mixer, y[row] + skip[:, None] * x[row], x[row], z[row])
+                gram += slopes.T @ slopes
+                pull += slopes.T @ missing(skip, row).flatten().double()
+            ridge = _SKIP_RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+            trial = skip + torch.linalg.solve(gram + ridge, pull).to(skip)
+            now = missing(trial, apart).double().square().sum().item()
+            if not now < error:
+                break
+            skip, error = trial, now
+        D.copy_(skip)
+    return error / before if before else 1.0
+
+
+def _slopes(mixer: Mixer, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """(b * l * hidden_size, h), float64: the output's derivative with respect to each head's D, by central differences,
+    whose step may be large since only the norm bends the output."""
+
+    def along(head: int) -> Tensor:
+        step = torch.zeros_like(x)
+        step[:, :, head] = _SKIP_DIFFERENCE * x[:, :, head]
+        return (mixer_output(mixer, y + step, z) - mixer_output(mixer, y - step, z)).flatten().double()
+
+    return torch.stack([along(head) for head in range(x.shape[2])], dim=1) / (2 * _SKIP_DIFFERENCE)
 
 
 @torch.inference_mode(False)

@@ -2,16 +2,18 @@
 
 At one token, what state channel n of group g adds to the mixer's output is
 
-    C[g, n] * M[g, :, n],      M[g] = P W (1 - share * v v^T / |v|^2) diag(silu(z) / rms) H[g]
+    C[g, n] * M[g, :, n],      M[g] = P W diag(after) (1 - share * v v^T / |v|^2) diag(before / rms) H[g]
 
-H[g] is the state of the group's heads as a matrix (k * p, n), v their gated output, W the columns of out_proj, scaled
-by the norm's weight, and P a random map of the output's directions to a few (Johnson & Lindenstrauss 1984), with
+H[g] is the state of the group's heads as a matrix (k * p, n), v what the norm normalises, W the columns of out_proj,
+`before` and `after` what multiplies the output on either side of the norm (the gate silu(z) on one of them, the norm's
+weight after it), and P a random map of the output's directions to a few (Johnson & Lindenstrauss 1984), with
 E[P^T P] = 1: inner products keep their expectation, and a sample takes little memory. So the channels' output errors,
 their correlations, and both Gramians all come from the pairs (M, C).
 
 With share = 1 this is the derivative of the gated norm: exact for small changes, but it has the loss of a part of v in
 v's own direction cost nothing, which is wrong for large ones. With share = 0 the rms counts as fixed. Which of them
-tells best what a cut does differs from layer to layer; methods try several and measure.
+tells best what a cut does differs from layer to layer; methods try several and measure. Where a mixer has no norm, the
+rms counts as 1, its derivative as 0, and the share as nothing.
 
 Shape letters as in :mod:`ghostssm.ops.ssd`; s sample, d output direction.
 """
@@ -40,8 +42,8 @@ class OutputSamples:
     Attributes:
         maps: (s, g, d, n), M above for share = 0.
         readouts: (s, g, n), C.
-        directions: (s, g, d), P W v / rms. along: (s, g, n), v^T diag(silu(z) / rms) H / |v| in units of the rms; their
-            outer product is what a share of 1 takes off the maps.
+        directions: (s, g, d), P W diag(after) v / rms. along: (s, g, n), v^T diag(before / rms) H / |v| in units of the
+            rms, 0 without a norm; their outer product is what a share of 1 takes off the maps.
     """
 
     maps: Tensor
@@ -140,14 +142,23 @@ def _sample(
     grouped = state.reshape(b, g, -1, n)
     y = (grouped @ s.C[..., None])[..., 0] + (at_least_float32(mixer.D)[:, None] * s.x).view(b, g, -1)
     gate = F.silu(at_least_float32(s.z)).view(b, g, -1)
-    gated = y * gate
-    inverse_rms = torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm_eps)
-    normed = gated * inverse_rms
-    weight = at_least_float32(mixer.out_proj.weight) * at_least_float32(mixer.norm_weight)
+    norm = mixer.norm
+    gate_first = norm is None or norm.gate_first
+    weight = at_least_float32(mixer.out_proj.weight)
+    if norm is not None:
+        weight = weight * at_least_float32(norm.weight)
     if directions is not None:
         signs = torch.randint(0, 2, (directions, len(weight)), generator=generator).to(weight) * 2 - 1
         weight = signs @ weight / math.sqrt(directions)
     by_group = weight.view(len(weight), g, -1).transpose(0, 1)  # (g, d, k * p)
-    factor = gate * inverse_rms
-    along = ((normed * factor)[:, :, None] @ grouped)[:, :, 0] / normed.shape[-1]
+    if not gate_first:
+        by_group = by_group * gate[:, :, None]  # (b, g, d, k * p)
+    factor = gate if gate_first else torch.ones_like(gate)
+    if norm is None:
+        along = grouped.new_zeros(b, g, n)
+        normed = y * factor
+    else:
+        factor = factor * torch.rsqrt((y * factor).square().mean(-1, keepdim=True) + norm.eps)
+        normed = y * factor
+        along = ((normed * factor)[:, :, None] @ grouped)[:, :, 0] / normed.shape[-1]
     return (by_group * factor[:, :, None]) @ grouped, s.C, (by_group @ normed[..., None])[..., 0], along

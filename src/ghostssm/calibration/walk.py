@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.calibration.capture import Call, block_calls, captured_input
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
@@ -26,10 +28,6 @@ _MEASURED_TOKENS = 8192
 """Of the windows, so many tokens serve to measure what a decision would do."""
 
 
-class _Captured(Exception):
-    """Raised inside a forward pass to leave it once the wanted inputs are in hand."""
-
-
 class LayerWalk:
     """The hidden states of all windows at one depth of a model.
 
@@ -42,23 +40,18 @@ class LayerWalk:
             smaller = walk.apply(block, mixer, decision)
             walk.advance(block, smaller, decision)
 
-    The arguments that a block takes besides the hidden states are captured from the model's own forward pass.
+    Attention, experts and MLPs run as they are. What a block takes besides the hidden states is captured from the
+    model's own forward pass (:mod:`ghostssm.calibration.capture`), and reaches the copy in its precision.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Windows):
-        self._config = model.config
         self._family = family_of(model.config)
         self._blocks = self._family.blocks(model)
         self._spans = windows.batches()
-        self._arguments: list[dict[str, Any]] = []
         self._streams: dict[int, Streams] = {}
         self.index = 0
         dtype = torch.promote_types(model.dtype, torch.float32)
-        self.hidden = torch.empty(*windows.ids.shape, model.config.hidden_size, device=model.device, dtype=dtype)
-        for span in self._spans:
-            hidden, arguments = _first_block_inputs(model, self._blocks[0], windows.ids[span].to(model.device))
-            self.hidden[span] = hidden
-            self._arguments.append(arguments)
+        self.hidden, self._calls = block_calls(model, self._blocks, windows, dtype)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -69,14 +62,13 @@ class LayerWalk:
             self.index = index
             self._streams.clear()
             block = copy.deepcopy(original).to(self.hidden.dtype)
-            yield block, self._family.mixer(self._config, block, index)
+            yield block, self._family.mixer(block, index)
 
     def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
         """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
         self._streams.clear()
         room = _KEPT_STREAM_BYTES
-        for index, (span, arguments) in enumerate(self._batches()):
-            hidden, _ = _captured_inputs(mixer.module, block, self.hidden[span], **arguments)
+        for index, hidden in enumerate(self.inputs(block, mixer)):
             with torch.inference_mode():
                 streams = mixer_streams(mixer, hidden)
             room -= streams.nbytes
@@ -86,8 +78,8 @@ class LayerWalk:
 
     def inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
         """What the mixer is called with, (b, l, hidden_size), batch by batch."""
-        for span, arguments in self._batches():
-            yield _captured_inputs(mixer.module, block, self.hidden[span], **arguments)[0]
+        for span, call in self._batches():
+            yield captured_input(mixer.module, partial(block, self.hidden[span], *call.args, **call.kwargs))
 
     def outputs(self, block: nn.Module, mixer: Mixer) -> list[Tensor]:
         """What the mixer makes of its inputs, batch by batch."""
@@ -129,9 +121,9 @@ class LayerWalk:
         change_parameters(mixer.module, decision)
         if decision.changes:
             self.forget_streams()
-        view = self._family.mixer(self._config, block, self.index)
+        view = self._family.mixer(block, self.index)
         assert view is not None
-        return replace(view.with_state_size(decision.selection.width), projection=decision.projection)
+        return replace(view, projection=decision.projection)
 
     def advance(self, block: nn.Module, mixer: Mixer | None = None, decision: Decision | None = None) -> None:
         """Replace the hidden states by the block's output.
@@ -142,16 +134,16 @@ class LayerWalk:
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        for index, (span, arguments) in enumerate(self._batches()):
+        for index, (span, call) in enumerate(self._batches()):
             streams = self._streams.pop(index, None)
 
-            def forward(mixer: Mixer, hidden: Tensor, streams: Streams | None = streams, **_: Any) -> Tensor:
+            def forward(mixer: Mixer, hidden_states: Tensor, streams: Streams | None = streams, **_: Any) -> Tensor:
                 if streams is None:
-                    return mixer_forward(mixer, hidden)
+                    return mixer_forward(mixer, hidden_states)
                 return output_of_streams(mixer, streams if decision is None else _decided(streams, decision))
 
             with torch.inference_mode(), replaced_forward([mixer] if mixer else [], forward):
-                output = block(self.hidden[span], **arguments)
+                output = block(self.hidden[span], *call.args, **call.kwargs)
                 self.hidden[span] = output[0] if isinstance(output, tuple) else output
         if not torch.isfinite(self.hidden).all():
             name = mixer.name if mixer else type(block).__name__
@@ -164,8 +156,9 @@ class LayerWalk:
         for index, hidden in enumerate(self.inputs(block, mixer)):
             yield hidden, self._streams.get(index)
 
-    def _batches(self) -> Iterable[tuple[slice, dict[str, Any]]]:
-        return zip(self._spans, self._arguments, strict=True)
+    def _batches(self) -> Iterable[tuple[slice, Call]]:
+        """The windows of each batch, and what the block at hand is called with for them."""
+        return ((span, calls[self.index]) for span, calls in zip(self._spans, self._calls, strict=True))
 
 
 def _decided(streams: Streams, decision: Decision) -> Streams:
@@ -173,29 +166,3 @@ def _decided(streams: Streams, decision: Decision) -> Streams:
     selection = decision.selection
     kept = streams.select(selection.padded(selection.width))
     return kept if decision.projection is None else kept.project(decision.projection)
-
-
-def _first_block_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states and the further arguments that the model's forward pass gives its first block."""
-    return _captured_inputs(first, model, input_ids=ids, use_cache=False)
-
-
-def _captured_inputs(module: nn.Module, run: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Call ``run`` until it calls ``module``, and return the hidden states and keyword arguments that that one gets."""
-    seen: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        seen.append((hidden, kwargs))
-        raise _Captured
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.inference_mode():
-            run(*args, **kwargs)
-    except _Captured:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(module).__name__} was never called, so its inputs could not be captured.")

@@ -18,6 +18,7 @@ class Description:
         layout: of the widest mixer.
         state_sizes: of the recurrent state of every mixer, front to back.
         parameters: of the whole model, shared ones counted once.
+        tied_head: whether the output head shares the embeddings' weight.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Description:
     state_sizes: tuple[int, ...]
     vocab_size: int
     parameters: int
+    tied_head: bool
 
     @property
     def layers(self) -> int:
@@ -65,4 +67,5 @@ def describe(spec: str) -> Description:
         state_sizes=tuple(mixer.state_size for mixer in mixers_of(model)),
         vocab_size=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tied_head=config.tie_word_embeddings,
     )

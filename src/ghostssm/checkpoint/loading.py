@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
@@ -33,6 +35,7 @@ _OTHER_MAMBAS = {
     "mamba": "Mamba-1",
     "falcon_mamba": "Mamba-1 (FalconMamba)",
     "jamba": "Mamba-1 (Jamba)",
+    "zamba": "Mamba-1 (Zamba)",
     "mamba3": "Mamba-3",
 }
 
@@ -72,10 +75,11 @@ def load(
 
     Raises:
         InputError: a device that this machine or this torch does not have.
-        ModelError: not a Mamba-2 model, a file that is missing or broken, or shapes that contradict the config.
+        ModelError: not a Mamba-2 model, a quantised one, a file that is missing or broken, or shapes that contradict
+            the config.
         NumericalError: NaN or Inf in a weight; names the tensor.
     """
-    _check_device(device)
+    check_device(device)
     source = find_source(spec)
     config = model_config(source)
     stored = checked_tensors(source, config)
@@ -87,7 +91,8 @@ def load(
     return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raise InputError for a device that this machine or this torch does not have."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -101,7 +106,7 @@ def model_config(source: Source) -> PreTrainedConfig:
     """The config as transformers' class, with sizes that a family here accepts.
 
     Raises:
-        ModelError: not a Mamba-2 model, or sizes that contradict each other.
+        ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
     file = source.folder / "config.json"
     values = checked_config(source.config, str(file))
@@ -115,8 +120,12 @@ def model_config(source: Source) -> PreTrainedConfig:
         )
     if model_type in _OTHER_MAMBAS:
         raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
-    if "quantization_config" in source.config:
-        raise ModelError(f"{source.name} is quantised; prune the unquantised model, then quantise the result.")
+    if quantisation := source.config.get("quantization_config"):
+        how = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ModelError(
+            f"{source.name} is quantised (quantization_config in config.json: {how}). "
+            "Prune the unquantised model, then quantise the result."
+        )
     family = family_named(model_type)
     try:
         with quiet_transformers():
@@ -124,8 +133,6 @@ def model_config(source: Source) -> PreTrainedConfig:
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
     family.layout(config)
-    if config.hidden_act not in ("silu", "swish"):
-        raise ModelError(f"hidden_act is {config.hidden_act!r}; expected 'silu', as every published Mamba-2 has.")
     return config
 
 
@@ -133,18 +140,20 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
     """The model of a config on the meta device: names and shapes, no memory.
 
     Raises:
-        ModelError: transformers can't build it, it has more modules than ``most_modules``, or mixers that are none of
-            Mamba-2.
+        ModelError: transformers can't build it, it has more modules than ``most_modules``, no Mamba-2 layer, or one of
+            a kind that ghostssm does not know.
     """
     try:
-        with torch.device("meta"), bounded_modules(most_modules):
+        with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         mixers_of(model)
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # the faults of a model class share no base class
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelError(f"No {config.model_type} model can be built from this config ({reason}).") from None
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model from this config ({reason})."
+        ) from error
     return model
 
 
@@ -158,9 +167,14 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
     model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    faults = shape_faults(stored, expected, optional)
+    for pattern in model._keys_to_ignore_on_load_unexpected or ():
+        stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
+    ties = model.all_tied_weights_keys.items()
+    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in stored}
+    # transformers reads the names that its classes have, and those of older or merged layouts that it converts.
+    forms = (model.state_dict(), revert_weight_conversion(model, model.state_dict()))
+    shapes = ({name: tuple(value.shape) for name, value in form.items()} for form in forms)
+    faults = min((shape_faults(stored, expected, shared) for expected in shapes), key=len)
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""

@@ -22,6 +22,9 @@ _STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Cha
 _NAMES = frozenset(
     {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
     | {f"torch {kind}Storage" for kind in _STORAGES}
+    # How dtypes without a storage class of their own are stored: float8, of which the message should say what it is.
+    | {"torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage"}
+    | {f"torch {kind}" for kind in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")}
 )
 _MOST_PICKLE_BYTES = 64 << 20
 _OLD_PICKLES = 5

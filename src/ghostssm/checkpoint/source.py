@@ -16,7 +16,7 @@ from ghostssm.files import confined, read_json_object
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
 _READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -32,6 +32,7 @@ class Source:
         folder: where its files are.
         config: the parsed config.json.
         dialect: whose config.json it is.
+        hub_id: its name on the hub, if it came from there.
         stamps: size and time of every weight file, as they were found.
     """
 
@@ -39,6 +40,7 @@ class Source:
     folder: Path
     config: dict[str, Any]
     dialect: Dialect
+    hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def fingerprint(self) -> str:
@@ -75,6 +77,7 @@ def find_source(spec: str, weights: bool = True) -> Source:
     Raises:
         ModelError: nothing there, the hub is out of reach, or config.json is missing or broken.
     """
+    hub_id = None
     if spec == REFERENCE:
         # Some installers link every file of a package to a store of their own.
         folder = (Path(str(resources.files("ghostssm") / "reference")) / "config.json").resolve().parent
@@ -83,12 +86,12 @@ def find_source(spec: str, weights: bool = True) -> Source:
     elif Path(spec).exists():
         raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
     elif _HUB_ID.fullmatch(spec):
-        folder = _download(spec, weights)
+        folder, hub_id = _download(spec, weights), spec
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
-    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", _stamps(folder))
+    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id, _stamps(folder))
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -17,6 +17,8 @@ from ghostssm.files import confined, is_plain_name, read_json_object
 from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
 
 _LISTED_FAULTS = 3
+_QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
+"""Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
-            tensor in two files, or one that is not in the file where the index has it.
+            tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
     for stem, suffix, reader in (("model", "safetensors", _read_header), ("pytorch_model", "bin", _map_pickle)):
         whole = folder / f"{stem}.{suffix}"
@@ -95,12 +97,7 @@ def _places(index: Path, suffix: str) -> dict[str, str]:
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in read_header(file, ModelError).items():
-        dtype = FLOAT_DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise ModelError(
-                f"{name} in {file} is stored as {entry.dtype}; expected floating-point weights. "
-                "Prune before quantising."
-            )
+        dtype = _plain_dtype(name, FLOAT_DTYPES.get(entry.dtype), entry.dtype, file)
         tensors[name] = StoredTensor(entry.shape, dtype, file, partial(read_tensor, file, name, entry, ModelError))
     return tensors
 
@@ -108,9 +105,24 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 def _map_pickle(file: Path) -> dict[str, StoredTensor]:
     # A copy, so that no weight depends on the file once it is read.
     return {
-        name: StoredTensor(tuple(value.shape), value.dtype, file, partial(torch.clone, value))
+        name: StoredTensor(
+            tuple(value.shape),
+            _plain_dtype(name, value.dtype, str(value.dtype), file),
+            file,
+            partial(torch.clone, value),
+        )
         for name, value in read_weight_pickle(file).items()
     }
+
+
+def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Path) -> torch.dtype:
+    """The dtype of a tensor that is no part of a quantised weight."""
+    if dtype is None or dtype not in FLOAT_DTYPES.values() or name.rpartition(".")[2] in _QUANTISED_PARTS:
+        raise ModelError(
+            f"{name} in {file} is stored as {stored_as}, as quantised checkpoints have it; expected floating-point "
+            "weights. Prune the unquantised model, then quantise the result."
+        )
+    return dtype
 
 
 def shape_faults(

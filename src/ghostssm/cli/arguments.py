@@ -22,6 +22,14 @@ Groups = Annotated[
     Literal["equal", "pooled"],
     typer.Option("--groups", help="'equal': every group keeps R. 'pooled': groups compete, then are zero-padded."),
 ]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME ...",
+        help="Engines that are to run the result, such as vllm or llama.cpp-cuda; 'ghostssm inspect' lists them.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Draws the calibration windows, and random choices.")]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub id of the tokenizer, if the model has none.")

@@ -23,7 +23,7 @@ def compare(
             "--methods",
             metavar="NAME ...",
             help="Methods to compare, each with its repairs: ghost, output+repair, output+refit60+repair, "
-            "balanced+per-layer ... All methods without repairs if not given.",
+            "balanced+per-layer ... All methods that the model's family has, without repairs, if not given.",
         ),
     ] = None,
     calibration: arguments.CalibrationText = "wikitext2",
@@ -47,12 +47,14 @@ def compare(
     import torch
 
     import ghostssm
-    from ghostssm.pruning import check_state_size
+    from ghostssm.pruning import check_recipe, check_state_size, methods_for
 
-    names = methods or list(ghostssm.method_names())
-    for name in names:
-        ghostssm.Recipe.parse(name)
-    limit = ghostssm.describe(model).layout.state_size
+    recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]
+    described = ghostssm.describe(model)
+    names = methods or list(methods_for(described.family))
+    for recipe in recipes:
+        check_recipe(recipe, described.family)
+    limit = described.layout.state_size
     for size in state_size:
         check_state_size(size, limit)
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import print_facts, print_json, progress_reporter
+from ghostssm.cli.console import print_facts, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint import Checkpoint
+    from ghostssm.data.windows import Windows
+
+_HARNESS_BATCH = 8
 
 
 def evaluate(
@@ -22,18 +29,40 @@ def evaluate(
         str | None,
         typer.Option("--last-words", metavar="TEXT", help="Instead: the last word of every line of TEXT, as LAMBADA."),
     ] = None,
+    copying: Annotated[
+        bool, typer.Option("--copying", help="Instead: tokens that repeat what was read 256 or more tokens before.")
+    ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME ...", help="Instead: tasks of lm-evaluation-harness (package lm-eval)."),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.")] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, in float32; or recall, by the last words of passages.
+    """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
 
     ghostssm evaluate mamba2-130m-n64 --text wikitext2
+    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai,piqa
     """
     import torch
 
     import ghostssm
 
+    if sum((last_words is not None, copying, bool(tasks))) > 1:
+        raise ghostssm.InputError("Give at most one of --last-words, --copying and --tasks.")
+    if not tasks and (include_path is not None or limit is not None):
+        raise ghostssm.InputError("--include-path and --limit are for tasks; expected --tasks as well.")
+    if limit is not None and limit < 1:
+        raise ghostssm.InputError(f"--limit is {limit}; expected at least 1 document.")
+    if tasks:
+        names = [name for value in tasks for name in value.split(",") if name]
+        _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
+        return
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     if last_words is not None:
         _evaluate_last_words(checkpoint, last_words, as_json)
@@ -41,6 +70,9 @@ def evaluate(
     cut = ghostssm.cut_windows(
         ghostssm.read_text(text, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
     )
+    if copying:
+        _evaluate_copying(checkpoint, cut, as_json)
+        return
     with progress_reporter() as progress:
         result = ghostssm.evaluate(checkpoint.model, cut, progress)
     if as_json:
@@ -65,6 +97,59 @@ def evaluate(
     )
 
 
+def _evaluate_tasks(
+    model: str,
+    names: list[str],
+    include_path: str | None,
+    limit: int | None,
+    max_length: int,
+    tokenizer: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    from ghostssm.checkpoint.loading import check_device
+    from ghostssm.checkpoint.source import find_source
+    from ghostssm.errors import InputError
+
+    check_device(device)
+    find_source(model, weights=False)  # before the data of every task is fetched
+    for library in ("datasets", "huggingface_hub", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        from ghostssm.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
+            "install it with: pip install 'ghostssm[lm-eval]'."
+        ) from None
+
+    # What the harness and the tasks' own code print is not the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = harness.load_tasks(names, include_path)
+        evaluated = harness.GhostLM(model, tokenizer, device=device, batch_size=_HARNESS_BATCH, max_length=max_length)
+        scores = harness.run_tasks(evaluated, loaded, limit)
+    if as_json:
+        print_json([dataclasses.asdict(score) for score in scores])
+        return
+    several_filters = any(score.filter != "none" for score in scores)
+    print_table(
+        ["task", "metric", "value", "documents", "shots"],
+        [
+            [
+                score.task,
+                score.metric
+                + (f" ({score.filter})" if several_filters else "")
+                + {True: " (higher is better)", False: " (lower is better)", None: ""}[score.higher_is_better],
+                f"{score.value:.4f}" + ("" if score.standard_error is None else f" ± {score.standard_error:.4f}"),
+                "" if score.documents is None else str(score.documents),
+                "" if score.shots is None else str(score.shots),
+            ]
+            for score in scores
+        ],
+        text_columns=2,
+    )
+
+
 def _evaluate_last_words(checkpoint: Checkpoint, text: str, as_json: bool) -> None:
     import ghostssm
     from ghostssm.evaluation.recall import last_words
@@ -80,5 +165,42 @@ def _evaluate_last_words(checkpoint: Checkpoint, text: str, as_json: bool) -> No
             ("text", f"{text}, {len(passages)} passages"),
             ("loss of the last word", f"{found.loss:.4f} nats"),
             ("accuracy", f"{found.accuracy:.2%}"),
+        ]
+    )
+
+
+def _evaluate_copying(checkpoint: Checkpoint, windows: Windows, as_json: bool) -> None:
+    from ghostssm.evaluation.copying import CONTEXT, DISTANCE, copying, copying_in_reach
+
+    with progress_reporter() as progress:
+        found = copying(checkpoint.model, windows, progress=progress)
+        control = copying_in_reach(checkpoint.model, windows, progress=progress)
+    gain = {part: getattr(control, part).excess_over(getattr(found, part)) for part in ("copied", "elsewhere")}
+    if as_json:
+        print_json(
+            {"text": windows.text_name, "window_length": windows.length, "context": CONTEXT, "distance": DISTANCE}
+            | {
+                part: {
+                    "tokens": int(getattr(found, part).counts.sum()),
+                    "loss": getattr(found, part).mean,
+                    "gain": gain[part].mean,
+                    "gain_standard_error": gain[part].standard_error,
+                }
+                for part in gain
+            }
+        )
+        return
+    texts = {part: f"{gain[part].mean:+.4f} ± {gain[part].standard_error:.4f}" for part in gain}
+    print_facts(
+        [
+            ("text", f"{windows.text_name}, {len(windows)} windows of {windows.length} tokens"),
+            (
+                "copied tokens",
+                f"{int(found.copied.counts.sum())}, the end of {CONTEXT + 1} tokens read {DISTANCE} or more before",
+            ),
+            ("their loss", f"{found.copied.mean:.4f} nats per token"),
+            ("without sight of these", texts["copied"]),
+            ("loss elsewhere", f"{found.elsewhere.mean:.4f} nats per token"),
+            ("with as short a sight", texts["elsewhere"]),
         ]
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from ghostssm import Advice
 
 
 def inspect(
@@ -20,13 +24,14 @@ def inspect(
         list[int] | None,
         typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
     ] = None,
+    engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Show a model's sizes and the state it keeps per sequence; weights are not loaded.
+    """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
 
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
     """
-    from ghostssm import describe
+    from ghostssm import advise, describe
     from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
     from ghostssm.pruning import check_state_size
@@ -43,6 +48,16 @@ def inspect(
     sizes = [None, *(state_size or [])]
     for size in state_size or []:
         check_state_size(size, layout.state_size)
+    advice = [
+        advise(
+            layout if size is None else layout.with_state_size(size),
+            found.family,
+            engines=engine,
+            own_class=not found.is_stock,
+            tied_head=found.tied_head,
+        )
+        for size in sizes
+    ]
     machine = measure_machine(batches) if batches else None
     cuts: list[dict[str, Any]] = [
         {
@@ -54,8 +69,9 @@ def inspect(
             "predicted_tokens_per_second": {
                 count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
             },
+            "engines": [dataclasses.asdict(entry) for entry in entries],
         }
-        for size in sizes
+        for size, entries in zip(sizes, advice, strict=True)
     ]
     if as_json:
         print_json(dataclasses.asdict(found) | {"layers": found.layers, "cuts": cuts})
@@ -64,7 +80,7 @@ def inspect(
         [
             ("model", found.name),
             ("family", f"{found.family}, {found.dialect} dialect"),
-            ("layers", str(found.layers)),
+            ("Mamba-2 layers", str(found.layers)),
             ("heads", f"{layout.num_heads} of {layout.head_dim}"),
             ("groups", str(layout.n_groups)),
             ("state size N", str(layout.state_size)),
@@ -91,3 +107,20 @@ def inspect(
             for cut in cuts
         ],
     )
+    print()
+    _print_advice([f"{cut['state_size']:g}" for cut in cuts], advice)
+
+
+def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> None:
+    """Engines by state sizes, then the reasons: of all sizes at once where they agree."""
+    by_engine = list(zip(*advice, strict=True))
+    rows = [(entries[0].engine, *(entry.level for entry in entries)) for entries in by_engine]
+    print_table(["engine", *(f"N' = {size}" for size in sizes)], rows)
+    print()
+    for entries in by_engine:
+        reasons: dict[str, list[str]] = {}
+        for size, entry in zip(sizes, entries, strict=True):
+            if entry.reason:
+                reasons.setdefault(f"{entry.level}: {entry.reason}", []).append(size)
+        for reason, where in reasons.items():
+            print(f"{entries[0].engine}, N' = {', '.join(where)}: {reason}.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, generate, inspect, prune, verify
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
@@ -57,6 +57,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 _VERBS: tuple[Callable[..., None], ...] = (
     inspect.inspect,
     prune.prune,
+    export.export,
     compare.compare,
     bench.bench,
     evaluate.evaluate,

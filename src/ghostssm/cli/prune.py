@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,8 +13,9 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 
 if TYPE_CHECKING:
-    from ghostssm import Plan, Recipe, Windows
+    from ghostssm import Description, Plan, Recipe, Windows
     from ghostssm.checkpoint import Checkpoint
+    from ghostssm.evaluation.measurement import Measurement
     from ghostssm.methods.selection import Groups
 
 
@@ -54,6 +57,7 @@ def prune(
     multiple: Annotated[
         int, typer.Option("--multiple", min=1, help="Of sizes per layer, and of sizes that are searched.")
     ] = 8,
+    engine: arguments.Engines = None,
     calibration: arguments.CalibrationText = "wikitext2",
     windows: arguments.CalibrationWindows = 128,
     window_length: arguments.WindowLength = 2048,
@@ -63,6 +67,22 @@ def prune(
         Literal["transformers", "mamba_ssm"],
         typer.Option("--dialect", help="Of the output: transformers or mamba_ssm."),
     ] = "transformers",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Store a tied head as lm_head.weight of its own, as SGLang needs it.")
+    ] = False,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate", metavar="TEXT", help="Measure the loss on TEXT, dense and pruned, for the model card."
+        ),
+    ] = None,
+    text_windows: arguments.EvaluationWindows = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the hub.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Of a repository that --push-to-hub makes.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")] = False,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -73,26 +93,56 @@ def prune(
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output mamba2-130m-n64
     """
     import ghostssm
+    from ghostssm.checkpoint import hub
     from ghostssm.checkpoint.saving import check_dialect
+    from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
+    from ghostssm.pruning import check_recipe
 
     begun = time.perf_counter()
     folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
-    check_dialect(dialect, recipe.per_layer or not recipe.how.stock)
-    size = _wanted_size(ghostssm.describe(model).layout.state_size, state_size, budget, max_excess_loss)
+    described = ghostssm.describe(model)
+    check_recipe(recipe, described.family)
+    check_dialect(dialect, described.family, not recipe.stock, untie)
+    if push_to_hub is not None:
+        hub.check_hub_target(push_to_hub)
+    size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
+    suited = None
+    if engine:
+        tied = described.tied_head and not untie
+        _check_dialects(engine, dialect)
+        size, suited = _suited_sizes(described, recipe, groups, size, engine, tied)
 
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     text = ghostssm.read_text(calibration, "calibration")
     cut = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), window_length, windows, seed)
+    held_out, dense = None, None
+    if evaluate is not None:
+        held_out = ghostssm.cut_windows(
+            ghostssm.read_text(evaluate, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
+        )
+        with progress_reporter() as progress:
+            dense = evaluate_in_float32(checkpoint.model, held_out, progress)
     note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
-    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, groups, seed, multiple)
+    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
     smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
-    written = ghostssm.save(smaller, plan, folder, dialect=dialect)
+    measured = None
+    if held_out is not None and dense is not None:
+        with progress_reporter() as progress:
+            measured = Measurement.of(held_out, dense, evaluate_in_float32(smaller.model, held_out, progress))
+    written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+    address = None if push_to_hub is None else hub.push_to_hub(written, push_to_hub, private=private)
+    _report(written, plan, measured, address, time.perf_counter() - begun, as_json)
+
+
+def _report(
+    written: Path, plan: Plan, measured: Measurement | None, address: str | None, seconds: float, as_json: bool
+) -> None:
+    import ghostssm
 
     found = ghostssm.describe(str(written))
     before = found.state_bytes(plan.state_size)
     after: int | list[int] = list(found.state_sizes) if plan.needs_own_class else plan.kept_state_size
-    seconds = time.perf_counter() - begun
     if as_json:
         print_json(
             {
@@ -100,18 +150,22 @@ def prune(
                 "method": plan.method,
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
+                "measured": None if measured is None else measured.as_json(),
+                "hub": address,
                 "seconds": seconds,
             }
         )
         return
-    print_facts(
-        [
-            ("written", str(written)),
-            ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
-            ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
-            ("time", f"{seconds:.0f} s"),
-        ]
-    )
+    facts = [
+        ("written", str(written)),
+        ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
+        ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
+    ]
+    if measured is not None:
+        facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
+    if address is not None:
+        facts.append(("uploaded", address))
+    print_facts([*facts, ("time", f"{seconds:.0f} s")])
 
 
 def _wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
@@ -146,12 +200,57 @@ def _wanted_size(limit: int, state_size: int | None, budget: float | None, max_e
     return state_size
 
 
+def _check_dialects(engines: Sequence[str], dialect: str) -> None:
+    from ghostssm.engines import engines_named
+    from ghostssm.errors import InputError
+
+    for engine in engines_named(engines):
+        if engine.dialect != dialect:
+            raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
+
+
+def _suited_sizes(
+    described: Description, recipe: Recipe, groups: Groups, size: int | None, engines: Sequence[str], tied: bool
+) -> tuple[int | None, Sequence[int] | None]:
+    """The size nearest to the wanted one that the engines run; where a bound on the loss decides, all that they run."""
+    from ghostssm.engines import advise, good_state_sizes, nearest_state_size
+    from ghostssm.errors import InputError
+
+    layout, family = described.layout, described.family
+    if recipe.per_layer or not recipe.how.stock:
+        for advice in advise(layout, family, engines=engines, own_class=True):
+            if advice.level == "no":
+                raise InputError(
+                    f"{advice.engine} {advice.reason}, which {recipe} makes; leave --per-layer out and take a method "
+                    "for stock classes, or leave the engine out."
+                )
+        return size, None
+    if recipe.how.scope == "model" or (groups == "pooled" and layout.n_groups > 1):
+        raise InputError(
+            f"With --engine the state size has to be known beforehand, but {recipe} with --groups {groups} pads to the "
+            "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
+        )
+    if size is None:
+        return None, good_state_sizes(layout, family, engines, tied_head=tied)
+    chosen = nearest_state_size(size, layout, family, engines, tied_head=tied)
+    if chosen != size:
+        reasons = [
+            f"{advice.engine}: {advice.level}, {advice.reason}"
+            for advice in advise(layout.with_state_size(size), family, engines=engines)
+            if advice.level != "runs"
+        ]
+        suits = f"the nearest that suits {' and '.join(engines)}"
+        note(f"state size {chosen} in place of {size}, {suits} ({'; '.join(reasons)})")
+    return chosen, None
+
+
 def _decide(
     checkpoint: Checkpoint,
     windows: Windows,
     recipe: Recipe,
     size: int | None,
     max_excess_loss: float | None,
+    suited: Sequence[int] | None,
     groups: Groups,
     seed: int,
     multiple: int,
@@ -169,6 +268,7 @@ def _decide(
             recipe,
             max_excess_loss,
             multiple=multiple,
+            state_sizes=suited,
             groups=groups,
             seed=seed,
             progress=progress,

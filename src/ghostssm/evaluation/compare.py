@@ -15,7 +15,7 @@ from ghostssm.families import family_of, mixers_of
 from ghostssm.methods.selection import Groups
 from ghostssm.plan import Plan
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning import DEFAULT_SEED, Calibration, check_state_size
+from ghostssm.pruning import DEFAULT_SEED, Calibration, check_recipe, check_state_size
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
 
@@ -91,7 +91,10 @@ def compare(
     layout = family_of(model.config).layout(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
-    cells = [(str(Recipe.parse(method)), state_size) for method in methods for state_size in state_sizes]
+    recipes = [Recipe.parse(method) for method in methods]
+    for recipe in recipes:
+        check_recipe(recipe, model.config.model_type)
+    cells = [(str(recipe), state_size) for recipe in recipes for state_size in state_sizes]
     calibration = Calibration(model, calibration_windows)
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)

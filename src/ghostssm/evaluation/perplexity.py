@@ -63,6 +63,15 @@ def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = sile
     Raises:
         NumericalError: a loss that is not finite.
     """
+    return Evaluation(token_losses(model, windows, progress).double().mean(1), windows.bytes_per_token)
+
+
+def token_losses(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Tensor:
+    """The loss of every token but each window's first: (count, length - 1), float32, on the CPU, nats.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
     losses = []
     with torch.inference_mode(), replaced_forward(mixers_of(model)):
         for span in windows.batches():
@@ -70,9 +79,9 @@ def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = sile
             ids = windows.ids[span].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             by_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(by_token.view(len(ids), -1).double().mean(1).cpu())
+            losses.append(by_token.view(len(ids), -1).cpu())
     progress("windows", len(windows), len(windows))
-    stacked = torch.cat(losses)
-    if not torch.isfinite(stacked).all():
+    found = torch.cat(losses)
+    if not torch.isfinite(found).all():
         raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
-    return Evaluation(stacked, windows.bytes_per_token)
+    return found

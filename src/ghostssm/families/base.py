@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -15,14 +15,35 @@ from ghostssm.mixer import Mixer
 class Family(Protocol):
     """One model family. Families are stateless; only they know transformers' class and config names."""
 
-    model_type: str
+    @property
+    def model_type(self) -> str:
+        """As config.json has it."""
+        ...
+
+    @property
+    def cache_argument(self) -> str:
+        """What the model calls the cache that it takes and returns."""
+        ...
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether layers of other kinds stand between the Mamba-2 ones.
+
+        Such a model stays in transformers' own class and dialect: :mod:`ghostssm.modeling` has none for a projected
+        state or a state size per layer, and neither has mamba_ssm.
+        """
+        ...
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
-        """The sizes of the family's mixers, from a config alone."""
+        """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
         ...
 
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         """Write a new state size into a config."""
+        ...
+
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What other engines read in config.json and transformers does not write there, with its values."""
         ...
 
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
@@ -30,11 +51,11 @@ class Family(Protocol):
         ...
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The residual blocks of a model, front to back, with or without a mixer."""
+        """The residual blocks of a model, front to back, with or without a mixer; raises ModelError if it has none."""
         ...
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer | None:
-        """The Mamba-2 mixer of block number ``index``, if it has one."""
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        """The Mamba-2 mixer of block number ``index``, if it has one; raises ModelError for one of an unknown kind."""
         ...
 
 
@@ -70,8 +91,17 @@ def family_named(model_type: str) -> Family:
 
 
 def mixers_of(model: nn.Module) -> list[Mixer]:
-    """Every Mamba-2 mixer of a model, front to back."""
-    config = model.config
-    family = family_of(config)
-    found = (family.mixer(config, block, index) for index, block in enumerate(family.blocks(model)))
-    return [mixer for mixer in found if mixer is not None]
+    """Every Mamba-2 mixer of a model, front to back.
+
+    Raises:
+        ModelError: no family here has the model's type, there is no mixer in it, or one of an unknown kind.
+    """
+    family = family_of(model.config)
+    found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
+    mixers = [mixer for mixer in found if mixer is not None]
+    if not mixers:
+        raise ModelError(
+            f"None of the {len(family.blocks(model))} layers of this {family.model_type} model is a Mamba-2 layer, "
+            "so there is no state to prune; expected a layer pattern that has some."
+        )
+    return mixers

@@ -8,35 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ghostssm.families.base import register
-from ghostssm.families.mamba2 import Mamba2Family
+from ghostssm.families.stock import MAMBA2, StockFamily
 from ghostssm.layout import SSDLayout
 from ghostssm.mixer import Mixer, Projection
 from ghostssm.modeling import GhostMamba2Config, GhostMamba2ForCausalLM
 
 
-class GhostMamba2Family(Mamba2Family):
-    model_type = GhostMamba2Config.model_type
+class GhostMamba2Family(StockFamily):
+    """Found as in a stock Mamba-2; its mixers differ in size and may project their state."""
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         """The sizes of the widest layer."""
         sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
         return super().layout(config).with_state_size(max(sizes))
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer:
-        stock = super().mixer(config, block, index)
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        stock = super().mixer(block, index)
+        if stock is None:
+            return None
         module: Any = stock.module
         projected = module.B_projection is not None
-        return replace(
-            stock,
-            layout=stock.layout.with_state_size(config.state_size_of(index)),
-            projection=Projection(module.B_projection, module.C_projection) if projected else None,
-        )
+        return replace(stock, projection=Projection(module.B_projection, module.C_projection) if projected else None)
 
 
-register(GhostMamba2Family())
+register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type}))
+
+_OWN_KEYS = ("state_sizes", "projected_state_sizes", "projection_heads")
 
 
 def projected_model(
@@ -63,3 +63,16 @@ def projected_model(
     model.load_state_dict(dict(tensors), assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
+    """A stock model from a config of our own class and tensors of one size in all layers, which are not copied."""
+    values = config.to_dict()
+    for key in (*_OWN_KEYS, "model_type", "architectures", "auto_map", "transformers_version", "layer_types"):
+        values.pop(key, None)
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(Mamba2Config(**(values | {"state_size": state_size})))
+    model.load_state_dict(dict(tensors), assign=True)
+    model.tie_weights()
+    stock: PreTrainedModel = model.eval()
+    return stock

@@ -13,6 +13,6 @@ from ghostssm.methods import (  # noqa: F401
     sparsegpt,
     taylor,
 )
-from ghostssm.methods.base import Evidence, Method, method_named, method_names
+from ghostssm.methods.base import Evidence, Method, method_named, method_names, stock_method_names
 
-__all__ = ["Evidence", "Method", "method_named", "method_names"]
+__all__ = ["Evidence", "Method", "method_named", "method_names", "stock_method_names"]

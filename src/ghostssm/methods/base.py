@@ -76,6 +76,11 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
+def stock_method_names() -> tuple[str, ...]:
+    """Those whose result stays in the stock model class."""
+    return tuple(name for name in method_names() if _METHODS[name].stock)
+
+
 def method_named(name: str) -> Method:
     """The method of a name.
 

@@ -12,11 +12,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """Gate first, then RMS-normalise each of ``groups`` equal parts of the last axis (Mamba-2's gated norm).
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, *, gate_first: bool = True) -> Tensor:
+    """Gate with SiLU(z), and RMS-normalise each of ``groups`` equal parts of the last axis (Mamba-2's gated norm).
 
     Args:
         y, z: (b, l, c). weight: (c,).
+        gate_first: what is normalised is the gated y; otherwise y itself, which is gated afterwards.
     """
-    gated = (y * F.silu(z)).unflatten(-1, (groups, -1))
-    return rms_norm(gated, weight.view(groups, -1), eps).flatten(-2)
+    gate = F.silu(z)
+    inner = (y * gate if gate_first else y).unflatten(-1, (groups, -1))
+    normed = rms_norm(inner, weight.view(groups, -1), eps).flatten(-2)
+    return normed if gate_first else normed * gate

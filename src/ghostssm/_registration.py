@@ -1,0 +1,53 @@
+"""Make transformers' auto classes know our model class as soon as they exist, without importing them.
+
+``import ghostssm`` alone must do, before or after transformers, and must not take the seconds that PyTorch needs. So
+where transformers' auto classes are not imported yet, :mod:`ghostssm.modeling` is imported right after them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+
+
+def register_with_transformers() -> None:
+    """Register now if transformers' auto classes are there, else when they come."""
+    if _AUTO_CLASSES in sys.modules:
+        import ghostssm.modeling  # noqa: F401  (registers itself)
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds the auto classes once, where anyone would, with a loader that registers afterwards."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        import ghostssm.modeling  # noqa: F401

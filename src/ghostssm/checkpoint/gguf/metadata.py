@@ -1,0 +1,82 @@
+"""Name, licence and origin of a checkpoint, as far as its files tell them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
+
+from ghostssm.checkpoint.source import Source
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Attributes:
+    name: of the model. license: its SPDX name, from the model card. base_model: hub id or name of the model that was
+        pruned. description: what was done to it.
+    """
+
+    name: str
+    license: str | None = None
+    base_model: str | None = None
+    description: str | None = None
+
+    def write(self, writer: Any) -> None:
+        """Write the ``general`` keys into a ``gguf.GGUFWriter``."""
+        writer.add_name(self.name)
+        if self.license:
+            writer.add_license(self.license)
+        if self.description:
+            writer.add_description(self.description)
+        if self.base_model:
+            organization, _, name = self.base_model.rpartition("/")
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, name)
+            if organization:
+                writer.add_base_model_organization(0, organization)
+                writer.add_base_model_repo_url(0, f"https://huggingface.co/{self.base_model}")
+
+
+def metadata_of(source: Source) -> Metadata:
+    """What a checkpoint's model card (README.md) and ``ghostssm.json`` say; both may be missing."""
+    card = _card(source.folder / "README.md")
+    manifest = _manifest(source.folder / "ghostssm.json")
+    base = manifest.get("base_model") or card.get("base_model")
+    if isinstance(base, list):
+        base = base[0] if base else None
+    if base and not _HUB_ID.fullmatch(str(base)):
+        base = Path(str(base)).name  # a folder's name, not where it lay on someone's disk
+    description = None
+    if "method" in manifest and "state_size" in manifest:
+        before, after = manifest["state_size"].get("before"), manifest["state_size"].get("after")
+        description = f"Recurrent state pruned from {before} to {after} channels by ghostssm ({manifest['method']})"
+    license = card.get("license")
+    return Metadata(
+        name=Path(source.name).resolve().name if Path(source.name).is_dir() else source.name.rpartition("/")[2],
+        license=license if isinstance(license, str) else None,
+        base_model=str(base) if base else None,
+        description=description,
+    )
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] | None = metadata_load(path)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found or {}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("state_size", {}), dict) else {}

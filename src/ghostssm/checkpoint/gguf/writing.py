@@ -1,0 +1,167 @@
+"""Write a model as one GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostssm.checkpoint.exporting import require_stock
+from ghostssm.checkpoint.gguf.architectures import Architecture, architecture_of, gguf_tensors, write_mixer_keys
+from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
+from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
+from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.output_file import OutputFile
+from ghostssm.checkpoint.output_folder import storing
+from ghostssm.errors import InputError, NumericalError
+
+NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
+_OF_DTYPE: dict[torch.dtype, NumberFormat] = {
+    torch.float32: "f32",
+    torch.float64: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+
+
+@dataclass(frozen=True)
+class ExportedGGUF:
+    """What was written.
+
+    Attributes:
+        architecture: llama.cpp's name of it. dtype: of the large matrices. tensors: how many. bytes: of the file.
+        notes: where llama.cpp may do otherwise than transformers.
+    """
+
+    path: Path
+    architecture: str
+    dtype: NumberFormat
+    tensors: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def export_gguf(
+    checkpoint: Checkpoint,
+    output: Path | str | OutputFile,
+    *,
+    dtype: NumberFormat | None = None,
+    with_tokenizer: bool = True,
+    overwrite: bool = False,
+) -> ExportedGGUF:
+    """Write a checkpoint for llama.cpp: weights, sizes, tokenizer and origin in one GGUF file.
+
+    Matrices are stored in ``dtype``; norms, biases, A, D and the convolution in float32 always, as llama.cpp expects;
+    with q8_0, matrices whose rows are no multiple of 32 in float16.
+
+    Args:
+        dtype: f32, f16, bf16 or q8_0 (8 bits in blocks of 32); None is that of the weights in memory.
+        with_tokenizer: False for a file without one, which llama.cpp runs on token ids only.
+
+    Raises:
+        InputError: the ``gguf`` package is missing, or the model is one of our own class.
+        ModelError: a model or tokenizer that llama.cpp can't run as it is; says why and what to do.
+        NumericalError: a weight too large for float16.
+        OutputError: the file must not or can't be written; nothing is left behind.
+    """
+    gguf = _gguf()
+    require_stock(checkpoint, "llama.cpp")
+    model = checkpoint.model
+    number_format = dtype or _OF_DTYPE[model.dtype]
+    file = output if isinstance(output, OutputFile) else OutputFile(output, overwrite)
+    architecture = architecture_of(model.config)
+    vocabulary = _vocabulary(model, checkpoint.require_tokenizer()) if with_tokenizer else None
+    with file, storing(file.path):
+        writer = gguf.GGUFWriter(file.partial, architecture.name)
+        try:
+            _write_keys(writer, model, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
+            count = _write_tensors(writer, model, architecture, number_format)
+            writer.close()
+            file.commit()
+        finally:
+            writer.close()
+    notes = vocabulary.notes if vocabulary else ()
+    return ExportedGGUF(file.path, architecture.name, number_format, count, file.path.stat().st_size, notes)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(
+            "GGUF files are written by the gguf package, which is not installed: pip install 'ghostssm[gguf]'."
+        ) from None
+    return gguf
+
+
+def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    eos = model.config.eos_token_id
+    return vocabulary_of(tokenizer, model.config.vocab_size, eos[0] if isinstance(eos, list) else eos)
+
+
+def _write_keys(
+    writer: Any,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    number_format: NumberFormat,
+    metadata: Metadata,
+    vocabulary: Vocabulary | None,
+) -> None:
+    import gguf
+
+    file_types = {
+        "f32": gguf.LlamaFileType.ALL_F32,
+        "f16": gguf.LlamaFileType.MOSTLY_F16,
+        "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    }
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.write(writer)
+    writer.add_file_type(file_types[number_format])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(model.config.vocab_size)
+    architecture.write_keys(writer, model.config)
+    write_mixer_keys(writer, architecture.layout(model.config))
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        vocabulary.write(writer)
+
+
+def _write_tensors(writer: Any, model: PreTrainedModel, architecture: Architecture, number_format: NumberFormat) -> int:
+    """Names and shapes first, as the format has it; then the data, one tensor in memory at a time."""
+    import gguf
+    import numpy as np
+
+    formats = {}
+    for name, tensor in gguf_tensors(architecture, model):
+        formats[name] = _format_of(name, tensor, number_format)
+        block, size = gguf.GGML_QUANT_SIZES[formats[name]]
+        nbytes = tensor.numel() // block * size
+        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=formats[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in gguf_tensors(architecture, model):
+        plain = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        if formats[name] == gguf.GGMLQuantizationType.F16 and np.abs(plain).max() > np.finfo(np.float16).max:
+            raise NumericalError(f"{name} has numbers too large for float16; export with --dtype bf16 or f32.")
+        writer.write_tensor_data(gguf.quants.quantize(plain, formats[name]))
+    return len(formats)
+
+
+def _format_of(name: str, tensor: Tensor, number_format: NumberFormat) -> Any:
+    """llama.cpp's kernels read vectors, norms, the convolution and routers in float32 only."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    small = tensor.ndim == 1 or not name.endswith(".weight") or name.endswith("_norm.weight")
+    if small or name.endswith(("ssm_conv1d.weight", "ffn_gate_inp.weight")):
+        return kinds.F32
+    if number_format == "q8_0" and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]:
+        return kinds.F16
+    return kinds[number_format.upper()]

@@ -1,0 +1,90 @@
+"""``ghostssm export``: a checkpoint as another engine reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ghostssm.cli import arguments
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json
+
+if TYPE_CHECKING:
+    from ghostssm import Checkpoint
+
+Format = Literal["gguf", "transformers", "mamba_ssm"]
+
+
+def export(
+    model: arguments.Model,
+    output: Annotated[str, typer.Option("--output", metavar="PATH", help="One file for gguf, else a folder.")],
+    format: Annotated[
+        Format, typer.Option("--format", help="gguf for llama.cpp; or a checkpoint folder in either dialect.")
+    ] = "gguf",
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option("--dtype", help="Of the large matrices; as stored if not given. q8_0 is for gguf."),
+    ] = None,
+    pad_to: Annotated[
+        int | None,
+        typer.Option(
+            "--pad-to", metavar="R", min=1, help="Pad the state with zeros to R channels; the logits stay the same."
+        ),
+    ] = None,
+    tokenizer: arguments.Tokenizer = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write none; text is tokenized elsewhere.")] = (
+        False
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Write a model for another engine: GGUF for llama.cpp, or the other checkpoint dialect.
+
+    ghostssm export mamba2-130m-n64 --format gguf --dtype q8_0 --output mamba2-130m-n64.gguf
+    """
+    import torch
+
+    import ghostssm
+    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.errors import InputError
+
+    if dtype == "q8_0" and format != "gguf":
+        raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {format}.")
+    place = OutputFile(output, overwrite) if format == "gguf" else ghostssm.OutputFolder(output, overwrite)
+    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    wanted = None if dtype is None or format == "gguf" else dtypes[dtype]
+    checkpoint = ghostssm.load(model, dtype=wanted, tokenizer=tokenizer)
+    if pad_to is not None:
+        padded = ghostssm.pad_state(checkpoint.model, pad_to)
+        checkpoint = ghostssm.Checkpoint(padded, checkpoint.tokenizer, checkpoint.source)
+    if isinstance(place, OutputFile):
+        written = ghostssm.export_gguf(checkpoint, place, dtype=dtype, with_tokenizer=not no_tokenizer)
+        _report(written.path, format, written.dtype, checkpoint, written.notes, as_json)
+    else:
+        assert format != "gguf"
+        path = ghostssm.export_checkpoint(checkpoint, place, dialect=format, with_tokenizer=not no_tokenizer)
+        stored = str(checkpoint.model.dtype).removeprefix("torch.")
+        _report(path, format, stored, checkpoint, (), as_json)
+
+
+def _report(
+    path: Path, format: Format, stored: str, checkpoint: Checkpoint, notes: tuple[str, ...], as_json: bool
+) -> None:
+    from ghostssm.families import mixers_of
+
+    sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
+    size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+    if as_json:
+        facts = {"output": str(path), "format": format, "dtype": stored, "state_sizes": sizes, "bytes": size}
+        print_json(facts | {"notes": notes})
+        return
+    for text in notes:
+        note(f"note: {text}")
+    print_facts(
+        [
+            ("written", f"{path} ({bytes_text(size)})"),
+            ("format", f"{format}, {stored}"),
+            ("state size", " ".join(map(str, sizes))),
+        ]
+    )

@@ -1,0 +1,379 @@
+"""What each inference engine accepts as a state size: one table, with its sources, and what follows from it.
+
+An engine is described by rules over a mixer's layout after the cut. A rule that is broken means that the model runs
+slowly there, because an operation leaves the accelerator or the vector units, or that it does not run at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ghostssm.errors import InputError
+from ghostssm.layout import SSDLayout
+
+Level = Literal["runs", "slow", "no"]
+"""How well an engine runs a model, best first."""
+_LEVELS: tuple[Level, ...] = ("runs", "slow", "no")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a mixer.
+
+    Attributes:
+        holds: whether a layout, of a model of some ``model_type``, meets it.
+        otherwise: what it means where it does not hold; "runs" only makes a remark.
+        text: the condition in words.
+        reason: why, where it does not hold; a format string with ``layout``, and ``lanes``, the power of two that N'
+            fits in.
+    """
+
+    holds: Callable[[SSDLayout, str], bool]
+    otherwise: Level
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine, on one kind of hardware where that matters.
+
+    Attributes:
+        name: as ``--engine`` takes it.
+        version: the version whose source was read.
+        rules: what a mixer has to meet.
+        model_types: transformers model types that it has a class for; None for all.
+        dialect: whose config.json and tensor names it reads.
+        cannot_tie: model types whose head it does not tie to the embeddings.
+        own_class: what becomes of models whose state is projected or differs between layers.
+        remark: what else its users have to know; may be empty.
+        source: where the rules come from.
+    """
+
+    name: str
+    version: str
+    rules: tuple[Rule, ...]
+    model_types: frozenset[str] | None
+    own_class: Level
+    remark: str
+    source: str
+    dialect: Literal["transformers", "mamba_ssm"] = "transformers"
+    cannot_tie: frozenset[str] = frozenset()
+
+    def advise(self, layout: SSDLayout, model_type: str, *, own_class: bool = False, tied_head: bool = False) -> Advice:
+        """Whether a model with mixers of this layout runs.
+
+        Args:
+            model_type: the transformers name of the family, such as ``mamba2``.
+            own_class: whether its state is projected, or differs between layers.
+            tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
+        """
+        if own_class:
+            return Advice(self.name, layout.state_size, self.own_class, _OWN_CLASS[self.own_class])
+        if self.model_types is not None and model_type not in self.model_types:
+            return Advice(self.name, layout.state_size, "no", f"has no class for model type {model_type!r}")
+        if tied_head and model_type in self.cannot_tie:
+            reason = f"knows no tied head for {model_type}, and leaves the head uninitialised; write it with --untie"
+            return Advice(self.name, layout.state_size, "no", reason)
+        broken = [rule for rule in self.rules if not rule.holds(layout, model_type)]
+        levels: list[Level] = ["runs", *(rule.otherwise for rule in broken)]
+        level = max(levels, key=_LEVELS.index)
+        lanes = 1 << (layout.state_size - 1).bit_length()
+        reasons = [rule.reason.format(layout=layout, lanes=lanes) for rule in broken]
+        if self.remark and level != "no":
+            reasons.append(self.remark)
+        return Advice(self.name, layout.state_size, level, "; ".join(reasons))
+
+    @property
+    def rule_text(self) -> str:
+        """All rules in words."""
+        return " and ".join(rule.text for rule in self.rules if rule.otherwise != "runs") or "any state size"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Whether an engine runs a model at a state size, and why not, or what else to know."""
+
+    engine: str
+    state_size: int
+    level: Level
+    reason: str
+
+
+_OWN_CLASS: dict[Level, str] = {
+    "runs": "own model class: load with trust_remote_code=True",
+    "slow": "own model class: load with trust_remote_code=True; it runs in plain PyTorch, without the kernels",
+    "no": "has no class for projected states or a state size per layer",
+}
+
+
+def _scan_in(*sizes: int, head_multiple: int = 1) -> Rule:
+    listed = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+    heads = f" with a head dim in multiples of {head_multiple}" if head_multiple > 1 else ""
+    return Rule(
+        lambda layout, _: layout.state_size in sizes and layout.head_dim % head_multiple == 0,
+        "slow",
+        f"N' is {listed}{heads}",
+        f"its scan knows N' = {listed}{heads}, so the scan runs on the CPU",
+    )
+
+
+_CHANNELS_OF_CUDA_KERNELS = (
+    Rule(
+        lambda layout, _: layout.conv_dim % 8 == 0,
+        "no",
+        "the channels of conv1d (heads x head dim + 2 x groups x N') are a multiple of 8",
+        "conv1d would have {layout.conv_dim} channels, no multiple of 8, which causal_conv1d refuses",
+    ),
+    Rule(
+        lambda layout, _: layout.in_proj_rows % 8 == 0,
+        "no",
+        "the rows of in_proj are a multiple of 8",
+        "in_proj would have {layout.in_proj_rows} rows, no multiple of 8, a stride that causal_conv1d refuses",
+    ),
+)
+_POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TRITON_LANES = Rule(
+    lambda layout, _: layout.state_size in _POWERS_OF_TWO,
+    "runs",
+    "N' is a power of two",
+    "reads and writes N' = {layout.state_size}, computes as for {lanes}",
+)
+_LLAMA_CPP_TYPES = frozenset({"mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"})
+_LLAMA_CPP = "llama-cpp-python 0.3.36's llama.cpp"
+
+ENGINES: tuple[Engine, ...] = (
+    Engine(
+        name="transformers-cpu",
+        version="transformers 5.23",
+        rules=(),
+        model_types=None,
+        own_class="runs",
+        remark="",
+        source="models/mamba2/modeling_mamba2.py, torch_forward; run at N' = 1, 5 and 7",
+    ),
+    Engine(
+        name="transformers-cuda",
+        version="transformers 5.23, mamba_ssm 2.3.2, causal-conv1d",
+        rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
+        model_types=None,
+        own_class="slow",
+        remark="",
+        source="causal-conv1d csrc/causal_conv1d.cpp, strides of channel-last input; mamba_ssm ops/triton",
+    ),
+    Engine(
+        name="mamba_ssm",
+        version="mamba_ssm 2.3.2",
+        rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
+        model_types=frozenset({"mamba2"}),
+        own_class="no",
+        remark="write with --dialect mamba_ssm",
+        source="modules/mamba2.py (one ssm_cfg for all layers), ops/triton/ssd_combined.py; causal-conv1d",
+        dialect="mamba_ssm",
+    ),
+    Engine(
+        name="vllm",
+        version="vLLM 0.33",
+        rules=(_TRITON_LANES,),
+        model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"}),
+        own_class="no",
+        remark="",
+        source="model_executor/models/registry.py, layers/mamba/mamba_mixer2.py, layers/mamba/ops",
+    ),
+    Engine(
+        name="sglang",
+        version="SGLang 0.5.23",
+        rules=(_TRITON_LANES,),
+        model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
+        own_class="no",
+        remark="",
+        source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
+        cannot_tie=frozenset({"mamba2"}),
+    ),
+    Engine(
+        name="llama.cpp-cpu",
+        version=_LLAMA_CPP,
+        rules=(
+            Rule(
+                lambda layout, _: layout.state_size % 32 == 0,
+                "slow",
+                "N' is a multiple of 32",
+                "a vector step of the scan is 32 numbers on AVX2, 64 on AVX-512 and 16 on NEON; the rest of "
+                "N' = {layout.state_size} goes number by number",
+            ),
+        ),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
+    ),
+    Engine(
+        name="llama.cpp-cuda",
+        version=_LLAMA_CPP,
+        rules=(
+            _scan_in(96, 128, 256, head_multiple=16),
+            Rule(
+                lambda layout, _: layout.conv_dim % 128 == 0,
+                "slow",
+                "the channels of conv1d (heads x head dim + 2 x groups x N') are a multiple of 128",
+                "conv1d would have {layout.conv_dim} channels, no multiple of 128, so it runs on the CPU",
+            ),
+        ),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-cuda/ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
+    ),
+    Engine(
+        name="llama.cpp-vulkan",
+        version=_LLAMA_CPP,
+        rules=(_scan_in(128, 256, head_multiple=16),),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-vulkan/ggml-vulkan.cpp, supports_op: SSM_SCAN",
+    ),
+    Engine(
+        name="llama.cpp-sycl",
+        version=_LLAMA_CPP,
+        rules=(_scan_in(128, 256, head_multiple=16),),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-sycl/ggml-sycl.cpp, supports_op: SSM_SCAN",
+    ),
+    Engine(
+        name="llama.cpp-opencl",
+        version=_LLAMA_CPP,
+        rules=(_scan_in(*_POWERS_OF_TWO),),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-opencl/ggml-opencl.cpp, supports_op: SSM_SCAN",
+    ),
+    Engine(
+        name="llama.cpp-metal",
+        version=_LLAMA_CPP,
+        rules=(
+            Rule(
+                lambda layout, _: layout.state_size % 8 == 0 and layout.head_dim == 64,
+                "slow",
+                "N' is a multiple of 8, with heads of 64",
+                "prefill runs as matrix products only where N' is a multiple of 8 and heads are of 64",
+            ),
+        ),
+        model_types=_LLAMA_CPP_TYPES,
+        own_class="no",
+        remark="",
+        source="ggml/src/ggml-metal/ggml-metal-ops.cpp, SSM_SCAN: use_mma",
+    ),
+    Engine(
+        name="mlx-lm",
+        version="mlx-lm 0.32.2",
+        rules=(
+            Rule(
+                lambda layout, _: layout.state_size % 32 == 0,
+                "no",
+                "N' is a multiple of 32",
+                "its decode kernel skips what N' has over a multiple of 32, so answers are silently wrong",
+            ),
+            Rule(
+                lambda layout, model_type: model_type != "mamba2" or layout.n_groups == 1,
+                "no",
+                "a mamba2 model has one group",
+                "its mamba2 normalises over all groups together, so answers are silently wrong with "
+                "{layout.n_groups} groups, pruned or not",
+            ),
+        ),
+        model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
+        own_class="no",
+        remark="",
+        source="mlx_lm/models/ssm.py, ssm_kernel; mlx_lm/models/mamba2.py, MambaRMSNormGated",
+    ),
+)
+
+
+def engine_names() -> tuple[str, ...]:
+    return tuple(engine.name for engine in ENGINES)
+
+
+def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
+    """The engines of these names; raises InputError for one that is unknown."""
+    known = {engine.name: engine for engine in ENGINES}
+    for name in names:
+        if name not in known:
+            raise InputError(f"No engine {name!r} is known; expected one of: {', '.join(known)}.")
+    return tuple(known[name] for name in names)
+
+
+def advise(
+    layout: SSDLayout,
+    model_type: str,
+    *,
+    engines: Sequence[str] | None = None,
+    own_class: bool = False,
+    tied_head: bool = False,
+) -> tuple[Advice, ...]:
+    """Which engines run a model with mixers of this layout, in the order of the table.
+
+    Args:
+        model_type: the transformers name of the model's family, such as ``mamba2``.
+        engines: names; None for all that are known.
+        own_class: whether the state is projected, or differs between layers.
+        tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
+
+    Raises:
+        InputError: no engine of that name.
+    """
+    chosen = ENGINES if engines is None else engines_named(engines)
+    return tuple(engine.advise(layout, model_type, own_class=own_class, tied_head=tied_head) for engine in chosen)
+
+
+def good_state_sizes(
+    layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
+) -> tuple[int, ...]:
+    """State sizes below that of ``layout`` which all of the engines run, and not slowly; ascending.
+
+    Raises:
+        InputError: no engine of that name, or no such size; says every engine's rule.
+    """
+    sizes = tuple(size for size in range(1, layout.state_size) if _suits(size, layout, model_type, engines, tied_head))
+    if sizes:
+        return sizes
+    rules = []
+    for engine in engines_named(engines):
+        known = engine.model_types is None or model_type in engine.model_types
+        tying = tied_head and model_type in engine.cannot_tie
+        rule = (
+            engine.rule_text if known and not tying else engine.advise(layout, model_type, tied_head=tied_head).reason
+        )
+        rules.append(f"\n  - {engine.name}: {rule}")
+    raise InputError(
+        f"No state size below the model's N = {layout.state_size} ({layout.num_heads} heads of {layout.head_dim}, "
+        f"{layout.n_groups} groups) suits {' and '.join(engines)}:{''.join(rules)}\n"
+        "Leave an engine out, or prune without --engine; `ghostssm inspect` says what a size means for each."
+    )
+
+
+def nearest_state_size(
+    wanted: int, layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
+) -> int:
+    """The state size next to ``wanted`` that all of the engines run, and not slowly; of two, the larger.
+
+    Args:
+        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as :func:`advise` has it.
+
+    Raises:
+        InputError: as :func:`good_state_sizes`.
+    """
+    if _suits(wanted, layout, model_type, engines, tied_head):
+        return wanted
+    sizes = good_state_sizes(layout, model_type, engines, tied_head=tied_head)
+    return min(sizes, key=lambda size: (abs(size - wanted), -size))
+
+
+def _suits(size: int, layout: SSDLayout, model_type: str, engines: Sequence[str], tied_head: bool) -> bool:
+    cut = layout.with_state_size(size)
+    return all(entry.level == "runs" for entry in advise(cut, model_type, engines=engines, tied_head=tied_head))

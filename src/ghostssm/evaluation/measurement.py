@@ -1,0 +1,66 @@
+"""What a pruned model loses on a text: measured once, written into its manifest and model card."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ghostssm.data.windows import Windows
+from ghostssm.evaluation.perplexity import Difference, Evaluation, evaluate
+from ghostssm.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Losses of a dense and a pruned model on the same windows, in nats per token.
+
+    Attributes:
+        text: what the windows were cut from. windows: their number. window_length: tokens in each.
+        dense_loss, pruned_loss: means over the windows.
+        excess: the mean difference, and its standard error from the paired windows (NaN for one window).
+    """
+
+    text: str
+    windows: int
+    window_length: int
+    dense_loss: float
+    pruned_loss: float
+    excess: Difference
+
+    @classmethod
+    def of(cls, windows: Windows, dense: Evaluation, pruned: Evaluation) -> Measurement:
+        """Of two evaluations on these windows."""
+        return cls(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
+
+    @property
+    def excess_text(self) -> str:
+        """The excess and, where there is one, its standard error."""
+        error = self.excess.standard_error
+        return f"{self.excess.mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; the standard error is None where there is none."""
+        error = self.excess.standard_error
+        return {
+            "text": self.text,
+            "windows": self.windows,
+            "window_length": self.window_length,
+            "dense_loss": self.dense_loss,
+            "pruned_loss": self.pruned_loss,
+            "excess_loss": self.excess.mean,
+            "standard_error": None if math.isnan(error) else error,
+        }
+
+
+def evaluate_in_float32(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:
+    """The model's loss in float32; a model in half precision is copied for it, and stays as it is.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
+    whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
+    return evaluate(whole, windows, progress)

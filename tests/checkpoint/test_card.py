@@ -1,0 +1,113 @@
+"""The model card, read back by the hub's own client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import ghostssm
+from ghostssm.checkpoint.source import Source
+from ghostssm.evaluation import Difference, Evaluation
+from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
+from tests.checkpoint.test_round_trip import pruned_checkpoint
+from tests.conftest import random_windows, tiny_model
+
+BASE_CARD = """---
+license: other
+license_name: some-licence
+license_link: https://example.org/licence
+language: [en, de]
+tags: [base]
+model-index: []
+---
+# Base
+"""
+
+
+def card_of(folder: Path, tmp_path: Path, hub_id: str | None = None, **options: Any) -> ModelCard:
+    checkpoint, plan = pruned_checkpoint(folder)
+    source = Source(hub_id or str(folder), folder, checkpoint.source.config, checkpoint.source.dialect, hub_id)
+    written = ghostssm.save(
+        ghostssm.Checkpoint(checkpoint.model, checkpoint.tokenizer, source), plan, tmp_path / "out", **options
+    )
+    return ModelCard.load(written / "README.md")
+
+
+def test_base_model_and_licence_are_inherited(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_of()
+    (folder / "README.md").write_text(BASE_CARD)
+    card = card_of(folder, tmp_path, hub_id="someone/mamba2-tiny")
+    data = card.data.to_dict()
+    assert data["base_model"] == "someone/mamba2-tiny"
+    assert data["base_model_relation"] == "finetune"
+    assert (data["license"], data["license_name"]) == ("other", "some-licence")
+    assert data["license_link"] == "https://example.org/licence"
+    assert data["language"] == ["en", "de"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"mamba2", "pruned", "ghostssm"} <= set(data["tags"])
+    assert "base" not in data["tags"]
+    assert "# someone/mamba2-tiny with a state size of 5" in card.text
+    assert "| state size | 16 | 5 |" in card.text
+    assert "`ghost`" in card.text
+    assert "1 windows of 40 tokens of random" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "some-licence, as the base model's" in card.text
+
+
+@pytest.mark.parametrize("front", [None, "---\n: [\n---\n", "no metadata", "---\n- a list\n---\n"])
+def test_without_a_usable_base_card(folder_of: Callable[..., Path], tmp_path: Path, front: str | None) -> None:
+    folder = folder_of()
+    if front is not None:
+        (folder / "README.md").write_text(front)
+    card = card_of(folder, tmp_path)
+    data = card.data.to_dict()
+    assert "license" not in data
+    assert "base_model" not in data
+    assert "files name no licence" in card.text
+    assert str(tmp_path) not in card.content
+
+
+def test_a_licence_in_the_config(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_of()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"license": "mit"}))
+    assert card_of(folder, tmp_path).data.license == "mit"
+
+
+def test_the_measured_table(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    dense = Evaluation(torch.tensor([2.0, 3.0], dtype=torch.float64), 1.0)
+    pruned = Evaluation(torch.tensor([2.5, 3.1], dtype=torch.float64), 1.0)
+    measured = Measurement.of(random_windows(2, 40), dense, pruned)
+    assert measured.excess == Difference(pytest.approx(0.3), pytest.approx(0.2))
+    card = card_of(folder_of(), tmp_path, measured=measured)
+    assert "| base model | 2.5000 | |" in card.text
+    assert "| this model | 2.8000 | 0.3000 ± 0.2000 |" in card.text
+    manifest = json.loads((tmp_path / "out" / "ghostssm.json").read_text())
+    assert manifest["measured"]["excess_loss"] == pytest.approx(0.3)
+    one = Measurement.of(random_windows(1, 40), Evaluation(dense.losses[:1], 1.0), Evaluation(pruned.losses[:1], 1.0))
+    assert one.excess_text == "0.5000"
+    assert one.as_json()["standard_error"] is None
+
+
+def test_half_precision_is_measured_in_float32() -> None:
+    windows = random_windows(2, 20)
+    half = tiny_model().bfloat16()
+    found = evaluate_in_float32(half, windows)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(found.losses, ghostssm.evaluate(tiny_model().bfloat16().float(), windows).losses)
+
+
+def test_the_other_dialect_and_the_tied_head(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    card = card_of(folder_of(), tmp_path, dialect="mamba_ssm")
+    assert card.data.library_name == "mamba-ssm"
+    assert "MambaLMHeadModel" in card.text
+    assert "vllm" not in card.text
+    for options, line in (({}, "- does not run in"), ({"untie": True}, "- runs in")):
+        text = card_of(folder_of(f"base{len(options)}"), tmp_path, overwrite=True, **options).text
+        assert [found.partition(" sglang")[1] for found in text.splitlines() if found.startswith(line)] == [" sglang"]
