@@ -23,7 +23,7 @@ from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
-from ghostssm.families import family_named, family_of
+from ghostssm.families import family_named, family_of, mixers_of
 from ghostssm.plan import Plan
 
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
@@ -55,11 +55,13 @@ def save(
             tied heads. measured: goes into the card and the manifest.
 
     Raises:
-        InputError: the dialect can't express the plan's result; nothing was written.
+        InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
+            written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
     """
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
+    _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
         with _untied(checkpoint.model) if untie else nullcontext():
@@ -83,6 +85,17 @@ def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, unti
         raise InputError(
             f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "
             "transformers dialect, or a method and options that keep the stock class."
+        )
+
+
+def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise InputError unless a model has the state sizes that a plan leaves."""
+    found = [mixer.state_size for mixer in mixers_of(model)]
+    expected = list(plan.state_sizes) if plan.needs_own_class else [plan.kept_state_size] * len(plan.selections)
+    if found != expected:
+        raise InputError(
+            f"The model's state sizes are {found}, the plan leaves {expected}; expected the model that "
+            "ghostssm.apply_plan returns, which is a new one where the stock class can't express the plan."
         )
 
 
