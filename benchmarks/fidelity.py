@@ -36,6 +36,7 @@ RECIPES = (
     "ghost+refit+repair",
     "output+refit+repair",
     "balanced",
+    "output+refit+repair+per-layer",
     "balanced+per-layer",
     "balanced+refit+per-layer",
     "sparsegpt",
@@ -125,12 +126,13 @@ def main() -> None:
     print_machine()
     task = OnRecall(args) if args.recall else OnLastWords(args) if args.last_words else OnText(args)
     calibration = ghostssm.Calibration(task.model, task.windows)
+    recipes = [str(ghostssm.Recipe.parse(recipe)) for recipe in args.recipes]
     unit = "excess loss" if args.recall is None else "accuracy lost"
     print(f"{'recipe':28}{'N' + chr(39):>4}{unit:>20}  of ghost's  seconds  peak memory  state sizes")
     rows = []
     for size in args.state_size:
         first = None
-        for recipe in args.recipes:
+        for recipe in recipes:
             reset_peak()
             begun = time.perf_counter()
             plan = calibration.plan(recipe, size)
@@ -144,7 +146,17 @@ def main() -> None:
                 f"  {sizes}",
                 flush=True,
             )
-            rows.append({"recipe": recipe, "state_size": size, "mean": mean, "error": error, "seconds": seconds})
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "state_size": size,
+                    "mean": mean,
+                    "error": error,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "state_sizes": plan.state_sizes,
+                }
+            )
     if args.output is not None:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -25,8 +25,26 @@ def _few_threads() -> None:
     torch.set_num_threads(2)
 
 
+@torch.no_grad()
+def draw_weights(model: Any) -> None:
+    """Draw every weight of a model's blocks so that no term of the mixer is trivial."""
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        mixer.in_proj.weight.normal_(std=0.3)
+        mixer.out_proj.weight.normal_(std=0.2)
+        mixer.conv1d.weight.normal_(std=0.5)
+        mixer.A_log.uniform_(-1, 2)
+        mixer.dt_bias.uniform_(-3, 0)
+        mixer.D.normal_()
+        for norm in (block.norm, mixer.norm):
+            norm.weight.uniform_(0.5, 1.5)
+        for bias in (mixer.in_proj.bias, mixer.out_proj.bias, mixer.conv1d.bias):
+            if bias is not None:
+                bias.normal_(std=0.2)
+
+
 def tiny_model(seed: int = 0, **overrides: Any) -> Mamba2ForCausalLM:
-    """A Mamba-2 with random weights, every one of them drawn so that no term of the mixer is trivial."""
+    """A Mamba-2 with random weights."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -46,20 +64,7 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Mamba2ForCausalLM:
     sizes |= overrides
     torch.manual_seed(seed)
     model = Mamba2ForCausalLM(Mamba2Config(**sizes))
-    with torch.no_grad():
-        for block in model.backbone.layers:
-            mixer = block.mixer
-            mixer.in_proj.weight.normal_(std=0.3)
-            mixer.out_proj.weight.normal_(std=0.2)
-            mixer.conv1d.weight.normal_(std=0.5)
-            mixer.A_log.uniform_(-1, 2)
-            mixer.dt_bias.uniform_(-3, 0)
-            mixer.D.normal_()
-            for norm in (block.norm, mixer.norm):
-                norm.weight.uniform_(0.5, 1.5)
-            for bias in (mixer.in_proj.bias, mixer.out_proj.bias, mixer.conv1d.bias):
-                if bias is not None:
-                    bias.normal_(std=0.2)
+    draw_weights(model)
     return model.eval()
 
 

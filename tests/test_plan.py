@@ -58,6 +58,8 @@ def test_sizes() -> None:
         ({"selections": {"a": [[3, 0], [1]]}}, "not strictly ascending"),
         ({"selections": {"a": [[0.5], [True]]}}, "channel 0.5"),
         ({"selections": {"a": [[], []]}}, "keep no channel"),
+        ({"projected": {"a": 2}}, "projected names some mixers"),
+        ({"changed": {"a": ["D"], "c": ["D"]}}, "changed names 'c'"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

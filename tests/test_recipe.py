@@ -28,6 +28,11 @@ def test_nonsense_is_refused_in_words(text: str) -> None:
         Recipe.parse(text)
 
 
+def test_a_method_that_cuts_no_state_has_none_to_divide() -> None:
+    with pytest.raises(InputError, match="leaves the state whole"):
+        Recipe.parse("sparsegpt+per-layer")
+
+
 def test_negative_steps_are_refused() -> None:
     with pytest.raises(InputError, match="refit steps is -1"):
         Recipe("ghost", refit=-1)

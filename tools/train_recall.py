@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from train_reference import Trainee, learning_rate_factor, optimizer_for
+from train_reference import Trainee, descend, optimizer_for
 
 from ghostssm.evaluation.recall import associative_recall, recall_of
 
@@ -95,13 +95,8 @@ def main() -> None:
 
     begun, accuracy = time.perf_counter(), 0.0
     for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps, args.warmup)
         loss = trainee.loss(*draw_batch(args, train))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, model, optimizer, step, args)
         done = step + 1
         if done % 100 == 0 or done == args.steps:
             accuracy = recall_of(model, *held_out).accuracy

@@ -147,6 +147,18 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
 
 
+def descend(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, args: argparse.Namespace
+) -> None:
+    """One step down the gradient of a loss, at the step's learning rate and with the gradient's norm cut at 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps, args.warmup)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def held_out_loss(
     trainee: Trainee, stream: np.ndarray, args: argparse.Namespace, windows: int, autocast: bool
 ) -> float:
@@ -214,14 +226,9 @@ def main() -> None:
     for step in range(first, args.steps):
         draw = np.random.default_rng((args.seed, step))
         batch = gather(train, draw.integers(0, len(train) - args.window - 1, args.batch), args)
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps, args.warmup)
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainee(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, model, optimizer, step, args)
         done = step + 1
         if done % 20 == 0:
             pace = (done - first) / (time.perf_counter() - begun)

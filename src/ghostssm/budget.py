@@ -11,7 +11,7 @@ def allocate(curves: Sequence[Tensor], total: int, multiple: int) -> tuple[int, 
     """State sizes, in multiples, that add up to at most a total and cost the least together.
 
     Every layer starts with one multiple; the next goes where it removes the most error, until the total is reached.
-    That is optimal for convex curves, which errors of this kind nearly are.
+    That is optimal for convex curves, which measured errors nearly are.
 
     Args:
         curves: one per layer, (n + 1,): its error when r = 0, 1, ..., n channels are left, in a unit that is the same

@@ -254,10 +254,10 @@ def _faults(document: Any) -> list[str]:
             faults.append(f"{key} is {document.get(key)!r}, expected a positive integer")
     if not isinstance(document.get("provenance", {}), dict):
         faults.append("provenance is not an object")
-    faults += _option_faults(document)
     selections = document.get("selections")
     if not isinstance(selections, dict) or not selections:
         return [*faults, "selections is missing or empty, expected an object of mixers"]
+    faults += _option_faults(document, list(selections))
     for name, kept in selections.items():
         faults += [f"selections[{name!r}]: {fault}" for fault in _selection_faults(kept, document)]
     if not faults and not any(channels for kept in selections.values() for channels in kept):
@@ -281,15 +281,20 @@ def _selection_faults(kept: Any, document: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _option_faults(document: dict[str, Any]) -> list[str]:
+def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
     """What is wrong with the entries that a plan may lack."""
     faults = []
     if not isinstance(document.get("per_layer", False), bool):
         faults.append("per_layer is neither true nor false")
-    if not isinstance(document.get("projected", {}), dict):
+    projected, changed = document.get("projected", {}), document.get("changed", {})
+    if not isinstance(projected, dict):
         faults.append("projected is not an object")
-    if not _is_names(document.get("changed", {})):
+    elif projected and set(projected) != set(mixers):
+        faults.append("projected names some mixers, expected all of those in selections, or none")
+    if not _is_names(changed):
         faults.append("changed is not an object of lists of parameter names")
+    elif not set(changed) <= set(mixers):
+        faults.append(f"changed names {min(set(changed) - set(mixers))!r}, which is not in selections")
     return faults
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,13 +24,15 @@ from ghostssm.families import family_named, family_of, mixers_of
 from ghostssm.methods import Evidence, method_names, stock_method_names
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
-from ghostssm.plan import Decision, Plan
+from ghostssm.plan import Decision, Plan, Selection
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
 
 DEFAULT_SEED = 42
 _HELD_OUT_ONE_IN = 4
+_MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Of a layer's state: where budgets per layer measure what a smaller one costs."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -88,7 +91,7 @@ class Calibration:
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress)
         sizes = [state_size] * len(mixers_of(self.model))
-        if recipe.per_layer:
+        if recipe.per_layer and recipe.how.scope == "layer":
             sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
         decisions, scores = run.decide(sizes)
         return Plan(
@@ -135,24 +138,33 @@ class _Run:
 
     def curves(self) -> list[Tensor]:
         """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
-        the energy of the hidden states after it, which is what the next layers' norms divide by."""
-        method = self.recipe.how
-        if method.name not in self.calibration._curves:
+        the energy of the hidden states after it, which is what the next layers' norms divide by.
+
+        Measured at a few sizes, with what the method would keep there, and interpolated between them.
+        """
+        name = self.recipe.method
+        if name not in self.calibration._curves:
             walk = self._walk()
             curves: list[Tensor] = []
             for block, mixer in walk.blocks():
-                score = None
-                if mixer is not None:
-                    score = method.score(self._evidence(walk, block, mixer, len(curves))).double().cpu()
+                errors = self._measured_errors(walk, block, mixer, len(curves)) if mixer is not None else None
                 walk.advance(block, mixer)
-                if score is not None:
-                    errors = score.square().sort(dim=1, descending=True).values.sum(0)
-                    left = errors.flip(0).cumsum(0).flip(0)
-                    energy = walk.hidden.square().sum(-1).mean().item()
-                    curves.append(torch.cat([left, left.new_zeros(1)]) / energy)
+                if errors is not None:
+                    curves.append(errors / walk.hidden.square().sum(-1).mean().item())
                 self.progress("budget", walk.index + 1, len(walk))
-            self.calibration._curves[method.name] = curves
-        return self.calibration._curves[method.name]
+            self.calibration._curves[name] = curves
+        return self.calibration._curves[name]
+
+    def _measured_errors(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Tensor:
+        """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
+        n = mixer.layout.state_size
+        evidence = dataclasses.replace(self._evidence(walk, block, mixer, index), rough=True)
+        score = self._finite_score(evidence, mixer)
+        sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
+        nothing = Decision(Selection(((),) * mixer.layout.n_groups))
+        decisions = [nothing, *(self._choice(evidence, score, size) for size in sizes)]
+        errors = [*walk.changes(block, mixer, decisions), 0.0]
+        return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _walk(self) -> LayerWalk:
         return LayerWalk(self.calibration.model, self.calibration.windows)
@@ -206,17 +218,22 @@ class _Run:
     def _decision(
         self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
     ) -> tuple[Decision, Tensor]:
-        method = self.recipe.how
         evidence = self._evidence(walk, block, mixer, index)
-        score = method.score(evidence)
+        score = self._finite_score(evidence, mixer)
+        return self._choice(evidence, score, size), score
+
+    def _choice(self, evidence: Evidence, score: Tensor, size: int) -> Decision:
+        decide = self.recipe.how.decide
+        return Decision(select(score, size, self.groups)) if decide is None else decide(evidence, size, self.groups)
+
+    def _finite_score(self, evidence: Evidence, mixer: Mixer) -> Tensor:
+        score = self.recipe.how.score(evidence)
         if not torch.isfinite(score).all():
             raise NumericalError(
                 f"NaN or Inf in what {mixer.name} adds to its output. The checkpoint is broken or overflows; "
                 "evaluate the unpruned model on the same text first."
             )
-        if method.decide is not None:
-            return method.decide(evidence, size, self.groups), score
-        return Decision(select(score, size, self.groups)), score
+        return score
 
     def _evidence(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Evidence:
         """What the method wants to know of mixer number ``index``."""

@@ -23,7 +23,7 @@ class Recipe:
         per_layer: divide the total state over the layers by what it costs them.
 
     Raises:
-        InputError: no such method, or a negative number of steps.
+        InputError: no such method, a negative number of steps, or sizes per layer for a method that cuts no state.
     """
 
     method: str
@@ -35,6 +35,8 @@ class Recipe:
         method_named(self.method)
         if self.refit < 0:
             raise InputError(f"The number of refit steps is {self.refit}; expected 0 or more.")
+        if self.per_layer and self.how.needs == "inputs":
+            raise InputError(f"{self.method} leaves the state whole, so it can't divide it over the layers.")
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

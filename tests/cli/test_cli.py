@@ -149,6 +149,18 @@ def test_compare(run: Run, small: Path, text_file: Path) -> None:
     assert random["state_bytes"] * 2 == dense["state_bytes"]
 
 
+def test_compare_sizes_per_layer(run: Run, small: Path, text_file: Path) -> None:
+    texts = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--window-length", 64]
+    recipes = ["--methods", "balanced+per-layer", "taylor+per-layer"]
+    code, out, _ = run("compare", small, "--state-size", 6, *recipes, "--batch", 1, "--json", *texts)
+    assert code == 0
+    dense, *rows = json.loads(out)
+    for row in rows:
+        assert row["stored_state_size"] <= 6 + 1e-9
+        share = row["stored_state_size"] / dense["stored_state_size"]
+        assert row["state_bytes"] == pytest.approx(share * dense["state_bytes"], abs=1)
+
+
 def test_evaluate(run: Run, small: Path, text_file: Path) -> None:
     code, out, _ = run("evaluate", small, "--text", text_file, "--window-length", 100, "--json")
     found = json.loads(out)

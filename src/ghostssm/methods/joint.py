@@ -1,7 +1,8 @@
 """Choose channels together: the set whose removal changes the output least, correlations included.
 
 The error of removing a set R is the quadratic form 1_R^T G 1_R of a Gram matrix G. Finding the best R is a binary
-quadratic programme; greedy elimination followed by exchanges finds a set that no swap of two channels improves.
+quadratic programme; greedy elimination and greedy addition, each followed by exchanges, find a set that no swap of two
+channels improves.
 """
 
 from __future__ import annotations
