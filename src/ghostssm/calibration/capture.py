@@ -54,19 +54,23 @@ def block_calls(
         get, or that is the same for several batches, is kept once.
     """
     batches, kept_before = [], list[Tensor]()
-    hidden_states = []
+    hidden: Tensor | None = None
     with torch.inference_mode():
         rests = _outputs_besides_hidden(model, blocks, windows.ids[:1, :_SHAPE_TOKENS].to(model.device))
         for span in windows.batches():
-            calls: list[Call] = []
-            with _passed_through(blocks, rests, calls, first := list[Tensor]()):
+            seen: list[tuple[Tensor, Call]] = []
+            with _passed_through(blocks, rests, seen):
                 model(input_ids=windows.ids[span].to(model.device), use_cache=False)
             kept: dict[int, Tensor] = {}
-            # The calls hold on to the tensors that they got, so that identities stay unique.
-            batches.append([call.map(partial(_kept, kept, kept_before, dtype)) for call in calls])
+            # `seen` holds on to the tensors, so that their identities stay unique.
+            batches.append([call.map(partial(_kept, kept, kept_before, dtype)) for _, call in seen])
             kept_before = kept_before or list(kept.values())
-            hidden_states.append(first[0].to(dtype))
-    return torch.cat(hidden_states), batches
+            first = seen[0][0]
+            if hidden is None:
+                hidden = first.new_empty(len(windows), *first.shape[1:], dtype=dtype)
+            hidden[span] = first
+    assert hidden is not None  # windows are never empty
+    return hidden, batches
 
 
 def captured_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
@@ -115,15 +119,13 @@ def _outputs_besides_hidden(
 
 @contextmanager
 def _passed_through(
-    blocks: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], calls: list[Call], first: list[Tensor]
+    blocks: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], seen: list[tuple[Tensor, Call]]
 ) -> Iterator[None]:
-    """Within the context, blocks return the hidden states they get and note their calls."""
+    """Within the context, blocks return the hidden states that they get, and note what they were called with."""
 
     def forward(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
         hidden, call = _hidden_and_rest(args, kwargs)
-        calls.append(call)
-        if not first:
-            first.append(hidden.clone())
+        seen.append((hidden, call))
         return hidden if rest is None else (hidden, *rest)
 
     before = [block.__dict__.get("forward") for block in blocks]

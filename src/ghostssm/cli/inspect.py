@@ -64,7 +64,7 @@ def inspect(
         [
             ("model", found.name),
             ("family", f"{found.family}, {found.dialect} dialect"),
-            ("layers", str(found.layers)),
+            ("Mamba-2 layers", str(found.layers)),
             ("heads", f"{layout.num_heads} of {layout.head_dim}"),
             ("groups", str(layout.n_groups)),
             ("state size N", str(layout.state_size)),
