@@ -70,7 +70,9 @@ def repair_output(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Te
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             features = normed_output(mixer, streams)
-            missing = target - torch.nn.functional.linear(features, at_least_float32(weight), mixer.out_proj.bias)
+            missing = target.to(features) - torch.nn.functional.linear(
+                features, at_least_float32(weight), mixer.out_proj.bias
+            )
             windows = torch.arange(seen, seen + len(target))
             apart = windows % _HELD_OUT_ONE_IN == 1
             seen += len(target)

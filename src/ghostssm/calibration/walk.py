@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.capture import Call, block_calls, captured_input
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
@@ -44,26 +46,42 @@ class LayerWalk:
     model's own forward pass (:mod:`ghostssm.calibration.capture`), and reaches the copy in its precision.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows):
-        self._config = model.config
-        self._family = family_of(model.config)
-        self._blocks = self._family.blocks(model)
+    def __init__(self, model: PreTrainedModel | Blocks, windows: Windows, scratch: Scratch | None = None):
+        """
+        Args:
+            model: or where its blocks come from.
+            scratch: where what grows with the windows is to be; memory if not given.
+        """
+        self._source = blocks_of(model)
+        self._config = self._source.model.config
+        self._family = family_of(self._config)
+        self._scratch = scratch or Scratch()
         self._spans = windows.batches()
         self._streams: dict[int, Streams] = {}
         self.index = 0
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.hidden, self._calls = block_calls(model, self._blocks, windows, dtype)
+        self.original: nn.Module | None = None
+        dtype = torch.promote_types(self._source.model.dtype, torch.float32)
+        self.hidden, self._calls = block_calls(self._source, windows, dtype, self._scratch)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._source.modules)
 
-    def blocks(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
-        """Front to back: a copy of each block, and the view of the mixer in that copy."""
-        for index, original in enumerate(self._blocks):
+    def blocks(self, first: int = 0) -> Iterator[tuple[nn.Module, Mixer | None]]:
+        """Front to back: a copy of each block, and the view of the mixer in that copy.
+
+        The block itself, with its weights in their own precision, is ``original`` meanwhile.
+
+        Args:
+            first: block to begin with; what reaches it must be put into ``hidden`` then.
+        """
+        for index in range(first, len(self)):
             self.index = index
             self._streams.clear()
-            block = copy.deepcopy(original).to(self.hidden.dtype)
-            yield block, self._family.mixer(self._config, block, index)
+            with self._source.opened(index) as self.original:
+                block = copy.deepcopy(self.original).to(self.hidden.dtype)
+                yield block, self._family.mixer(self._config, block, index)
+                del block
+            self.original = None
 
     def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
         """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
@@ -80,14 +98,17 @@ class LayerWalk:
     def inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
         """What the mixer is called with, (b, l, hidden_size), batch by batch."""
         for span, call in self._batches():
-            yield captured_input(mixer.module, partial(block, self.hidden[span], *call.args, **call.kwargs))
+            yield captured_input(mixer.module, partial(block, self._at(span), *call.args, **call.kwargs))
 
     def outputs(self, block: nn.Module, mixer: Mixer) -> list[Tensor]:
         """What the mixer makes of its inputs, batch by batch."""
         with torch.inference_mode():
             return [
-                mixer_forward(mixer, hidden) if streams is None else output_of_streams(mixer, streams)
-                for hidden, streams in self._inputs_and_streams(block, mixer)
+                self._scratch.keep(
+                    f"outputs {index}",
+                    mixer_forward(mixer, hidden) if streams is None else output_of_streams(mixer, streams),
+                )
+                for index, (hidden, streams) in enumerate(self._inputs_and_streams(block, mixer))
             ]
 
     def changes(self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision]) -> list[float]:
@@ -144,22 +165,29 @@ class LayerWalk:
                 return output_of_streams(mixer, streams if decision is None else _decided(streams, decision))
 
             with torch.inference_mode(), replaced_forward([mixer] if mixer else [], forward):
-                output = block(self.hidden[span], *call.args, **call.kwargs)
-                self.hidden[span] = output[0] if isinstance(output, tuple) else output
-        if not torch.isfinite(self.hidden).all():
-            name = mixer.name if mixer else type(block).__name__
-            raise NumericalError(
-                f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
-                "evaluate the unpruned model on the same text first."
-            )
+                output = block(self._at(span), *call.args, **call.kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                self.hidden[span] = output
+            if not torch.isfinite(output).all():
+                name = mixer.name if mixer else type(block).__name__
+                raise NumericalError(
+                    f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
+                    "evaluate the unpruned model on the same text first."
+                )
 
     def _inputs_and_streams(self, block: nn.Module, mixer: Mixer) -> Iterator[tuple[Tensor, Streams | None]]:
         for index, hidden in enumerate(self.inputs(block, mixer)):
             yield hidden, self._streams.get(index)
 
+    def _at(self, span: slice) -> Tensor:
+        """The hidden states of a batch, on the model's device."""
+        return self.hidden[span].to(self._source.device)
+
     def _batches(self) -> Iterable[tuple[slice, Call]]:
         """The windows of each batch, and what the block at hand is called with for them."""
-        return ((span, calls[self.index]) for span, calls in zip(self._spans, self._calls, strict=True))
+        device = self._source.device
+        for span, calls in zip(self._spans, self._calls, strict=True):
+            yield span, calls[self.index].map(lambda tensor: tensor.to(device))
 
 
 def _decided(streams: Streams, decision: Decision) -> Streams:

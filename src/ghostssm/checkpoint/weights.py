@@ -92,9 +92,13 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _read_one(file: Path, name: str) -> Tensor:
-    with safetensors.safe_open(file, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
+    """A tensor with memory of its own: with a mapped one a file that is cut short later would end the process."""
+    try:
+        with safetensors.safe_open(file, framework="pt", backend="pread") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{name} can't be read from {file} any more ({error}); was the file changed?") from None
+    return tensor
 
 
 def _map_pickle(file: Path) -> dict[str, StoredTensor]:
