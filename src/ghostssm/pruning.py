@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 
 from ghostssm.budget import allocate
 from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
+from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
 from ghostssm.calibration.repair import repair_output
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
 from ghostssm.families import family_named, family_of, mixers_of
-from ghostssm.methods import Evidence, method_names, stock_method_names
+from ghostssm.journal import Journal
+from ghostssm.methods import Evidence, method_named, method_names, stock_method_names
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
@@ -48,10 +51,16 @@ class Calibration:
         ModelError: the model was projected before, or its layers have state sizes of their own.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows):
-        if any(mixer.projection is not None for mixer in mixers_of(model)) or _state_sizes(model) > 1:
+    def __init__(self, model: PreTrainedModel | Blocks, windows: Windows, scratch: Scratch | None = None):
+        """
+        Args:
+            model: in memory, or its blocks, wherever they come from.
+            scratch: where what grows with the windows is to be; memory if not given.
+        """
+        self.blocks = blocks_of(model)
+        self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
+        if any(mixer.projection is not None for mixer in mixers_of(self.model)) or _state_sizes(self.model) > 1:
             raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
-        self.model, self.windows = model, windows
         self._saliency: dict[str, Tensor] | None = None
         self._first_statistics: LayerStatistics | None = None
         self._first_samples: OutputSamples | None = None
@@ -71,6 +80,7 @@ class Calibration:
         seed: int = DEFAULT_SEED,
         progress: Progress = silent,
         multiple: int = DEFAULT_MULTIPLE,
+        journal: Journal | None = None,
     ) -> Plan:
         """Decide what becomes of every mixer's state.
 
@@ -80,6 +90,7 @@ class Calibration:
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
             multiple: of state sizes per layer.
+            journal: keeps the decisions as they are made, and may know the first of them already; memory if not given.
 
         Raises:
             InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
@@ -89,7 +100,7 @@ class Calibration:
         check_recipe(recipe, self.model.config.model_type)
         layout = family_of(self.model.config).layout(self.model.config)
         check_state_size(state_size, layout.state_size)
-        run = _Run(self, recipe, groups, seed, progress)
+        run = _Run(self, recipe, groups, seed, progress, journal or Journal())
         sizes = [state_size] * len(mixers_of(self.model))
         if recipe.per_layer and recipe.how.scope == "layer":
             sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
@@ -128,13 +139,16 @@ class _Run:
     groups: Groups
     seed: int
     progress: Progress
+    journal: Journal
 
     def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
         """Decisions and scores of every mixer, for state sizes given per mixer."""
         known = self._before_the_walk(sizes)
         if known and not (self.recipe.repair or self.recipe.refit):
-            return {name: decision for name, (decision, _) in known.items()}, {n: s for n, (_, s) in known.items()}
-        return self._front_to_back(sizes, known)
+            self._record_known(known)
+        else:
+            self._front_to_back(sizes, known)
+        return self.journal.decisions, self.journal.scores
 
     def curves(self) -> list[Tensor]:
         """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
@@ -167,53 +181,62 @@ class _Run:
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _walk(self) -> LayerWalk:
-        return LayerWalk(self.calibration.model, self.calibration.windows)
+        return LayerWalk(self.calibration.blocks, self.calibration.windows, self.calibration.scratch)
+
+    def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
+        """Every block with its weights as they are stored, and its mixer, front to back."""
+        blocks = self.calibration.blocks
+        config = blocks.model.config
+        for index in range(len(blocks.modules)):
+            with blocks.opened(index) as block:
+                yield block, family_of(config).mixer(config, block, index)
 
     def _before_the_walk(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
         """What methods that look at the unpruned model decide for all mixers at once; nothing for the others."""
-        method, model = self.recipe.how, self.calibration.model
+        method = self.recipe.how
         if method.needs not in ("weights", "gradients"):
             return {}
-        mixers = mixers_of(model)
         saliency = self.calibration.saliency(self.progress) if method.needs == "gradients" else {}
-        scores = [
-            method.score(
-                Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, None, saliency.get(mixer.name))
-            )
-            for index, mixer in enumerate(mixers)
-        ]
+        scores: dict[str, Tensor] = {}
+        for _, mixer in self._mixers():
+            if mixer is not None:
+                weight = mixer.in_proj.weight.detach()
+                evidence = Evidence(mixer.layout, weight, self.seed + len(scores), None, saliency.get(mixer.name))
+                scores[mixer.name] = method.score(evidence)
         if method.scope == "model":
-            kept = select_together(scores, sizes[0])
+            kept = select_together(list(scores.values()), sizes[0])
         else:
-            kept = [select(score, size, self.groups) for score, size in zip(scores, sizes, strict=True)]
+            kept = [select(score, size, self.groups) for score, size in zip(scores.values(), sizes, strict=True)]
         return {
-            mixer.name: (Decision(selection), score)
-            for mixer, selection, score in zip(mixers, kept, scores, strict=True)
+            name: (Decision(selection), score) for (name, score), selection in zip(scores.items(), kept, strict=True)
         }
 
-    def _front_to_back(
-        self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]
-    ) -> tuple[dict[str, Decision], dict[str, Tensor]]:
+    def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
+        """Where nothing is mended, no activations are wanted."""
+        for index, (block, mixer) in enumerate(self._mixers()):
+            if index >= self.journal.done:
+                self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))
+
+    def _front_to_back(self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
-        walk = self._walk()
-        decisions: dict[str, Decision] = {}
-        scores: dict[str, Tensor] = {}
-        for block, mixer in walk.blocks():
+        walk, journal = self._walk(), self.journal
+        journal.restore(walk.hidden)
+        for block, mixer in walk.blocks(journal.done):
             self.progress("layers", walk.index, len(walk))
+            assert walk.original is not None
             if mixer is None:
                 walk.advance(block)
+                journal.record(walk.original, hidden=walk.hidden)
                 continue
-            decision, scores[mixer.name] = known.get(mixer.name) or self._decision(
-                walk, block, mixer, len(decisions), sizes[len(decisions)]
-            )
+            index = len(journal.decisions)
+            decision, score = known.get(mixer.name) or self._decision(walk, block, mixer, index, sizes[index])
             targets = walk.outputs(block, mixer) if self.recipe.repair or self.recipe.refit else []
             smaller = walk.apply(block, mixer, decision)
             if targets:
                 decision = self._mended(walk, block, smaller, decision, targets)
-            decisions[mixer.name] = decision
             walk.advance(block, smaller, decision)
+            journal.record(walk.original, mixer.name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))
-        return decisions, scores
 
     def _decision(
         self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
@@ -350,6 +373,21 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
         f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
         f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
     )
+
+
+def check_streamable(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
+    check_recipe(recipe, model_type)
+    fault = None
+    if recipe.how.needs == "gradients":
+        fault = f"{recipe.method} needs gradients through the whole model"
+    elif not recipe.stock:
+        fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
+    if fault:
+        able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
+        raise InputError(
+            f"{fault}, so it can't be streamed; leave out --stream, or take one of {', '.join(able)} without +per-layer."
+        )
 
 
 def methods_for(model_type: str) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ class LoadedBlocks:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def opened(self, index: int) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.modules[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ class Scratch:
             handle, name = tempfile.mkstemp(dir=self._folder, prefix=".ghostssm-")
             try:
                 # Without room on the disk a write to the mapped file would end the process.
-                os.posix_fallocate(handle, 0, max(1, size * dtype.itemsize))
+                _reserve(handle, max(1, size * dtype.itemsize))
                 mapped = torch.from_file(name, shared=True, size=size, dtype=dtype)
             finally:
                 os.close(handle)
@@ -61,3 +62,10 @@ class Scratch:
             before = self._kept[name] = self.empty(tensor.shape, tensor.dtype, tensor.device)
         before.copy_(tensor)
         return before
+
+
+def _reserve(handle: int, size: int) -> None:
+    if sys.platform == "linux":
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)
