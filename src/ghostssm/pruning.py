@@ -386,7 +386,8 @@ def check_streamable(recipe: Recipe, model_type: str) -> None:
     if fault:
         able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
         raise InputError(
-            f"{fault}, so it can't be streamed; leave out --stream, or take one of {', '.join(able)} without +per-layer."
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
+            "without +per-layer."
         )
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import Dialect
+from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.errors import InputError, OutputError
 from ghostssm.families import family_named
 from ghostssm.plan import Plan
@@ -56,20 +58,25 @@ class OutputFolder:
 
     def commit(self) -> None:
         """Put the finished folder in its place; an old one goes only once the new one stands."""
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in self.partial.iterdir():
-            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
-        old = self.partial.with_name(self.partial.name + ".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(self.partial, self.path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def put_in_place(finished: Path, path: Path) -> None:
+    """Give a finished folder its name; an old one there goes only once the new one stands."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in finished.iterdir():
+        file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
+    old = finished.with_name(finished.name + ".old")
+    if path.exists():
+        path.rename(old)
+    finished.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save(
@@ -94,17 +101,30 @@ def save(
     with folder:
         try:
             _write_model(checkpoint, folder.partial, dialect)
-            if checkpoint.tokenizer is not None:
-                checkpoint.tokenizer.save_pretrained(folder.partial)
-            plan.save(folder.partial, changes=False)
-            manifest = json.dumps(_manifest(checkpoint, plan, dialect), indent=1) + "\n"
-            (folder.partial / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+            write_beside_weights(folder.partial, checkpoint, plan, dialect, checkpoint.source.fingerprint())
             folder.commit()
         except OSError as error:
             raise OutputError(
                 f"{folder.path} could not be written: {error.strerror or error}. Nothing was kept."
             ) from error
     return folder.path
+
+
+def write_beside_weights(
+    folder: Path, checkpoint: Checkpoint | StreamedCheckpoint, plan: Plan, dialect: Dialect, fingerprint: str
+) -> None:
+    """The tokenizer, the plan, and the manifest."""
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(folder)
+    plan.save(folder, changes=False)
+    manifest = json.dumps(_manifest(checkpoint.source, plan, dialect, fingerprint), indent=1) + "\n"
+    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """The config with every value written out, so that engines whose defaults differ read the same model."""
+    model.config.architectures = [type(model).__name__]
+    model.config.to_json_file(folder / "config.json", use_diff=False)
 
 
 def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool) -> None:
@@ -121,11 +141,9 @@ def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool) -> N
 def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
     model = checkpoint.model
     if dialect == "transformers":
-        model.config.architectures = [type(model).__name__]
         with quiet_transformers():
             model.save_pretrained(folder)
-        # With every value written out, so that engines whose defaults differ read the same model.
-        model.config.to_json_file(folder / "config.json", use_diff=False)
+        write_config(model, folder)
         return
     if checkpoint.source.dialect == "mamba_ssm":
         config = checkpoint.source.config | {
@@ -137,11 +155,11 @@ def _write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None
     torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect) -> dict[str, Any]:
+def _manifest(source: Source, plan: Plan, dialect: Dialect, fingerprint: str) -> dict[str, Any]:
     return {
         "ghostssm": __version__,
-        "base_model": checkpoint.source.name,
-        "base_model_sha256": checkpoint.source.fingerprint(),
+        "base_model": source.name,
+        "base_model_sha256": fingerprint,
         "dialect": dialect,
         "method": plan.method,
         "state_size": {

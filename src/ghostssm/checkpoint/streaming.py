@@ -8,7 +8,7 @@ layouts, experts that are stored one by one, and precisions come out as if the w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -138,7 +138,8 @@ class StreamedBlocks:
 
     def fill_outside(self, head: bool) -> None:
         """Read what stands outside the blocks; the output head only if it is wanted, or is the embedding as well."""
-        unwanted = set() if head else {id(value) for value in self.model.get_output_embeddings().parameters()}
+        first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        unwanted = set() if head else set(map(id, last.parameters())) - set(map(id, first.parameters()))
         wanted = [name for name in self.outside() if id(self.model.get_parameter_or_buffer(name)) not in unwanted]
         self._fill(wanted)
         for name in wanted:
@@ -157,6 +158,10 @@ class StreamedBlocks:
         filled = self.model.get_parameter_or_buffer(name)
         _put(self.model, name, idle)
         return self._as_stored({name: filled})
+
+    def load_into_opened(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors with the names that files have into the block that is open, and has their shapes."""
+        self._convert_and_load(tensors)
 
     def stored_block(self, index: int, block: nn.Module) -> dict[str, Tensor]:
         """The tensors of an opened block, whatever was done to it, under the names that files have.
@@ -225,16 +230,19 @@ class StreamedBlocks:
                 tensors[name] = self._read(self._tied[name])
             else:
                 tensors |= {stored: self._stored[stored].read() for stored in self._places.get(name, ())}
+        self._convert_and_load(tensors)
+        filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
+        assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
+        check_finite(filled, self._source)
+
+    def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
         how = LoadStateDictConfig(
             dtype=self._dtype,
             dtype_plan=self.model._get_dtype_plan(self._dtype),
             weight_mapping=get_model_conversion_mapping(self.model),
         )
         with quiet_transformers():
-            convert_and_load_state_dict_in_model(self.model, tensors, how)
-        filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
-        assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
-        check_finite(filled, self._source)
+            convert_and_load_state_dict_in_model(self.model, dict(tensors), how)
 
 
 def _without_weights(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:

@@ -45,7 +45,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, or
             quantised weights.
     """
-    for stem, suffix, reader in (("model", "safetensors", _read_header), ("pytorch_model", "bin", _map_pickle)):
+    for stem, suffix, reader in (("model", "safetensors", read_header), ("pytorch_model", "bin", _map_pickle)):
         index = folder / f"{stem}.{suffix}.index.json"
         whole = folder / f"{stem}.{suffix}"
         if index.exists():
@@ -77,7 +77,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a safetensors file; raises ModelError if it is broken."""
     tensors = {}
     try:
         with safetensors.safe_open(file, framework="pt") as handle:

@@ -1,0 +1,327 @@
+"""The state of a streamed run on disk: every block that is done, so that a run that was ended can go on.
+
+A run that writes OUTPUT keeps in OUTPUT.run
+
+    run.json            what the run is: model, text, options, versions
+    outside/00000.*     tensors outside the blocks, one file each
+    blocks/00007.*      the pruned tensors of block 7
+    records/00007.json  its decision and scores; written last, so that it says that block 7 is done
+    hidden/00008.bin    the hidden states of all windows that reach block 8; of the last record only
+    output/             the folder that becomes OUTPUT
+
+Every file appears whole or not at all. Numbers in JSON are written so that they are read back bit by bit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ghostssm.checkpoint.durable import synchronise, write_durably
+from ghostssm.checkpoint.saving import OutputFolder, put_in_place, write_beside_weights, write_config
+from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint
+from ghostssm.checkpoint.weights import read_header
+from ghostssm.errors import OutputError
+from ghostssm.families import family_of
+from ghostssm.journal import Journal
+from ghostssm.plan import PLAN_FILE, Decision, Plan, Selection
+from ghostssm.surgery import change_parameters, prune_mixer
+
+_ROWS_AT_ONCE = 8
+"""Windows of hidden states that are copied from or to the disk together."""
+
+
+class RunFolder(Journal):
+    """The decisions and weights of a streamed run.
+
+        with RunFolder(output, identity, resume=False) as run:
+            run.begin(blocks)
+            plan = calibration.plan(..., journal=run)
+            run.finish(checkpoint, plan)
+
+    Attributes:
+        folder: where the run's state is.
+        path: the folder that the run is to write.
+    """
+
+    def __init__(
+        self, output: Path | str, identity: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ):
+        """
+        Args:
+            identity: what decides the result, by names that users know: JSON values.
+
+        Raises:
+            OutputError: a run's state is there and ``resume`` is false, or it is of a run with another identity, or
+                another process works on it; or the output must not be written.
+        """
+        super().__init__()
+        self.path = Path(output)
+        self.folder = run_folder_of(self.path)
+        self._identity = dict(identity)
+        self._resume, self._overwrite = resume, overwrite
+        self._lock: IO[str] | None = None
+        self._blocks: StreamedBlocks | None = None
+        check_run_folder(self.path, resume=resume, overwrite=overwrite)
+
+    def __enter__(self) -> RunFolder:
+        try:
+            if not (self.folder / "run.json").exists():
+                self._create()
+            self._lock = (self.folder / "run.json").open(encoding="utf-8")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
+            self._check_identity(json.load(self._lock))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"The run's folder {self.folder} can't be used: {error}.") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def finished_plan(self) -> Plan | None:
+        """The plan, if all that an earlier run left to do is to remove its folder."""
+        if (self.folder / "finished").exists() and not (self.folder / "output").exists():
+            return Plan.read(self.path / PLAN_FILE)
+        return None
+
+    def begin(self, blocks: StreamedBlocks) -> None:
+        """Read what earlier runs did, and write what no decision changes."""
+        self._blocks = blocks
+        for part in ("outside", "blocks", "records", "hidden", "output"):
+            (self.folder / part).mkdir(exist_ok=True)
+        for number, name in enumerate(blocks.outside()):
+            shard = self._shard("outside", number)
+            if not shard.exists():
+                self._write_shard(shard, blocks.stored_outside(name))
+        while (record := self._record_file(self.done)).exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            self.done += 1
+            if found is not None:
+                self.decisions[found["name"]] = Decision(
+                    Selection(tuple(tuple(channels) for channels in found["kept"])),
+                    changes=_names_only(found["changed"]),
+                )
+                self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
+
+    def restore(self, hidden: Tensor) -> None:
+        if self.done == 0 or self.done == len(self._streamed.modules):
+            return
+        try:
+            with torch.inference_mode(), self._hidden_file(self.done).open("rb") as file:
+                for rows in hidden.split(_ROWS_AT_ONCE):
+                    values = np.fromfile(file, dtype=_numpy_dtype(hidden), count=rows.numel())
+                    rows.copy_(torch.from_numpy(values).view(rows.shape))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OutputError(
+                f"{self._hidden_file(self.done)} can't be read ({error}); remove {self.folder} to start again."
+            ) from error
+
+    def record(
+        self,
+        block: nn.Module,
+        name: str | None = None,
+        decision: Decision | None = None,
+        score: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        found: dict[str, Any] | None = None
+        if name is not None and decision is not None and score is not None:
+            self._apply(block, decision)
+            score = score.double().cpu()
+            decision = Decision(decision.selection, changes=_names_only(decision.changes))
+            kept = [list(channels) for channels in decision.selection.kept]
+            found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
+        try:
+            self._write_shard(self._shard("blocks", self.done), self._streamed.stored_block(self.done, block))
+            if hidden is not None:
+                write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
+            _write_json(self._record_file(self.done), found)
+            self._hidden_file(self.done).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder} could not be written: {error.strerror or error}. {self.how_to_go_on()}"
+            ) from error
+        super().record(block, name, decision, score)
+
+    def finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
+        """Put the output together and in its place, and remove the run's folder."""
+        output = self.folder / "output"
+        try:
+            self._finish_shards(output, plan)
+            model = self._streamed.model
+            family_of(model.config).set_state_size(model.config, plan.kept_state_size)
+            write_config(model, output)
+            if model.can_generate():
+                model.generation_config.save_pretrained(output)
+            write_beside_weights(output, checkpoint, plan, "transformers", fingerprint)
+            for file in (*output.iterdir(), output):
+                synchronise(file)
+            write_durably(self.folder / "finished", lambda path: path.touch())
+            put_in_place(output, self.path)
+            synchronise(self.path.absolute().parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} could not be written: {error.strerror or error}. {self.how_to_go_on()}"
+            ) from error
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the run's folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def how_to_go_on(self) -> str:
+        """A sentence for a person whose run ended."""
+        return f"What is done is in {self.folder}: give the same command with --resume to go on."
+
+    @property
+    def _streamed(self) -> StreamedBlocks:
+        assert self._blocks is not None, "begin was not called"
+        return self._blocks
+
+    def _create(self) -> None:
+        """The folder with its run.json; both are there or neither is."""
+        new = self.folder.with_name(f"{self.folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        new.mkdir(parents=True)
+        _write_json(new / "run.json", self._identity)
+        new.rename(self.folder)
+        synchronise(self.folder.parent)
+
+    def _check_identity(self, found: Mapping[str, Any]) -> None:
+        for field in (*self._identity, *found):
+            before, now = found.get(field), self._identity.get(field)
+            if before != now:
+                raise OutputError(
+                    f"{self.folder} holds a run that differs in {field}: it was {before!r}, now it is {now!r}. Go on "
+                    "with the same model, text, options and versions, or remove that folder to start again."
+                )
+
+    def _apply(self, block: nn.Module, decision: Decision) -> None:
+        """Prune a block as the model has it."""
+        config = self._streamed.model.config
+        family = family_of(config)
+        mixer = family.mixer(config, block, self.done)
+        assert mixer is not None
+        prune_mixer(family, mixer, decision.selection, decision.width)
+        change_parameters(mixer.module, decision)
+
+    def _finish_shards(self, output: Path, plan: Plan) -> None:
+        """All weights into the output, narrow mixers padded to the widest, and the index over them."""
+        blocks = self._streamed
+        config = blocks.model.config
+        family = family_of(config)
+        outside = len(blocks.outside())
+        count = outside + len(blocks.modules)
+        for number in range(count):
+            place = output / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            index = number - outside
+            shard = self._shard("outside", number) if index < 0 else self._shard("blocks", index)
+            name = None if index < 0 else self._name_of(index)
+            if place.exists():
+                continue
+            if name is None or plan.decision(name).width == plan.kept_state_size:
+                shard.rename(place)
+                continue
+            selection, width = plan.selections[name], plan.decision(name).width
+            with blocks.opened(index) as block:
+                mixer = family.mixer(config, block, index)
+                assert mixer is not None
+                prune_mixer(family, mixer, selection, width)
+                blocks.load_into_opened(safetensors.torch.load_file(shard))
+                mixer = family.mixer(config, block, index)
+                assert mixer is not None
+                everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
+                prune_mixer(family, mixer, everything, plan.kept_state_size)
+                self._write_shard(place, blocks.stored_block(index, block))
+            shard.unlink()
+        _write_index(output)
+
+    def _name_of(self, index: int) -> str | None:
+        found = json.loads(self._record_file(index).read_text(encoding="utf-8"))
+        return None if found is None else str(found["name"])
+
+    def _shard(self, part: str, number: int) -> Path:
+        return self.folder / part / f"{number:05d}.safetensors"
+
+    def _record_file(self, index: int) -> Path:
+        return self.folder / "records" / f"{index:05d}.json"
+
+    def _hidden_file(self, index: int) -> Path:
+        return self.folder / "hidden" / f"{index:05d}.bin"
+
+    def _write_shard(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        write_durably(path, lambda place: safetensors.torch.save_file(tensors, place, metadata={"format": "pt"}))
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the state of a run that writes an output is."""
+    whole = output.absolute()
+    return whole.with_name(f"{whole.name}.run")
+
+
+def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
+    folder = run_folder_of(output)
+    if (folder / "finished").exists() and resume:
+        return
+    OutputFolder(output, overwrite)
+    if (folder / "run.json").exists() and not resume:
+        done = len(list((folder / "records").glob("*.json")))
+        raise OutputError(
+            f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
+            "start again."
+        )
+
+
+def _names_only(changed: Any) -> dict[str, Tensor]:
+    """Changed parameters by name; their values are in the weights already."""
+    return {name: torch.empty(0, device="meta") for name in changed}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+
+    def write(place: Path) -> None:
+        place.write_text(text, encoding="utf-8")
+
+    write_durably(path, write)
+
+
+def _write_rows(hidden: Tensor, path: Path) -> None:
+    with path.open("wb") as file:
+        for rows in hidden.split(_ROWS_AT_ONCE):
+            rows.cpu().numpy().tofile(file)
+
+
+def _numpy_dtype(tensor: Tensor) -> Any:
+    return torch.empty(0, dtype=tensor.dtype).numpy().dtype
+
+
+def _write_index(folder: Path) -> None:
+    """model.safetensors.index.json over all shards in a folder."""
+    where: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("model-*.safetensors")):
+        stored = read_header(file)
+        where |= dict.fromkeys(stored, file.name)
+        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})

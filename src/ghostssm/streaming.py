@@ -1,0 +1,87 @@
+"""Prune a model that does not fit into memory: one block at a time, from its files to the output's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ghostssm._version import __version__
+from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.streaming import StreamedCheckpoint
+from ghostssm.data.windows import Windows
+from ghostssm.methods.selection import Groups
+from ghostssm.plan import Plan
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning import DEFAULT_SEED, Calibration, check_streamable
+from ghostssm.recipe import Recipe
+from ghostssm.run_folder import RunFolder
+
+
+def prune_streamed(
+    checkpoint: StreamedCheckpoint,
+    windows: Windows,
+    recipe: str | Recipe,
+    state_size: int,
+    output: Path | str,
+    *,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    overwrite: bool = False,
+    resume: bool = False,
+    offload: Path | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Prune a streamed checkpoint and write the result; bit by bit what :class:`ghostssm.Calibration`,
+    :func:`ghostssm.apply_plan` and :func:`ghostssm.save` give for a loaded one, but for the division into files.
+
+    After every block its decision and weights and the windows' hidden states are on disk, in OUTPUT.run.
+
+    Args:
+        overwrite: replace an output folder that is not empty.
+        resume: go on with what OUTPUT.run holds, if there is such a folder.
+        offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
+
+    Returns:
+        the plan. It names the parameters that were repaired; their values are in the output only.
+
+    Raises:
+        InputError: as :meth:`Calibration.plan`; a recipe that can't be streamed.
+        OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_streamable(recipe, checkpoint.blocks.model.config.model_type)
+    fingerprint = checkpoint.source.fingerprint()
+    identity = _identity(checkpoint, windows, fingerprint) | {
+        "method": str(recipe),
+        "state_size": state_size,
+        "groups": groups,
+        "seed": seed,
+    }
+    calibration = Calibration(checkpoint.blocks, windows, Scratch(offload))
+    with RunFolder(output, identity, resume=resume, overwrite=overwrite) as run:
+        if (plan := run.finished_plan) is not None:
+            run.remove()
+            return plan
+        run.begin(checkpoint.blocks)
+        plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
+        run.finish(checkpoint, plan, fingerprint)
+    return plan
+
+
+def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str) -> dict[str, Any]:
+    """What decides the numbers of a run besides its recipe."""
+    return {
+        "ghostssm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": checkpoint.blocks.device.type,
+        "model": fingerprint,
+        "text": windows.text_fingerprint,
+        "windows": len(windows),
+        "window_length": windows.length,
+        "tokens": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+    }
