@@ -38,6 +38,7 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StreamedCheckpoint",
     "Text",
     "TextError",
     "Windows",
@@ -52,11 +53,13 @@ __all__ = [
     "load",
     "method_named",
     "method_names",
+    "prune_streamed",
     "pruned",
     "read_text",
     "restore",
     "save",
     "smallest_plan",
+    "stream",
 ]
 
 

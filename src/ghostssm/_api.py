@@ -3,6 +3,7 @@
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint.streaming import StreamedCheckpoint, stream
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
 from ghostssm.errors import (
@@ -22,6 +23,7 @@ from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
+from ghostssm.streaming import prune_streamed
 from ghostssm.surgery import apply_plan, pruned
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StreamedCheckpoint",
     "Text",
     "TextError",
     "Windows",
@@ -61,9 +64,11 @@ __all__ = [
     "load",
     "method_named",
     "method_names",
+    "prune_streamed",
     "pruned",
     "read_text",
     "restore",
     "save",
     "smallest_plan",
+    "stream",
 ]

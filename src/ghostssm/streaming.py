@@ -66,9 +66,12 @@ def prune_streamed(
         if (plan := run.finished_plan) is not None:
             run.remove()
             return plan
-        run.begin(checkpoint.blocks)
-        plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
-        run.finish(checkpoint, plan, fingerprint)
+        try:
+            run.begin(checkpoint.blocks)
+            plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
+            run.finish(checkpoint, plan, fingerprint)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(run.how_to_go_on()) from None
     return plan
 
 

@@ -195,6 +195,7 @@ def _build(
     else:
         tensors = {name: tensor.read() for name, tensor in stored.items()}
         model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model.config.name_or_path = config.name_or_path  # which was set to nothing
     return model
 
 

@@ -246,29 +246,17 @@ class StreamedBlocks:
 
 
 def _without_weights(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
-    """The model of a config, its parameters on the meta device, all buffers in place."""
-    with _parameters_on_meta(), quiet_transformers():
+    """The model of a config, its parameters on the meta device, its buffers in place."""
+    with torch.device("meta"), quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        if model.can_generate() and (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+    for value in model.state_dict(keep_vars=True).values():
+        value._is_hf_initialized = True  # so that only what no file holds gets values
+    # The steps of from_pretrained for what is missing in the files.
+    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    model._initialize_missing_keys(is_quantized=False)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within the context new modules keep no values of their parameters; buffers, which no file holds, are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
-        if value is not None and not value.is_meta:
-            value = nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
-        register(module, name, value)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _run_on_zeros(module: nn.Module, device: torch.device, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +267,9 @@ def _run_on_zeros(module: nn.Module, device: torch.device, *args: Any, **kwargs:
         for name, parameter in part.named_parameters(recurse=False):
             zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
             part.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
     return run.to(device)(*args, **kwargs)
 
 

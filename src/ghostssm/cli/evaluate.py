@@ -24,6 +24,11 @@ def evaluate(
     ] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Hold one block of weights at a time, for models larger than memory."),
+    ] = False,
+    offload: arguments.Offload = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text, in float32; or recall, by the last words of passages.
@@ -33,16 +38,27 @@ def evaluate(
     import torch
 
     import ghostssm
+    from ghostssm.calibration.scratch import Scratch
+    from ghostssm.errors import InputError
 
-    checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     if last_words is not None:
+        if stream:
+            raise InputError("--last-words decodes with the whole model; leave out --stream.")
+        checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
         _evaluate_last_words(checkpoint, last_words, as_json)
         return
+    if offload is not None and not stream:
+        raise InputError("--offload works with --stream only; add that, or leave out --offload.")
+    opened = (ghostssm.stream if stream else ghostssm.load)(
+        model, dtype=torch.float32, device=device, tokenizer=tokenizer
+    )
     cut = ghostssm.cut_windows(
-        ghostssm.read_text(text, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
+        ghostssm.read_text(text, "evaluation"), opened.require_tokenizer(), window_length, text_windows
     )
     with progress_reporter() as progress:
-        result = ghostssm.evaluate(checkpoint.model, cut, progress)
+        result = ghostssm.evaluate(
+            opened.model if isinstance(opened, ghostssm.Checkpoint) else opened.blocks, cut, progress, Scratch(offload)
+        )
     if as_json:
         print_json(
             {

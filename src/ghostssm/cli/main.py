@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 
 import typer
@@ -13,7 +14,12 @@ from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.errors import GhostError, InputError
 
-_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
+_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED, _EXIT_TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as machines that are taken away send it: what an interrupt does, with another exit code."""
+
 
 app = typer.Typer(
     name="ghostssm",
@@ -36,9 +42,11 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
         except GhostError as error:
             print_error(str(error))
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
-        except KeyboardInterrupt:
-            print_error("interrupted; nothing was written.")
-            raise typer.Exit(_EXIT_INTERRUPTED) from None
+        except KeyboardInterrupt as stop:
+            terminated = isinstance(stop, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            print_error(f"{what}. {stop}" if stop.args else f"{what}; nothing was written.")
+            raise typer.Exit(_EXIT_TERMINATED if terminated else _EXIT_INTERRUPTED) from None
 
     return wrapped
 
@@ -51,4 +59,12 @@ def main() -> None:
     """Run the command."""
     # transformers would tell of every kernel package that is not installed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,6 +14,8 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ghostssm import Plan, Recipe, Windows
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.methods.selection import Groups
@@ -66,6 +71,23 @@ def prune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")] = False,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Hold one block of weights at a time, for models larger than memory. The result is the same, in more "
+            "files. What is done is kept in DIR.run until the end, for --resume.",
+        ),
+    ] = False,
+    offload: arguments.Offload = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="With --stream: go on with the run whose state DIR.run holds, whatever ended it; from the beginning "
+            "where there is none.",
+        ),
+    ] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Prune a model's state and write a checkpoint that loads like the original.
@@ -77,20 +99,33 @@ def prune(
     from ghostssm.pruning import check_recipe
 
     begun = time.perf_counter()
-    folder = ghostssm.OutputFolder(output, overwrite)
+    _check_stream_options(stream, offload, resume, dialect, max_excess_loss)
+    if not stream:
+        folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
     described = ghostssm.describe(model)
     check_recipe(recipe, described.family)
     check_dialect(dialect, described.family, not recipe.stock)
     size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
 
-    checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
-    text = ghostssm.read_text(calibration, "calibration")
-    cut = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), window_length, windows, seed)
-    note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
-    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, groups, seed, multiple)
-    smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
-    written = ghostssm.save(smaller, plan, folder, dialect=dialect)
+    def windows_for(vocabulary: PreTrainedTokenizerBase) -> Windows:
+        text = ghostssm.read_text(calibration, "calibration")
+        cut = ghostssm.cut_windows(text, vocabulary, window_length, windows, seed)
+        note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
+        return cut
+
+    if stream:
+        assert size is not None
+        plan = _prune_streamed(
+            model, tokenizer, device, windows_for, recipe, size, output, groups, seed, overwrite, resume, offload
+        )
+        written = Path(output)
+    else:
+        checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
+        cut = windows_for(checkpoint.require_tokenizer())
+        plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, groups, seed, multiple)
+        smaller = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
+        written = ghostssm.save(smaller, plan, folder, dialect=dialect)
 
     found = ghostssm.describe(str(written))
     before = found.state_bytes(plan.state_size)
@@ -115,6 +150,66 @@ def prune(
             ("time", f"{seconds:.0f} s"),
         ]
     )
+
+
+def _check_stream_options(
+    stream: bool, offload: Path | None, resume: bool, dialect: str, max_excess_loss: float | None
+) -> None:
+    from ghostssm.errors import InputError
+
+    if not stream:
+        for option, given in (("--offload", offload is not None), ("--resume", resume)):
+            if given:
+                raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
+        return
+    if dialect != "transformers":
+        raise InputError(
+            f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
+            "dialect."
+        )
+    if max_excess_loss is not None:
+        raise InputError(
+            "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "
+            "--budget."
+        )
+
+
+def _prune_streamed(
+    model: str,
+    tokenizer: str | None,
+    device: str,
+    windows_for: Callable[[PreTrainedTokenizerBase], Windows],
+    recipe: Recipe,
+    size: int,
+    output: str,
+    groups: Groups,
+    seed: int,
+    overwrite: bool,
+    resume: bool,
+    offload: Path | None,
+) -> Plan:
+    import ghostssm
+    from ghostssm.pruning import check_streamable
+    from ghostssm.run_folder import check_run_folder
+
+    check_run_folder(Path(output), resume=resume, overwrite=overwrite)
+    check_streamable(recipe, ghostssm.describe(model).family)
+    checkpoint = ghostssm.stream(model, device=device, tokenizer=tokenizer, head=False)
+    windows = windows_for(checkpoint.require_tokenizer())
+    with progress_reporter() as progress:
+        return ghostssm.prune_streamed(
+            checkpoint,
+            windows,
+            recipe,
+            size,
+            output,
+            groups=groups,
+            seed=seed,
+            overwrite=overwrite,
+            resume=resume,
+            offload=offload,
+            progress=progress,
+        )
 
 
 def _wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
