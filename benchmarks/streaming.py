@@ -59,12 +59,13 @@ def write_model(
         if name != "lm_head.weight":
             shards.setdefault(".".join(name.split(".")[:3]), {})[name] = value
     where, total = {}, 0
+    drawn: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for number, (_, tensors) in enumerate(sorted(shards.items()), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if one_block:
-            generator.manual_seed(0)
-        drawn = {name: drawn_weights(name, value, generator).to(dtype) for name, value in tensors.items()}
+        if not (one_block and len(drawn) == len(tensors)):
+            drawn = {name: drawn_weights(name, value, generator).to(dtype) for name, value in tensors.items()}
+        drawn = dict(zip(tensors, drawn.values(), strict=True))
         safetensors.torch.save_file(drawn, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(drawn, file)
         total += sum(value.nbytes for value in drawn.values())

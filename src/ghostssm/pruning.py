@@ -219,7 +219,10 @@ class _Run:
 
     def _front_to_back(self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
-        walk, journal = self._walk(), self.journal
+        journal = self.journal
+        if journal.done == len(self.calibration.blocks.modules):
+            return
+        walk = self._walk()
         journal.restore(walk.hidden)
         for block, mixer in walk.blocks(journal.done):
             self.progress("layers", walk.index, len(walk))

@@ -35,7 +35,7 @@ from ghostssm.checkpoint.weights import read_header
 from ghostssm.errors import OutputError
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
-from ghostssm.plan import PLAN_FILE, Decision, Plan, Selection
+from ghostssm.plan import Decision, Plan, Selection
 from ghostssm.surgery import change_parameters, prune_mixer
 
 _ROWS_AT_ONCE = 8
@@ -80,32 +80,24 @@ class RunFolder(Journal):
             if not (self.folder / "run.json").exists():
                 self._create()
             self._lock = (self.folder / "run.json").open(encoding="utf-8")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
-            self._check_identity(json.load(self._lock))
+            self._check_lock(self._lock)
         except (OSError, ValueError) as error:
+            self._close()
             raise OutputError(f"The run's folder {self.folder} can't be used: {error}.") from error
+        except OutputError:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    @property
-    def finished_plan(self) -> Plan | None:
-        """The plan, if all that an earlier run left to do is to remove its folder."""
-        if (self.folder / "finished").exists() and not (self.folder / "output").exists():
-            return Plan.read(self.path / PLAN_FILE)
-        return None
+        self._close()
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
         self._blocks = blocks
-        for part in ("outside", "blocks", "records", "hidden", "output"):
+        for part in ("outside", "blocks", "records", "hidden"):
             (self.folder / part).mkdir(exist_ok=True)
         for number, name in enumerate(blocks.outside()):
             shard = self._shard("outside", number)
@@ -163,8 +155,12 @@ class RunFolder(Journal):
 
     def finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
         """Put the output together and in its place, and remove the run's folder."""
+        if _is_in_place(self.folder):
+            self.remove()
+            return
         output = self.folder / "output"
         try:
+            output.mkdir(exist_ok=True)
             self._finish_shards(output, plan)
             model = self._streamed.model
             family_of(model.config).set_state_size(model.config, plan.kept_state_size)
@@ -206,7 +202,13 @@ class RunFolder(Journal):
         new.rename(self.folder)
         synchronise(self.folder.parent)
 
-    def _check_identity(self, found: Mapping[str, Any]) -> None:
+    def _check_lock(self, lock: IO[str]) -> None:
+        """Take the folder for this process, if the run in it is the one to go on with."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
+        found = json.load(lock)
         for field in (*self._identity, *found):
             before, now = found.get(field), self._identity.get(field)
             if before != now:
@@ -214,6 +216,10 @@ class RunFolder(Journal):
                     f"{self.folder} holds a run that differs in {field}: it was {before!r}, now it is {now!r}. Go on "
                     "with the same model, text, options and versions, or remove that folder to start again."
                 )
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _apply(self, block: nn.Module, decision: Decision) -> None:
         """Prune a block as the model has it."""
@@ -278,10 +284,15 @@ def run_folder_of(output: Path) -> Path:
     return whole.with_name(f"{whole.name}.run")
 
 
+def _is_in_place(folder: Path) -> bool:
+    """Whether all that a run left to do is to remove its folder."""
+    return (folder / "finished").exists() and not (folder / "output").exists()
+
+
 def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
     folder = run_folder_of(output)
-    if (folder / "finished").exists() and resume:
+    if _is_in_place(folder) and resume:
         return
     OutputFolder(output, overwrite)
     if (folder / "run.json").exists() and not resume:

@@ -63,9 +63,6 @@ def prune_streamed(
     }
     calibration = Calibration(checkpoint.blocks, windows, Scratch(offload))
     with RunFolder(output, identity, resume=resume, overwrite=overwrite) as run:
-        if (plan := run.finished_plan) is not None:
-            run.remove()
-            return plan
         try:
             run.begin(checkpoint.blocks)
             plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
