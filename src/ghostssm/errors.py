@@ -5,7 +5,13 @@ A message names the file or option, what was found, what was expected, and the n
 
 
 class GhostError(Exception):
-    """Base of every error that ghostssm raises on purpose."""
+    """Base of every error that ghostssm raises on purpose.
+
+    Attributes:
+        told: another process of the run has raised it too, and tells it.
+    """
+
+    told = False
 
 
 class InputError(GhostError):
@@ -30,6 +36,10 @@ class PlanError(InputError):
 
 class OutputError(InputError):
     """An output folder that must not be written."""
+
+
+class ProcessError(GhostError):
+    """Another process of a run that several share is gone."""
 
 
 class NumericalError(InputError):

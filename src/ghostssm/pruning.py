@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
 from ghostssm.calibration.repair import repair_output
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
+from ghostssm.calibration.samples import joined as joined_samples
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
-from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.errors import GhostError, InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
 from ghostssm.families import family_named, family_of, mixers_of
 from ghostssm.journal import Journal
@@ -28,6 +29,7 @@ from ghostssm.methods import Evidence, method_named, method_names, stock_method_
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
+from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
@@ -51,12 +53,20 @@ class Calibration:
         ModelError: the model was projected before, or its layers have state sizes of their own.
     """
 
-    def __init__(self, model: PreTrainedModel | Blocks, windows: Windows, scratch: Scratch | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        windows: Windows,
+        scratch: Scratch | None = None,
+        processes: Processes | None = None,
+    ):
         """
         Args:
             model: in memory, or its blocks, wherever they come from.
             scratch: where what grows with the windows is to be; memory if not given.
+            processes: that share the windows, which each of them is given in full; recipes must be streamable then.
         """
+        self.processes = processes or Processes()
         self.blocks = blocks_of(model)
         self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
         if any(mixer.projection is not None for mixer in mixers_of(self.model)) or _state_sizes(self.model) > 1:
@@ -143,7 +153,7 @@ class _Run:
 
     def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
         """Decisions and scores of every mixer, for state sizes given per mixer."""
-        known = self._before_the_walk(sizes)
+        known = self.calibration.processes.from_first(lambda: self._before_the_walk(sizes))
         if known and not (self.recipe.repair or self.recipe.refit):
             self._record_known(known)
         else:
@@ -181,7 +191,9 @@ class _Run:
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _walk(self) -> LayerWalk:
-        return LayerWalk(self.calibration.blocks, self.calibration.windows, self.calibration.scratch)
+        shared = self.calibration
+        first, own = shared.processes.share(shared.windows)
+        return LayerWalk(shared.blocks, own, shared.scratch, first)
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
         """Every block with its weights as they are stored, and its mixer, front to back."""
@@ -244,9 +256,29 @@ class _Run:
     def _decision(
         self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
     ) -> tuple[Decision, Tensor]:
+        """Process 0 decides; the others measure for it what it considers, until it says what it has decided."""
+        processes = self.calibration.processes
         evidence = self._evidence(walk, block, mixer, index)
-        score = self._finite_score(evidence, mixer)
-        return self._choice(evidence, score, size), score
+
+        def measured(decisions: Sequence[Decision]) -> list[float]:
+            processes.broadcast(decisions)
+            return walk.changes(block, mixer, decisions, processes)
+
+        def decided() -> tuple[Decision, Tensor]:
+            score = self._finite_score(evidence, mixer)
+            return self._choice(dataclasses.replace(evidence, changes=measured), score, size), score
+
+        if processes.rank:
+            while (considered := processes.broadcast()) is not None:
+                walk.changes(block, mixer, considered, processes)
+            return processes.from_first(decided)
+        try:
+            decision = decided()
+        except GhostError as error:
+            processes.broadcast()
+            return processes.from_first(partial(_raise, error))
+        processes.broadcast()
+        return processes.from_first(lambda: decision)
 
     def _choice(self, evidence: Evidence, score: Tensor, size: int) -> Decision:
         decide = self.recipe.how.decide
@@ -269,9 +301,10 @@ class _Run:
             evidence["saliency"] = shared.saliency(self.progress)[mixer.name]
         if method.needs == "inputs":
             evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
+            shared.processes.add(evidence["input_gram"])
         if method.needs == "statistics":
             if index or shared._first_statistics is None:
-                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer))
+                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer), shared.processes)
             else:
                 evidence["statistics"] = shared._first_statistics
             if not index:
@@ -280,7 +313,8 @@ class _Run:
             if index or shared._first_samples is None:
                 tokens = shared.windows.ids.numel()
                 streams = walk.streams(block, mixer)
-                evidence["samples"] = sample_outputs(mixer, streams, tokens, seed=self.seed + index)
+                own = sample_outputs(mixer, streams, tokens, seed=self.seed + index, first=walk.first_window)
+                evidence["samples"] = joined_samples(shared.processes.gather([own]))
             else:
                 evidence["samples"] = shared._first_samples
             if not index:
@@ -293,22 +327,44 @@ class _Run:
     ) -> Decision:
         """The decision with the parameters that refit and repair arrive at; they are in the block already."""
         before = {name: value.detach().clone() for name, value in mixer.module.named_parameters()}
+        processes = self.calibration.processes
         if self.recipe.refit:
-            data, tokens = [], 0
-            for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
-                if tokens < MOST_TOKENS:
-                    data.append(RefitData.of(mixer, hidden, target))
-                    tokens += hidden.shape[0] * hidden.shape[1]
-            refit(mixer, joined(data), self.recipe.refit, self.seed)
+            self._refit(walk, block, mixer, targets)
             walk.forget_streams()
         if self.recipe.repair:
-            repair_output(mixer, walk.pruned_streams(block, mixer, decision), targets)
+            streams = walk.pruned_streams(block, mixer, decision)
+            repair_output(mixer, streams, targets, processes, walk.first_window)
         changed = {
             name: value.detach().clone()
             for name, value in mixer.module.named_parameters()
             if not torch.equal(value, before[name])
         }
         return dataclasses.replace(decision, projection=mixer.projection, changes={**decision.changes, **changed})
+
+    def _refit(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, targets: list[Tensor]) -> None:
+        """Refit a mixer to the first windows of all processes; process 0 does, and tells what came out."""
+        processes = self.calibration.processes
+        data, tokens = [], walk.first_window * self.calibration.windows.length
+        for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
+            if tokens >= MOST_TOKENS:
+                break
+            data.append(RefitData.of(mixer, hidden, target))
+            tokens += hidden.shape[0] * hidden.shape[1]
+        data = processes.gather(data)
+
+        def refitted() -> dict[str, Tensor]:
+            refit(mixer, joined(data), self.recipe.refit, self.seed)
+            return {name: value.detach() for name, value in mixer.module.named_parameters()}
+
+        found = processes.from_first(refitted)
+        if processes.rank:
+            with torch.no_grad():
+                for name, value in mixer.module.named_parameters():
+                    value.copy_(found[name])
+
+
+def _raise(error: GhostError) -> NoReturn:
+    raise error
 
 
 def smallest_plan(

@@ -6,7 +6,7 @@ A run that writes OUTPUT keeps in OUTPUT.run
     outside/00000.*     tensors outside the blocks, one file each
     blocks/00007.*      the pruned tensors of block 7
     records/00007.json  its decision and scores; written last, so that it says that block 7 is done
-    hidden/00008.bin    the hidden states of all windows that reach block 8; of the last record only
+    hidden/00008-0.bin  the hidden states that reach block 8, of process 0's windows; of the last record only
     output/             the folder that becomes OUTPUT
 
 Every file appears whole or not at all. Numbers in JSON are written so that they are read back bit by bit.
@@ -17,7 +17,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,7 @@ from ghostssm.errors import OutputError
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
 from ghostssm.plan import Decision, Plan, Selection
+from ghostssm.processes import Processes
 from ghostssm.surgery import change_parameters, prune_mixer
 
 _ROWS_AT_ONCE = 8
@@ -56,11 +58,18 @@ class RunFolder(Journal):
     """
 
     def __init__(
-        self, output: Path | str, identity: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        output: Path | str,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        processes: Processes | None = None,
     ):
         """
         Args:
             identity: what decides the result, by names that users know: JSON values.
+            processes: that share the run and see the same folder; the first writes all but the others' hidden states.
 
         Raises:
             OutputError: a run's state is there and ``resume`` is false, or it is of a run with another identity, or
@@ -73,9 +82,14 @@ class RunFolder(Journal):
         self._resume, self._overwrite = resume, overwrite
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
-        check_run_folder(self.path, resume=resume, overwrite=overwrite)
+        self._processes = processes or Processes()
+        self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
     def __enter__(self) -> RunFolder:
+        self._processes.from_first(self._enter)
+        return self
+
+    def _enter(self) -> None:
         try:
             if not (self.folder / "run.json").exists():
                 self._create()
@@ -87,7 +101,6 @@ class RunFolder(Journal):
         except OutputError:
             self._close()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -97,6 +110,10 @@ class RunFolder(Journal):
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
         self._blocks = blocks
+        self.done, self.decisions, self.scores = self._processes.from_first(self._begin)
+
+    def _begin(self) -> tuple[int, dict[str, Decision], dict[str, Tensor]]:
+        blocks = self._streamed
         for part in ("outside", "blocks", "records", "hidden"):
             (self.folder / part).mkdir(exist_ok=True)
         for number, name in enumerate(blocks.outside()):
@@ -112,6 +129,7 @@ class RunFolder(Journal):
                     changes=_names_only(found["changed"]),
                 )
                 self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
+        return self.done, self.decisions, self.scores
 
     def restore(self, hidden: Tensor) -> None:
         if self.done == 0 or self.done == len(self._streamed.modules):
@@ -135,31 +153,37 @@ class RunFolder(Journal):
         hidden: Tensor | None = None,
     ) -> None:
         found: dict[str, Any] | None = None
-        if name is not None and decision is not None and score is not None:
-            self._apply(block, decision)
-            score = score.double().cpu()
-            decision = Decision(decision.selection, changes=_names_only(decision.changes))
-            kept = [list(channels) for channels in decision.selection.kept]
-            found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
-        try:
-            self._write_shard(self._shard("blocks", self.done), self._streamed.stored_block(self.done, block))
+        shard = self._shard("blocks", self.done)
+        with self._told_faults():
+            if name is not None and decision is not None and score is not None:
+                self._apply(block, decision)
+                score = score.double().cpu()
+                decision = Decision(decision.selection, changes=_names_only(decision.changes))
+                kept = [list(channels) for channels in decision.selection.kept]
+                found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
+            if self._processes.rank == 0:
+                self._write_shard(shard, self._streamed.stored_block(self.done, block))
             if hidden is not None:
                 write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
-            _write_json(self._record_file(self.done), found)
-            self._hidden_file(self.done).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{self.folder} could not be written: {error.strerror or error}. {self.how_to_go_on()}"
-            ) from error
+        self._processes.gather([None])  # the record says that all hidden states are on the disk
+        self._processes.from_first(lambda: self._write_record(found))
+        self._hidden_file(self.done).unlink(missing_ok=True)
         super().record(block, name, decision, score)
+
+    def _write_record(self, found: dict[str, Any] | None) -> None:
+        with self._told_faults():
+            _write_json(self._record_file(self.done), found)
 
     def finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
         """Put the output together and in its place, and remove the run's folder."""
+        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint))
+
+    def _finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
         if _is_in_place(self.folder):
             self.remove()
             return
         output = self.folder / "output"
-        try:
+        with self._told_faults():
             output.mkdir(exist_ok=True)
             self._finish_shards(output, plan)
             model = self._streamed.model
@@ -173,10 +197,6 @@ class RunFolder(Journal):
             write_durably(self.folder / "finished", lambda path: path.touch())
             put_in_place(output, self.path)
             synchronise(self.path.absolute().parent)
-        except OSError as error:
-            raise OutputError(
-                f"{self.path} could not be written: {error.strerror or error}. {self.how_to_go_on()}"
-            ) from error
         self.remove()
 
     def remove(self) -> None:
@@ -186,6 +206,17 @@ class RunFolder(Journal):
     def how_to_go_on(self) -> str:
         """A sentence for a person whose run ended."""
         return f"What is done is in {self.folder}: give the same command with --resume to go on."
+
+    @contextmanager
+    def _told_faults(self) -> Iterator[None]:
+        """Within the context the system's errors become one message with the next step."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or self.folder} could not be written: {error.strerror or error}. "
+                f"{self.how_to_go_on()}"
+            ) from error
 
     @property
     def _streamed(self) -> StreamedBlocks:
@@ -272,7 +303,7 @@ class RunFolder(Journal):
         return self.folder / "records" / f"{index:05d}.json"
 
     def _hidden_file(self, index: int) -> Path:
-        return self.folder / "hidden" / f"{index:05d}.bin"
+        return self.folder / "hidden" / f"{index:05d}-{self._processes.rank}.bin"
 
     def _write_shard(self, path: Path, tensors: dict[str, Tensor]) -> None:
         write_durably(path, lambda place: safetensors.torch.save_file(tensors, place, metadata={"format": "pt"}))

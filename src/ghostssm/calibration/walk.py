@@ -21,6 +21,7 @@ from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
 from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
 from ghostssm.plan import Decision
+from ghostssm.processes import Processes
 from ghostssm.surgery import change_parameters, prune_mixer
 
 _KEPT_STREAM_BYTES = 256 << 20
@@ -46,12 +47,20 @@ class LayerWalk:
     model's own forward pass (:mod:`ghostssm.calibration.capture`), and reaches the copy in its precision.
     """
 
-    def __init__(self, model: PreTrainedModel | Blocks, windows: Windows, scratch: Scratch | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        windows: Windows,
+        scratch: Scratch | None = None,
+        first_window: int = 0,
+    ):
         """
         Args:
             model: or where its blocks come from.
             scratch: where what grows with the windows is to be; memory if not given.
+            first_window: the number of the first of these windows, where other processes have others.
         """
+        self.first_window = first_window
         self._source = blocks_of(model)
         self._config = self._source.model.config
         self._family = family_of(self._config)
@@ -111,20 +120,28 @@ class LayerWalk:
                 for index, (hidden, streams) in enumerate(self._inputs_and_streams(block, mixer))
             ]
 
-    def changes(self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision]) -> list[float]:
-        """The mean squared change of the mixer's output that each decision would make, on the first windows."""
-        totals, tokens = [0.0] * len(decisions), 0
+    def changes(
+        self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision], processes: Processes | None = None
+    ) -> list[float]:
+        """The mean squared change of the mixer's output that each decision would make, on the first windows.
+
+        Where several processes share the windows, all must call it with the same decisions.
+        """
+        found: list[tuple[list[float], int]] = []
+        tokens = self.first_window * self.hidden.shape[1]
         with torch.inference_mode():
             for hidden, kept in self._inputs_and_streams(block, mixer):
-                streams = mixer_streams(mixer, hidden) if kept is None else kept
-                dense = output_of_streams(mixer, streams)
-                for index, decision in enumerate(decisions):
-                    change = output_of_streams(mixer, _decided(streams, decision)) - dense
-                    totals[index] += change.double().square().sum().item()
-                tokens += dense.shape[0] * dense.shape[1]
                 if tokens >= _MEASURED_TOKENS:
                     break
-        return [total / tokens for total in totals]
+                streams = mixer_streams(mixer, hidden) if kept is None else kept
+                dense = output_of_streams(mixer, streams)
+                changed = (output_of_streams(mixer, _decided(streams, decision)) - dense for decision in decisions)
+                totals = [change.double().square().sum().item() for change in changed]
+                found.append((totals, dense.shape[0] * dense.shape[1]))
+                tokens += found[-1][1]
+        found = (processes or Processes()).gather(found)
+        measured = sum(count for _, count in found)
+        return [sum(totals[index] for totals, _ in found) / measured for index in range(len(decisions))]
 
     def pruned_streams(self, block: nn.Module, mixer: Mixer, decision: Decision) -> Iterator[Streams]:
         """As :meth:`streams`, of a mixer that a decision was applied to; uses what :meth:`streams` kept."""

@@ -40,7 +40,8 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except GhostError as error:
-            print_error(str(error))
+            if not error.told:
+                print_error(str(error))
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
         except KeyboardInterrupt as stop:
             terminated = isinstance(stop, Terminated)

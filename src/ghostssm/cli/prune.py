@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,8 @@ def _check_stream_options(
     from ghostssm.errors import InputError
 
     if not stream:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError("Several processes share a run with --stream only; add that, or start one process.")
         for option, given in (("--offload", offload is not None), ("--resume", resume)):
             if given:
                 raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
@@ -189,15 +192,18 @@ def _prune_streamed(
     offload: Path | None,
 ) -> Plan:
     import ghostssm
+    from ghostssm.processes import Processes, own_device
     from ghostssm.pruning import check_streamable
     from ghostssm.run_folder import check_run_folder
 
-    check_run_folder(Path(output), resume=resume, overwrite=overwrite)
+    device = own_device(device)
+    processes = Processes.join(device)
+    processes.from_first(lambda: check_run_folder(Path(output), resume=resume, overwrite=overwrite))
     check_streamable(recipe, ghostssm.describe(model).family)
     checkpoint = ghostssm.stream(model, device=device, tokenizer=tokenizer, head=False)
     windows = windows_for(checkpoint.require_tokenizer())
     with progress_reporter() as progress:
-        return ghostssm.prune_streamed(
+        plan = ghostssm.prune_streamed(
             checkpoint,
             windows,
             recipe,
@@ -208,8 +214,11 @@ def _prune_streamed(
             overwrite=overwrite,
             resume=resume,
             offload=offload,
+            processes=processes,
             progress=progress,
         )
+    processes.leave()
+    return plan
 
 
 def _wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
