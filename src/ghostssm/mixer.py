@@ -87,7 +87,7 @@ class Mixer:
         """z, the convolution's input xBC, and dt, from (b, l, hidden_size)."""
         projected = self.in_proj(self.scaled_input(hidden))
         if self.row_multipliers is not None:
-            projected = projected * self.row_multipliers
+            projected = projected * self.row_multipliers.to(projected)  # the model may have moved since
         return self.layout.split_in_proj(projected)
 
     def scaled_input(self, hidden: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class _Run:
         config = blocks.model.config
         for index in range(len(blocks.modules)):
             with blocks.opened(index) as block:
-                yield block, family_of(config).mixer(config, block, index)
+                yield block, family_of(config).mixer(block, index)
 
     def _before_the_walk(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
         """What methods that look at the unpruned model decide for all mixers at once; nothing for the others."""

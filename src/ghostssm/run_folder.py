@@ -256,7 +256,7 @@ class RunFolder(Journal):
         """Prune a block as the model has it."""
         config = self._streamed.model.config
         family = family_of(config)
-        mixer = family.mixer(config, block, self.done)
+        mixer = family.mixer(block, self.done)
         assert mixer is not None
         prune_mixer(family, mixer, decision.selection, decision.width)
         change_parameters(mixer.module, decision)
@@ -280,11 +280,11 @@ class RunFolder(Journal):
                 continue
             selection, width = plan.selections[name], plan.decision(name).width
             with blocks.opened(index) as block:
-                mixer = family.mixer(config, block, index)
+                mixer = family.mixer(block, index)
                 assert mixer is not None
                 prune_mixer(family, mixer, selection, width)
                 blocks.load_into_opened(safetensors.torch.load_file(shard))
-                mixer = family.mixer(config, block, index)
+                mixer = family.mixer(block, index)
                 assert mixer is not None
                 everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
                 prune_mixer(family, mixer, everything, plan.kept_state_size)

@@ -141,7 +141,7 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A model of our own class by the plan, sharing the tensors that stay as they are."""
     family, tensors = family_of(model.config), dict(model.state_dict())
     for index, block in enumerate(family.blocks(model)):
-        mixer = family.mixer(model.config, copy.deepcopy(block), index)
+        mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
             continue
         decision = plan.decision(mixer.name)

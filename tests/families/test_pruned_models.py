@@ -260,6 +260,7 @@ class TestRefusals:
         [
             ("bamba", {"mamba_n_groups": 3}, "n_groups = 3 does not divide"),
             ("bamba", {"mamba_d_state": 0}, "state_size is 0"),
+            ("bamba", {"time_step_limit": None}, r"time_step_limit of model\.layers\.0\.mamba is None"),
             ("falcon_h1", {"ssm_multipliers": [1.0]}, "can't build a falcon_h1 model"),
             ("falcon_h1", {"hidden_act": "gelu"}, r"activation of model\.layers\.0\.mamba is 'gelu'"),
             ("nemotron_h", {"mamba_hidden_act": "gelu"}, r"activation of model\.layers\.0\.mixer is 'gelu'"),

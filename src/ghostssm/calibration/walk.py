@@ -62,8 +62,7 @@ class LayerWalk:
         """
         self.first_window = first_window
         self._source = blocks_of(model)
-        self._config = self._source.model.config
-        self._family = family_of(self._config)
+        self._family = family_of(self._source.model.config)
         self._scratch = scratch or Scratch()
         self._spans = windows.batches()
         self._streams: dict[int, Streams] = {}
@@ -88,7 +87,7 @@ class LayerWalk:
             self._streams.clear()
             with self._source.opened(index) as self.original:
                 block = copy.deepcopy(self.original).to(self.hidden.dtype)
-                yield block, self._family.mixer(self._config, block, index)
+                yield block, self._family.mixer(block, index)
                 del block
             self.original = None
 
@@ -160,7 +159,7 @@ class LayerWalk:
         change_parameters(mixer.module, decision)
         if decision.changes:
             self.forget_streams()
-        view = self._family.mixer(self._config, block, self.index)
+        view = self._family.mixer(block, self.index)
         assert view is not None
         return replace(view, projection=decision.projection)
 

@@ -50,7 +50,7 @@ class Family(Protocol):
         """The residual blocks of a model, front to back, with or without a mixer; raises ModelError if it has none."""
         ...
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer | None:
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
         """The Mamba-2 mixer of block number ``index``, if it has one; raises ModelError for one of an unknown kind."""
         ...
 
@@ -92,9 +92,8 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
     Raises:
         ModelError: no family here has the model's type, there is no mixer in it, or one of an unknown kind.
     """
-    config = model.config
-    family = family_of(config)
-    found = (family.mixer(config, block, index) for index, block in enumerate(family.blocks(model)))
+    family = family_of(model.config)
+    found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
     mixers = [mixer for mixer in found if mixer is not None]
     if not mixers:
         raise ModelError(

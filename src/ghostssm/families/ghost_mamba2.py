@@ -25,8 +25,8 @@ class GhostMamba2Family(StockFamily):
         sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
         return super().layout(config).with_state_size(max(sizes))
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer | None:
-        stock = super().mixer(config, block, index)
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        stock = super().mixer(block, index)
         if stock is None:
             return None
         module: Any = stock.module

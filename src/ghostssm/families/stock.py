@@ -81,7 +81,7 @@ class StockFamily:
             raise self._unknown_version(f"{type(model).__name__} has no blocks at {self.blocks_path}")
         return list(blocks)
 
-    def mixer(self, config: PreTrainedConfig, block: nn.Module, index: int) -> Mixer | None:
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
         for path in self.mixer_paths:
             module = _find(block, path)
             if hasattr(module, "A_log"):  # only a state space has one
@@ -101,7 +101,9 @@ class StockFamily:
             raise ModelError(
                 f"The activation of {name} is {module.activation!r}; expected 'silu', as every published Mamba-2 has."
             )
-        low, high = module.time_step_limit
+        limits = module.time_step_limit
+        if not isinstance(limits, (tuple, list)) or len(limits) != 2:
+            raise self._unknown_version(f"the time_step_limit of {name} is {limits!r}, not a lower and an upper bound")
         multipliers = getattr(module, _MULTIPLIERS, None)
         return Mixer(
             name=name,
@@ -115,7 +117,7 @@ class StockFamily:
             D=module.D,
             norm=self._norm(module.norm),
             out_proj=module.out_proj,
-            dt_limit=(float(low), float(high)),
+            dt_limit=(float(limits[0]), float(limits[1])),
             input_multiplier=getattr(module, "ssm_in_multiplier", 1.0),
             row_multipliers=None if multipliers is None else multipliers.flatten(),
         )
