@@ -14,9 +14,9 @@ Every file appears whole or not at all. Numbers in JSON are written so that they
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -235,10 +235,13 @@ class RunFolder(Journal):
 
     def _check_lock(self, lock: IO[str]) -> None:
         """Take the folder for this process, if the run in it is the one to go on with."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
         found = json.load(lock)
         for field in (*self._identity, *found):
             before, now = found.get(field), self._identity.get(field)
