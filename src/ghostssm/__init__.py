@@ -45,6 +45,7 @@ __all__ = [
     "Selection",
     "Source",
     "StorageError",
+    "StreamedCheckpoint",
     "Text",
     "TextError",
     "Verification",
@@ -66,12 +67,14 @@ __all__ = [
     "method_names",
     "nearest_state_size",
     "pad_state",
+    "prune_streamed",
     "pruned",
     "push_to_hub",
     "read_text",
     "restore",
     "save",
     "smallest_plan",
+    "stream",
     "verify",
 ]
 

@@ -17,6 +17,7 @@ from ghostssm.checkpoint import (
 from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.checkpoint.hub import push_to_hub
+from ghostssm.checkpoint.streaming import StreamedCheckpoint, stream
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import Windows, cut_windows
 from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
@@ -40,6 +41,7 @@ from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
+from ghostssm.streaming import prune_streamed
 from ghostssm.surgery import apply_plan, pad_state, pruned
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "Selection",
     "Source",
     "StorageError",
+    "StreamedCheckpoint",
     "Text",
     "TextError",
     "Verification",
@@ -91,11 +94,13 @@ __all__ = [
     "method_names",
     "nearest_state_size",
     "pad_state",
+    "prune_streamed",
     "pruned",
     "push_to_hub",
     "read_text",
     "restore",
     "save",
     "smallest_plan",
+    "stream",
     "verify",
 ]

@@ -5,7 +5,13 @@ A message names the file or option, what was found, what was expected, and the n
 
 
 class GhostError(Exception):
-    """Base of every error that ghostssm raises on purpose."""
+    """Base of every error that ghostssm raises on purpose.
+
+    Attributes:
+        told: another process of the run has raised it too, and tells it.
+    """
+
+    told = False
 
 
 class InputError(GhostError):
@@ -34,6 +40,10 @@ class OutputError(InputError):
 
 class StorageError(GhostError):
     """Writing failed: a full disk, a quota, a disk that is gone. Nothing half-written is left."""
+
+
+class ProcessError(GhostError):
+    """Another process of a run that several share is gone."""
 
 
 class NumericalError(InputError):

@@ -12,10 +12,11 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived; the exit code is the usual one, 143."""
+    """SIGTERM arrived; the exit code is the usual one, 143. ``message``: what a person can do next, if anything."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = ""):
         super().__init__(EXIT_TERMINATED)
+        self.message = message
 
 
 @contextmanager

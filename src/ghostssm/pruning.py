@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,17 +14,22 @@ from transformers import PreTrainedModel
 
 from ghostssm.budget import allocate
 from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
+from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
 from ghostssm.calibration.repair import repair_output, repair_skip
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
+from ghostssm.calibration.samples import joined as joined_samples
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
-from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.errors import GhostError, InputError, ModelError, NumericalError
 from ghostssm.evaluation import evaluate
 from ghostssm.families import family_named, family_of, mixers_of
-from ghostssm.methods import Evidence, method_names, stock_method_names
+from ghostssm.journal import Journal
+from ghostssm.methods import Evidence, method_named, method_names, stock_method_names
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
+from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
@@ -48,10 +53,24 @@ class Calibration:
         ModelError: the model was projected before, or its layers have state sizes of their own.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows):
-        if any(mixer.projection is not None for mixer in mixers_of(model)) or _state_sizes(model) > 1:
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        windows: Windows,
+        scratch: Scratch | None = None,
+        processes: Processes | None = None,
+    ):
+        """
+        Args:
+            model: in memory, or its blocks, wherever they come from.
+            scratch: where what grows with the windows is to be; memory if not given.
+            processes: that share the windows, which each of them is given in full; recipes must be streamable then.
+        """
+        self.processes = processes or Processes()
+        self.blocks = blocks_of(model)
+        self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
+        if any(mixer.projection is not None for mixer in mixers_of(self.model)) or _state_sizes(self.model) > 1:
             raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
-        self.model, self.windows = model, windows
         self._saliency: dict[str, Tensor] | None = None
         self._first_statistics: LayerStatistics | None = None
         self._first_samples: OutputSamples | None = None
@@ -71,6 +90,7 @@ class Calibration:
         seed: int = DEFAULT_SEED,
         progress: Progress = silent,
         multiple: int = DEFAULT_MULTIPLE,
+        journal: Journal | None = None,
     ) -> Plan:
         """Decide what becomes of every mixer's state.
 
@@ -80,6 +100,7 @@ class Calibration:
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
             multiple: of state sizes per layer.
+            journal: keeps the decisions as they are made, and may know the first of them already; memory if not given.
 
         Raises:
             InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
@@ -89,7 +110,7 @@ class Calibration:
         check_recipe(recipe, self.model.config.model_type)
         layout = family_of(self.model.config).layout(self.model.config)
         check_state_size(state_size, layout.state_size)
-        run = _Run(self, recipe, groups, seed, progress)
+        run = _Run(self, recipe, groups, seed, progress, journal or Journal())
         sizes = [state_size] * len(mixers_of(self.model))
         if recipe.per_layer and recipe.how.scope == "layer":
             sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
@@ -130,13 +151,16 @@ class _Run:
     groups: Groups
     seed: int
     progress: Progress
+    journal: Journal
 
     def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
         """Decisions and scores of every mixer, for state sizes given per mixer."""
-        known = self._before_the_walk(sizes)
+        known = self.calibration.processes.from_first(lambda: self._before_the_walk(sizes))
         if known and not (self.recipe.repair or self.recipe.refit):
-            return {name: decision for name, (decision, _) in known.items()}, {n: s for n, (_, s) in known.items()}
-        return self._front_to_back(sizes, known)
+            self._record_known(known)
+        else:
+            self._front_to_back(sizes, known)
+        return self.journal.decisions, self.journal.scores
 
     def curves(self) -> list[Tensor]:
         """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
@@ -169,60 +193,94 @@ class _Run:
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _walk(self) -> LayerWalk:
-        return LayerWalk(self.calibration.model, self.calibration.windows)
+        shared = self.calibration
+        first, own = shared.processes.share(shared.windows)
+        return LayerWalk(shared.blocks, own, shared.scratch, first)
+
+    def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
+        """Every block with its weights as they are stored, and its mixer, front to back."""
+        blocks = self.calibration.blocks
+        config = blocks.model.config
+        for index in range(len(blocks.modules)):
+            with blocks.opened(index) as block:
+                yield block, family_of(config).mixer(block, index)
 
     def _before_the_walk(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
         """What methods that look at the unpruned model decide for all mixers at once; nothing for the others."""
-        method, model = self.recipe.how, self.calibration.model
+        method = self.recipe.how
         if method.needs not in ("weights", "gradients"):
             return {}
-        mixers = mixers_of(model)
         saliency = self.calibration.saliency(self.progress) if method.needs == "gradients" else {}
-        scores = [
-            method.score(
-                Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, None, saliency.get(mixer.name))
-            )
-            for index, mixer in enumerate(mixers)
-        ]
+        scores: dict[str, Tensor] = {}
+        for _, mixer in self._mixers():
+            if mixer is not None:
+                weight = mixer.in_proj.weight.detach()
+                evidence = Evidence(mixer.layout, weight, self.seed + len(scores), None, saliency.get(mixer.name))
+                scores[mixer.name] = method.score(evidence)
         if method.scope == "model":
-            kept = select_together(scores, sizes[0])
+            kept = select_together(list(scores.values()), sizes[0])
         else:
-            kept = [select(score, size, self.groups) for score, size in zip(scores, sizes, strict=True)]
+            kept = [select(score, size, self.groups) for score, size in zip(scores.values(), sizes, strict=True)]
         return {
-            mixer.name: (Decision(selection), score)
-            for mixer, selection, score in zip(mixers, kept, scores, strict=True)
+            name: (Decision(selection), score) for (name, score), selection in zip(scores.items(), kept, strict=True)
         }
 
-    def _front_to_back(
-        self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]
-    ) -> tuple[dict[str, Decision], dict[str, Tensor]]:
+    def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
+        """Where nothing is mended, no activations are wanted."""
+        for index, (block, mixer) in enumerate(self._mixers()):
+            if index >= self.journal.done:
+                self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))
+
+    def _front_to_back(self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
+        journal = self.journal
+        if journal.done == len(self.calibration.blocks.modules):
+            return
         walk = self._walk()
-        decisions: dict[str, Decision] = {}
-        scores: dict[str, Tensor] = {}
-        for block, mixer in walk.blocks():
+        journal.restore(walk.hidden)
+        for block, mixer in walk.blocks(journal.done):
             self.progress("layers", walk.index, len(walk))
+            assert walk.original is not None
             if mixer is None:
                 walk.advance(block)
+                journal.record(walk.original, hidden=walk.hidden)
                 continue
-            decision, scores[mixer.name] = known.get(mixer.name) or self._decision(
-                walk, block, mixer, len(decisions), sizes[len(decisions)]
-            )
+            index = len(journal.decisions)
+            decision, score = known.get(mixer.name) or self._decision(walk, block, mixer, index, sizes[index])
             targets = walk.outputs(block, mixer) if self.recipe.repair or self.recipe.refit else []
             smaller = walk.apply(block, mixer, decision)
             if targets:
                 decision = self._mended(walk, block, smaller, decision, targets)
-            decisions[mixer.name] = decision
             walk.advance(block, smaller, decision)
+            journal.record(walk.original, mixer.name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))
-        return decisions, scores
 
     def _decision(
         self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
     ) -> tuple[Decision, Tensor]:
+        """Process 0 decides; the others measure for it what it considers, until it says what it has decided."""
+        processes = self.calibration.processes
         evidence = self._evidence(walk, block, mixer, index)
-        score = self._finite_score(evidence, mixer)
-        return self._choice(evidence, score, size), score
+
+        def measured(decisions: Sequence[Decision]) -> list[float]:
+            processes.broadcast(decisions)
+            return walk.changes(block, mixer, decisions, processes)
+
+        def decided() -> tuple[Decision, Tensor]:
+            score = self._finite_score(evidence, mixer)
+            return self._choice(dataclasses.replace(evidence, changes=measured), score, size), score
+
+        if processes.rank:
+            while (considered := processes.broadcast()) is not None:
+                walk.changes(block, mixer, considered, processes)
+            return processes.from_first(decided)
+        try:
+            decision = decided()
+        except GhostError as error:
+            processes.broadcast()
+            return processes.from_first(partial(_raise, error))
+        processes.broadcast()
+        return processes.from_first(lambda: decision)
 
     def _choice(self, evidence: Evidence, score: Tensor, size: int) -> Decision:
         decide = self.recipe.how.decide
@@ -245,9 +303,10 @@ class _Run:
             evidence["saliency"] = shared.saliency(self.progress)[mixer.name]
         if method.needs == "inputs":
             evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
+            shared.processes.add(evidence["input_gram"])
         if method.needs == "statistics":
             if index or shared._first_statistics is None:
-                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer))
+                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer), shared.processes)
             else:
                 evidence["statistics"] = shared._first_statistics
             if not index:
@@ -256,7 +315,8 @@ class _Run:
             if index or shared._first_samples is None:
                 tokens = shared.windows.ids.numel()
                 streams = walk.streams(block, mixer)
-                evidence["samples"] = sample_outputs(mixer, streams, tokens, seed=self.seed + index)
+                own = sample_outputs(mixer, streams, tokens, seed=self.seed + index, first=walk.first_window)
+                evidence["samples"] = joined_samples(shared.processes.gather([own]))
             else:
                 evidence["samples"] = shared._first_samples
             if not index:
@@ -269,23 +329,45 @@ class _Run:
     ) -> Decision:
         """The decision with the parameters that refit and repair arrive at; they are in the block already."""
         before = {name: value.detach().clone() for name, value in mixer.module.named_parameters()}
+        processes = self.calibration.processes
         if self.recipe.refit:
-            data, tokens = [], 0
-            for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
-                if tokens < MOST_TOKENS:
-                    data.append(RefitData.of(mixer, hidden, target))
-                    tokens += hidden.shape[0] * hidden.shape[1]
-            refit(mixer, joined(data), self.recipe.refit, self.seed)
+            self._refit(walk, block, mixer, targets)
             walk.forget_streams()
         if self.recipe.repair:
-            repair_skip(mixer, walk.pruned_streams(block, mixer, decision), targets)
-            repair_output(mixer, walk.pruned_streams(block, mixer, decision), targets)
+            repair_skip(mixer, walk.pruned_streams(block, mixer, decision), targets, processes)
+            streams = walk.pruned_streams(block, mixer, decision)
+            repair_output(mixer, streams, targets, processes, walk.first_window)
         changed = {
             name: value.detach().clone()
             for name, value in mixer.module.named_parameters()
             if not torch.equal(value, before[name])
         }
         return dataclasses.replace(decision, projection=mixer.projection, changes={**decision.changes, **changed})
+
+    def _refit(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, targets: list[Tensor]) -> None:
+        """Refit a mixer to the first windows of all processes; process 0 does, and tells what came out."""
+        processes = self.calibration.processes
+        data, tokens = [], walk.first_window * self.calibration.windows.length
+        for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
+            if tokens >= MOST_TOKENS:
+                break
+            data.append(RefitData.of(mixer, hidden, target))
+            tokens += hidden.shape[0] * hidden.shape[1]
+        data = processes.gather(data)
+
+        def refitted() -> dict[str, Tensor]:
+            refit(mixer, joined(data), self.recipe.refit, self.seed)
+            return {name: value.detach() for name, value in mixer.module.named_parameters()}
+
+        found = processes.from_first(refitted)
+        if processes.rank:
+            with torch.no_grad():
+                for name, value in mixer.module.named_parameters():
+                    value.copy_(found[name])
+
+
+def _raise(error: GhostError) -> NoReturn:
+    raise error
 
 
 def smallest_plan(
@@ -358,6 +440,22 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
         f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
         f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
     )
+
+
+def check_streamable(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
+    check_recipe(recipe, model_type)
+    fault = None
+    if recipe.how.needs == "gradients":
+        fault = f"{recipe.method} needs gradients through the whole model"
+    elif not recipe.stock:
+        fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
+    if fault:
+        able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
+        raise InputError(
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
+            "without +per-layer."
+        )
 
 
 def methods_for(model_type: str) -> tuple[str, ...]:

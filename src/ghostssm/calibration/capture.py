@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
 
+from ghostssm.calibration.blocks import Blocks
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
 
 _SHAPE_TOKENS = 2
 """Of the first window, so many tokens run through the real blocks, to see what their outputs look like."""
+
+
+_LARGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,13 @@ class _Captured(Exception):
 
 
 def block_calls(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], windows: Windows, dtype: torch.dtype
+    blocks: Blocks, windows: Windows, dtype: torch.dtype, scratch: Scratch
 ) -> tuple[Tensor, list[list[Call]]]:
     """The hidden states that reach the first block, and every block's further arguments.
 
     Args:
         dtype: to convert floating-point tensors to.
+        scratch: where the hidden states are to be, and the largest of the arguments.
 
     Returns:
         (count, l, hidden_size), and for every batch of the windows one call per block. A tensor that several blocks
@@ -56,21 +61,77 @@ def block_calls(
     batches, kept_before = [], list[Tensor]()
     hidden: Tensor | None = None
     with torch.inference_mode():
-        rests = _outputs_besides_hidden(model, blocks, windows.ids[:1, :_SHAPE_TOKENS].to(model.device))
-        for span in windows.batches():
+        rests = outputs_besides_hidden(blocks, windows)
+        for number, span in enumerate(windows.batches()):
             seen: list[tuple[Tensor, Call]] = []
-            with _passed_through(blocks, rests, seen), suppress(_Captured):
-                model(input_ids=windows.ids[span].to(model.device), use_cache=False)
-            kept: dict[int, Tensor] = {}
+
+            def noted(states: Tensor, call: Call, seen: list[tuple[Tensor, Call]] = seen) -> Tensor:
+                seen.append((states, call))
+                if len(seen) == len(blocks.modules):
+                    raise _Captured  # what follows, up to the logits, is not wanted
+                return states
+
+            with _replaced_blocks(blocks.modules, rests, noted), suppress(_Captured):
+                blocks.model(input_ids=windows.ids[span].to(blocks.device), use_cache=False)
+            kept = _Kept(dtype, kept_before, partial(_kept_large, scratch, f"batch {number}"))
             # `seen` holds on to the tensors, so that their identities stay unique.
-            batches.append([call.map(partial(_kept, kept, kept_before, dtype)) for _, call in seen])
-            kept_before = kept_before or list(kept.values())
+            batches.append([call.map(kept) for _, call in seen])
+            kept_before = kept_before or list(kept.found.values())
             first = seen[0][0]
             if hidden is None:
-                hidden = first.new_empty(len(windows), *first.shape[1:], dtype=dtype)
+                hidden = scratch.empty((len(windows), *first.shape[1:]), dtype, first.device)
             hidden[span] = first
     assert hidden is not None  # windows are never empty
     return hidden, batches
+
+
+def outputs_besides_hidden(blocks: Blocks, windows: Windows) -> list[tuple[Any, ...] | None]:
+    """What every block returns after the hidden states; None where it returns these alone, not in a tuple."""
+    rests: list[tuple[Any, ...] | None] = []
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        rests.append(output[1:] if isinstance(output, tuple) else None)
+        if len(rests) == len(blocks.modules):
+            raise _Captured
+
+    handles = [block.register_forward_hook(hook) for block in blocks.modules]
+    try:
+        with torch.inference_mode(), blocks.runnable(), suppress(_Captured):
+            blocks.model(input_ids=windows.ids[:1, :_SHAPE_TOKENS].to(blocks.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rests
+
+
+def logits_after(blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden: Tensor, ids: Tensor) -> Tensor:
+    """What the model makes of hidden states after its last block: logits, (b, l, vocab).
+
+    Args:
+        rests: from :func:`outputs_besides_hidden`. hidden: (b, l, hidden_size). ids: (b, l), of any tokens.
+    """
+    with torch.inference_mode(), _replaced_blocks(blocks.modules, rests, lambda _, __: hidden):
+        logits: Tensor = blocks.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+def captured_output(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Call ``run`` until ``module`` is done, and return the hidden states that it gives."""
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        raise _Captured
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with torch.inference_mode():
+            run()
+    except _Captured:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(module).__name__} was never called, so its output could not be captured.")
 
 
 def captured_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
@@ -99,56 +160,45 @@ def _hidden_and_rest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
     return rest.pop("hidden_states"), Call((), rest)
 
 
-def _outputs_besides_hidden(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
-) -> list[tuple[Any, ...] | None]:
-    """What every block returns after the hidden states; None where it returns these alone, not in a tuple."""
-    rests: list[tuple[Any, ...] | None] = []
-
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        rests.append(output[1:] if isinstance(output, tuple) else None)
-
-    handles = [block.register_forward_hook(hook) for block in blocks]
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rests
-
-
 @contextmanager
-def _passed_through(
-    blocks: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], seen: list[tuple[Tensor, Call]]
+def _replaced_blocks(
+    modules: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], answer: Callable[[Tensor, Call], Tensor]
 ) -> Iterator[None]:
-    """Within the context, blocks return the hidden states that they get, and note what they were called with.
-
-    The last one leaves the model's forward pass, so that no logits are computed.
-    """
+    """Within the context blocks do nothing but ask what to return for the hidden states and the call that they get."""
 
     def forward(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
-        hidden, call = _hidden_and_rest(args, kwargs)
-        seen.append((hidden, call))
-        if len(seen) == len(blocks):
-            raise _Captured
+        hidden = answer(*_hidden_and_rest(args, kwargs))
         return hidden if rest is None else (hidden, *rest)
 
-    before = [block.__dict__.get("forward") for block in blocks]
+    before = [block.__dict__.get("forward") for block in modules]
     try:
-        for block, rest in zip(blocks, rests, strict=True):
+        for block, rest in zip(modules, rests, strict=True):
             block.__dict__["forward"] = partial(forward, rest)
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
+        for block, own in zip(modules, before, strict=True):
             block.__dict__.pop("forward", None)
             if own is not None:
                 block.__dict__["forward"] = own
 
 
-def _kept(kept: dict[int, Tensor], before: Sequence[Tensor], dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """The tensor to keep for one that a block got: known by its identity, or equal to one of an earlier batch."""
-    if id(tensor) not in kept:
-        converted = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        equal = (known for known in before if known.dtype == converted.dtype and torch.equal(known, converted))
-        kept[id(tensor)] = next(equal, converted)
-    return kept[id(tensor)]
+class _Kept:
+    """The tensors to keep for those that blocks got: known by identity, or equal to one of an earlier batch."""
+
+    def __init__(self, dtype: torch.dtype, before: Sequence[Tensor], store: Callable[[int, Tensor], Tensor]):
+        self._dtype, self._before, self._store = dtype, before, store
+        self.found: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.found:
+            converted = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            equal = (k for k in self._before if k.dtype == converted.dtype and torch.equal(k, converted))
+            known = next(equal, None)
+            self.found[id(tensor)] = self._store(len(self.found), converted) if known is None else known
+        return self.found[id(tensor)]
+
+
+def _kept_large(scratch: Scratch, batch: str, number: int, tensor: Tensor) -> Tensor:
+    """Where a tensor of a batch's calls is to be: large ones in the scratch room."""
+    large = tensor.numel() * tensor.element_size() >= _LARGE_BYTES
+    return scratch.keep(f"{batch}, argument {number}", tensor) if large else tensor

@@ -56,7 +56,13 @@ class RefitData:
             z, xBC, dt = mixer.project_in(hidden)
             bias = None if mixer.conv1d.bias is None else mixer.conv1d.bias[channels]
             x = F.silu(causal_conv(xBC[..., channels], mixer.conv1d.weight.squeeze(1)[channels], bias))
-        return cls(hidden, target.clone(), x.unflatten(-1, (layout.num_heads, layout.head_dim)), z.clone(), dt.clone())
+        return cls(
+            hidden,
+            target.to(hidden, copy=True),
+            x.unflatten(-1, (layout.num_heads, layout.head_dim)),
+            z.clone(),
+            dt.clone(),
+        )
 
     def __getitem__(self, rows: slice | Tensor) -> RefitData:
         return RefitData(*(getattr(self, field.name)[rows] for field in fields(self)))

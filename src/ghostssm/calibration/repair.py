@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ghostssm.mixer import Mixer, Streams, at_least_float32, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
+from ghostssm.processes import Processes
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
@@ -45,6 +46,12 @@ class _Normal:
         self.cross += (missing.T @ features).double()
         self.energy += missing.double().square().sum().item()
 
+    def add_up(self, processes: Processes) -> None:
+        """The sums over all processes."""
+        energy = torch.tensor([self.energy], dtype=torch.float64)
+        processes.add(self.gram, self.cross, energy)
+        self.energy = energy.item()
+
     def solve(self, ridge: float) -> Tensor:
         """(d, k): the change of the weight that minimises |E - X change^T|^2 + ridge |change|^2 (relative ridge)."""
         penalty = ridge * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64).to(self.gram)
@@ -58,20 +65,27 @@ class _Normal:
 
 
 @torch.inference_mode(False)
-def repair_skip(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Tensor]) -> float:
+def repair_skip(
+    mixer: Mixer,
+    batches: Iterable[Streams],
+    targets: Sequence[Tensor],
+    processes: Processes | None = None,
+) -> float:
     """Fit D to the wanted outputs, in place, by Gauss-Newton steps: only the norm makes the output nonlinear in D.
 
     A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
 
-    Args, returns: as :func:`repair_output`.
+    Args, returns: as :func:`repair_output`; every process fits to the positions that all of them sample.
     """
+    processes = processes or Processes()
     D = mixer.D
-    parts, stride = [], max(1, sum(target.shape[0] * target.shape[1] for target in targets) // _SKIP_TOKENS)
+    tokens = sum(processes.gather([sum(target.shape[0] * target.shape[1] for target in targets)]))
+    stride, parts = max(1, tokens // _SKIP_TOKENS), []
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
             parts.append([part[:, ::stride].clone() for part in (y, streams.x, streams.z, target)])
-        y, x, z, target = (torch.cat(part) for part in zip(*parts, strict=True))
+        y, x, z, target = (torch.cat(part) for part in zip(*processes.gather(parts), strict=True))
         apart = torch.arange(len(y)) % _HELD_OUT_ONE_IN == 1
         if not apart.any():
             return 1.0
@@ -111,7 +125,13 @@ def _slopes(mixer: Mixer, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.inference_mode(False)
-def repair_output(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Tensor]) -> float:
+def repair_output(
+    mixer: Mixer,
+    batches: Iterable[Streams],
+    targets: Sequence[Tensor],
+    processes: Processes | None = None,
+    first: int = 0,
+) -> float:
     """Fit out_proj to the wanted outputs, in place; the weight is pulled towards what it was.
 
     The ridge is the one that does best on every eighth window, which the fit for that choice does not see. If none does
@@ -119,27 +139,39 @@ def repair_output(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Te
 
     Args:
         batches: of a pruned mixer. targets: (b, l, hidden_size) for each of them.
+        processes: that share the windows; the fit is to those of all. first: the number of this one's first window.
 
     Returns:
         held-out error after over held-out error before, at most 1.
     """
     weight = mixer.out_proj.weight
     fit, held_out = _Normal.empty(weight), _Normal.empty(weight)
-    seen = 0
+    seen, others = first, processes or Processes()
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             features = normed_output(mixer, streams)
-            missing = target - torch.nn.functional.linear(features, at_least_float32(weight), mixer.out_proj.bias)
+            missing = target.to(features) - torch.nn.functional.linear(
+                features, at_least_float32(weight), mixer.out_proj.bias
+            )
             windows = torch.arange(seen, seen + len(target))
             apart = windows % _HELD_OUT_ONE_IN == 1
             seen += len(target)
             for side, rows in ((fit, ~apart), (held_out, apart)):
                 side.add(features[rows], missing[rows])
-        if held_out.energy == 0 or fit.energy == 0:
-            return 1.0
-        error, ridge = min((held_out.error(fit.solve(ridge)), ridge) for ridge in RIDGES)
-        if error >= held_out.energy:
-            return 1.0
-        both = _Normal(fit.gram + held_out.gram, fit.cross + held_out.cross, fit.energy + held_out.energy)
-        weight += both.solve(ridge).to(weight)
-    return error / held_out.energy
+        for side in (fit, held_out):
+            side.add_up(others)
+        share, change = others.from_first(lambda: _best_change(fit, held_out))
+        if change is not None:
+            weight += change.to(weight)
+    return share
+
+
+def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]:
+    """The held-out error that is left, as a share, and the change of the weight that leaves it; None for none."""
+    if held_out.energy == 0 or fit.energy == 0:
+        return 1.0, None
+    error, ridge = min((held_out.error(fit.solve(ridge)), ridge) for ridge in RIDGES)
+    if error >= held_out.energy:
+        return 1.0, None
+    both = _Normal(fit.gram + held_out.gram, fit.cross + held_out.cross, fit.energy + held_out.energy)
+    return error / held_out.energy, both.solve(ridge)

@@ -21,9 +21,10 @@ Shape letters as in :mod:`ghostssm.ops.ssd`; s sample, d output direction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,25 +99,39 @@ def sample_outputs(
     samples: int = DEFAULT_SAMPLES,
     directions: int | None = DEFAULT_DIRECTIONS,
     seed: int = 0,
+    first: int = 0,
 ) -> OutputSamples:
     """Sample a mixer whose streams arrive in batches.
 
-    Positions are evenly spaced, shifted at random from batch to batch, so that all depths of a window are covered.
+    Positions are evenly spaced, shifted at random from batch to batch, so that all depths of a window are covered. What
+    is drawn depends on the seed and on the number of a batch's first window.
 
     Args:
         tokens: in all batches together.
         samples: about so many; all tokens if there are fewer.
         directions: of the output per sample, drawn anew for every position; None for all, without a random map.
+        first: the number of the first window.
     """
     stride = max(1, tokens // samples)
-    generator = torch.Generator().manual_seed(seed)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with torch.inference_mode():
         for streams in batches:
+            generator = torch.Generator().manual_seed(_mixed(seed, first))
+            first += len(streams.dt)
             shift = int(torch.randint(stride, (), generator=generator))
             for position, state in states_at(mixer, streams, range(shift, streams.dt.shape[1], stride)):
                 found.append(_sample(mixer, _at(streams, position), state, directions, generator))
     return OutputSamples(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def _mixed(seed: int, window: int) -> int:
+    """One seed for both."""
+    return int(np.random.SeedSequence((seed % 2**64, window)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def joined(parts: Sequence[OutputSamples]) -> OutputSamples:
+    """All samples in one."""
+    return OutputSamples(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(OutputSamples)))
 
 
 def states_at(mixer: Mixer, s: Streams, positions: Iterable[int]) -> Iterator[tuple[int, Tensor]]:

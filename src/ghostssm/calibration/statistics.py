@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghostssm.mixer import Mixer, Streams
 from ghostssm.ops.energy import ChannelEnergies, channel_energies
+from ghostssm.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class LayerStatistics:
     tokens: int
 
 
-def gather_statistics(mixer: Mixer, batches: Iterable[Streams]) -> LayerStatistics:
-    """Statistics of a mixer whose streams arrive in batches."""
-    energies: list[ChannelEnergies] = []
-    tokens = 0
+def gather_statistics(mixer: Mixer, batches: Iterable[Streams], processes: Processes | None = None) -> LayerStatistics:
+    """Statistics of a mixer whose streams arrive in batches, over those of all processes."""
+    found: list[tuple[ChannelEnergies, int]] = []
     with torch.inference_mode():
         for streams in batches:
-            energies.append(channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C))
-            tokens += streams.dt.shape[0] * streams.dt.shape[1]
-    total = reduce(add, energies)
+            energies = channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C)
+            found.append((energies, streams.dt.shape[0] * streams.dt.shape[1]))
+    found = (processes or Processes()).gather(found)
+    total = reduce(add, (energies for energies, _ in found))
+    tokens = sum(count for _, count in found)
     return LayerStatistics(total.output / tokens, total.state / tokens, total.readout / tokens, tokens)

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.capture import Call, block_calls, captured_input
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import family_of
 from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
 from ghostssm.plan import Decision
+from ghostssm.processes import Processes
 from ghostssm.surgery import change_parameters, prune_mixer
 
 _KEPT_STREAM_BYTES = 256 << 20
@@ -44,25 +47,49 @@ class LayerWalk:
     model's own forward pass (:mod:`ghostssm.calibration.capture`), and reaches the copy in its precision.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows):
-        self._family = family_of(model.config)
-        self._blocks = self._family.blocks(model)
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        windows: Windows,
+        scratch: Scratch | None = None,
+        first_window: int = 0,
+    ):
+        """
+        Args:
+            model: or where its blocks come from.
+            scratch: where what grows with the windows is to be; memory if not given.
+            first_window: the number of the first of these windows, where other processes have others.
+        """
+        self.first_window = first_window
+        self._source = blocks_of(model)
+        self._family = family_of(self._source.model.config)
+        self._scratch = scratch or Scratch()
         self._spans = windows.batches()
         self._streams: dict[int, Streams] = {}
         self.index = 0
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.hidden, self._calls = block_calls(model, self._blocks, windows, dtype)
+        self.original: nn.Module | None = None
+        dtype = torch.promote_types(self._source.model.dtype, torch.float32)
+        self.hidden, self._calls = block_calls(self._source, windows, dtype, self._scratch)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._source.modules)
 
-    def blocks(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
-        """Front to back: a copy of each block, and the view of the mixer in that copy."""
-        for index, original in enumerate(self._blocks):
+    def blocks(self, first: int = 0) -> Iterator[tuple[nn.Module, Mixer | None]]:
+        """Front to back: a copy of each block, and the view of the mixer in that copy.
+
+        The block itself, with its weights in their own precision, is ``original`` meanwhile.
+
+        Args:
+            first: block to begin with; what reaches it must be put into ``hidden`` then.
+        """
+        for index in range(first, len(self)):
             self.index = index
             self._streams.clear()
-            block = copy.deepcopy(original).to(self.hidden.dtype)
-            yield block, self._family.mixer(block, index)
+            with self._source.opened(index) as self.original:
+                block = copy.deepcopy(self.original).to(self.hidden.dtype)
+                yield block, self._family.mixer(block, index)
+                del block
+            self.original = None
 
     def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
         """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
@@ -79,30 +106,41 @@ class LayerWalk:
     def inputs(self, block: nn.Module, mixer: Mixer) -> Iterator[Tensor]:
         """What the mixer is called with, (b, l, hidden_size), batch by batch."""
         for span, call in self._batches():
-            yield captured_input(mixer.module, partial(block, self.hidden[span], *call.args, **call.kwargs))
+            yield captured_input(mixer.module, partial(block, self._at(span), *call.args, **call.kwargs))
 
     def outputs(self, block: nn.Module, mixer: Mixer) -> list[Tensor]:
         """What the mixer makes of its inputs, batch by batch."""
         with torch.inference_mode():
             return [
-                mixer_forward(mixer, hidden) if streams is None else output_of_streams(mixer, streams)
-                for hidden, streams in self._inputs_and_streams(block, mixer)
+                self._scratch.keep(
+                    f"outputs {index}",
+                    mixer_forward(mixer, hidden) if streams is None else output_of_streams(mixer, streams),
+                )
+                for index, (hidden, streams) in enumerate(self._inputs_and_streams(block, mixer))
             ]
 
-    def changes(self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision]) -> list[float]:
-        """The mean squared change of the mixer's output that each decision would make, on the first windows."""
-        totals, tokens = [0.0] * len(decisions), 0
+    def changes(
+        self, block: nn.Module, mixer: Mixer, decisions: Sequence[Decision], processes: Processes | None = None
+    ) -> list[float]:
+        """The mean squared change of the mixer's output that each decision would make, on the first windows.
+
+        Where several processes share the windows, all must call it with the same decisions.
+        """
+        found: list[tuple[list[float], int]] = []
+        tokens = self.first_window * self.hidden.shape[1]
         with torch.inference_mode():
             for hidden, kept in self._inputs_and_streams(block, mixer):
-                streams = mixer_streams(mixer, hidden) if kept is None else kept
-                dense = output_of_streams(mixer, streams)
-                for index, decision in enumerate(decisions):
-                    change = output_of_streams(mixer, _decided(streams, decision)) - dense
-                    totals[index] += change.double().square().sum().item()
-                tokens += dense.shape[0] * dense.shape[1]
                 if tokens >= _MEASURED_TOKENS:
                     break
-        return [total / tokens for total in totals]
+                streams = mixer_streams(mixer, hidden) if kept is None else kept
+                dense = output_of_streams(mixer, streams)
+                changed = (output_of_streams(mixer, _decided(streams, decision)) - dense for decision in decisions)
+                totals = [change.double().square().sum().item() for change in changed]
+                found.append((totals, dense.shape[0] * dense.shape[1]))
+                tokens += found[-1][1]
+        found = (processes or Processes()).gather(found)
+        measured = sum(count for _, count in found)
+        return [sum(totals[index] for totals, _ in found) / measured for index in range(len(decisions))]
 
     def pruned_streams(self, block: nn.Module, mixer: Mixer, decision: Decision) -> Iterator[Streams]:
         """As :meth:`streams`, of a mixer that a decision was applied to; uses what :meth:`streams` kept."""
@@ -143,22 +181,29 @@ class LayerWalk:
                 return output_of_streams(mixer, streams if decision is None else _decided(streams, decision))
 
             with torch.inference_mode(), replaced_forward([mixer] if mixer else [], forward):
-                output = block(self.hidden[span], *call.args, **call.kwargs)
-                self.hidden[span] = output[0] if isinstance(output, tuple) else output
-        if not torch.isfinite(self.hidden).all():
-            name = mixer.name if mixer else type(block).__name__
-            raise NumericalError(
-                f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
-                "evaluate the unpruned model on the same text first."
-            )
+                output = block(self._at(span), *call.args, **call.kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                self.hidden[span] = output
+            if not torch.isfinite(output).all():
+                name = mixer.name if mixer else type(block).__name__
+                raise NumericalError(
+                    f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
+                    "evaluate the unpruned model on the same text first."
+                )
 
     def _inputs_and_streams(self, block: nn.Module, mixer: Mixer) -> Iterator[tuple[Tensor, Streams | None]]:
         for index, hidden in enumerate(self.inputs(block, mixer)):
             yield hidden, self._streams.get(index)
 
+    def _at(self, span: slice) -> Tensor:
+        """The hidden states of a batch, on the model's device."""
+        return self.hidden[span].to(self._source.device)
+
     def _batches(self) -> Iterable[tuple[slice, Call]]:
         """The windows of each batch, and what the block at hand is called with for them."""
-        return ((span, calls[self.index]) for span, calls in zip(self._spans, self._calls, strict=True))
+        device = self._source.device
+        for span, calls in zip(self._spans, self._calls, strict=True):
+            yield span, calls[self.index].map(lambda tensor: tensor.to(device))
 
 
 def _decided(streams: Streams, decision: Decision) -> Streams:

@@ -10,8 +10,9 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from ghostssm._version import __version__
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint, empty_model
 from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
+from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.engines import ENGINES, advise
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_of
@@ -23,7 +24,12 @@ _LIBRARIES: dict[Dialect, str] = {"transformers": "transformers", "mamba_ssm": "
 
 
 def model_card(
-    checkpoint: Checkpoint, plan: Plan, dialect: Dialect, measured: Measurement | None, *, tied_head: bool
+    checkpoint: Checkpoint | StreamedCheckpoint,
+    plan: Plan,
+    dialect: Dialect,
+    measured: Measurement | None,
+    *,
+    tied_head: bool,
 ) -> ModelCard:
     """The card of a checkpoint whose model a plan was applied to.
 
@@ -76,7 +82,7 @@ def _base_name(source: Source) -> str:
     return source.hub_id or source.folder.absolute().name
 
 
-def _summary(checkpoint: Checkpoint, plan: Plan) -> str:
+def _summary(checkpoint: Checkpoint | StreamedCheckpoint, plan: Plan) -> str:
     layout = family_of(checkpoint.model.config).layout(checkpoint.model.config)
     base = _base_name(checkpoint.source)
     sizes = plan.state_sizes if plan.needs_own_class else (plan.kept_state_size,) * len(plan.selections)
@@ -91,7 +97,7 @@ def _summary(checkpoint: Checkpoint, plan: Plan) -> str:
         "| | before | after |\n|---|---:|---:|\n"
         f"| state size | {plan.state_size} | {size} |\n{by_layer}"
         f"| state per sequence, float32 | {before:,} bytes | {after:,} bytes |\n"
-        f"| parameters | | {checkpoint.model.num_parameters():,} |"
+        f"| parameters | | {empty_model(checkpoint.model.config).num_parameters():,} |"
     )
 
 
@@ -146,7 +152,7 @@ def _loading(plan: Plan, dialect: Dialect) -> str:
     )
 
 
-def _engines(checkpoint: Checkpoint, plan: Plan, dialect: Dialect, tied_head: bool) -> str:
+def _engines(checkpoint: Checkpoint | StreamedCheckpoint, plan: Plan, dialect: Dialect, tied_head: bool) -> str:
     config = checkpoint.model.config
     family = family_of(config)
     advice = advise(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,12 +54,17 @@ class Checkpoint:
     source: Source
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ModelError(
-                f"{self.source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "
-                "Put it there, or name a tokenizer (a folder or a hub id) with --tokenizer."
-            )
-        return self.tokenizer
+        return required(self.tokenizer, self.source)
+
+
+def required(tokenizer: PreTrainedTokenizerBase | None, source: Source) -> PreTrainedTokenizerBase:
+    """A tokenizer that must be there; raises ModelError if it is not."""
+    if tokenizer is None:
+        raise ModelError(
+            f"{source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "
+            "Put it there, or name a tokenizer (a folder or a hub id) with --tokenizer."
+        )
+    return tokenizer
 
 
 def load(
@@ -84,11 +91,16 @@ def load(
     config = model_config(source)
     stored = checked_tensors(source, config)
     with quiet_transformers():
-        model = _build(source, config, stored, dtype or _stored_dtype(stored))
-    for name, value in model.state_dict().items():
+        model = _build(source, config, stored, dtype or stored_dtype(stored))
+    check_finite(model.state_dict(), source)
+    return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Source) -> None:
+    """Raise NumericalError for the first tensor with NaN or Inf in it."""
+    for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise NumericalError(f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken.")
-    return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
 
 
 def check_device(device: str | torch.device) -> None:
@@ -182,7 +194,7 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     return stored
 
 
-def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     """The dtype of most numbers; a half-precision checkpoint may keep a few small tensors in float32."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in stored.values():
@@ -214,7 +226,8 @@ def _generation_config(file: Path) -> GenerationConfig:
         raise ModelError(f"{file} is not a valid generation config: {error}") from None
 
 
-def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a user named, or the model's own, if it has one; raises ModelError if it can't be loaded."""
     own = any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     place: str | Path | None = named or (source.folder if own else None)
     if place is None and source.dialect == "mamba_ssm" and 0 <= config.vocab_size - mamba_ssm.GPT_NEOX_TOKENS < 64:

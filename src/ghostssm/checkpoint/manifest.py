@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.errors import ModelError
@@ -37,6 +38,7 @@ class Probe:
         mean, deviation, largest: of the logits at every position.
         tolerance: by how many standard deviations of a position's logits mean and largest may differ elsewhere, and by
             which share the deviation may; processors and versions round differently.
+        dtype: of the weights that the logits were computed with.
     """
 
     token_ids: Sequence[int]
@@ -44,22 +46,29 @@ class Probe:
     deviation: Sequence[float]
     largest: Sequence[float]
     tolerance: float
+    dtype: str
 
     @classmethod
     def of(cls, model: PreTrainedModel, token_ids: Sequence[int] | None = None) -> Probe | None:
         """Run a model on some tokens, or on tokens of our choice; None if its logits are not finite."""
-        vocabulary = model.config.vocab_size
-        ids = [7919 * (place + 1) % vocabulary for place in range(_PROBE_TOKENS)] if token_ids is None else token_ids
+        ids = probe_tokens(model.config.vocab_size) if token_ids is None else token_ids
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].double()
+            logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+        return cls.of_logits(ids, logits, model.dtype)
+
+    @classmethod
+    def of_logits(cls, token_ids: Sequence[int], logits: Tensor, dtype: torch.dtype) -> Probe | None:
+        """From the logits (l, vocab) of a model in a dtype; None if they are not finite."""
+        logits = logits.double()
         if not torch.isfinite(logits).all():
             return None
         return cls(
-            tuple(ids),
+            tuple(token_ids),
             tuple(logits.mean(-1).tolist()),
             tuple(logits.std(-1).tolist()),
             tuple(logits.amax(-1).tolist()),
-            _TOLERANCES.get(model.dtype, _HALF_TOLERANCE),
+            _TOLERANCES.get(dtype, _HALF_TOLERANCE),
+            str(dtype).removeprefix("torch."),
         )
 
     def difference(self, other: Probe) -> float:
@@ -70,6 +79,11 @@ class Probe:
             for ours, others in pairs
             for wanted, found, deviation in zip(ours, others, self.deviation, strict=True)
         )
+
+
+def probe_tokens(vocabulary: int) -> list[int]:
+    """The tokens that a new probe is taken with."""
+    return [7919 * (place + 1) % vocabulary for place in range(_PROBE_TOKENS)]
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:

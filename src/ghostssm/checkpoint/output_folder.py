@@ -11,6 +11,7 @@ from types import TracebackType
 
 from safetensors import SafetensorError
 
+from ghostssm.checkpoint.durable import synchronise
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.interrupts import uninterrupted
 
@@ -41,7 +42,7 @@ class OutputFolder:
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise OutputError(f"{self.path} can't be written: {place} is read-only; name another folder.")
         self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
-        self._old = self.partial.with_name(self.partial.name + ".old")
+        self._old = _set_aside(self.partial)
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -52,17 +53,7 @@ class OutputFolder:
 
     def commit(self) -> None:
         """Put the finished folder in its place; an old one goes only once the new one stands and is on the disk."""
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in self.partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
-            _flush(file)
-        with uninterrupted():
-            if self.path.exists():
-                self.path.rename(self._old)
-            self.partial.rename(self.path)
-        _flush(self.path.absolute().parent)
+        put_in_place(self.partial, self.path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,13 +68,26 @@ class OutputFolder:
                     parent.rmdir()
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written; also where a disk that is full says so late."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def put_in_place(finished: Path, path: Path) -> None:
+    """Give a finished folder its name; an old one there goes only once the new one stands and is on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in finished.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
+        synchronise(file)
+    old = _set_aside(finished)
+    with uninterrupted():
+        if path.exists():
+            path.rename(old)
+        finished.rename(path)
+    synchronise(path.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(finished: Path) -> Path:
+    """Where the old folder waits while a finished one takes its place."""
+    return finished.with_name(finished.name + ".old")
 
 
 @contextmanager

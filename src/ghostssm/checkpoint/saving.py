@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -21,6 +22,7 @@ from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
+from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_named, family_of, mixers_of
@@ -66,13 +68,46 @@ def save(
     with folder, storing(folder.path):
         with _untied(checkpoint.model) if untie else nullcontext():
             write_model(checkpoint, folder.partial, dialect)
-        carry_over(checkpoint, folder.partial)
-        plan.save(folder.partial, changes=False)
         tied = checkpoint.model.config.tie_word_embeddings and not untie
-        write_card(model_card(checkpoint, plan, dialect, measured, tied_head=tied), folder.partial)
-        write_manifest(folder.partial, _facts(checkpoint, plan, dialect, measured), Probe.of(checkpoint.model))
+        card = model_card(checkpoint, plan, dialect, measured, tied_head=tied)
+        facts = _facts(checkpoint, plan, dialect, measured, checkpoint.source.fingerprint())
+        write_beside_weights(folder.partial, checkpoint, plan, card, facts, Probe.of(checkpoint.model))
         folder.commit()
     return folder.path
+
+
+def write_streamed(
+    folder: Path, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, probe: Probe | None
+) -> None:
+    """Write what belongs beside the weights and the config of a streamed model."""
+    tied = bool(checkpoint.model.config.tie_word_embeddings)
+    card = model_card(checkpoint, plan, "transformers", None, tied_head=tied)
+    facts = _facts(checkpoint, plan, "transformers", None, fingerprint)
+    write_beside_weights(folder, checkpoint, plan, card, facts, probe)
+
+
+def write_beside_weights(
+    folder: Path,
+    checkpoint: Checkpoint | StreamedCheckpoint,
+    plan: Plan,
+    card: ModelCard,
+    facts: dict[str, Any],
+    probe: Probe | None,
+) -> None:
+    """Write tokenizer and the like, the plan, the card and, last, the manifest."""
+    carry_over(checkpoint, folder)
+    plan.save(folder, changes=False)
+    write_card(card, folder)
+    write_manifest(folder, facts, probe)
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """The config with every value written out, so that engines whose defaults differ read the same model."""
+    model.config.architectures = [type(model).__name__]
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where the base model lay on this disk
+    config |= family_of(model.config).serving_keys(model.config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
@@ -103,14 +138,9 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
     """Write config and weights in a dialect, and for transformers the generation config."""
     model = checkpoint.model
     if dialect == "transformers":
-        model.config.architectures = [type(model).__name__]
         with quiet_transformers():
             model.save_pretrained(folder)
-        # With every value written out, so that engines whose defaults differ read the same model.
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        config.pop("_name_or_path", None)  # where the base model lay on this disk
-        config |= family_of(model.config).serving_keys(model.config)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_config(model, folder)
         return
     if checkpoint.source.dialect == "mamba_ssm":
         config = checkpoint.source.config | {
@@ -144,7 +174,7 @@ def _untied(model: PreTrainedModel) -> Iterator[None]:
         config.tie_word_embeddings = True
 
 
-def carry_over(checkpoint: Checkpoint, folder: Path) -> None:
+def carry_over(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path) -> None:
     """Write what belongs to a model beside its weights, as the base model has it."""
     source, tokenizer = checkpoint.source, checkpoint.tokenizer
     names = [*_LICENCE_FILES]
@@ -160,11 +190,18 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _facts(checkpoint: Checkpoint, plan: Plan, dialect: Dialect, measured: Measurement | None) -> dict[str, Any]:
+def _facts(
+    checkpoint: Checkpoint | StreamedCheckpoint,
+    plan: Plan,
+    dialect: Dialect,
+    measured: Measurement | None,
+    fingerprint: str,
+) -> dict[str, Any]:
+    source = checkpoint.source
     return {
         "ghostssm": __version__,
-        "base_model": checkpoint.source.name,
-        "base_model_sha256": checkpoint.source.fingerprint(),
+        "base_model": source.name,
+        "base_model_sha256": fingerprint,
         "dialect": dialect,
         "method": plan.method,
         "state_size": {

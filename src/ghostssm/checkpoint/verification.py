@@ -32,6 +32,8 @@ _LOADED_NAMES = frozenset(
     }
 )
 _LISTED = 5
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+"""In which a probe may have been taken of weights that are stored in half precision."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
         probe = Probe(**recorded)
         tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
         usable = 0 < len(tokens) <= 1024 and all(isinstance(token, int) and 0 <= token < size for token in tokens)
-        found = Probe.of(checkpoint.model, tokens) if usable else None
+        dtype, model = _DTYPES.get(probe.dtype), checkpoint.model
+        if dtype not in (None, model.dtype):
+            model = load(str(checkpoint.source.folder), dtype=dtype).model
+        found = Probe.of(model, tokens) if usable else None
         difference = None if found is None else probe.difference(found)
     except (TypeError, ValueError, AttributeError):
         raise ModelError("the manifest has no probe that can be read") from None

@@ -44,7 +44,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
             tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
-    for stem, suffix, reader in (("model", "safetensors", _read_header), ("pytorch_model", "bin", _map_pickle)):
+    for stem, suffix, reader in (("model", "safetensors", header_tensors), ("pytorch_model", "bin", _map_pickle)):
         whole = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
         if whole.exists() or whole.is_symlink():
@@ -94,7 +94,8 @@ def _places(index: Path, suffix: str) -> dict[str, str]:
     return places
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def header_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a safetensors file; raises ModelError if it is broken."""
     tensors = {}
     for name, entry in read_header(file, ModelError).items():
         dtype = _plain_dtype(name, FLOAT_DTYPES.get(entry.dtype), entry.dtype, file)

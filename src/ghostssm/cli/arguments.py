@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,6 +36,14 @@ Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub id of the tokenizer, if the model has none.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1 ...")]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload",
+        metavar="FOLDER",
+        help="With --stream: keep what grows with the windows in memory-mapped files there, not in memory.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,15 +22,22 @@ _PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when nobody watches."""
 
 
+def _is_first() -> bool:
+    """Of several processes that share a run, the first reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_error(message: str) -> None:
     """An error for the person at the terminal; control characters, which names in files may hold, are spelled out."""
     message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    told = message if _is_first() else f"process {os.environ['RANK']}: {message}"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    if _is_first():
+        print(json.dumps(value, indent=1))
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
@@ -58,19 +66,21 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_colu
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Aligned lines of name and value."""
     width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        print(f"{name.ljust(width)}  {value}")
+    if _is_first():
+        for name, value in facts:
+            print(f"{name.ljust(width)}  {value}")
 
 
 def note(message: str) -> None:
     """A line for the person at the terminal, kept out of standard output."""
-    print(message, file=sys.stderr, flush=True)
+    if _is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_reporter() -> Iterator[Progress]:
     """A progress listener: bars with the time left on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not _is_first():
         yield _PlainProgress()
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -42,6 +42,11 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.")] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Hold one block of weights at a time, for models larger than memory."),
+    ] = False,
+    offload: arguments.Offload = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
@@ -52,29 +57,41 @@ def evaluate(
     import torch
 
     import ghostssm
+    from ghostssm.calibration.scratch import Scratch
+    from ghostssm.errors import InputError
 
     if sum((last_words is not None, copying, bool(tasks))) > 1:
-        raise ghostssm.InputError("Give at most one of --last-words, --copying and --tasks.")
+        raise InputError("Give at most one of --last-words, --copying and --tasks.")
     if not tasks and (include_path is not None or limit is not None):
-        raise ghostssm.InputError("--include-path and --limit are for tasks; expected --tasks as well.")
+        raise InputError("--include-path and --limit are for tasks; expected --tasks as well.")
     if limit is not None and limit < 1:
-        raise ghostssm.InputError(f"--limit is {limit}; expected at least 1 document.")
+        raise InputError(f"--limit is {limit}; expected at least 1 document.")
+    if stream and (last_words is not None or copying or tasks):
+        raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
+    if offload is not None and not stream:
+        raise InputError("--offload works with --stream only; add that, or leave out --offload.")
     if tasks:
         names = [name for value in tasks for name in value.split(",") if name]
         _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
         return
-    checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     if last_words is not None:
+        checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
         _evaluate_last_words(checkpoint, last_words, as_json)
         return
+    opened = (ghostssm.stream if stream else ghostssm.load)(
+        model, dtype=torch.float32, device=device, tokenizer=tokenizer
+    )
     cut = ghostssm.cut_windows(
-        ghostssm.read_text(text, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
+        ghostssm.read_text(text, "evaluation"), opened.require_tokenizer(), window_length, text_windows
     )
     if copying:
-        _evaluate_copying(checkpoint, cut, as_json)
+        assert isinstance(opened, ghostssm.Checkpoint)
+        _evaluate_copying(opened, cut, as_json)
         return
     with progress_reporter() as progress:
-        result = ghostssm.evaluate(checkpoint.model, cut, progress)
+        result = ghostssm.evaluate(
+            opened.model if isinstance(opened, ghostssm.Checkpoint) else opened.blocks, cut, progress, Scratch(offload)
+        )
     if as_json:
         print_json(
             {

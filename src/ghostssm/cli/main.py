@@ -37,13 +37,14 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             with terminable():
                 verb(*args, **kwargs)
         except GhostError as error:
-            print_error(str(error))
+            if not error.told:
+                print_error(str(error))
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
-        except KeyboardInterrupt:
-            print_error("interrupted; nothing half-written is left.")
+        except KeyboardInterrupt as stop:
+            print_error(_ending("interrupted", str(stop)))
             raise typer.Exit(_EXIT_INTERRUPTED) from None
-        except Terminated:
-            print_error("terminated; nothing half-written is left.")
+        except Terminated as stop:
+            print_error(_ending("terminated", stop.message))
             raise typer.Exit(EXIT_TERMINATED) from None
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
@@ -52,6 +53,10 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_EXIT_FAILED) from None
 
     return wrapped
+
+
+def _ending(what: str, next_step: str) -> str:
+    return f"{what}. {next_step}" if next_step else f"{what}; nothing half-written is left."
 
 
 _VERBS: tuple[Callable[..., None], ...] = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +15,8 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ghostssm import Description, Plan, Recipe, Windows
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.evaluation.measurement import Measurement
@@ -86,6 +90,23 @@ def prune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")] = False,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Hold one block of weights at a time, for models larger than memory. The result is the same, in more "
+            "files. What is done is kept in DIR.run until the end, for --resume.",
+        ),
+    ] = False,
+    offload: arguments.Offload = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="With --stream: go on with the run whose state DIR.run holds, whatever ended it; from the beginning "
+            "where there is none.",
+        ),
+    ] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Prune a model's state and write a checkpoint that loads like the original.
@@ -99,7 +120,9 @@ def prune(
     from ghostssm.pruning import check_recipe
 
     begun = time.perf_counter()
-    folder = ghostssm.OutputFolder(output, overwrite)
+    _check_stream_options(stream, offload, resume, dialect, max_excess_loss, untie, evaluate)
+    if not stream:
+        folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
     described = ghostssm.describe(model)
     check_recipe(recipe, described.family)
@@ -113,24 +136,35 @@ def prune(
         _check_dialects(engine, dialect)
         size, suited = _suited_sizes(described, recipe, groups, size, engine, tied)
 
-    checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
-    text = ghostssm.read_text(calibration, "calibration")
-    cut = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), window_length, windows, seed)
-    held_out, dense = None, None
-    if evaluate is not None:
-        held_out = ghostssm.cut_windows(
-            ghostssm.read_text(evaluate, "evaluation"), checkpoint.require_tokenizer(), window_length, text_windows
-        )
-        with progress_reporter() as progress:
-            dense = evaluate_in_float32(checkpoint.model, held_out, progress)
-    note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
-    plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
-    smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
+    def windows_for(vocabulary: PreTrainedTokenizerBase) -> Windows:
+        text = ghostssm.read_text(calibration, "calibration")
+        cut = ghostssm.cut_windows(text, vocabulary, window_length, windows, seed)
+        note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
+        return cut
+
     measured = None
-    if held_out is not None and dense is not None:
-        with progress_reporter() as progress:
-            measured = Measurement.of(held_out, dense, evaluate_in_float32(smaller.model, held_out, progress))
-    written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+    if stream:
+        assert size is not None
+        plan = _prune_streamed(
+            model, tokenizer, device, windows_for, recipe, size, output, groups, seed, overwrite, resume, offload
+        )
+        written = Path(output)
+    else:
+        checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
+        vocabulary = checkpoint.require_tokenizer()
+        held_out, dense = None, None
+        if evaluate is not None:
+            text = ghostssm.read_text(evaluate, "evaluation")
+            held_out = ghostssm.cut_windows(text, vocabulary, window_length, text_windows)
+            with progress_reporter() as progress:
+                dense = evaluate_in_float32(checkpoint.model, held_out, progress)
+        cut = windows_for(vocabulary)
+        plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
+        smaller = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
+        if held_out is not None and dense is not None:
+            with progress_reporter() as progress:
+                measured = Measurement.of(held_out, dense, evaluate_in_float32(smaller.model, held_out, progress))
+        written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
     address = None if push_to_hub is None else hub.push_to_hub(written, push_to_hub, private=private)
     _report(written, plan, measured, address, time.perf_counter() - begun, as_json)
 
@@ -166,6 +200,86 @@ def _report(
     if address is not None:
         facts.append(("uploaded", address))
     print_facts([*facts, ("time", f"{seconds:.0f} s")])
+
+
+def _check_stream_options(
+    stream: bool,
+    offload: Path | None,
+    resume: bool,
+    dialect: str,
+    max_excess_loss: float | None,
+    untie: bool,
+    evaluate: str | None,
+) -> None:
+    from ghostssm.errors import InputError
+
+    if not stream:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError("Several processes share a run with --stream only; add that, or start one process.")
+        for option, given in (("--offload", offload is not None), ("--resume", resume)):
+            if given:
+                raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
+        return
+    if dialect != "transformers":
+        raise InputError(
+            f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
+            "dialect."
+        )
+    for option, given in (("--untie", untie), ("--evaluate", evaluate is not None)):
+        if given:
+            raise InputError(
+                f"{option} needs the whole model in memory, which --stream avoids; leave out one of them. "
+                "`ghostssm evaluate --stream` measures the loss afterwards."
+            )
+    if max_excess_loss is not None:
+        raise InputError(
+            "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "
+            "--budget."
+        )
+
+
+def _prune_streamed(
+    model: str,
+    tokenizer: str | None,
+    device: str,
+    windows_for: Callable[[PreTrainedTokenizerBase], Windows],
+    recipe: Recipe,
+    size: int,
+    output: str,
+    groups: Groups,
+    seed: int,
+    overwrite: bool,
+    resume: bool,
+    offload: Path | None,
+) -> Plan:
+    import ghostssm
+    from ghostssm.processes import Processes, own_device
+    from ghostssm.pruning import check_streamable
+    from ghostssm.run_folder import check_run_folder
+
+    device = own_device(device)
+    processes = Processes.join(device)
+    processes.from_first(lambda: check_run_folder(Path(output), resume=resume, overwrite=overwrite))
+    check_streamable(recipe, ghostssm.describe(model).family)
+    checkpoint = ghostssm.stream(model, device=device, tokenizer=tokenizer, head=False)
+    windows = windows_for(checkpoint.require_tokenizer())
+    with progress_reporter() as progress:
+        plan = ghostssm.prune_streamed(
+            checkpoint,
+            windows,
+            recipe,
+            size,
+            output,
+            groups=groups,
+            seed=seed,
+            overwrite=overwrite,
+            resume=resume,
+            offload=offload,
+            processes=processes,
+            progress=progress,
+        )
+    processes.leave()
+    return plan
 
 
 def _wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import replaced_forward
+from ghostssm.calibration.blocks import Blocks, blocks_of
+from ghostssm.calibration.capture import captured_output, logits_after, outputs_besides_hidden
+from ghostssm.calibration.scratch import Scratch
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
 from ghostssm.families import mixers_of
 from ghostssm.progress import Progress, silent
+
+_TOKENS_OF_LOGITS = 512
 
 
 @dataclass(frozen=True)
@@ -57,31 +66,100 @@ class Evaluation:
         return Difference(differences.mean().item(), error.item())
 
 
-def evaluate(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel | Blocks,
+    windows: Windows,
+    progress: Progress = silent,
+    scratch: Scratch | None = None,
+) -> Evaluation:
     """The model's loss on every window.
+
+    Args:
+        model: in memory, through which batch goes by batch; or its blocks, of which each takes all windows in turn, so
+            that memory holds one of them and the hidden states of all windows.
+        scratch: where these hidden states are to be; memory if not given.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
-    return Evaluation(token_losses(model, windows, progress).double().mean(1), windows.bytes_per_token)
+    by_token = token_losses(model, windows, progress, scratch)
+    return Evaluation(by_token.double().mean(1), windows.bytes_per_token)
 
 
-def token_losses(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Tensor:
+def token_losses(
+    model: PreTrainedModel | Blocks, windows: Windows, progress: Progress = silent, scratch: Scratch | None = None
+) -> Tensor:
     """The loss of every token but each window's first: (count, length - 1), float32, on the CPU, nats.
+
+    Args: as :func:`evaluate`.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
     losses = []
-    with torch.inference_mode(), replaced_forward(mixers_of(model)):
-        for span in windows.batches():
-            progress("windows", span.start, len(windows))
-            ids = windows.ids[span].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            by_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(by_token.view(len(ids), -1).cpu())
+    blocks = blocks_of(model)
+    rests = outputs_besides_hidden(blocks, windows)
+    hidden_states = _by_batch(blocks, windows, progress) if isinstance(model, PreTrainedModel) else None
+    if hidden_states is None:
+        hidden_states = _by_block(blocks, windows, progress, scratch)
+    for span, hidden in hidden_states:
+        ids = windows.ids[span].to(blocks.device)
+        by_token = torch.cat(
+            [
+                _token_losses(blocks, rests, hidden[:, part], ids[:, part], ids[:, part.start + 1 : part.stop + 1])
+                for part in _stretches(ids)
+            ],
+            dim=1,
+        )
+        losses.append(by_token.cpu())
     progress("windows", len(windows), len(windows))
     found = torch.cat(losses)
     if not torch.isfinite(found).all():
         raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
     return found
+
+
+def logits_of(blocks: Blocks, windows: Windows) -> Iterator[tuple[slice, Tensor]]:
+    """Each batch's windows, and the logits (b, l, vocab) of all their positions; memory holds one block at a time."""
+    rests = outputs_besides_hidden(blocks, windows)
+    for span, hidden in _by_block(blocks, windows, silent, None):
+        yield span, logits_after(blocks, rests, hidden, windows.ids[span].to(blocks.device))
+
+
+def _by_batch(blocks: Blocks, windows: Windows, progress: Progress) -> Iterator[tuple[slice, Tensor]]:
+    """Each batch's windows, and the hidden states after the last block."""
+    with replaced_forward(mixers_of(blocks.model)):
+        for span in windows.batches():
+            progress("windows", span.start, len(windows))
+            ids = windows.ids[span].to(blocks.device)
+            yield span, captured_output(blocks.modules[-1], partial(blocks.model, input_ids=ids, use_cache=False))
+
+
+def _by_block(
+    blocks: Blocks, windows: Windows, progress: Progress, scratch: Scratch | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same from a walk over the blocks."""
+    walk = LayerWalk(blocks, windows, scratch)
+    for block, mixer in walk.blocks():
+        progress("layers", walk.index, len(walk))
+        walk.advance(block, mixer)
+    progress("layers", len(walk), len(walk))
+    for span in windows.batches():
+        progress("windows", span.start, len(windows))
+        yield span, walk.hidden[span].to(blocks.device)
+
+
+def _stretches(ids: Tensor) -> Iterator[slice]:
+    """Positions of a batch whose logits are computed together, all but the last position, which predicts nothing."""
+    step = max(1, _TOKENS_OF_LOGITS // len(ids))
+    end = ids.shape[1] - 1
+    return (slice(start, min(start + step, end)) for start in range(0, end, step))
+
+
+def _token_losses(
+    blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden: Tensor, ids: Tensor, targets: Tensor
+) -> Tensor:
+    """Negative log likelihood of the targets (b, l), from the hidden states (b, l, hidden_size) before them."""
+    logits = logits_after(blocks, rests, hidden, ids).float()
+    by_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return by_token.view(targets.shape)

@@ -1,0 +1,384 @@
+"""The state of a streamed run on disk: every block that is done, so that a run that was ended can go on.
+
+A run that writes OUTPUT keeps in OUTPUT.run
+
+    run.json            what the run is: model, text, options, versions
+    outside/00000.*     tensors outside the blocks, one file each
+    blocks/00007.*      the pruned tensors of block 7
+    records/00007.json  its decision and scores; written last, so that it says that block 7 is done
+    hidden/00008-0.bin  the hidden states that reach block 8, of process 0's windows; of the last record only
+    output/             the folder that becomes OUTPUT
+
+Every file appears whole or not at all. Numbers in JSON are written so that they are read back bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ghostssm.checkpoint.durable import synchronise, write_durably
+from ghostssm.checkpoint.manifest import Probe, probe_tokens
+from ghostssm.checkpoint.output_folder import OutputFolder, put_in_place
+from ghostssm.checkpoint.saving import write_config, write_streamed
+from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint, stream
+from ghostssm.checkpoint.weights import header_tensors
+from ghostssm.data.windows import Windows
+from ghostssm.errors import OutputError
+from ghostssm.evaluation.perplexity import logits_of
+from ghostssm.families import family_of
+from ghostssm.journal import Journal
+from ghostssm.plan import Decision, Plan, Selection
+from ghostssm.processes import Processes
+from ghostssm.surgery import change_parameters, prune_mixer
+
+_ROWS_AT_ONCE = 8
+"""Windows of hidden states that are copied from or to the disk together."""
+
+
+class RunFolder(Journal):
+    """The decisions and weights of a streamed run.
+
+        with RunFolder(output, identity, resume=False) as run:
+            run.begin(blocks)
+            plan = calibration.plan(..., journal=run)
+            run.finish(checkpoint, plan)
+
+    Attributes:
+        folder: where the run's state is.
+        path: the folder that the run is to write.
+    """
+
+    def __init__(
+        self,
+        output: Path | str,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        processes: Processes | None = None,
+    ):
+        """
+        Args:
+            identity: what decides the result, by names that users know: JSON values.
+            processes: that share the run and see the same folder; the first writes all but the others' hidden states.
+
+        Raises:
+            OutputError: a run's state is there and ``resume`` is false, or it is of a run with another identity, or
+                another process works on it; or the output must not be written.
+        """
+        super().__init__()
+        self.path = Path(output)
+        self.folder = run_folder_of(self.path)
+        self._identity = dict(identity)
+        self._resume, self._overwrite = resume, overwrite
+        self._lock: IO[str] | None = None
+        self._blocks: StreamedBlocks | None = None
+        self._processes = processes or Processes()
+        self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
+
+    def __enter__(self) -> RunFolder:
+        self._processes.from_first(self._enter)
+        return self
+
+    def _enter(self) -> None:
+        try:
+            if not (self.folder / "run.json").exists():
+                self._create()
+            self._lock = (self.folder / "run.json").open(encoding="utf-8")
+            self._check_lock(self._lock)
+        except (OSError, ValueError) as error:
+            self._close()
+            raise OutputError(f"The run's folder {self.folder} can't be used: {error}.") from error
+        except OutputError:
+            self._close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def begin(self, blocks: StreamedBlocks) -> None:
+        """Read what earlier runs did, and write what no decision changes."""
+        self._blocks = blocks
+        self.done, self.decisions, self.scores = self._processes.from_first(self._begin)
+
+    def _begin(self) -> tuple[int, dict[str, Decision], dict[str, Tensor]]:
+        blocks = self._streamed
+        for part in ("outside", "blocks", "records", "hidden"):
+            (self.folder / part).mkdir(exist_ok=True)
+        for number, name in enumerate(blocks.outside()):
+            shard = self._shard("outside", number)
+            if not shard.exists():
+                self._write_shard(shard, blocks.stored_outside(name))
+        while (record := self._record_file(self.done)).exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            self.done += 1
+            if found is not None:
+                self.decisions[found["name"]] = Decision(
+                    Selection(tuple(tuple(channels) for channels in found["kept"])),
+                    changes=_names_only(found["changed"]),
+                )
+                self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
+        return self.done, self.decisions, self.scores
+
+    def restore(self, hidden: Tensor) -> None:
+        if self.done == 0 or self.done == len(self._streamed.modules):
+            return
+        try:
+            with torch.inference_mode(), self._hidden_file(self.done).open("rb") as file:
+                for rows in hidden.split(_ROWS_AT_ONCE):
+                    values = np.fromfile(file, dtype=_numpy_dtype(hidden), count=rows.numel())
+                    rows.copy_(torch.from_numpy(values).view(rows.shape))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OutputError(
+                f"{self._hidden_file(self.done)} can't be read ({error}); remove {self.folder} to start again."
+            ) from error
+
+    def record(
+        self,
+        block: nn.Module,
+        name: str | None = None,
+        decision: Decision | None = None,
+        score: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        found: dict[str, Any] | None = None
+        shard = self._shard("blocks", self.done)
+        with self._told_faults():
+            if name is not None and decision is not None and score is not None:
+                self._apply(block, decision)
+                score = score.double().cpu()
+                decision = Decision(decision.selection, changes=_names_only(decision.changes))
+                kept = [list(channels) for channels in decision.selection.kept]
+                found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
+            if self._processes.rank == 0:
+                self._write_shard(shard, self._streamed.stored_block(self.done, block))
+            if hidden is not None:
+                write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
+        self._processes.gather([None])  # the record says that all hidden states are on the disk
+        self._processes.from_first(lambda: self._write_record(found))
+        self._hidden_file(self.done).unlink(missing_ok=True)
+        super().record(block, name, decision, score)
+
+    def _write_record(self, found: dict[str, Any] | None) -> None:
+        with self._told_faults():
+            _write_json(self._record_file(self.done), found)
+
+    def finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
+        """Put the output together and in its place, and remove the run's folder."""
+        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint))
+
+    def _finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
+        if _is_in_place(self.folder):
+            self.remove()
+            return
+        output = self.folder / "output"
+        with self._told_faults():
+            output.mkdir(exist_ok=True)
+            self._finish_shards(output, plan)
+            model = self._streamed.model
+            family_of(model.config).set_state_size(model.config, plan.kept_state_size)
+            if model.can_generate():
+                model.generation_config.save_pretrained(output)
+            write_config(model, output)
+            write_streamed(output, checkpoint, plan, fingerprint, _probe(output))
+            for file in (*output.iterdir(), output):
+                synchronise(file)
+            write_durably(self.folder / "finished", lambda path: path.touch())
+            put_in_place(output, self.path)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the run's folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def how_to_go_on(self) -> str:
+        """A sentence for a person whose run ended."""
+        return f"What is done is in {self.folder}: give the same command with --resume to go on."
+
+    @contextmanager
+    def _told_faults(self) -> Iterator[None]:
+        """Within the context the system's errors become one message with the next step."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or self.folder} could not be written: {error.strerror or error}. "
+                f"{self.how_to_go_on()}"
+            ) from error
+
+    @property
+    def _streamed(self) -> StreamedBlocks:
+        assert self._blocks is not None, "begin was not called"
+        return self._blocks
+
+    def _create(self) -> None:
+        """The folder with its run.json; both are there or neither is."""
+        new = self.folder.with_name(f"{self.folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        new.mkdir(parents=True)
+        _write_json(new / "run.json", self._identity)
+        new.rename(self.folder)
+        synchronise(self.folder.parent)
+
+    def _check_lock(self, lock: IO[str]) -> None:
+        """Take the folder for this process, if the run in it is the one to go on with."""
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
+        found = json.load(lock)
+        for field in (*self._identity, *found):
+            before, now = found.get(field), self._identity.get(field)
+            if before != now:
+                raise OutputError(
+                    f"{self.folder} holds a run that differs in {field}: it was {before!r}, now it is {now!r}. Go on "
+                    "with the same model, text, options and versions, or remove that folder to start again."
+                )
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _apply(self, block: nn.Module, decision: Decision) -> None:
+        """Prune a block as the model has it."""
+        config = self._streamed.model.config
+        family = family_of(config)
+        mixer = family.mixer(block, self.done)
+        assert mixer is not None
+        prune_mixer(family, mixer, decision.selection, decision.width)
+        change_parameters(mixer.module, decision)
+
+    def _finish_shards(self, output: Path, plan: Plan) -> None:
+        """All weights into the output, narrow mixers padded to the widest, and the index over them."""
+        blocks = self._streamed
+        config = blocks.model.config
+        family = family_of(config)
+        outside = len(blocks.outside())
+        count = outside + len(blocks.modules)
+        for number in range(count):
+            place = output / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            index = number - outside
+            shard = self._shard("outside", number) if index < 0 else self._shard("blocks", index)
+            name = None if index < 0 else self._name_of(index)
+            if place.exists():
+                continue
+            if name is None or plan.decision(name).width == plan.kept_state_size:
+                shard.rename(place)
+                continue
+            selection, width = plan.selections[name], plan.decision(name).width
+            with blocks.opened(index) as block:
+                mixer = family.mixer(block, index)
+                assert mixer is not None
+                prune_mixer(family, mixer, selection, width)
+                blocks.load_into_opened(safetensors.torch.load_file(shard))
+                mixer = family.mixer(block, index)
+                assert mixer is not None
+                everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
+                prune_mixer(family, mixer, everything, plan.kept_state_size)
+                self._write_shard(place, blocks.stored_block(index, block))
+            shard.unlink()
+        _write_index(output)
+
+    def _name_of(self, index: int) -> str | None:
+        found = json.loads(self._record_file(index).read_text(encoding="utf-8"))
+        return None if found is None else str(found["name"])
+
+    def _shard(self, part: str, number: int) -> Path:
+        return self.folder / part / f"{number:05d}.safetensors"
+
+    def _record_file(self, index: int) -> Path:
+        return self.folder / "records" / f"{index:05d}.json"
+
+    def _hidden_file(self, index: int) -> Path:
+        return self.folder / "hidden" / f"{index:05d}-{self._processes.rank}.bin"
+
+    def _write_shard(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        write_durably(path, lambda place: safetensors.torch.save_file(tensors, place, metadata={"format": "pt"}))
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the state of a run that writes an output is."""
+    whole = output.absolute()
+    return whole.with_name(f"{whole.name}.run")
+
+
+def _is_in_place(folder: Path) -> bool:
+    """Whether all that a run left to do is to remove its folder."""
+    return (folder / "finished").exists() and not (folder / "output").exists()
+
+
+def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
+    folder = run_folder_of(output)
+    if _is_in_place(folder) and resume:
+        return
+    OutputFolder(output, overwrite)
+    if (folder / "run.json").exists() and not resume:
+        done = len(list((folder / "records").glob("*.json")))
+        raise OutputError(
+            f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
+            "start again."
+        )
+
+
+def _probe(folder: Path) -> Probe | None:
+    """Of the model in a folder, one block at a time."""
+    blocks = stream(str(folder), dtype=torch.float32).blocks
+    ids = probe_tokens(blocks.model.config.vocab_size)
+    windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
+    logits = next(iter(logits_of(blocks, windows)))[1]
+    return Probe.of_logits(ids, logits[0], torch.float32)
+
+
+def _names_only(changed: Any) -> dict[str, Tensor]:
+    """Changed parameters by name; their values are in the weights already."""
+    return {name: torch.empty(0, device="meta") for name in changed}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+
+    def write(place: Path) -> None:
+        place.write_text(text, encoding="utf-8")
+
+    write_durably(path, write)
+
+
+def _write_rows(hidden: Tensor, path: Path) -> None:
+    with path.open("wb") as file:
+        for rows in hidden.split(_ROWS_AT_ONCE):
+            rows.cpu().numpy().tofile(file)
+
+
+def _numpy_dtype(tensor: Tensor) -> Any:
+    return torch.empty(0, dtype=tensor.dtype).numpy().dtype
+
+
+def _write_index(folder: Path) -> None:
+    """model.safetensors.index.json over all shards in a folder."""
+    where: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("model-*.safetensors")):
+        stored = header_tensors(file)
+        where |= dict.fromkeys(stored, file.name)
+        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})

@@ -1,0 +1,282 @@
+"""Streamed runs that are ended, by whatever means, and go on."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ghostssm
+from ghostssm import run_folder
+from ghostssm.data import windows
+from ghostssm.run_folder import RunFolder, run_folder_of
+from tests.cli.test_cli import Run, run  # noqa: F401  (a fixture)
+from tests.conftest import random_windows, tiny_model
+from tests.test_streaming import assert_same_checkpoint, saved
+
+RECIPE = "output+refit5+repair"
+WINDOWS = random_windows(9, 40)
+
+
+class _Died(BaseException):
+    """What no handler catches."""
+
+
+@pytest.fixture(autouse=True)
+def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostssm.data.windows._TOKENS_PER_BATCH", 80)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    return saved(tiny_model(n_groups=2).to(torch.bfloat16), tmp_path / "model")
+
+
+def prune(spec: str, output: Path, *, recipe: str = RECIPE, groups: Any = "pooled", **options: Any) -> Path:
+    ghostssm.prune_streamed(ghostssm.stream(spec, head=False), WINDOWS, recipe, 5, output, groups=groups, **options)
+    return output
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_died_at_every_durable_step(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    """After each file, and in the middle of it."""
+    recipe = "ghost+repair"
+    expected = prune(spec, tmp_path / "whole", recipe=recipe)
+    durably = run_folder.write_durably
+    for last in itertools.count(1):
+        steps = itertools.count(1)
+
+        def step(path: Path, write: Callable[[Path], None], steps: Any = steps, last: int = last) -> None:
+            number = next(steps)
+            if torn and number == last:
+                path.with_name(f".{path.name}.unfinished").write_bytes(b"half")
+            else:
+                durably(path, write)
+            if number == last:
+                raise _Died
+
+        output = tmp_path / f"out-{last}"
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(run_folder, "write_durably", step)
+                prune(spec, output, recipe=recipe)
+        except _Died:
+            assert not output.exists()
+            prune(spec, output, recipe=recipe, resume=True)
+            assert_same_checkpoint(expected, output)
+            assert not run_folder_of(output).exists()
+        else:
+            break
+    # run.json, 2 tensors outside, 3 files per block, narrow blocks once more, the index, and the end
+    assert last > 1 + 2 + 3 * 3 + 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_died_while_the_output_is_put_in_place(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    expected, output = prune(spec, tmp_path / "whole"), tmp_path / "out"
+    if overwrite:
+        output.mkdir()
+        (output / "old").write_text("x")
+
+    def died(*_: object) -> None:
+        raise _Died
+
+    for owner, name in ((run_folder, "put_in_place"), (run_folder.RunFolder, "remove")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, died)
+            with pytest.raises(_Died):
+                prune(spec, output, overwrite=overwrite, resume=True)
+    plan = ghostssm.prune_streamed(ghostssm.stream(spec), WINDOWS, RECIPE, 5, output, groups="pooled", resume=True)
+    assert plan.kept_state_size == ghostssm.describe(str(output)).layout.state_size
+    assert_same_checkpoint(expected, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+def _child(spec: str, output: Path, begun: Path) -> None:
+    torch.set_num_threads(1)
+    windows._TOKENS_PER_BATCH = 80
+    begun.touch()
+    prune(spec, output, resume=True)
+
+
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(spec: str, tmp_path: Path, moments: int) -> None:
+    """Runs are killed again and again, and go on each time."""
+    expected, output = prune(spec, tmp_path / "whole"), tmp_path / "out"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ghostssm._api", "transformers.models.mamba2.modeling_mamba2", __name__])
+    chance = random.Random(0)
+    killed, length = 0, 0.0
+    for number in itertools.count():
+        marker = tmp_path / f"begun-{number}"
+        child = context.Process(target=_child, args=(spec, output, marker))
+        child.start()
+        while not marker.exists():
+            time.sleep(0.001)
+        begun = time.monotonic()
+        if length:
+            child.join(chance.uniform(0, length))
+            if child.is_alive():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+                killed += 1
+        child.join()
+        length = length or time.monotonic() - begun  # of a whole run
+        if output.exists():
+            assert_same_checkpoint(expected, output)
+            output.rename(tmp_path / f"finished-{number}")
+        if killed == moments:
+            break
+    prune(spec, output, resume=True)
+    assert_same_checkpoint(expected, output)
+
+
+def ended_after(records: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], None]) -> None:
+    """Have runs end after so many blocks."""
+    record, seen = RunFolder.record, itertools.count(1)
+
+    def counted(self: RunFolder, *args: Any, **kwargs: Any) -> None:
+        record(self, *args, **kwargs)
+        if next(seen) == records:
+            how()
+
+    monkeypatch.setattr(RunFolder, "record", counted)
+
+
+def die() -> None:
+    raise _Died
+
+
+def test_a_run_is_not_taken_for_another(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        ended_after(2, patch, die)
+        with pytest.raises(_Died):
+            prune(spec, output)
+    with pytest.raises(ghostssm.OutputError, match=r"ended after 2 layers; pass --resume .* or remove that folder"):
+        prune(spec, output)
+    with pytest.raises(
+        ghostssm.OutputError, match=r"differs in method: it was 'output\+refit5\+repair', now .*'ghost'"
+    ):
+        prune(spec, output, recipe="ghost", resume=True)
+    with pytest.raises(ghostssm.OutputError, match=r"differs in groups: it was 'pooled', now it is 'equal'"):
+        prune(spec, output, groups="equal", resume=True)
+    other = saved(tiny_model(seed=1, n_groups=2).to(torch.bfloat16), tmp_path / "other")
+    with pytest.raises(ghostssm.OutputError, match=r"differs in model: it was '[0-9a-f]{64}'"):
+        prune(other, output, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("ghostssm.streaming.__version__", "9.9")
+        with pytest.raises(ghostssm.OutputError, match=r"differs in ghostssm: .*'9\.9'"):
+            prune(spec, output, resume=True)
+    checkpoint = ghostssm.stream(spec)
+    other_windows = random_windows(9, 40, seed=1)
+    with pytest.raises(ghostssm.OutputError, match="differs in tokens"):
+        ghostssm.prune_streamed(checkpoint, other_windows, RECIPE, 5, output, groups="pooled", resume=True)
+    prune(spec, output, resume=True)
+
+
+def test_two_processes_on_one_run(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again() -> None:
+        with pytest.raises(ghostssm.OutputError, match="Another process works on the run"):
+            prune(spec, tmp_path / "out", resume=True)
+
+    ended_after(1, monkeypatch, again)
+    prune(spec, tmp_path / "out")
+
+
+def test_a_full_disk(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    durably, steps = run_folder.write_durably, itertools.count(1)
+
+    def write(path: Path, content: Callable[[Path], None]) -> None:
+        if next(steps) == 6:
+            full()
+        durably(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_durably", write)
+        with pytest.raises(ghostssm.OutputError, match=r"could not be written: No space left .*with --resume to go on"):
+            prune(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    expected = prune(spec, tmp_path / "whole")
+    assert_same_checkpoint(expected, prune(spec, tmp_path / "out", resume=True))
+
+
+def arguments(model: Path, text: Path, output: Path, *more: object) -> list[object]:
+    cut = ["--windows", 3, "--window-length", 64, "--calibration", text]
+    return ["prune", model, "--state-size", 4, "--output", output, *cut, "--method", "ghost", *more]
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_signals(
+    run: Run,  # noqa: F811
+    folder_of: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    word: str,
+    code: int,
+) -> None:
+    model, output = folder_of(), tmp_path / "out"
+    run(*arguments(model, text_file, tmp_path / "whole", "--stream"))
+    with monkeypatch.context() as patch:
+        ended_after(2, patch, lambda: os.kill(os.getpid(), number))
+        found, out, err = run(*arguments(model, text_file, output, "--stream"))
+    assert (found, out) == (code, "")
+    assert f"{word}. What is done is in {output}.run: give the same command with --resume to go on." in err
+    assert not output.exists()
+    assert run(*arguments(model, text_file, output, "--stream"))[0] == 2
+    found, out, err = run(*arguments(model, text_file, output, "--stream", "--resume", "--json"))
+    assert found == 0, err
+    assert_same_checkpoint(tmp_path / "whole", output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt", "whole"]
+
+
+def test_the_command_line(
+    run: Run,  # noqa: F811
+    folder_of: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    model = folder_of()
+    code, _, _ = run(*arguments(model, text_file, tmp_path / "memory"))
+    assert code == 0
+    code, out, _ = run(*arguments(model, text_file, tmp_path / "files", "--stream", "--offload", tmp_path / "scratch"))
+    assert code == 0
+    assert "16 -> 4" in out
+    assert_same_checkpoint(tmp_path / "memory", tmp_path / "files")
+    evaluate = ["evaluate", tmp_path / "files", "--text", text_file, "--window-length", 64, "--json"]
+    in_memory = run(*evaluate)
+    assert in_memory[0] == 0
+    assert run(*evaluate, "--stream")[:2] == in_memory[:2]
+    for refused, message in (
+        (arguments(model, text_file, tmp_path / "x", "--resume"), "--resume works with --stream only"),
+        (arguments(model, text_file, tmp_path / "x", "--offload", tmp_path), "--offload works with --stream only"),
+        (arguments(model, text_file, tmp_path / "x", "--stream", "--dialect", "mamba_ssm"), "transformers dialect"),
+        (arguments(model, text_file, tmp_path / "x", "--stream", "--method", "taylor"), "can't be streamed"),
+        (["prune", model, "--output", tmp_path / "x", "--max-excess-loss", 1, "--stream"], "--max-excess-loss tries"),
+        (arguments(model, text_file, tmp_path / "files", "--stream"), "pass --overwrite"),
+        (["evaluate", model, "--last-words", text_file, "--stream"], "leave out --stream"),
+        (["evaluate", model, "--text", text_file, "--offload", tmp_path], "--offload works with --stream only"),
+    ):
+        code, _, err = run(*refused)
+        assert code == 2
+        assert message in " ".join(err.split())
+    assert not (tmp_path / "x").exists()
+    assert not run_folder_of(tmp_path / "x").exists()
