@@ -20,6 +20,7 @@ import torch
 import ghostssm
 from ghostssm.checkpoint import OutputFolder
 from ghostssm.checkpoint.saving import save
+from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.interrupts import Terminated, terminable, uninterrupted
@@ -297,3 +298,9 @@ def test_a_failed_save_keeps_tensors_usable(folder_of: FolderOf, tmp_path: Path)
     folder = save(checkpoint, plan, tmp_path / "out")
     assert safetensors.torch.load_file(folder / "model.safetensors")
     assert ghostssm.verify(folder).passed
+
+
+def test_messages_spell_control_characters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor's name must not drive the terminal."""
+    print_error("first\nname \x1b[2J\x07 ünï")
+    assert capsys.readouterr().err == "error: first\nname \\x1b[2J\\x07 ünï\n"

@@ -15,7 +15,7 @@ from ghostssm.errors import InputError, ModelError, TextError
 
 _TOKENS_PER_BATCH = 2048
 _STRETCH = 1 << 24
-"""Characters that are tokenised in one go. A tokenizer takes a hundred bytes of memory and more for each."""
+"""Characters that are tokenised in one go. A tokenizer takes about 200 bytes of memory for each."""
 
 
 @dataclass(frozen=True)
