@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, at_least_float32, gated_norm, project_streams
+from ghostssm.mixer import Mixer, gated_norm
 from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
+from ghostssm.ops.step import at_least_float32, project_streams
 
 LEARNING_RATE = 0.02
 """Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
