@@ -57,7 +57,7 @@ def block_calls(
     hidden: Tensor | None = None
     with torch.inference_mode():
         rests = _outputs_besides_hidden(model, blocks, windows.ids[:1, :_SHAPE_TOKENS].to(model.device))
-        for span in windows.batches():
+        for span in windows.batches(model.device):
             seen: list[tuple[Tensor, Call]] = []
             with _passed_through(blocks, rests, seen), suppress(_Captured):
                 model(input_ids=windows.ids[span].to(model.device), use_cache=False)

@@ -170,7 +170,7 @@ class _Trial:
         mixer, layout, leaf = self.mixer, self.mixer.layout, self.leaves
         both = F.linear(mixer.scaled_input(data.hidden), leaf["in_proj"], leaf.get("in_proj_bias"))
         if mixer.row_multipliers is not None:
-            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop]
+            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop].to(both)
         both = F.silu(causal_conv(both, leaf["taps"].squeeze(1), leaf.get("taps_bias")))
         B, C = both.unflatten(-1, (2, layout.n_groups, layout.state_size)).unbind(2)
         if mixer.projection is not None:

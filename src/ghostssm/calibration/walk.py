@@ -47,7 +47,7 @@ class LayerWalk:
     def __init__(self, model: PreTrainedModel, windows: Windows):
         self._family = family_of(model.config)
         self._blocks = self._family.blocks(model)
-        self._spans = windows.batches()
+        self._spans = windows.batches(model.device)
         self._streams: dict[int, Streams] = {}
         self.index = 0
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -134,6 +134,7 @@ class LayerWalk:
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
+        finite = torch.ones((), dtype=torch.bool, device=self.hidden.device)
         for index, (span, call) in enumerate(self._batches()):
             streams = self._streams.pop(index, None)
 
@@ -145,7 +146,9 @@ class LayerWalk:
             with torch.inference_mode(), replaced_forward([mixer] if mixer else [], forward):
                 output = block(self.hidden[span], *call.args, **call.kwargs)
                 self.hidden[span] = output[0] if isinstance(output, tuple) else output
-        if not torch.isfinite(self.hidden).all():
+                # Of all windows at once it would take as much memory again as they do.
+                finite &= torch.isfinite(self.hidden[span]).all()
+        if not finite:
             name = mixer.name if mixer else type(block).__name__
             raise NumericalError(
                 f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "

@@ -25,7 +25,7 @@ LEAST_ROWS = 8
 LEAST_COLUMNS = 16
 """With :data:`LEAST_ROWS`, a tile has at least one number for each of a program's 128 threads."""
 MOST_COLUMNS = 128
-_WARPS = 4
+WARPS = 4
 _MAP_COLUMNS = 32
 
 
@@ -274,7 +274,7 @@ def decode_step_(
     parts = weights.groups if maps[0] is None else len(maps[0])
     streams = torch.empty(batch, 2, parts, r, dtype=torch.float32, device=state.device)
     out = torch.empty(batch, heads * p, dtype=torch.float32, device=state.device)
-    shape = StepShape.of(p, r)
+    shape = StepShape.of(p, r, TILE)
     with gpu.on_device_of(state):
         prepare_streams[(2 * weights.groups, batch)](
             xBC,
@@ -293,7 +293,7 @@ def decode_step_(
             TAPS=triton.next_power_of_2(width),
             LANES=triton.next_power_of_2(n),
             MAP_COLUMNS=_MAP_COLUMNS,
-            num_warps=_WARPS,
+            num_warps=WARPS,
         )
         step_state[(heads * -(-p // shape.rows), batch)](
             xBC,
@@ -320,7 +320,7 @@ def decode_step_(
             TAPS=triton.next_power_of_2(width),
             ROWS=shape.rows,
             SPANS=shape.spans,
-            num_warps=_WARPS,
+            num_warps=WARPS,
         )
     return out
 
@@ -338,7 +338,7 @@ class StepShape:
     spans: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, p: int, r: int, tile: int = TILE) -> StepShape:
+    def of(cls, p: int, r: int, tile: int) -> StepShape:
         """For a state of p rows and r columns, about ``tile`` numbers at a time."""
         spans, first = [], 0
         while first < r:
