@@ -71,7 +71,7 @@ SHAPES = {
     "2.7b": Shape(64, 2560, 80),
 }
 """Of the published mamba2 models."""
-TINY = Shape(2, 32, 4, head_dim=16, state=16, vocabulary=64)
+TINY = Shape(2, 16, 2, head_dim=16, state=16, vocabulary=64)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -155,7 +155,7 @@ def main() -> None:
     device = device_of(args)
     shapes: dict[str, Shape] = {"tiny": TINY} if args.dry_run else {name: SHAPES[name] for name in args.models}
     if args.dry_run:
-        args.batch, args.state_size, args.rounds = [2], [12], 1
+        args.batch, args.state_size, args.state_dtype, args.rounds = [2], [12], ["bfloat16"], 1
     kernel = mamba_ssm_kernel(args.mamba_ssm) if args.mamba_ssm else None
     bandwidth = copy_bandwidth(device, 1 << (20 if args.dry_run else 30))
 
