@@ -44,6 +44,8 @@ def test_plan_to_checkpoint_and_back(
     assert torch.equal(logits(checkpoint.model, windows.ids), dense)
     if plan.needs_own_class:
         assert isinstance(smaller, GhostMamba2ForCausalLM)
+        with pytest.raises(ghostssm.InputError, match="apply_plan returns"):
+            ghostssm.save(checkpoint, plan, tmp_path / "out")
     changed = ghostssm.Checkpoint(smaller, checkpoint.tokenizer, checkpoint.source)
     written = ghostssm.save(changed, plan, tmp_path / "out")
     assert not torch.equal(logits(smaller, windows.ids), dense)

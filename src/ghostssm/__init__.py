@@ -44,8 +44,10 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StorageError",
     "Text",
     "TextError",
+    "Verification",
     "Windows",
     "__version__",
     "accelerate",
@@ -70,6 +72,7 @@ __all__ = [
     "restore",
     "save",
     "smallest_plan",
+    "verify",
 ]
 
 

@@ -2,7 +2,18 @@
 
 from ghostssm._version import __version__
 from ghostssm.acceleration import accelerate, restore
-from ghostssm.checkpoint import Checkpoint, Description, OutputFolder, Source, describe, find_source, load, save
+from ghostssm.checkpoint import (
+    Checkpoint,
+    Description,
+    OutputFolder,
+    Source,
+    Verification,
+    describe,
+    find_source,
+    load,
+    save,
+    verify,
+)
 from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.checkpoint.hub import push_to_hub
@@ -18,6 +29,7 @@ from ghostssm.errors import (
     NumericalError,
     OutputError,
     PlanError,
+    StorageError,
     TextError,
 )
 from ghostssm.evaluation import Difference, Evaluation, evaluate
@@ -57,8 +69,10 @@ __all__ = [
     "SSDLayout",
     "Selection",
     "Source",
+    "StorageError",
     "Text",
     "TextError",
+    "Verification",
     "Windows",
     "__version__",
     "accelerate",
@@ -83,4 +97,5 @@ __all__ = [
     "restore",
     "save",
     "smallest_plan",
+    "verify",
 ]

@@ -32,6 +32,10 @@ class OutputError(InputError):
     """An output folder that must not be written."""
 
 
+class StorageError(GhostError):
+    """Writing failed: a full disk, a quota, a disk that is gone. Nothing half-written is left."""
+
+
 class NumericalError(InputError):
     """NaN or Inf in a model's weights or activations; names the tensor or the layer."""
 

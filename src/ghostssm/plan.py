@@ -11,22 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ghostssm.errors import PlanError
+from ghostssm.files import read_json_object
 from ghostssm.layout import SSDLayout
 from ghostssm.mixer import Projection
+from ghostssm.tensorfile import FLOAT_DTYPES, Entry, read_header, read_tensor
 
 FORMAT = "ghostssm-plan"
 VERSION = 1
 PLAN_FILE = "plan.json"
 TENSORS_FILE = "plan.tensors"
 """In the safetensors format, but not by its suffix: vLLM and SGLang take every *.safetensors for a model's weights."""
+_LISTED_FAULTS = 20
+_MOST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -182,26 +186,15 @@ class Plan:
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.
         """
-        file = path / PLAN_FILE if path.is_dir() else path
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"{file} can't be read: {error.strerror or error}.") from error
-        except ValueError as error:
-            raise PlanError(f"{file} is not JSON ({error}); expected a plan that ghostssm wrote.") from None
-        faults = _faults(document)
-        if faults:
-            raise PlanError(f"{file} is not a valid plan:\n" + "\n".join(f"  - {fault}" for fault in faults))
-        tensors = _read_tensors(file.with_name(TENSORS_FILE))
+        file = path / PLAN_FILE if path.is_dir() else path.resolve()
+        document = read_description(file)
+        tensors = _read_tensors(file.with_name(TENSORS_FILE), document)
         return cls(
             method=document["method"],
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
-            selections={
-                name: Selection(tuple(tuple(channels) for channels in kept))
-                for name, kept in document["selections"].items()
-            },
+            selections=selections_of(document),
             scores=_keyed(tensors, "scores:"),
             provenance=document.get("provenance", {}),
             projections={
@@ -229,30 +222,80 @@ def _named(tensors: Mapping[str, Tensor], key: str, file: Path) -> Tensor:
     return tensors[key]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        return {}
+def read_description(file: Path) -> dict[str, Any]:
+    """The checked contents of a ``plan.json``, whether or not its tensors are there.
+
+    Raises:
+        PlanError: as :meth:`Plan.read` has it.
+    """
     try:
-        return dict(safetensors.torch.load_file(file))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise PlanError(f"{file} is not a safetensors file ({error}).") from error
+        document = read_json_object(file, PlanError)
+    except FileNotFoundError:
+        raise PlanError(f"{file} can't be read: there is no such file.") from None
+    _raise_faults(file, _faults(document))
+    return document
 
 
-def _faults(document: Any) -> list[str]:
+def selections_of(document: Mapping[str, Any]) -> dict[str, Selection]:
+    """The selections in a checked plan document."""
+    return {
+        name: Selection(tuple(tuple(channels) for channels in kept)) for name, kept in document["selections"].items()
+    }
+
+
+def _raise_faults(file: Path, faults: list[str]) -> None:
+    if faults:
+        listed = [f"  - {fault}" for fault in faults[:_LISTED_FAULTS]]
+        more = [f"  and {len(faults) - _LISTED_FAULTS} more"] if len(faults) > _LISTED_FAULTS else []
+        raise PlanError("\n".join([f"{file} is not a valid plan:", *listed, *more]))
+
+
+def _read_tensors(file: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a plan, of the shapes that its document implies as far as it does."""
+    if not file.exists() and not file.is_symlink():
+        return {}
+    header = read_header(file, PlanError)
+    _raise_faults(file, _header_faults(header, document))
+    tensors = {name: read_tensor(file, name, entry, PlanError) for name, entry in header.items()}
+    _raise_faults(file, [f"{name!r} holds NaN or Inf" for name, value in tensors.items() if not value.isfinite().all()])
+    return tensors
+
+
+def _header_faults(header: Mapping[str, Entry], document: Mapping[str, Any]) -> list[str]:
+    scores = {f"scores:{name}" for name in document["selections"]}
+    maps = {f"{part}_projection:{name}" for name in document.get("projected", {}) for part in "BC"}
+    changes = {f"change:{name}:{part}" for name, parts in document.get("changed", {}).items() for part in parts}
+    known = scores | maps | changes
+    faults = []
+    for name, entry in header.items():
+        if name not in known:
+            faults.append(f"{short(name)} belongs to no mixer that the plan names")
+        elif entry.dtype not in FLOAT_DTYPES:
+            faults.append(f"{name!r} is stored as {entry.dtype}, expected floating-point numbers")
+        elif name in scores and entry.shape != (document["n_groups"], document["state_size"]):
+            faults.append(f"{name!r} has shape {entry.shape}, expected n_groups and state_size")
+        elif name in maps and len(entry.shape) != 3:
+            faults.append(f"{name!r} has shape {entry.shape}, expected three dimensions")
+    for name in document.get("projected", {}):
+        pair = [header[key].shape for key in (f"B_projection:{name}", f"C_projection:{name}") if key in header]
+        if len(set(pair)) > 1:
+            faults.append(f"the projections of {name!r} have shapes {pair[0]} and {pair[1]}, expected the same")
+    return faults
+
+
+def _faults(document: dict[str, Any]) -> list[str]:
     """Everything that keeps a JSON document from being a plan."""
-    if not isinstance(document, dict):
-        return [f"found {type(document).__name__} at the top, expected an object"]
     faults = []
     if document.get("format") != FORMAT:
-        faults.append(f"format is {document.get('format')!r}, expected {FORMAT!r}")
+        faults.append(f"format is {short(document.get('format'))}, expected {FORMAT!r}")
     if document.get("version") != VERSION:
-        faults.append(f"version is {document.get('version')!r}, expected {VERSION}")
+        faults.append(f"version is {short(document.get('version'))}, expected {VERSION}")
     for key in ("method", "model_type"):
         if not isinstance(document.get(key), str):
-            faults.append(f"{key} is {document.get(key)!r}, expected a string")
+            faults.append(f"{key} is {short(document.get(key))}, expected a string")
     for key in ("n_groups", "state_size"):
         if not _is_count(document.get(key)):
-            faults.append(f"{key} is {document.get(key)!r}, expected a positive integer")
+            faults.append(f"{key} is {short(document.get(key))}, expected a positive integer")
     if not isinstance(document.get("provenance", {}), dict):
         faults.append("provenance is not an object")
     selections = document.get("selections")
@@ -260,7 +303,7 @@ def _faults(document: Any) -> list[str]:
         return [*faults, "selections is missing or empty, expected an object of mixers"]
     faults += _option_faults(document, list(selections))
     for name, kept in selections.items():
-        faults += [f"selections[{name!r}]: {fault}" for fault in _selection_faults(kept, document)]
+        faults += [f"selections[{short(name)}]: {fault}" for fault in _selection_faults(kept, document)]
     if not faults and not any(channels for kept in selections.values() for channels in kept):
         faults.append("selections keep no channel at all")
     return faults
@@ -271,12 +314,12 @@ def _selection_faults(kept: Any, document: dict[str, Any]) -> list[str]:
         return ["expected a list of lists of channels, one per group"]
     faults = []
     if len(kept) != document.get("n_groups"):
-        faults.append(f"{len(kept)} groups, expected {document.get('n_groups')}")
+        faults.append(f"{len(kept)} groups, expected {short(document.get('n_groups'))}")
     limit: int = document["state_size"] if _is_count(document.get("state_size")) else 0
     for group, channels in enumerate(kept):
         bad = [c for c in channels if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < limit]
         if bad:
-            faults.append(f"group {group} names channel {bad[0]!r}, expected integers from 0 to {limit - 1}")
+            faults.append(f"group {group} names channel {short(bad[0])}, expected integers from 0 to {limit - 1}")
         elif any(a >= b for a, b in pairwise(channels)):
             faults.append(f"group {group} is not strictly ascending")
     return faults
@@ -290,12 +333,14 @@ def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
     projected, changed = document.get("projected", {}), document.get("changed", {})
     if not isinstance(projected, dict):
         faults.append("projected is not an object")
+    elif not all(_is_count(size) for size in projected.values()):
+        faults.append("projected is not an object of state sizes")
     elif projected and set(projected) != set(mixers):
         faults.append("projected names some mixers, expected all of those in selections, or none")
     if not _is_names(changed):
         faults.append("changed is not an object of lists of parameter names")
     elif not set(changed) <= set(mixers):
-        faults.append(f"changed names {min(set(changed) - set(mixers))!r}, which is not in selections")
+        faults.append(f"changed names {short(min(set(changed) - set(mixers)))}, which is not in selections")
     return faults
 
 
@@ -307,4 +352,4 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_COUNT

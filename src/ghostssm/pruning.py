@@ -108,9 +108,11 @@ class Calibration:
                 "requested_state_size": state_size,
                 "groups": groups,
                 "seed": seed,
+                "multiple": multiple,
                 "calibration": {
                     "text": self.windows.text_name,
                     "text_sha256": self.windows.text_fingerprint,
+                    "tokens_sha256": self.windows.fingerprint,
                     "windows": len(self.windows),
                     "window_length": self.windows.length,
                     "seed": self.windows.seed,
@@ -336,7 +338,8 @@ def smallest_plan(
             f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
             "nats per token; allow more, or try another method."
         )
-    return best
+    searched = {"max_excess_loss": max_excess_loss, "held_out_windows": len(held_out)}
+    return dataclasses.replace(best, provenance={**best.provenance, **searched})
 
 
 def _gram(hidden: Tensor) -> Tensor:

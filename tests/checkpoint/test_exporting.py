@@ -90,11 +90,11 @@ def test_there_and_back_again(folder_of: FolderOf, tmp_path: Path) -> None:
     checkpoint = ghostssm.load(str(source))
     theirs = ghostssm.export_checkpoint(checkpoint, tmp_path / "theirs", dialect="mamba_ssm")
     assert json.loads((theirs / "config.json").read_text())["ssm_cfg"]["d_state"] == 16
-    assert json.loads((theirs / "ghostssm.json").read_text()) == {
-        "base_model": "org/base",
-        "dialect": "mamba_ssm",
-        "stored_state_size": 16,
-    }
+    manifest = json.loads((theirs / "ghostssm.json").read_text())
+    facts = {"base_model": "org/base", "dialect": "mamba_ssm", "stored_state_size": 16}
+    assert manifest | facts == manifest
+    assert manifest["probe"]
+    assert "pytorch_model.bin" in manifest["files"]
     assert {"pytorch_model.bin", "README.md", "tokenizer.json", "generation_config.json"} <= {
         path.name for path in theirs.iterdir()
     }

@@ -190,7 +190,7 @@ def test_manifest_and_plan(folder_of: Callable[..., Path], tmp_path: Path) -> No
     assert manifest["base_model_sha256"] == checkpoint.source.fingerprint()
     assert manifest["state_size"] == {"before": 16, "after": 5}
     assert manifest["options"]["calibration"]["windows"] == 1
-    assert set(manifest["versions"]) == {"python", "torch", "transformers"}
+    assert {"python", "torch", "transformers", "tokenizers", "numba"} <= set(manifest["versions"])
     assert Plan.read(written).selections == plan.selections
     again = ghostssm.load(str(checkpoint.source.folder))
     ghostssm.apply_plan(again.model, Plan.read(written))

@@ -53,6 +53,7 @@ def test_every_verb(command: Run, model: Path, text_file: Path, tmp_path: Path) 
     assert code == 0, err
     assert "16 -> 4" in out
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
+    assert command("verify", output)[0] == 0
 
     code, out, _ = command(
         "evaluate", output, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json"

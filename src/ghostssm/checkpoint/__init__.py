@@ -2,7 +2,21 @@
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.checkpoint.saving import OutputFolder, save
+from ghostssm.checkpoint.output_folder import OutputFolder
+from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.verification import Check, Verification, verify
 
-__all__ = ["Checkpoint", "Description", "OutputFolder", "Source", "describe", "find_source", "load", "save"]
+__all__ = [
+    "Check",
+    "Checkpoint",
+    "Description",
+    "OutputFolder",
+    "Source",
+    "Verification",
+    "describe",
+    "find_source",
+    "load",
+    "save",
+    "verify",
+]

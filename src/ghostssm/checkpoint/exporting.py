@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.saving import MANIFEST_FILE, OutputFolder
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
+from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.errors import InputError, OutputError
+from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
 from ghostssm.modeling import GhostMamba2Config
 from ghostssm.plan import PLAN_FILE, TENSORS_FILE
@@ -36,25 +35,21 @@ def export_checkpoint(
 
     Raises:
         InputError: the dialect has no class for the model; nothing was written.
-        OutputError: the folder must not or can't be written; nothing is left behind.
+        OutputError: the folder must not or can't be written.
+        StorageError: writing failed, for example on a full disk; nothing is left behind.
     """
     if dialect != "transformers":
         require_stock(checkpoint, f"The {dialect} dialect")
     saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
-    with folder:
-        try:
-            saving.write_model(checkpoint, folder.partial, dialect)
-            saving.carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), folder.partial)
-            for name in _CARRIED:
-                if (checkpoint.source.folder / name).is_file():
-                    shutil.copyfile(checkpoint.source.folder / name, folder.partial / name)
-            _write_manifest(checkpoint, folder.partial / MANIFEST_FILE, dialect)
-            folder.commit()
-        except OSError as error:
-            raise OutputError(
-                f"{folder.path} could not be written: {error.strerror or error}. Nothing was kept."
-            ) from error
+    with folder, storing(folder.path):
+        saving.write_model(checkpoint, folder.partial, dialect)
+        saving.carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), folder.partial)
+        for name in _CARRIED:
+            if (checkpoint.source.folder / name).is_file():
+                shutil.copyfile(checkpoint.source.folder / name, folder.partial / name)
+        _write_manifest(checkpoint, folder.partial, dialect)
+        folder.commit()
     return folder.path
 
 
@@ -76,12 +71,11 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
     )
 
 
-def _write_manifest(checkpoint: Checkpoint, path: Path, dialect: Dialect) -> None:
+def _write_manifest(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
     """``ghostssm.json`` of a pruned checkpoint, brought up to date; others have none."""
-    before = checkpoint.source.folder / MANIFEST_FILE
-    if not before.is_file():
+    if not (checkpoint.source.folder / MANIFEST_FILE).is_file():
         return
-    manifest: dict[str, Any] = json.loads(before.read_text(encoding="utf-8"))
+    facts = read_manifest(checkpoint.source.folder)
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
-    manifest |= {"dialect": dialect, "stored_state_size": sizes[0] if len(sizes) == 1 else sizes}
-    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    facts |= {"dialect": dialect, "stored_state_size": sizes[0] if len(sizes) == 1 else sizes}
+    write_manifest(folder, facts, Probe.of(checkpoint.model))

@@ -20,13 +20,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.source import Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
+from ghostssm.files import is_plain_name, read_json_object
 
 _LISTED_FAULTS = 8
+_MODULES_PER_TENSOR = 16
+"""Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
     "mamba": "Mamba-1",
     "falcon_mamba": "Mamba-1 (FalconMamba)",
@@ -78,7 +82,7 @@ def load(
     check_device(device)
     source = find_source(spec)
     config = model_config(source)
-    stored = _checked_tensors(source, config)
+    stored = checked_tensors(source, config)
     with quiet_transformers():
         model = _build(source, config, stored, dtype or _stored_dtype(stored))
     for name, value in model.state_dict().items():
@@ -104,16 +108,18 @@ def model_config(source: Source) -> PreTrainedConfig:
     Raises:
         ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
+    file = source.folder / "config.json"
+    values = checked_config(source.config, str(file))
     if source.dialect == "mamba_ssm":
-        return mamba_ssm.to_transformers_config(source.config)
+        return mamba_ssm.to_transformers_config(values)
     model_type = source.config.get("model_type")
-    if model_type in _OTHER_MAMBAS:
-        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     if not isinstance(model_type, str):
         raise ModelError(
-            f"{source.folder / 'config.json'} has neither a model_type nor an ssm_cfg; expected the config of a "
+            f"{file} has neither a model_type nor an ssm_cfg; expected the config of a "
             "Mamba-2 model in the transformers or the mamba_ssm dialect."
         )
+    if model_type in _OTHER_MAMBAS:
+        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     if quantisation := source.config.get("quantization_config"):
         how = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ModelError(
@@ -122,36 +128,45 @@ def model_config(source: Source) -> PreTrainedConfig:
         )
     family = family_named(model_type)
     try:
-        config = AutoConfig.from_pretrained(source.folder)
+        with quiet_transformers():
+            config = type(AutoConfig.for_model(model_type)).from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
-        raise ModelError(f"{source.folder / 'config.json'} is not a valid {model_type} config: {error}") from None
+        raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
     family.layout(config)
     return config
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> PreTrainedModel:
     """The model of a config on the meta device: names and shapes, no memory.
 
     Raises:
-        ModelError: transformers can't build it, it has no Mamba-2 layer, or one of a kind that ghostssm does not know.
+        ModelError: transformers can't build it, it has more modules than ``most_modules``, no Mamba-2 layer, or one of
+            a kind that ghostssm does not know.
     """
     try:
-        with torch.device("meta"), quiet_transformers():
+        with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        mixers_of(model)
+    except (ModelError, MemoryError):
+        raise
     except Exception as error:  # the faults of a model class share no base class
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
             f"transformers can't build a {config.model_type} model from this config ({reason})."
         ) from error
-    mixers_of(model)
     return model
 
 
-def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """The tensors in a source's weight files, under transformers' names; nothing is loaded.
+
+    Raises:
+        ModelError: names and shapes other than the config implies.
+    """
     stored = stored_tensors(source.folder)
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
-    model = empty_model(config)
+    model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
     for pattern in model._keys_to_ignore_on_load_unexpected or ():
         stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
     ties = model.all_tied_weights_keys.items()
@@ -178,15 +193,25 @@ def _stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
 def _build(
     source: Source, config: PreTrainedConfig, stored: dict[str, StoredTensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    model: PreTrainedModel
-    if source.dialect == "transformers":
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
-    else:
-        tensors = {name: tensor.read() for name, tensor in stored.items()}
-        model = type(empty_model(config)).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-        if (source.folder / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    tensors = {}
+    for name, tensor in stored.items():
+        value = tensor.read()
+        # Widened one by one, so that the narrow ones need not stay.
+        tensors[name] = value.to(torch.promote_types(value.dtype, dtype))
+    model: PreTrainedModel = type(empty_model(config)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype
+    )
+    if (source.folder / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
     return model
+
+
+def _generation_config(file: Path) -> GenerationConfig:
+    values = checked_config(read_json_object(file, ModelError), str(file))
+    try:
+        return GenerationConfig.from_dict(values)
+    except Exception as error:  # transformers' validation raises many classes
+        raise ModelError(f"{file} is not a valid generation config: {error}") from None
 
 
 def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
@@ -196,16 +221,38 @@ def _load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None)
         place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
     if place is None:
         return None
+    tokenizer = _read_tokenizer(place)
+    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise ModelError(
+            f"The tokenizer {str(place)!r} has {highest + 1} tokens, the model only {config.vocab_size}; "
+            "expected the tokenizer that the model was trained with."
+        )
+    return tokenizer
+
+
+def _read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    if Path(place).is_dir():
+        check_links(Path(place))
+        _check_tokenizer_config(Path(place) / "tokenizer_config.json")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # tokenizers and the hub client raise many classes
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("text")
+    except (KeyboardInterrupt, SystemExit, MemoryError):  # SIGTERM too
+        raise
+    except BaseException as error:  # tokenizers, their native code and the hub client raise many classes
         raise ModelError(
             f"The tokenizer {str(place)!r} could not be loaded ({type(error).__name__}); bring its tokenizer.json into "
             f"a folder and name that with --tokenizer."
         ) from error
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"The tokenizer {str(place)!r} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
-            "expected the tokenizer that the model was trained with."
-        )
     return tokenizer
+
+
+def _check_tokenizer_config(file: Path) -> None:
+    """transformers opens the files that ``fast_tokenizer_files`` names."""
+    try:
+        named = read_json_object(file, ModelError).get("fast_tokenizer_files", [])
+    except FileNotFoundError:
+        return
+    if not isinstance(named, list) or any(not isinstance(name, str) or not is_plain_name(name) for name in named):
+        raise ModelError(f"fast_tokenizer_files in {file} is {named!r}; expected plain names of files beside it.")

@@ -41,6 +41,8 @@ _SSM_DEFAULTS: dict[str, Any] = {
     "conv_bias": True,
     "chunk_size": 256,
 }
+_SIZES = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")
+_SSM_SIZES = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size")
 # Variants of the mixer that transformers' Mamba-2 does not have, with the value that means "not used".
 _SSM_FIXED: dict[str, Any] = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 # How new weights are drawn or how the kernel is called: of no account for a trained model.
@@ -87,6 +89,13 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
             faults.append(f"ssm_cfg.{key} is {value!r}, expected {_SSM_FIXED[key]!r}")
         elif key not in _SSM_FIXED and key not in _SSM_DEFAULTS and key not in _SSM_IGNORED:
             faults.append(f"ssm_cfg.{key} is not a known key")
+    sizes = {key: config[key] for key in _SIZES if key in config}
+    sizes |= {f"ssm_cfg.{key}": ssm[key] for key in _SSM_SIZES if key in ssm}
+    faults += [
+        f"{key} is {value!r}, expected a positive integer"
+        for key, value in sizes.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
     if faults:
         raise ModelError("This mamba_ssm config can't be read as a Mamba-2 model: " + "; ".join(faults) + ".")
     values = _SSM_DEFAULTS | {key: value for key, value in ssm.items() if key in _SSM_DEFAULTS}
@@ -114,7 +123,7 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
             pad_token_id=0,
             architectures=["Mamba2ForCausalLM"],
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"The sizes in config.json are not those of a Mamba-2 model: {error}") from None
 
 

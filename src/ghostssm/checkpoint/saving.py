@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -21,67 +17,21 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.manifest import Probe, write_manifest
+from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.errors import InputError, OutputError
+from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
-from ghostssm.families import family_named, family_of
+from ghostssm.families import family_named, family_of, mixers_of
 from ghostssm.plan import Plan
 
-MANIFEST_FILE = "ghostssm.json"
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
 # Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.
 _TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-
-
-class OutputFolder:
-    """A folder that appears whole or not at all.
-
-    Opened before the work, so that a folder that may not be written is refused at once:
-
-        with OutputFolder(path) as folder:
-            ...                 # write into folder.partial
-            folder.commit()
-    """
-
-    def __init__(self, path: Path | str, overwrite: bool = False):
-        """
-        Raises:
-            OutputError: the path is a file, a folder with something in it (unless ``overwrite``), or not writable.
-        """
-        self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path} is a file; expected a folder to write.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
-            raise OutputError(f"{self.path} exists and is not empty; name another folder, or pass --overwrite.")
-        self.partial = self.path.absolute().with_name(f".{self.path.absolute().name}.partial-{os.getpid()}")
-
-    def __enter__(self) -> OutputFolder:
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
-        return self
-
-    def commit(self) -> None:
-        """Put the finished folder in its place; an old one goes only once the new one stands."""
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in self.partial.iterdir():
-            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
-        old = self.partial.with_name(self.partial.name + ".old")
-        if self.path.exists():
-            self.path.rename(old)
-        self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def save(
@@ -97,34 +47,31 @@ def save(
     """Write a checkpoint whose model a plan was applied to.
 
     The folder gets the weights and config in the chosen dialect, the tokenizer and generation config, the base model's
-    licence files, the plan (``plan.json``, ``plan.tensors``), ``ghostssm.json``, which says what produced it, and a
-    model card, ``README.md``.
+    licence files, the plan (``plan.json``, ``plan.tensors``), a model card
+    (``README.md``), and ``ghostssm.json``, which says what produced it all and what :func:`ghostssm.verify` checks.
 
     Args:
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no
             tied heads. measured: goes into the card and the manifest.
 
     Raises:
-        InputError: the dialect can't express the plan's result; nothing was written.
-        OutputError: the folder must not or can't be written; nothing is left behind.
+        InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
+            written.
+        OutputError: the folder must not or can't be written.
+        StorageError: writing failed, for example on a full disk; nothing is left behind.
     """
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
+    _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
-    with folder:
-        try:
-            with _untied(checkpoint.model) if untie else nullcontext():
-                write_model(checkpoint, folder.partial, dialect)
-            carry_over(checkpoint, folder.partial)
-            plan.save(folder.partial, changes=False)
-            tied = checkpoint.model.config.tie_word_embeddings and not untie
-            write_card(model_card(checkpoint, plan, dialect, measured, tied_head=tied), folder.partial)
-            manifest = json.dumps(_manifest(checkpoint, plan, dialect, measured), indent=1) + "\n"
-            (folder.partial / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
-            folder.commit()
-        except OSError as error:
-            raise OutputError(
-                f"{folder.path} could not be written: {error.strerror or error}. Nothing was kept."
-            ) from error
+    with folder, storing(folder.path):
+        with _untied(checkpoint.model) if untie else nullcontext():
+            write_model(checkpoint, folder.partial, dialect)
+        carry_over(checkpoint, folder.partial)
+        plan.save(folder.partial, changes=False)
+        tied = checkpoint.model.config.tie_word_embeddings and not untie
+        write_card(model_card(checkpoint, plan, dialect, measured, tied_head=tied), folder.partial)
+        write_manifest(folder.partial, _facts(checkpoint, plan, dialect, measured), Probe.of(checkpoint.model))
+        folder.commit()
     return folder.path
 
 
@@ -138,6 +85,17 @@ def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, unti
         raise InputError(
             f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "
             "transformers dialect, or a method and options that keep the stock class."
+        )
+
+
+def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise InputError unless a model has the state sizes that a plan leaves."""
+    found = [mixer.state_size for mixer in mixers_of(model)]
+    expected = list(plan.state_sizes) if plan.needs_own_class else [plan.kept_state_size] * len(plan.selections)
+    if found != expected:
+        raise InputError(
+            f"The model's state sizes are {found}, the plan leaves {expected}; expected the model that "
+            "ghostssm.apply_plan returns, which is a new one where the stock class can't express the plan."
         )
 
 
@@ -202,7 +160,7 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect, measured: Measurement | None) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, plan: Plan, dialect: Dialect, measured: Measurement | None) -> dict[str, Any]:
     return {
         "ghostssm": __version__,
         "base_model": checkpoint.source.name,
@@ -214,10 +172,7 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, dialect: Dialect, measured: Me
             "after": list(plan.state_sizes) if plan.needs_own_class else plan.kept_state_size,
         },
         "options": dict(plan.provenance),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "device": str(checkpoint.model.device),
         **({} if measured is None else {"measured": measured.as_json()}),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
     }

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from ghostssm.errors import ModelError
+from ghostssm.files import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_WEIGHTS = frozenset({".safetensors", ".bin"})
+_READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_MOST_SMALL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Source:
         config: the parsed config.json.
         dialect: whose config.json it is.
         hub_id: its name on the hub, if it came from there.
+        stamps: size and time of every weight file, as they were found.
     """
 
     name: str
@@ -35,12 +41,24 @@ class Source:
     config: dict[str, Any]
     dialect: Dialect
     hub_id: str | None = None
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the config and weight files, hexadecimal."""
+        """SHA-256 over the names and contents of the config and weight files, hexadecimal.
+
+        Raises:
+            ModelError: a weight file has changed since it was found.
+        """
+        now = _stamps(self.folder)
+        for name, stamp in self.stamps.items():
+            if now.get(name) != stamp:
+                raise ModelError(
+                    f"{self.folder / name} was changed or truncated meanwhile; bring it back and run again."
+                )
         total = hashlib.sha256()
         for pattern in ("config.json", "*.safetensors", "*.bin"):
             for path in sorted(self.folder.glob(pattern)):
+                confined(path, ModelError)
                 content = hashlib.sha256()
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
@@ -61,7 +79,8 @@ def find_source(spec: str, weights: bool = True) -> Source:
     """
     hub_id = None
     if spec == REFERENCE:
-        folder = Path(str(resources.files("ghostssm") / "reference"))
+        # Some installers link every file of a package to a store of their own.
+        folder = (Path(str(resources.files("ghostssm") / "reference")) / "config.json").resolve().parent
     elif Path(spec).is_dir():
         folder = Path(spec)
     elif Path(spec).exists():
@@ -70,8 +89,34 @@ def find_source(spec: str, weights: bool = True) -> Source:
         folder, hub_id = _download(spec, weights), spec
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
+    check_links(folder)
     config = _read_config(folder)
-    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id)
+    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id, _stamps(folder))
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    states = {path.name: path.stat() for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file()}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def check_links(folder: Path) -> None:
+    """Check that whatever transformers may open in a folder lies in it.
+
+    Raises:
+        ModelError: a link that leaves the folder, a pipe or a device under a name that loaders read, or one of their
+            small files with more than 256 MiB.
+    """
+    try:
+        paths = [path for place in (folder, folder / _TEMPLATE_FOLDER) if place.is_dir() for path in place.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} can't be read: {error.strerror or error}.") from None
+    if (folder / _TEMPLATE_FOLDER).is_symlink():
+        raise ModelError(f"{folder / _TEMPLATE_FOLDER} is a link; expected a folder.")
+    for path in paths:
+        if path.suffix in _READ_BY_LOADERS and (path.is_symlink() or not path.is_dir()):
+            size = confined(path, ModelError).stat().st_size
+            if path.suffix not in _WEIGHTS and size > _MOST_SMALL_BYTES:
+                raise ModelError(f"{path} has {size} bytes, more than any tokenizer or config needs.")
 
 
 def _download(hub_id: str, weights: bool) -> Path:
@@ -91,13 +136,7 @@ def _download(hub_id: str, weights: bool) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(folder / "config.json", ModelError)
     except FileNotFoundError:
         raise ModelError(f"{folder} holds no config.json; expected the folder of a checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds {type(config).__name__}; expected an object.")
-    return config

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
 
-import safetensors
 import torch
 from torch import Tensor
 
+from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
+from ghostssm.files import confined, is_plain_name, read_json_object
+from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
 
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_LISTED_FAULTS = 3
 _QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
 """Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
 
@@ -36,99 +31,98 @@ class StoredTensor:
     read: Callable[[], Tensor]
 
 
+_Reader = Callable[[Path], dict[str, StoredTensor]]
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in a folder's weight files: safetensors or pytorch_model.bin, whole or sharded.
 
-    Of safetensors only the headers are read; .bin files are memory-mapped and unpickled with ``weights_only``.
+    Of safetensors only the headers are read; .bin files are memory-mapped and unpickled with ``weights_only``. Where
+    there is a whole file and an index, the whole file counts, as in transformers.
 
     Raises:
-        ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, or
-            quantised weights.
+        ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
+            tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
     for stem, suffix, reader in (("model", "safetensors", _read_header), ("pytorch_model", "bin", _map_pickle)):
-        index = folder / f"{stem}.{suffix}.index.json"
         whole = folder / f"{stem}.{suffix}"
-        if index.exists():
-            files = _shards(index)
-        elif whole.exists():
-            files = [whole]
-        else:
-            continue
-        tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            tensors |= reader(file)
-        return tensors
+        index = folder / f"{stem}.{suffix}.index.json"
+        if whole.exists() or whole.is_symlink():
+            return reader(whole)
+        if index.exists() or index.is_symlink():
+            return _read_shards(index, suffix, reader)
     raise ModelError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, or their shards with an index."
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not a shard index ({type(error).__name__}: {error}).") from None
+def _read_shards(index: Path, suffix: str, reader: _Reader) -> dict[str, StoredTensor]:
+    places = _places(index, suffix)
+    tensors: dict[str, StoredTensor] = {}
+    faults = []
+    for file in sorted(set(places.values())):
+        found = reader(index.parent / file)
+        faults += [f"{name} is in {file} and in {tensors[name].file.name}" for name in found if name in tensors]
+        tensors |= found
+    for name, file in places.items():
+        if name not in tensors:
+            faults.append(f"{name} is in no shard, expected in {file}")
+        elif tensors[name].file.name != file:
+            faults.append(f"{name} is in {tensors[name].file.name}, expected in {file}")
+    if faults:
+        more = f" and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
+        raise ModelError(f"The shards contradict {index}: {'; '.join(faults[:_LISTED_FAULTS])}{more}.")
+    return tensors
+
+
+def _places(index: Path, suffix: str) -> dict[str, str]:
+    """Tensor name to the file that an index puts it in; every file is there, beside the index."""
+    places = read_json_object(index, ModelError).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError(f"{index} is not a shard index; expected an object weight_map of tensor and file names.")
+    names = sorted(set(places.values()))
+    outside = [name for name in names if not is_plain_name(name) or Path(name).suffix != f".{suffix}"]
     if outside:
-        raise ModelError(f"{index} names {outside[0]!r}; expected plain file names in the same folder.")
+        raise ModelError(
+            f"{index} names {short(outside[0])}; expected plain names of .{suffix} files in the same folder."
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing)}.")
-    return [index.parent / name for name in names]
+        raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing[:_LISTED_FAULTS])}.")
+    for name in names:
+        confined(index.parent / name, ModelError)
+    return places
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
-    try:
-        with safetensors.safe_open(file, framework="pt") as handle:
-            names = handle.keys()
-            for name in names:
-                part = handle.get_slice(name)
-                dtype = _plain_dtype(name, _TORCH_DTYPES.get(part.get_dtype()), part.get_dtype(), file)
-                tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, file, partial(_read_one, file, name))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is truncated or not a safetensors file ({error}). Download it again.") from None
+    for name, entry in read_header(file, ModelError).items():
+        dtype = _plain_dtype(name, FLOAT_DTYPES.get(entry.dtype), entry.dtype, file)
+        tensors[name] = StoredTensor(entry.shape, dtype, file, partial(read_tensor, file, name, entry, ModelError))
     return tensors
 
 
-def _read_one(file: Path, name: str) -> Tensor:
-    with safetensors.safe_open(file, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
-
-
 def _map_pickle(file: Path) -> dict[str, StoredTensor]:
-    try:
-        # Files from before PyTorch 1.6 are no zip archives and can't be mapped.
-        mapped = zipfile.is_zipfile(file)
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # zip, pickle and torch faults share no base class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{file} is truncated or not a plain PyTorch weight file ({reason}). Download it again."
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ModelError(f"{file} does not hold a dictionary of tensors; expected a model's state_dict.")
+    # A copy, so that no weight depends on the file once it is read.
     return {
         name: StoredTensor(
-            tuple(value.shape), _plain_dtype(name, value.dtype, str(value.dtype), file), file, partial(_same, value)
+            tuple(value.shape),
+            _plain_dtype(name, value.dtype, str(value.dtype), file),
+            file,
+            partial(torch.clone, value),
         )
-        for name, value in loaded.items()
+        for name, value in read_weight_pickle(file).items()
     }
 
 
 def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Path) -> torch.dtype:
     """The dtype of a tensor that is no part of a quantised weight."""
-    if dtype is None or dtype not in _TORCH_DTYPES.values() or name.rpartition(".")[2] in _QUANTISED_PARTS:
+    if dtype is None or dtype not in FLOAT_DTYPES.values() or name.rpartition(".")[2] in _QUANTISED_PARTS:
         raise ModelError(
             f"{name} in {file} is stored as {stored_as}, as quantised checkpoints have it; expected floating-point "
             "weights. Prune the unquantised model, then quantise the result."
         )
     return dtype
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def shape_faults(

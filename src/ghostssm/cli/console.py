@@ -22,6 +22,8 @@ _PLAIN_INTERVAL = 5.0
 
 
 def print_error(message: str) -> None:
+    """An error for the person at the terminal; control characters, which names in files may hold, are spelled out."""
+    message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
 

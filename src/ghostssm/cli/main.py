@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
+from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
+from ghostssm.interrupts import EXIT_TERMINATED, Terminated, terminable
 
 _EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -27,18 +29,27 @@ app = typer.Typer(
 
 
 def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in one message and exit code 2, never in a traceback."""
+    """A user's mistake ends in one message and code 2, a fault of the machine in code 1, never in a traceback."""
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
-            verb(*args, **kwargs)
+            with terminable():
+                verb(*args, **kwargs)
         except GhostError as error:
             print_error(str(error))
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
         except KeyboardInterrupt:
-            print_error("interrupted; nothing was written.")
+            print_error("interrupted; nothing half-written is left.")
             raise typer.Exit(_EXIT_INTERRUPTED) from None
+        except Terminated:
+            print_error("terminated; nothing half-written is left.")
+            raise typer.Exit(EXIT_TERMINATED) from None
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print_error(out_of_memory_message(error, kwargs))
+            raise typer.Exit(_EXIT_FAILED) from None
 
     return wrapped
 
@@ -51,6 +62,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     bench.bench,
     evaluate.evaluate,
     generate.generate,
+    verify.verify,
 )
 for _verb in _VERBS:
     app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))

@@ -16,6 +16,11 @@ Role = Literal["calibration", "evaluation"]
 """Named corpora have a side to calibrate on and another to evaluate on."""
 
 
+MOST_TEXT_BYTES = 2 << 30
+"""Of one TEXT in memory; a calibration needs a thousandth of it."""
+_ROWS_PER_BATCH = 1024
+
+
 @dataclass(frozen=True)
 class Text:
     """A corpus in memory.
@@ -47,7 +52,7 @@ def read_text(spec: str, role: Role) -> Text:
         role: which side of a named corpus to take; a path gives all of its text.
 
     Raises:
-        TextError: missing, unreadable, binary or empty text, or a corpus that could not be fetched.
+        TextError: missing, unreadable, binary, empty or enormous text, or a corpus that could not be fetched.
     """
     if spec in _CORPORA:
         side, parts = _CORPORA[spec](role)
@@ -66,7 +71,13 @@ def read_text(spec: str, role: Role) -> Text:
 def _checked(text: Text) -> Text:
     if not any(part.strip() for part in text.parts):
         raise TextError(f"The text {text.name!r} is empty; expected running text.")
+    _check_size(text.name, sum(map(len, text.parts)))
     return text
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MOST_TEXT_BYTES:
+        raise TextError(f"The text {name!r} takes more than {MOST_TEXT_BYTES >> 30} GiB; give a part of it.")
 
 
 def _stdlib(role: Role) -> tuple[str, list[str]]:
@@ -114,6 +125,7 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _read_plain(path: Path) -> list[str]:
+    _check_size(str(path), path.stat().st_size)
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
@@ -133,8 +145,10 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+        except RecursionError:
+            raise TextError(f"{path}, line {number}: not JSON (nested too deeply).") from None
+        except ValueError as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error}).") from None
         texts.append(_text_field(row, f"{path}, line {number}"))
     return texts
 
@@ -143,17 +157,57 @@ def _text_field(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
         raise TextError(f'{where}: no text; expected a string, or an object with a string under "text".')
+    if "\0" in text or not _is_encodable(text):
+        raise TextError(f"{where}: the text holds NUL or half of a surrogate pair; expected text.")
     return text
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether UTF-8 can write a string; JSON may escape half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> list[str]:
     import pyarrow
     import pyarrow.parquet
 
+    texts: list[str] = []
+    size = 0
     try:
-        table = pyarrow.parquet.read_table(path, columns=["text"])
-    except (pyarrow.ArrowException, ValueError) as error:
+        _check_text_column(pyarrow.parquet.read_schema(path), path)
+        # As a dictionary, batch by batch: a few bytes of a parquet file can stand for gigabytes of equal strings.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=["text"]):
+                rows = batch.column(0)
+                size += _characters(rows)
+                _check_size(str(path), size)
+                texts += [value for value in rows.to_pylist() if value is not None]
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:
         raise TextError(f"{path} is not a parquet file with a column 'text' ({error}).") from error
-    if table.num_columns != 1:
-        raise TextError(f"{path} has no column 'text'.")
-    return [str(value) for value in table["text"].to_pylist() if value is not None]
+    if any("\0" in text for text in texts):
+        raise TextError(f"{path} holds NUL bytes; expected text.")
+    return texts
+
+
+def _check_text_column(schema: Any, path: Path) -> None:
+    import pyarrow
+
+    if schema.names.count("text") != 1:
+        raise TextError(f"{path} has no column 'text'; found: {', '.join(schema.names[:8])}.")
+    kind = schema.field("text").type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise TextError(f"The column 'text' of {path} holds {kind}; expected strings.")
+
+
+def _characters(rows: Any) -> int:
+    """Bytes of all strings of an array, without making them."""
+    import pyarrow.compute as pc
+
+    encoded = hasattr(rows, "dictionary")
+    lengths = pc.binary_length(rows.dictionary).take(rows.indices) if encoded else pc.binary_length(rows)
+    return int(pc.sum(lengths).as_py() or 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.data.sources import Text
-from ghostssm.errors import InputError, TextError
+from ghostssm.errors import InputError, ModelError, TextError
 
 _TOKENS_PER_BATCH = 2048
 _TOKENS_PER_GPU_BATCH = 8192
+_STRETCH = 1 << 24
+"""Characters that are tokenised in one go. A tokenizer takes a hundred bytes of memory and more for each."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Windows:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids, hexadecimal: the same for the same text, tokenizer, length, count and seed."""
+        return hashlib.sha256(self.ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
     def part(self, rows: slice | Tensor) -> Windows:
         """Some of the windows."""
@@ -69,6 +78,7 @@ def cut_windows(
 
     Raises:
         TextError: the text is shorter than one window.
+        ModelError: the tokenizer fails.
         InputError: a length below 2 or a count below 1.
     """
     if length < 2:
@@ -91,6 +101,27 @@ def cut_windows(
 
 
 def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """One stream of ids without special tokens."""
-    encoded = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+    """One stream of ids without special tokens.
+
+    A text of more than 16 million characters is cut before a word, every so many, and tokenised in stretches.
+    """
+    return torch.cat([_encoded(stretch, tokenizer) for stretch in _stretches(joined)])
+
+
+def _stretches(joined: str) -> Iterator[str]:
+    start = 0
+    while len(joined) - start > _STRETCH:
+        last = start + _STRETCH
+        end = max(joined.rfind(space, start + 1, last) for space in " \n")
+        end = last if end < 0 else end
+        yield joined[start:end]
+        start = end
+    yield joined[start:]
+
+
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return torch.tensor(encoded["input_ids"], dtype=torch.long)
+    except Exception as error:  # tokenizers raises many classes
+        raise ModelError(f"The tokenizer can't encode the text ({type(error).__name__}: {error}).") from error

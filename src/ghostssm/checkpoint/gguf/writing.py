@@ -16,7 +16,8 @@ from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.output_file import OutputFile
-from ghostssm.errors import InputError, NumericalError, OutputError
+from ghostssm.checkpoint.output_folder import storing
+from ghostssm.errors import InputError, NumericalError
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
@@ -74,17 +75,13 @@ def export_gguf(
     file = output if isinstance(output, OutputFile) else OutputFile(output, overwrite)
     architecture = architecture_of(model.config)
     vocabulary = _vocabulary(model, checkpoint.require_tokenizer()) if with_tokenizer else None
-    with file:
+    with file, storing(file.path):
         writer = gguf.GGUFWriter(file.partial, architecture.name)
         try:
             _write_keys(writer, model, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
             count = _write_tensors(writer, model, architecture, number_format)
             writer.close()
             file.commit()
-        except OSError as error:
-            raise OutputError(
-                f"{file.path} could not be written: {error.strerror or error}. Nothing was kept."
-            ) from error
         finally:
             writer.close()
     notes = vocabulary.notes if vocabulary else ()

@@ -1,0 +1,214 @@
+"""Check a checkpoint that ghostssm wrote: files, shapes, numbers, logits and plan, against what its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, file_hash, read_manifest
+from ghostssm.checkpoint.source import find_source
+from ghostssm.errors import GhostError, ModelError, NumericalError
+from ghostssm.families import mixers_of
+from ghostssm.files import is_plain_name
+from ghostssm.mixer import Mixer
+from ghostssm.plan import PLAN_FILE, Selection, read_description, selections_of
+
+_CARD = "README.md"
+# What loaders read, so that a file more is not the same checkpoint.
+_LOADED_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".h5", ".msgpack"})
+_LOADED_NAMES = frozenset(
+    {
+        *("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+        *("chat_template.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+        *("plan.json",),
+    }
+)
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of a folder, and what is worth knowing but no fault."""
+
+    folder: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check a checkpoint that ghostssm wrote.
+
+    Files: those that the manifest lists are there with their SHA-256, and none beside them that a loader would read.
+    Shapes: names and shapes of all tensors are those that the config implies. Weights: finite. Logits: those of the
+    recorded probe, within its tolerance. Plan: group count, mixers and state sizes are those of the weights, and
+    channels that pad a group are zero.
+
+    A model card that was changed and files that no loader reads are notes.
+
+    Raises:
+        ModelError: there is no such folder, or no manifest in it.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ModelError(f"{folder} is no folder; expected a checkpoint that ghostssm wrote.")
+    if not (path / MANIFEST_FILE).exists():
+        read_manifest(path)
+    notes: list[str] = []
+    checks: list[Check] = []
+    manifest: dict[str, Any] = {}
+
+    def check(name: str, found_by: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, found_by()))
+        except GhostError as error:
+            checks.append(Check(name, False, str(error)))
+
+    def read() -> str:
+        manifest.update(read_manifest(path))
+        return f"written by ghostssm {manifest.get('ghostssm')}"
+
+    check("manifest", read)
+    check("files", lambda: _check_files(path, manifest, notes))
+    loaded: list[Checkpoint] = []
+    check("shapes", lambda: _check_shapes(path))
+    if checks[-1].passed:
+        check("weights", lambda: _check_weights(path, loaded))
+    if loaded:
+        check("logits", lambda: _check_logits(loaded[0], manifest.get("probe")))
+        check("plan", lambda: _check_plan(path, loaded[0]))
+    return Verification(str(folder), tuple(checks), tuple(notes))
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], notes: list[str]) -> str:
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict) or not recorded:
+        raise ModelError("the manifest lists no files")
+    faults = []
+    for name, record in recorded.items():
+        wanted = record.get("sha256") if isinstance(record, dict) else None
+        path = folder / name
+        if not name or not all(map(is_plain_name, name.split("/"))) or ".." in name.split("/"):
+            faults.append(f"{short(name)} in the manifest is no file of this folder")
+        elif not path.is_file():
+            faults.append(f"{name} is missing")
+        elif file_hash(path) != wanted:
+            if name == _CARD:
+                notes.append(f"{name} was changed")
+            else:
+                faults.append(f"{name} was changed")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name == MANIFEST_FILE or name in recorded:
+            continue
+        if path.suffix in _LOADED_SUFFIXES or path.name in _LOADED_NAMES:
+            faults.append(f"{name} was added, and loaders read it")
+        else:
+            notes.append(f"{name} was added")
+    _raise(faults)
+    return f"{len(recorded)} files as written"
+
+
+def _check_shapes(folder: Path) -> str:
+    source = find_source(str(folder))
+    return f"{len(checked_tensors(source, model_config(source)))} tensors as the config implies"
+
+
+def _check_weights(folder: Path, loaded: list[Checkpoint]) -> str:
+    checkpoint = load(str(folder))
+    loaded.append(checkpoint)
+    return f"{sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()):,} numbers, all finite"
+
+
+def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
+    try:
+        probe = Probe(**recorded)
+        tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
+        usable = 0 < len(tokens) <= 1024 and all(isinstance(token, int) and 0 <= token < size for token in tokens)
+        found = Probe.of(checkpoint.model, tokens) if usable else None
+        difference = None if found is None else probe.difference(found)
+    except (TypeError, ValueError, AttributeError):
+        raise ModelError("the manifest has no probe that can be read") from None
+    if not usable:
+        raise ModelError("the probe's tokens are not of this vocabulary")
+    if difference is None:
+        raise NumericalError("NaN or Inf in the logits")
+    if not difference <= probe.tolerance:
+        raise ModelError(f"they differ by {difference:.2g} standard deviations, expected at most {probe.tolerance:g}")
+    return f"within {difference:.2g} standard deviations of the probe's, allowed {probe.tolerance:g}"
+
+
+def _check_plan(folder: Path, checkpoint: Checkpoint) -> str:
+    document = read_description(folder / PLAN_FILE)
+    selections, mixers = selections_of(document), mixers_of(checkpoint.model)
+    names = [mixer.name for mixer in mixers]
+    if names != list(selections):
+        raise ModelError(f"the plan is for {len(selections)} mixers, the model has {len(names)} or other ones")
+    projected = document.get("projected", {})
+    widths = [selection.width for selection in selections.values()]
+    sizes = [projected.get(name, width) for name, width in zip(names, widths, strict=True)]
+    own_class = bool(projected) or (document.get("per_layer", False) and len(set(sizes)) > 1)
+    if not own_class:
+        widths = sizes = [max(widths)] * len(widths)
+    faults = []
+    if document.get("kept_state_size") != max(sizes):
+        faults.append(f"kept_state_size is {document.get('kept_state_size')}, its selections give {max(sizes)}")
+    for mixer, width, size in zip(mixers, widths, sizes, strict=True):
+        # An exported copy may be padded further, for the sake of an engine.
+        padded = mixer.projection is None and not projected and mixer.state_size >= width
+        if mixer.layout.n_groups != document["n_groups"]:
+            faults.append(f"{mixer.name} has {mixer.layout.n_groups} groups, the plan {document['n_groups']}")
+        elif not padded and (mixer.layout.state_size, mixer.state_size) != (width, size):
+            faults.append(f"{mixer.name} has state size {mixer.state_size}, the plan {size}")
+        elif not _padding_is_zero(mixer, selections[mixer.name]):
+            faults.append(f"{mixer.name} has weights in channels that the plan does not keep")
+    _raise(faults)
+    return f"{len(mixers)} mixers, state size {document['state_size']} to {'/'.join(map(str, sorted(set(sizes))))}"
+
+
+def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:
+    """Whether the channels that fill a narrower group up write nothing into the state."""
+    layout = mixer.layout
+    tensors: list[tuple[Tensor | None, tuple[slice, slice]]] = [
+        (tensor, places)
+        for places, parts in (
+            ((layout.in_proj_B, layout.in_proj_C), (mixer.in_proj.weight, mixer.in_proj.bias)),
+            ((layout.conv_B, layout.conv_C), (mixer.conv1d.weight, mixer.conv1d.bias)),
+        )
+        for tensor in parts
+    ]
+    return not any(
+        tensor is not None
+        and any(
+            torch.count_nonzero(by_group[group, len(kept) :])
+            for by_group in (tensor[place].unflatten(0, (layout.n_groups, layout.state_size)) for place in places)
+            for group, kept in enumerate(selection.kept)
+        )
+        for tensor, places in tensors
+    )
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        more = f" and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise ModelError("; ".join(faults[:_LISTED]) + more)

@@ -1,0 +1,37 @@
+"""Out of memory: how it shows, and which options of a verb lower what it takes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+# What grows with an option, by the option's name in the verb's arguments.
+_LOWERS = {
+    "windows": "fewer --windows (now {value})",
+    "window_length": "a shorter --window-length (now {value})",
+    "refit": "--refit 0",
+    "batch": "smaller --batch (now {value})",
+    "prompt_length": "a shorter --prompt-length (now {value})",
+}
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on a CPU PyTorch has no class of its own for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+
+
+def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -> str:
+    """One message; ``options`` are the verb's arguments."""
+    reason = str(error).splitlines()[0] if str(error) else "allocation failed"
+    lowers = [text.format(value=_shown(options[name])) for name, text in _LOWERS.items() if options.get(name, 0) != 0]
+    advice = f"What lowers it: {', '.join(lowers)}." if lowers else "It takes a machine with more."
+    return f"Out of memory; nothing half-written is left. {advice} ({reason})"
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,33 @@
+"""``ghostssm verify``: whether a checkpoint is what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from ghostssm.cli import arguments
+from ghostssm.cli.console import note, print_json, print_table
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that 'ghostssm prune' wrote.")],
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Check a checkpoint against its manifest: files, shapes, finite weights, logits and plan. Exit code 1 if it fails.
+
+    ghostssm verify mamba2-130m-n64
+    """
+    import ghostssm
+
+    result = ghostssm.verify(folder)
+    if as_json:
+        print_json(dataclasses.asdict(result) | {"passed": result.passed})
+    else:
+        rows = [(check.name, "ok" if check.passed else "FAILED", check.found) for check in result.checks]
+        print_table(["check", "result", "found"], rows, text_columns=3)
+        for remark in result.notes:
+            note(f"({remark})")
+    if not result.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,299 @@
+"""Machines that fail in the middle of a run: one message, an exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import ghostssm
+from ghostssm.checkpoint import OutputFolder
+from ghostssm.checkpoint.saving import save
+from ghostssm.cli.memory import is_out_of_memory
+from ghostssm.errors import OutputError, StorageError
+from ghostssm.interrupts import Terminated, terminable, uninterrupted
+from tests.checkpoint.test_round_trip import pruned_checkpoint
+from tests.cli.test_cli import Run, prune_arguments, run, small  # noqa: F401  (fixtures)
+
+FolderOf = Callable[..., Path]
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing more into one file fails in the kernel, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])
+@pytest.mark.parametrize("size", [100, 3000, 20_000])
+def test_a_disk_that_fills_up(folder_of: FolderOf, tmp_path: Path, dialect: Any, size: int) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with file_size_limit(size), pytest.raises(StorageError, match=r"could not be written: .*Nothing was kept"):
+        save(checkpoint, plan, tmp_path / "out", dialect=dialect, overwrite=True)
+    with file_size_limit(size), pytest.raises(StorageError):
+        save(checkpoint, plan, tmp_path / "new" / "deep" / "out", dialect=dialect)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "out" / "old").read_text() == "x"
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    with file_size_limit(10_000):
+        code, out, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
+    assert code == 1
+    assert out == ""
+    assert "could not be written" in err
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_write_may_be_the_one_that_fails(
+    folder_of: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for target in (
+        "ghostssm.checkpoint.saving.write_model",
+        "safetensors.torch.save_file",
+        "ghostssm.checkpoint.saving.write_manifest",
+        "os.fsync",
+        "pathlib.Path.rename",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, full)
+            with pytest.raises(StorageError, match="No space left on device"):
+                save(checkpoint, plan, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, target
+
+
+def test_the_old_folder_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    rename = Path.rename
+
+    def second_fails(path: Path, target: Path) -> Path:
+        if target.name == "out" and not path.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with OutputFolder(tmp_path / "out", overwrite=True) as folder, pytest.raises(OSError, match="No space"):
+        folder.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "x"
+
+
+def test_a_read_only_place_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the tests may run as root
+    with pytest.raises(OutputError, match="read-only"):
+        OutputFolder(tmp_path / "a" / "b" / "out")
+
+
+SHORT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", SHORT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["ghostssm.pruning.LayerWalk", "ghostssm.checkpoint.loading._build"])
+def test_out_of_memory_names_the_options(
+    run: Run,  # noqa: F811
+    small: Path,  # noqa: F811
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    where: str,
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(where, short)
+    code, out, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    assert code == 1
+    assert out == ""
+    assert "fewer --windows (now 3), a shorter --window-length (now 64), --refit 0" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(OSError(2, "No such file"))
+
+
+def test_a_shard_that_is_truncated_meanwhile(
+    run: Run,  # noqa: F811
+    small: Path,  # noqa: F811
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = ghostssm.Calibration.plan
+
+    def truncated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        os.truncate(small / "model.safetensors", 100)
+        return plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(ghostssm.Calibration, "plan", truncated)
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
+    assert code == 2
+    assert "model.safetensors was changed or truncated meanwhile" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_the_middle_of_a_run(
+    run: Run,  # noqa: F811
+    small: Path,  # noqa: F811
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apply = ghostssm.pruning.LayerWalk.apply
+
+    def broken(self: Any, block: Any, mixer: Any, decision: Any) -> Any:
+        if self.index == 1:
+            mixer.out_proj.weight.data[0] = float("nan")
+        return apply(self, block, mixer, decision)
+
+    monkeypatch.setattr(ghostssm.pruning.LayerWalk, "apply", broken)
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
+    assert code == 2
+    assert "NaN or Inf in the activations after backbone.layers.1.mixer" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize(
+    "where", ["ghostssm.calibration.walk.LayerWalk.advance", "ghostssm.checkpoint.saving.Probe.of"]
+)
+def test_signals(
+    run: Run,  # noqa: F811
+    small: Path,  # noqa: F811
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    word: str,
+    where: str,
+) -> None:
+    def signalled(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(where, signalled)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, err = run(*prune_arguments(small, text_file, tmp_path / "deep" / "out"), "--method", "ghost")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert found == code
+    assert f"{word}; nothing half-written is left" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+RUN = """
+import time
+from ghostssm.checkpoint import saving
+from ghostssm.cli import main
+write = saving.write_model
+def waiting(*args):
+    write(*args)
+    print("writing", flush=True)
+    time.sleep(60)
+saving.write_model = waiting
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end(
+    small: Path,  # noqa: F811
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    command = [*map(str, prune_arguments(small, text_file, tmp_path / "out")), "--method", "ghost"]
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_signals_wait_for_the_end_of_what_must_not_be_interrupted() -> None:
+    reached = []
+
+    def work() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            reached.append("end")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == ["end"]
+
+
+def test_sigterm_is_as_before_after_a_run() -> None:
+    def work() -> None:
+        with terminable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failed_save_keeps_tensors_usable(folder_of: FolderOf, tmp_path: Path) -> None:
+    """After a full disk the same result can be written elsewhere."""
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    with file_size_limit(3000), pytest.raises(StorageError):
+        save(checkpoint, plan, tmp_path / "out")
+    folder = save(checkpoint, plan, tmp_path / "out")
+    assert safetensors.torch.load_file(folder / "model.safetensors")
+    assert ghostssm.verify(folder).passed
