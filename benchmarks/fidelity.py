@@ -163,10 +163,10 @@ def main() -> None:
     for size in args.state_size:
         first = None
         for recipe in recipes:
-            reset_peak()
+            reset_peak(task.model.device)
             begun = time.perf_counter()
             plan = calibration.plan(recipe, size)
-            seconds, peak = time.perf_counter() - begun, peak_bytes()
+            seconds, peak = time.perf_counter() - begun, peak_bytes(task.model.device)
             with ghostssm.pruned(task.model, plan) as smaller:
                 mean, error = task.cost(smaller)
             first = mean if first is None else first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import transformers
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
 
 from ghostssm.data.windows import Windows
+from ghostssm.ops import gpu
 
 VOCABULARY = 288
 
@@ -66,6 +69,38 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Mamba2ForCausalLM:
     model = Mamba2ForCausalLM(Mamba2Config(**sizes))
     draw_weights(model)
     return model.eval()
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the Triton kernels run: on a GPU if there is one, else on the CPU in triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setattr(gpu, "device_types", {"cpu"})
+    return "cpu"
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Another one in every run; a failing test's output has it."""
+    seed = secrets.randbelow(1 << 31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return seed
+
+
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nothing has written yet holds NaN, so that what a kernel leaves out shows."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        memory = empty(*args, **kwargs)
+        return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

@@ -17,16 +17,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, at_least_float32, mixer_output, project_streams, split_streams
+from ghostssm.mixer import Mixer, mixer_output, split_streams
+from ghostssm.ops.decode import StepWeights, decode_step_, norm_step
 from ghostssm.ops.packed import PackedLinear
 from ghostssm.ops.ssd import ssd
-from ghostssm.ops.step import conv_step_, ssd_step_
+from ghostssm.ops.step import at_least_float32
 
 Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""
@@ -131,7 +131,7 @@ def fast_forward(
 
     one_token = hidden_states.shape[1] == 1 and attention_mask is None
     if one_token and state is not None and conv_window is not None and not cache_params.is_recording_past(layer):
-        return mixer_output(mixer, _decode_step(mixer, xBC[:, 0], dt[:, 0], conv_window, state)[:, None], z)
+        return _decode_step(mixer, xBC[:, 0], dt[:, 0], z[:, 0], conv_window, state)[:, None]
 
     context = xBC
     if cache_params is not None:
@@ -145,11 +145,28 @@ def fast_forward(
     return mixer_output(mixer, y, z)
 
 
-def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, conv_window: Tensor, state: Tensor) -> Tensor:
-    """y (b, h, p) of one token; both states are updated in place. As in every engine, dt is not limited here."""
-    xBC = conv_step_(conv_window, xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
-    x, B, C = mixer.layout.split_conv(at_least_float32(xBC))
-    if mixer.projection is not None:
-        B, C = project_streams(B, mixer.projection.B), project_streams(C, mixer.projection.C)
-    step = F.softplus(at_least_float32(dt + mixer.dt_bias))
-    return ssd_step_(state, x, step, mixer.A, B, C, at_least_float32(mixer.D))
+def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, conv_window: Tensor, state: Tensor) -> Tensor:
+    """The mixer's output (b, hidden_size) for one token; both states are updated in place."""
+    norm, dtype = mixer.norm, mixer.out_proj.weight.dtype
+    gate_first = norm is None or norm.gate_first
+    y = decode_step_(conv_window, state, xBC, dt, z if gate_first else None, _step_weights(mixer))
+    if norm is None:
+        y = y.to(dtype)
+    else:
+        y = norm_step(y, None if gate_first else z, norm.weight, norm.eps, mixer.layout.n_groups, dtype)
+    projected: Tensor = mixer.out_proj(y)
+    return projected
+
+
+def _step_weights(mixer: Mixer) -> StepWeights:
+    projection = mixer.projection
+    return StepWeights(
+        taps=mixer.conv1d.weight.squeeze(1),
+        bias=mixer.conv1d.bias,
+        dt_bias=mixer.dt_bias,
+        A_log=mixer.A_log,
+        D=mixer.D,
+        groups=mixer.layout.n_groups,
+        B_maps=None if projection is None else projection.B,
+        C_maps=None if projection is None else projection.C,
+    )

@@ -13,6 +13,7 @@ from ghostssm.layout import SSDLayout
 from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd
+from ghostssm.ops.step import at_least_float32, project_streams
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,6 @@ class Streams:
         return sum(part.numel() * part.element_size() for part in (self.x, self.B, self.C, self.dt, self.z))
 
 
-def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
-    """B or C (..., g, n) through maps (j, n, r), of which each group has j / g: (..., j, r)."""
-    by_group = maps.to(stream.dtype).unflatten(0, (stream.shape[-2], -1))
-    return torch.einsum("...gn,gknr->...gkr", stream, by_group).flatten(-3, -2)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
     """The first half of a mixer: in_proj, conv, SiLU, softplus. ``hidden``: (b, l, hidden_size), already normalised."""
     z, xBC, dt = mixer.project_in(hidden)
@@ -161,7 +152,7 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
     if mask is not None:
         xBC = xBC * mask[..., None].to(xBC.dtype)
     x, B, C = mixer.layout.split_conv(xBC)
-    dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
+    dt = F.softplus(at_least_float32(dt) + mixer.dt_bias).clamp(*mixer.dt_limit)
     streams = Streams(x, B, C, dt, z)
     return streams if mixer.projection is None else streams.project(mixer.projection)
 

@@ -176,7 +176,8 @@ class _Run:
                 errors = self._measured_errors(walk, block, mixer, len(curves)) if mixer is not None else None
                 walk.advance(block, mixer)
                 if errors is not None:
-                    curves.append(errors / walk.hidden.square().sum(-1).mean().item())
+                    energy = torch.linalg.vector_norm(walk.hidden, dim=-1).square().mean()
+                    curves.append(errors / energy.item())
                 self.progress("budget", walk.index + 1, len(walk))
             self.calibration._curves[name] = curves
         return self.calibration._curves[name]

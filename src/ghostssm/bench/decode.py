@@ -58,9 +58,9 @@ def measure(
     for index, (key, batch) in enumerate(turns):
         progress("decode", index, len(turns))
         with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller)):
-            reset_peak()
+            reset_peak(smaller.device)
             _run(smaller, batch, prompt, timings[key, batch])
-            timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes())
+            timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes(smaller.device))
     progress("decode", len(turns), len(turns))
     return timings
 

@@ -62,7 +62,7 @@ def block_calls(
     hidden: Tensor | None = None
     with torch.inference_mode():
         rests = outputs_besides_hidden(blocks, windows)
-        for number, span in enumerate(windows.batches()):
+        for number, span in enumerate(windows.batches(blocks.device)):
             seen: list[tuple[Tensor, Call]] = []
 
             def noted(states: Tensor, call: Call, seen: list[tuple[Tensor, Call]] = seen) -> Tensor:

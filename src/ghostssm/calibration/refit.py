@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, at_least_float32, gated_norm, project_streams
+from ghostssm.mixer import Mixer, gated_norm
 from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
+from ghostssm.ops.step import at_least_float32, project_streams
 
 LEARNING_RATE = 0.02
 """Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
@@ -175,7 +176,7 @@ class _Trial:
         mixer, layout, leaf = self.mixer, self.mixer.layout, self.leaves
         both = F.linear(mixer.scaled_input(data.hidden), leaf["in_proj"], leaf.get("in_proj_bias"))
         if mixer.row_multipliers is not None:
-            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop]
+            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop].to(both)
         both = F.silu(causal_conv(both, leaf["taps"].squeeze(1), leaf.get("taps_bias")))
         B, C = both.unflatten(-1, (2, layout.n_groups, layout.state_size)).unbind(2)
         if mixer.projection is not None:

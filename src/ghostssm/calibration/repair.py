@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, Streams, at_least_float32, mixer_output, normed_output
+from ghostssm.mixer import Mixer, Streams, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
+from ghostssm.ops.step import at_least_float32
 from ghostssm.processes import Processes
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

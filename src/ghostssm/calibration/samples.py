@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, Streams, at_least_float32
+from ghostssm.mixer import Mixer, Streams
 from ghostssm.ops.ssd import ssd
+from ghostssm.ops.step import at_least_float32
 
 DEFAULT_SAMPLES = 4096
 DEFAULT_DIRECTIONS = 16

@@ -64,7 +64,7 @@ class LayerWalk:
         self._source = blocks_of(model)
         self._family = family_of(self._source.model.config)
         self._scratch = scratch or Scratch()
-        self._spans = windows.batches()
+        self._spans = windows.batches(self._source.device)
         self._streams: dict[int, Streams] = {}
         self.index = 0
         self.original: nn.Module | None = None

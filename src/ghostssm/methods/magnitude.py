@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, register
-from ghostssm.mixer import at_least_float32
+from ghostssm.ops.step import at_least_float32
 
 
 def score(evidence: Evidence) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, register
 from ghostssm.methods.selection import Groups
-from ghostssm.mixer import at_least_float32
+from ghostssm.ops.step import at_least_float32
 from ghostssm.plan import Decision, Selection
 
 _BLOCK = 128

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostssm.ops import compiled
+from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import DEFAULT_CHUNK, Chunk, ssd_step, to_grouped_state
 
 
@@ -59,16 +59,20 @@ def channel_energies_reference(
 def channel_energies(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> ChannelEnergies:
-    """The energies in the fastest form at hand: a compiled loop over tokens on a CPU, chunks elsewhere.
+    """The energies in the fastest form at hand: a compiled loop over tokens on a CPU, a kernel on a GPU, else chunks.
 
     Args:
         x: (b, l, h, p), float32 or float64. dt: (b, l, h), after softplus and limits. A: (h,), negative.
         B, C: (b, l, g, n). initial_state: (b, h, p, n) or None for zeros.
     """
-    if not compiled.usable(x, dt, A, B, C, initial_state):
-        return channel_energies_chunked(x, dt, A, B, C, initial_state)
     b, _, h, p = x.shape
     g, n = B.shape[2:]
+    if gpu.usable_in_float32(x, dt, A, B, C, initial_state):
+        by_head = gpu.scan_kernels().channel_energies(x, dt, A, B, C, initial_state)
+        output, stored = (part.sum(0).view(g, h // g, n).sum(1) for part in by_head)
+        return ChannelEnergies(output, stored, C.double().square().sum((0, 1)))
+    if not compiled.usable(x, dt, A, B, C, initial_state):
+        return channel_energies_chunked(x, dt, A, B, C, initial_state)
     state = (
         torch.zeros(b, h, p, n) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostssm.ops import compiled
+from ghostssm.ops import compiled, gpu
 
 DEFAULT_CHUNK = 64
 
@@ -78,8 +78,13 @@ def ssd(
     """The recurrence in the fastest form at hand; arguments and results as :func:`ssd_chunked` has them.
 
     On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
-    recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache.
+    recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On
+    a GPU it is that loop as one kernel, which keeps the state in registers over the whole sequence.
     """
+    initial_state = None if initial_state is None else initial_state.to(x.dtype)
+    if gpu.usable_in_float32(x, dt, A, B, C, D, initial_state):
+        found: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
+        return found
     if not compiled.usable(x, dt, A, B, C, D, initial_state):
         return ssd_chunked(x, dt, A, B, C, D, initial_state)
     state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)

@@ -14,6 +14,16 @@ from torch import Tensor
 from ghostssm.ops import compiled
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
+    """B or C (..., g, n) through maps (j, n, r), of which each group has j / g: (..., j, r)."""
+    by_group = maps.to(stream.dtype).unflatten(0, (stream.shape[-2], -1))
+    return torch.einsum("...gn,gknr->...gkr", stream, by_group).flatten(-3, -2)
+
+
 def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shift a token into the convolution's window, in place, and return SiLU of the convolution there.
 

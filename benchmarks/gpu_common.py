@@ -1,0 +1,175 @@
+"""What the GPU benchmarks share: the machine, sides that take turns, CUDA graphs and events, and a dry run.
+
+A dry run has tiny sizes, runs on a CPU and measures nothing of interest: it shows that a script works from end to end.
+With ``TRITON_INTERPRET=1`` it goes through the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from interleaved import processor
+
+import ghostssm
+from ghostssm.ops import gpu
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Mamba-2 model; head_dim 64 and N = 128 in all published ones."""
+
+    layers: int
+    hidden: int
+    heads: int
+    head_dim: int = 64
+    state: int = 128
+    vocabulary: int = 50288
+
+    def config(self, state_size: int | None = None) -> transformers.Mamba2Config:
+        return transformers.Mamba2Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_heads=self.heads,
+            head_dim=self.head_dim,
+            n_groups=1,
+            state_size=state_size or self.state,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+
+    def model(self, device: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+        """With random weights, made on the device."""
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                return transformers.Mamba2ForCausalLM(self.config()).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+
+SHAPES = {
+    "130m": Shape(24, 768, 24),
+    "370m": Shape(48, 1024, 32),
+    "780m": Shape(48, 1536, 48),
+    "1.3b": Shape(48, 2048, 64),
+    "2.7b": Shape(64, 2560, 80),
+}
+"""Of the published mamba2 models."""
+TINY = Shape(2, 16, 2, head_dim=16, state=16, vocabulary=64)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the options that all GPU benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that the script works")
+    made.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    return made
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where to run; ends the program where there is no GPU and no dry run was asked for."""
+    if args.dry_run:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            gpu.device_types.add("cpu")
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise SystemExit("This benchmark needs a CUDA GPU, which PyTorch does not find here; --dry-run needs none.")
+    return "cuda"
+
+
+def machine(device: str) -> dict[str, str]:
+    """Names and versions."""
+    versions = {
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ghostssm": ghostssm.__version__,
+    }
+    if gpu.has_triton():
+        versions["triton"] = importlib.metadata.version("triton")
+    if device == "cuda":
+        versions |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return versions
+
+
+def report(args: argparse.Namespace, device: str, rows: list[Any], table: Callable[[], None], **more: Any) -> None:
+    """Print the results: a table after a line on the machine, or all of it as JSON."""
+    if args.json:
+        results = {"machine": machine(device), "dry_run": args.dry_run, **more, "rows": [asdict(row) for row in rows]}
+        print(json.dumps(results, indent=1))
+        return
+    print(", ".join(f"{name} {version}" for name, version in machine(device).items()))
+    if args.dry_run:
+        print("DRY RUN: the numbers below mean nothing")
+    table()
+
+
+def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """A replay of the CUDA graph of a call, which leaves no gaps between its kernels; on a CPU the call itself."""
+    if device != "cuda":
+        run()
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels and makes library handles, which no capture may
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def seconds_by_side(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Times of every side, by CUDA events on a GPU; the sides take turns, so that a drift falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):  # the first is dropped
+        for name, run in sides.items():
+            taken = _seconds(run, device)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device != "cuda":
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def copy_bandwidth(device: str, bytes_copied: int) -> float:
+    """Bytes read and bytes written per second, by a large copy."""
+    source = torch.randn(bytes_copied // 4, device=device)
+    target = torch.empty_like(source)
+    times = seconds_by_side({"copy": lambda: target.copy_(source)}, 20 if device == "cuda" else 1, device)
+    return 2 * source.nbytes / statistics.median(times["copy"])

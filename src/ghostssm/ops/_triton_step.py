@@ -1,0 +1,360 @@
+"""The decode step's kernels. Importing this needs triton; :mod:`ghostssm.ops.decode` is what to call.
+
+Every kernel issues all its loads before its first store, so that no load waits for a store that may alias it. Where it
+updates in place, a barrier stands between the two: a value that several threads hold is loaded by each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghostssm.ops import gpu
+
+if TYPE_CHECKING:
+    from ghostssm.ops.decode import StepWeights
+
+TILE = 4096
+"""Numbers of the state that one program works on at a time; with four warps a thread holds 32 of them."""
+LEAST_ROWS = 8
+LEAST_COLUMNS = 16
+"""With :data:`LEAST_ROWS`, a tile has at least one number for each of a program's 128 threads."""
+MOST_COLUMNS = 128
+WARPS = 4
+_MAP_COLUMNS = 32
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log1p(e^-|x|); log1p(u) = 2 artanh(u / (2 + u)) as a series that ends below float32's precision."""
+    u = tl.exp(-tl.abs(x))
+    s = u / (2.0 + u)
+    q = s * s
+    series = 1.0 / 17
+    for k in tl.static_range(8):
+        series = series * q + 1.0 / (15 - 2 * k)
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _shifted_conv(x, window, weight, bias, channels, inside, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """SiLU of the convolution at the new inputs of some channels; and their shifted window, (channels, TAPS), to store.
+
+    x, window, weight and bias point to the numbers of channel 0; a window and a filter have WIDTH numbers per channel.
+    """
+    new = tl.load(x + channels, mask=inside, other=0.0).to(window.dtype.element_ty)
+    taps = tl.arange(0, TAPS)[None, :]
+    cells = channels[:, None] * WIDTH + taps
+    older = tl.load(window + cells + 1, mask=inside[:, None] & (taps < WIDTH - 1), other=0.0)
+    shifted = tl.where(taps == WIDTH - 1, new[:, None], older)
+    filters = tl.load(weight + cells, mask=inside[:, None] & (taps < WIDTH), other=0.0).to(tl.float32)
+    total = tl.sum(shifted.to(tl.float32) * filters, axis=1)
+    if bias is not None:
+        total += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return _silu(total), shifted
+
+
+@triton.jit
+def _store_window(window, shifted, channels, inside, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    taps = tl.arange(0, TAPS)[None, :]
+    tl.store(window + channels[:, None] * WIDTH + taps, shifted, mask=inside[:, None] & (taps < WIDTH))
+
+
+@triton.jit
+def prepare_streams(
+    xBC,
+    row_stride,
+    window,
+    weight,
+    bias,
+    B_maps,
+    C_maps,
+    out,
+    INNER: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    MAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    LANES: tl.constexpr,
+    MAP_COLUMNS: tl.constexpr,
+):
+    """B or C of one group and one sequence: convolution, SiLU, projection. Program (2 * g, b), B of all groups first.
+
+    xBC (b, INNER + 2 g n) with a row stride, window (b, channels, WIDTH) in place, weight (channels, WIDTH), bias
+    (channels,) or None, maps (GROUPS * MAPS, N, R) or None, out (b, 2, GROUPS * MAPS, R) float32.
+    """
+    part = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    group = part % GROUPS
+    lanes = tl.arange(0, LANES)
+    channels = INNER + part * N + lanes
+    own_window = window + sequence * (INNER + 2 * GROUPS * N) * WIDTH
+    stream, shifted = _shifted_conv(
+        xBC + sequence * row_stride, own_window, weight, bias, channels, lanes < N, WIDTH, TAPS
+    )
+    tl.debug_barrier()
+    _store_window(own_window, shifted, channels, lanes < N, WIDTH, TAPS)
+    stream = tl.where(lanes < N, stream, 0.0)
+    if B_maps is None:
+        tl.store(out + (sequence * 2 * GROUPS + part) * N + lanes, stream, mask=lanes < N)
+    else:
+        for index in range(MAPS):
+            # Parts count B's groups, then C's, and so do the rows of out.
+            row = part * MAPS + index
+            matrix = (group * MAPS + index) * N * R
+            for first in range(0, R, MAP_COLUMNS):
+                columns = first + tl.arange(0, MAP_COLUMNS)
+                cells = matrix + lanes[:, None] * R + columns[None, :]
+                inside = (lanes[:, None] < N) & (columns[None, :] < R)
+                if part < GROUPS:
+                    entries = tl.load(B_maps + cells, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    entries = tl.load(C_maps + cells, mask=inside, other=0.0).to(tl.float32)
+                mapped = tl.sum(entries * stream[:, None], axis=0)
+                tl.store(out + (sequence * 2 * GROUPS * MAPS + row) * R + columns, mapped, mask=columns < R)
+
+
+@triton.jit
+def _load_columns(state, rows, FIRST: tl.constexpr, LANES: tl.constexpr, P, R: tl.constexpr, EXACT: tl.constexpr):
+    """The columns from FIRST on of some rows of a head's state, (rows, LANES), float32."""
+    columns = FIRST + tl.arange(0, LANES)
+    cells = state + rows[:, None] * R + columns[None, :]
+    if EXACT:
+        tile = tl.load(cells)
+    else:
+        tile = tl.load(cells, mask=(rows[:, None] < P) & (columns[None, :] < R), other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _load_stream(stream, FIRST: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr):
+    columns = FIRST + tl.arange(0, LANES)
+    return tl.load(stream + columns, mask=columns < R, other=0.0)[None, :]
+
+
+@triton.jit
+def _store_columns(
+    state, tile, rows, FIRST: tl.constexpr, LANES: tl.constexpr, P, R: tl.constexpr, EXACT: tl.constexpr
+):
+    columns = FIRST + tl.arange(0, LANES)
+    cells = state + rows[:, None] * R + columns[None, :]
+    if EXACT:
+        tl.store(cells, tile.to(state.dtype.element_ty))
+    else:
+        tl.store(cells, tile.to(state.dtype.element_ty), mask=(rows[:, None] < P) & (columns[None, :] < R))
+
+
+@triton.jit
+def step_state(
+    xBC,
+    row_stride,
+    dt,
+    dt_stride,
+    z,
+    z_stride,
+    window,
+    weight,
+    bias,
+    dt_bias,
+    A_log,
+    D,
+    BC,
+    state,
+    out,
+    CHANNELS: tl.constexpr,
+    HEADS: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """ROWS rows of one head's state, for one sequence. Program (h * blocks, b), the blocks of a head beside each other.
+
+    xBC (b, CHANNELS), dt (b, h) and z (b, h * p) or None with row strides; window (b, CHANNELS, WIDTH) in place;
+    dt_bias, A_log and D (h,); BC (b, 2, PARTS, R) float32; state (b, h, p, R) in place; out (b, h * p) float32.
+    SPANS cuts the state's columns: pairs of a first column and a power of two.
+    """
+    BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
+    EXACT_ROWS: tl.constexpr = P % ROWS == 0
+    head = tl.program_id(0) // BLOCKS
+    sequence = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    inside = rows < P
+    channels = head * P + rows
+
+    own_window = window + sequence * CHANNELS * WIDTH
+    x, shifted = _shifted_conv(xBC + sequence * row_stride, own_window, weight, bias, channels, inside, WIDTH, TAPS)
+    step = _softplus(tl.load(dt + sequence * dt_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
+    decay = tl.exp(-step * tl.exp(tl.load(A_log + head).to(tl.float32)))
+    y = x * tl.load(D + head).to(tl.float32)
+    u = (x * step)[:, None]
+    gate = y
+    if z is not None:
+        gate = _silu(tl.load(z + sequence * z_stride + channels, mask=inside, other=0.0).to(tl.float32))
+
+    part = head // (HEADS // PARTS)
+    B = BC + (sequence * 2 * PARTS + part) * R
+    C = B + PARTS * R
+    own = state + (sequence * HEADS + head) * P * R
+    tiles = ()
+    for k in tl.static_range(len(SPANS)):
+        tile = _load_columns(own, rows, SPANS[k][0], SPANS[k][1], P, R, EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R)
+        tile = tile * decay + u * _load_stream(B, SPANS[k][0], SPANS[k][1], R)
+        y += tl.sum(tile * _load_stream(C, SPANS[k][0], SPANS[k][1], R), axis=1)
+        tiles = tiles + (tile,)  # type: ignore[assignment]
+    if z is not None:
+        y *= gate
+
+    tl.debug_barrier()
+    for k in tl.static_range(len(SPANS)):
+        _store_columns(
+            own, tiles[k], rows, SPANS[k][0], SPANS[k][1], P, R, EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R
+        )
+    _store_window(own_window, shifted, channels, inside, WIDTH, TAPS)
+    tl.store(out + sequence * HEADS * P + channels, y, mask=inside)
+
+
+@triton.jit
+def group_norm(y, z, z_stride, weight, out, eps, GROUPS: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """RMS norm of one group and one sequence; where z is given, its gate SiLU(z) acts afterwards. Program (g, b).
+
+    y (b, GROUPS * SIZE) float32, z (b, GROUPS * SIZE) with a row stride or None, weight (GROUPS * SIZE,).
+    """
+    sequence = tl.program_id(1).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    inside = lanes < SIZE
+    cells = tl.program_id(0) * SIZE + lanes
+    value = tl.load(y + sequence * GROUPS * SIZE + cells, mask=inside, other=0.0)
+    normed = value * tl.rsqrt(tl.sum(value * value) / SIZE + eps)
+    normed *= tl.load(weight + cells, mask=inside, other=0.0).to(tl.float32)
+    if z is not None:
+        normed *= _silu(tl.load(z + sequence * z_stride + cells, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + sequence * GROUPS * SIZE + cells, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
+    """:func:`ghostssm.ops.decode.norm_step`."""
+    batch, width = y.shape
+    out = torch.empty(batch, width, dtype=dtype, device=y.device)
+    size = width // groups
+    lanes = triton.next_power_of_2(size)
+    z, warps = None if z is None else _rows(z), min(16, max(1, lanes // 512))
+    with gpu.on_device_of(y):
+        group_norm[(groups, batch)](
+            y.contiguous(), z, _stride(z), weight, out, eps, groups, size, lanes, num_warps=warps
+        )
+    return out
+
+
+def decode_step_(
+    window: Tensor, state: Tensor, xBC: Tensor, dt: Tensor, z: Tensor | None, weights: StepWeights
+) -> Tensor:
+    """:func:`ghostssm.ops.decode.decode_step_`; window and state are contiguous."""
+    heads, p, r = state.shape[1:]
+    batch, channels, width = window.shape
+    xBC, dt, taps = (_rows(tensor) for tensor in (xBC, dt, weights.taps))
+    z = None if z is None else _rows(z)
+    n = (channels - heads * p) // (2 * weights.groups)
+    maps = (weights.B_maps, weights.C_maps)
+    parts = weights.groups if maps[0] is None else len(maps[0])
+    streams = torch.empty(batch, 2, parts, r, dtype=torch.float32, device=state.device)
+    out = torch.empty(batch, heads * p, dtype=torch.float32, device=state.device)
+    shape = StepShape.of(p, r, TILE)
+    with gpu.on_device_of(state):
+        prepare_streams[(2 * weights.groups, batch)](
+            xBC,
+            _stride(xBC),
+            window,
+            taps,
+            weights.bias,
+            *(None if part is None else part.contiguous() for part in maps),
+            streams,
+            INNER=heads * p,
+            GROUPS=weights.groups,
+            N=n,
+            R=r,
+            MAPS=parts // weights.groups,
+            WIDTH=width,
+            TAPS=triton.next_power_of_2(width),
+            LANES=triton.next_power_of_2(n),
+            MAP_COLUMNS=_MAP_COLUMNS,
+            num_warps=WARPS,
+        )
+        step_state[(heads * -(-p // shape.rows), batch)](
+            xBC,
+            _stride(xBC),
+            dt,
+            _stride(dt),
+            z,
+            _stride(z),
+            window,
+            taps,
+            weights.bias,
+            weights.dt_bias,
+            weights.A_log,
+            weights.D,
+            streams,
+            state,
+            out,
+            CHANNELS=channels,
+            HEADS=heads,
+            P=p,
+            R=r,
+            PARTS=parts,
+            WIDTH=width,
+            TAPS=triton.next_power_of_2(width),
+            ROWS=shape.rows,
+            SPANS=shape.spans,
+            num_warps=WARPS,
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How a head's state is cut: rows of it at a time, and its columns into powers of two, without padding.
+
+    Attributes:
+        rows: a power of two. spans: first column and width of every piece, left to right; the last one may reach over
+            the end by less than 16 columns, which are neither read nor written.
+    """
+
+    rows: int
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, p: int, r: int, tile: int) -> StepShape:
+        """For a state of p rows and r columns, about ``tile`` numbers at a time."""
+        spans, first = [], 0
+        while first < r:
+            width = max(LEAST_COLUMNS, min(MOST_COLUMNS, 1 << ((r - first).bit_length() - 1)))
+            spans.append((first, width))
+            first += width
+        exact = p & -p  # the largest power of two that divides p
+        rows = exact if exact >= LEAST_ROWS else max(LEAST_ROWS, triton.next_power_of_2(p))
+        most = max(LEAST_ROWS, 1 << (tile // first).bit_length() - 1)
+        return cls(min(rows, most), tuple(spans))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor whose last axis is dense."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)

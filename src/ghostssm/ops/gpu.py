@@ -1,0 +1,63 @@
+"""Whether Triton kernels may serve a call.
+
+They need triton, which PyTorch's CUDA builds bring along, tensors on a CUDA device in float32 or half precision, and no
+gradient to record. They are imported when first needed: triton takes a second to load, and reads then whether
+``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests run the kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+device_types = {"cuda"}
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_MOST_PROGRAMS = 65535
+"""Along a grid's second axis, where the batch is."""
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def step_kernels() -> Any:
+    """The module of the decode step's kernels."""
+    from ghostssm.ops import _triton_step
+
+    return _triton_step
+
+
+def scan_kernels() -> Any:
+    """The module of the kernels over whole sequences."""
+    from ghostssm.ops import _triton_scan
+
+    return _triton_scan
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors, of which the first one's first axis is the batch."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    first = given[0]
+    if first.device.type not in device_types or not has_triton():
+        return False
+    if first.numel() == 0 or first.shape[0] > _MOST_PROGRAMS:
+        return False
+    if any(t.device != first.device or t.dtype not in _DTYPES for t in given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not torch.compiler.is_compiling()
+
+
+def usable_in_float32(*tensors: Tensor | None) -> bool:
+    """Whether the kernels over sequences can take these tensors."""
+    return all(t is None or t.dtype == torch.float32 for t in tensors) and usable(*tensors)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within the context kernels run where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

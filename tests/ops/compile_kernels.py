@@ -1,0 +1,115 @@
+"""Compile the kernels for a Hopper GPU, without one, through the functions that launch them, and print what came out.
+
+    python tests/ops/compile_kernels.py
+
+One JSON line per kernel: its name and shape, registers, bytes spilled, and the numbers of 16-byte loads and stores.
+Not under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from ghostssm.ops import gpu
+from ghostssm.ops.decode import StepWeights
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+class Hopper:
+    """What triton asks of a driver before it launches anything."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def launches(run: Callable[[], object]) -> Iterator[tuple[str, str]]:
+    """Name and PTX of every kernel that a call would launch; none runs."""
+    found, original = [], JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = original(self, *args, **(kwargs | {"warmup": True}))
+        found.append((self.__name__, kernel.asm["ptx"]))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        run()
+    finally:
+        JITFunction.run = original
+    yield from found
+
+
+def report(shape: str, run: Callable[[], object]) -> None:
+    for name, ptx in launches(run):
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            command = [str(PTXAS), "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        found = {
+            "kernel": name,
+            "shape": shape,
+            "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+            "wide_loads": ptx.count("ld.global.v4"),
+            "wide_stores": ptx.count("st.global.v4"),
+        }
+        print(json.dumps(found), flush=True)
+
+
+def decode_step(p: int, r: int, state_dtype: torch.dtype, maps: bool = False) -> Callable[[], object]:
+    heads, n, dtype = 4, 128 if maps else r, torch.bfloat16
+    inner, channels = heads * p, heads * p + 2 * n
+    rows = torch.zeros(2, (inner + channels + heads + 7) // 8 * 8, dtype=dtype)
+    some = torch.zeros(heads, dtype=dtype)
+    weights = StepWeights(
+        torch.zeros(channels, 4, dtype=dtype), torch.zeros(channels, dtype=dtype), some, some, some, 1,
+        *(torch.zeros(1, n, r, dtype=dtype) if maps else None for _ in range(2)),
+    )  # fmt: skip
+    z, xBC, dt = (
+        rows[:, :inner],
+        rows[:, inner : inner + channels],
+        rows[:, inner + channels : inner + channels + heads],
+    )
+    window, state = torch.zeros(2, channels, 4, dtype=dtype), torch.zeros(2, heads, p, r, dtype=state_dtype)
+    return lambda: gpu.step_kernels().decode_step_(window, state, xBC, dt, z, weights)
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    for dtype in (torch.float32, torch.bfloat16):
+        for r in (128, 96, 64, 32, 16):
+            report(f"p 64, N' {r}, {dtype}", decode_step(64, r, dtype))
+    report("p 80, N' 80", decode_step(80, 80, torch.float32))
+    report("p 128, N' 256", decode_step(128, 256, torch.float32))
+    report("projected 128 to 48", decode_step(64, 48, torch.float32, maps=True))
+    y = torch.zeros(2, 5120)
+    report("5120", lambda: gpu.step_kernels().norm_step(y, None, y[0], 1e-5, 1, torch.bfloat16))
+    kernels = gpu.scan_kernels()
+    for n in (128, 96, 64, 16):
+        x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)
+        report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.channel_energies(x, dt, dt[0, 0], B, B, None))
+        report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.ssd(x, dt, dt[0, 0], B, B, dt[0, 0], None))
+
+
+if __name__ == "__main__":
+    main()

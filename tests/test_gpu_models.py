@@ -1,0 +1,75 @@
+"""Whole models whose mixers run in the Triton kernels, against the stock models: from the prompt to decoded tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ghostssm import accelerate, acceleration
+from ghostssm.calibration.statistics import gather_statistics
+from ghostssm.families import mixers_of
+from ghostssm.mixer import mixer_streams
+from ghostssm.ops import decode, energy, gpu, ssd
+from ghostssm.pruning import Calibration
+from ghostssm.surgery import apply_plan
+from tests.conftest import random_windows, tiny_model
+from tests.families.tiny import stepwise, tiny_hybrid
+from tests.modeling.test_ghost_mamba2 import tiny_ghost
+
+
+@pytest.fixture
+def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels' device; the test fails if anything but the kernels would run the recurrence."""
+    for module, name in ((decode, "ssd_step_"), (ssd, "ssd_chunked"), (energy, "channel_energies_chunked")):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr("ghostssm.ops.compiled.kernels", None)
+    return triton_device
+
+
+def check(model: Any, device: str, tolerance: float = 1e-4, **options: Any) -> None:
+    ids = torch.randint(1, 288, (1, 5), generator=torch.Generator().manual_seed(1)).to(device)
+    pieces = [3, 1, 1]
+    with torch.inference_mode():
+        expected = stepwise(model.to(device), ids, pieces)
+        accelerate(model, **options)
+        found = stepwise(model, ids, pieces)
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", ["codestral-mamba", "falcon_h1", "falcon_h1-norm", "falcon_h1-norm-first", "granite"])
+def test_families(case: str, device: str) -> None:
+    """A norm or none, before the gate or after it, multipliers, no bias of the convolution, up to 8 groups."""
+    check(tiny_hybrid(case, **({"num_hidden_layers": 1} if case == "codestral-mamba" else {})), device)
+
+
+def test_uneven_state_sizes(device: str) -> None:
+    check(tiny_model(state_size=7, n_groups=2, use_bias=True, num_hidden_layers=1), device)
+
+
+def test_projected_states_and_sizes_per_layer(device: str) -> None:
+    check(tiny_ghost(state_sizes=[16, 12, 16], projected_state_sizes=[5, 0, 9]), device)
+
+
+def test_a_bfloat16_model_and_state(device: str) -> None:
+    check(tiny_model(num_hidden_layers=1).to(torch.bfloat16), device, 0.05, state_dtype=torch.bfloat16)
+
+
+def test_the_kernels_are_what_a_cuda_device_gets() -> None:
+    assert gpu.device_types == {"cuda"}
+    assert acceleration.decode_step_ is decode.decode_step_
+
+
+def test_ghost_decides_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = random_windows(2, 9)
+    plan = Calibration(tiny_model(num_hidden_layers=2).to(device), windows).plan("ghost", 6)
+    monkeypatch.undo()
+    expected = Calibration(tiny_model(num_hidden_layers=2), windows).plan("ghost", 6)
+    assert plan.selections == expected.selections
+    for name, score in expected.scores.items():
+        torch.testing.assert_close(plan.scores[name], score, rtol=1e-4, atol=0)
+    smaller = apply_plan(tiny_model(num_hidden_layers=2).to(device), plan)
+    mixer = mixers_of(smaller)[0]
+    streams = mixer_streams(mixer, torch.randn(1, 4, 32, device=device))
+    assert gather_statistics(mixer, [streams]).output_energy.shape == (1, 6)
