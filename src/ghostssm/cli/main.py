@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.errors import GhostError, InputError
@@ -46,6 +46,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 _VERBS: tuple[Callable[..., None], ...] = (
     inspect.inspect,
     prune.prune,
+    report.report,
     export.export,
     compare.compare,
     bench.bench,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
+from ghostssm.cli.report import REPORT_FILE, check_drawable, write_page
 
 if TYPE_CHECKING:
     from ghostssm import Description, Plan, Recipe, Windows
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.evaluation.measurement import Measurement
     from ghostssm.methods.selection import Groups
+    from ghostssm.report.record import Record
 
 
 def prune(
@@ -77,6 +80,15 @@ def prune(
         ),
     ] = None,
     text_windows: arguments.EvaluationWindows = None,
+    with_report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Also measure what the state does and how fast it decodes, and write report.html into DIR."
+        ),
+    ] = False,
+    batch: Annotated[
+        list[int], typer.Option("--batch", metavar="B ...", min=1, help="With --report: batch sizes to decode at.")
+    ] = [1, 8, 32],  # noqa: B006  (read only)
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the hub.")
     ] = None,
@@ -91,12 +103,14 @@ def prune(
     """Prune a model's state and write a checkpoint that loads like the original.
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output mamba2-130m-n64
+    ghostssm prune state-spaces/mamba2-130m --budget 0.25 --output quarter --evaluate wikitext2 --report
     """
     import ghostssm
     from ghostssm.checkpoint import hub
     from ghostssm.checkpoint.saving import check_dialect
     from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
     from ghostssm.pruning import check_recipe
+    from ghostssm.report.record import Record, WindowLosses
 
     begun = time.perf_counter()
     folder = ghostssm.OutputFolder(output, overwrite)
@@ -106,6 +120,8 @@ def prune(
     check_dialect(dialect, described.family, not recipe.stock, untie)
     if push_to_hub is not None:
         hub.check_hub_target(push_to_hub)
+    if with_report:
+        check_drawable()
     size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
     suited = None
     if engine:
@@ -125,18 +141,54 @@ def prune(
             dense = evaluate_in_float32(checkpoint.model, held_out, progress)
     note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
     plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
+    record = _recorded(checkpoint, cut, described, plan, batch) if with_report else Record()
     smaller = ghostssm.Checkpoint(ghostssm.apply_plan(checkpoint.model, plan), checkpoint.tokenizer, checkpoint.source)
     measured = None
     if held_out is not None and dense is not None:
         with progress_reporter() as progress:
-            measured = Measurement.of(held_out, dense, evaluate_in_float32(smaller.model, held_out, progress))
+            after = evaluate_in_float32(smaller.model, held_out, progress)
+        measured = Measurement.of(held_out, dense, after)
+        record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
     written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+    page = _write_report(written, record, with_report)
     address = None if push_to_hub is None else hub.push_to_hub(written, push_to_hub, private=private)
-    _report(written, plan, measured, address, time.perf_counter() - begun, as_json)
+    _report(written, plan, measured, page, address, time.perf_counter() - begun, as_json)
+
+
+def _recorded(
+    checkpoint: Checkpoint, windows: Windows, described: Description, plan: Plan, batches: Sequence[int]
+) -> Record:
+    """What a report shows besides the plan, of the model before the plan is applied to it."""
+    from ghostssm.report.measuring import decode_speeds, observe
+    from ghostssm.report.record import Record
+
+    with progress_reporter() as progress:
+        observations = observe(checkpoint.model, windows, progress)
+        return Record(observations, decode=decode_speeds(checkpoint.model, described, plan, batches, progress))
+
+
+def _write_report(folder: Path, record: Record, with_page: bool) -> Path | None:
+    """Write what was recorded, if anything, and the page, if it is wanted."""
+    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.report.building import checkpoint_report
+
+    if with_page or record.losses is not None:
+        record.write(folder)
+    if not with_page:
+        return None
+    page = folder / REPORT_FILE
+    write_page(OutputFile(page), checkpoint_report(folder))
+    return page
 
 
 def _report(
-    written: Path, plan: Plan, measured: Measurement | None, address: str | None, seconds: float, as_json: bool
+    written: Path,
+    plan: Plan,
+    measured: Measurement | None,
+    page: Path | None,
+    address: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> None:
     import ghostssm
 
@@ -151,6 +203,7 @@ def _report(
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
+                "report": None if page is None else str(page),
                 "hub": address,
                 "seconds": seconds,
             }
@@ -163,6 +216,8 @@ def _report(
     ]
     if measured is not None:
         facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
+    if page is not None:
+        facts.append(("report", str(page)))
     if address is not None:
         facts.append(("uploaded", address))
     print_facts([*facts, ("time", f"{seconds:.0f} s")])
