@@ -36,18 +36,20 @@ def checkpoint_report(folder: Path) -> Report:
     record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
     described = _described(folder)
     measured = manifest.get("measured")
-    figures = [window_figure(record.losses)] if record.losses is not None else []
+    figures: list[Figure] = []
     if record.observations is not None:
         figures += [phantom_figure(record.observations, plan), hankel_figure(record.observations, plan)]
     if has_scores(plan):
         figures.append(saliency_figure({plan.method: plan}))
+    if record.losses is not None:
+        figures.append(window_figure(record.losses))
     if record.decode:
         figures.append(decode_figure(record.decode))
     sizes = sizes_text(plan)
     base = Path(str(manifest.get("base_model", plan.model_type))).name
     return Report(
         title=f"{base}: state size {plan.state_size} to {sizes}",
-        subtitle=f"{plan.method}, {len(plan.selections)} layers, {plan.model_type}",
+        subtitle=f"method {plan.method}, family {plan.model_type}",
         cards=[
             *_state_cards(plan, described),
             *_loss_cards(measured if isinstance(measured, dict) else None),
@@ -78,12 +80,10 @@ def comparison_report(
     labels = {(row.method, row.state_size): f"{row.method}, N' = {row.state_size}" for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
-    figures = [size_figure(comparison.rows)] if others else []
+    figures = [size_figure(comparison.rows), window_figure(losses)] if others else []
     speeds = _speeds(comparison, described, machine)
     if speeds:
         figures.append(decode_figure(speeds))
-    if others:
-        figures.append(window_figure(losses))
     if observations is not None:
         figures += [phantom_figure(observations), hankel_figure(observations)]
     figures += _comparison_saliency(comparison.plans)
@@ -178,7 +178,9 @@ def _described(folder: Path) -> Description | None:
 
 
 def _state_cards(plan: Plan, described: Description | None) -> list[Card]:
-    cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan)}", f"mean {plan.mean_state_size:g} per layer")]
+    layers = f"{len(plan.selections)} layers"
+    note = f"mean {plan.mean_state_size:.4g} over {layers}" if plan.needs_own_class else f"in each of {layers}"
+    cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan)}", note)]
     if described is not None:
         before, after = described.state_bytes(plan.state_size), described.state_bytes()
         cards.append(

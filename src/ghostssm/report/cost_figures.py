@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ghostssm.evaluation.compare import Row
-from ghostssm.report.figure import RULE, Figure, quantity, selector, tooltip
+from ghostssm.evaluation.compare import DENSE, Row
+from ghostssm.report.figure import RULE, Figure, legend_of, quantity, selector, tooltip
 from ghostssm.report.record import DecodeSpeed, WindowLosses
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -63,6 +63,7 @@ def _size_spec(methods: list[str], sizes: list[int], dense: float) -> dict[str, 
         "type": "nominal",
         "title": None,
         "scale": {"domain": methods, "range": _cycled(_COLOURS, methods)},
+        "legend": legend_of(methods),
     }
     shape = {**colour, "scale": {"domain": methods, "range": _cycled(_SHAPES, methods)}}
     shown = tooltip(method="method", size="N'", perplexity="perplexity", excess="excess loss", error="standard error")
@@ -98,13 +99,14 @@ def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
                 for key, entry in zip(table, (speed.model, speed.batch, kind, value), strict=True):
                     table[key].append(entry)
     batches = sorted({speed.batch for speed in speeds})
+    others = models[1] if len(models) == 2 else "the model that is chosen"
     largest = {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batches[-1]}
     return Figure(
         "decode",
         "Decode speed",
         "Tokens per second of all sequences together. Dashed: what memory bandwidth and arithmetic of this machine "
         "predict (each weight is read once per step, each sequence's state read and written once); nothing else is "
-        "counted, so measured speeds lie below.",
+        f"counted, so measured speeds lie below. Blue is {models[0]}, orange {others}.",
         f"Line chart of decode speed against batch size, both logarithmic. At batch {batches[-1]}: "
         + ", ".join(f"{model} {value:,.0f}" for model, value in largest.items())
         + " tokens per second.",
@@ -114,6 +116,7 @@ def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
 
 
 def _decode_spec(models: list[str], batches: list[int]) -> dict[str, Any]:
+    others = [model for model in models if model != DENSE]
     encoding: dict[str, Any] = {
         "x": quantity(
             "batch",
@@ -130,7 +133,8 @@ def _decode_spec(models: list[str], batches: list[int]) -> dict[str, Any]:
             "field": "model",
             "type": "nominal",
             "title": None,
-            "scale": {"domain": models, "range": _cycled(_COLOURS, models)},
+            "scale": {"domain": models, "range": [_COLOURS[0], *[_COLOURS[1]] * (len(models) - 1)]},
+            "legend": None if len(others) > 1 else legend_of(models),
         },
         "strokeDash": {
             "field": "kind",
@@ -143,8 +147,9 @@ def _decode_spec(models: list[str], batches: list[int]) -> dict[str, Any]:
     point["tooltip"] = tooltip(model="model", batch="batch", kind="kind", speed="tokens/s")
     return {
         "height": 320,
-        "params": [],
+        "params": [selector("model", "Model", others)] if len(others) > 1 else [],
         "data": {"name": "rows"},
+        "transform": [{"filter": f"datum.model == '{DENSE}' || datum.model == model"}] if len(others) > 1 else [],
         "layer": [
             {"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": encoding},
             {"mark": {"type": "point", "filled": True, "size": 45, "opacity": 1}, "encoding": point},

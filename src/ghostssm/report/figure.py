@@ -14,7 +14,7 @@ from ghostssm.errors import InputError
 
 Columns = Mapping[str, Sequence[Any]]
 """A table by its columns, all of one length."""
-MOST_CHANNELS = 60_000
+MOST_CHANNELS = 32_000
 """So many channels of a model are drawn at most: a page must stay small and quick."""
 
 
@@ -137,6 +137,12 @@ def quantity(field: str, title: str, scale: Mapping[str, Any] | None = None, **a
         "scale": {"zero": False, **(scale or {})},
         "axis": axis,
     }
+
+
+def legend_of(labels: Sequence[str]) -> dict[str, Any]:
+    """A legend above a figure in as many columns as there is room for."""
+    widest = 40 + 7 * max(map(len, labels))
+    return {"columns": {"expr": f"max(1, floor(width / {widest}))"}}
 
 
 def _rounded(values: Sequence[Any]) -> list[Any]:

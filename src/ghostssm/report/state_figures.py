@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,28 +190,34 @@ def hankel_figure(seen: Observations, plan: Plan | None = None) -> Figure:
         caption + _groups_note(groups, n_groups),
         f"Line chart of the Hankel singular values of {layers} layers in descending order, on a logarithmic axis. On "
         f"average {half:.0f} of {n} hold 99 percent of the squared values.",
-        _hankel_spec(layers),
-        {"values": rows, "sizes": sizes},
+        _hankel_spec(layers, bool(sizes["layer"])),
+        {"values": rows, **({"sizes": sizes} if sizes["layer"] else {})},
     )
 
 
-def _hankel_spec(layers: int) -> dict[str, Any]:
+def _hankel_spec(layers: int, with_sizes: bool) -> dict[str, Any]:
     chosen = "layer < 0 || datum.layer == layer"
     encoding: dict[str, Any] = {
-        "x": quantity("index", "singular value number", {"nice": False}, format="d"),
+        "x": quantity("index", "singular value number", {"nice": False}, format="d", tickCount=8),
         "y": quantity("relative", "relative to the largest", {"type": "log", "nice": False}, format="~g"),
         "color": {
             "field": "layer",
             "type": "quantitative",
             "title": "layer",
             "scale": {"scheme": "viridis"},
-            "legend": {"format": "d", "tickMinStep": 1},
+            "legend": {"type": "gradient", "format": "d", "tickMinStep": 1},
         },
         "detail": [{"field": "layer"}, {"field": "group"}],
         "opacity": {"condition": {"test": chosen, "value": 0.9}, "value": 0.08},
     }
     shown = tooltip(layer="layer", group="group", index="number", value="value", relative="relative")
     valid = {"filter": "isValid(datum.relative)"}
+    sizes = {
+        "data": {"name": "sizes"},
+        "transform": [{"filter": "datum.layer < 0 || datum.layer == layer"}],
+        "mark": RULE,
+        "encoding": {"x": {"field": "size", "type": "quantitative"}},
+    }
     return {
         "height": 320,
         "params": [selector("layer", "Layer", [-1, *range(layers)], ["all", *map(str, range(layers))])],
@@ -227,12 +234,7 @@ def _hankel_spec(layers: int) -> dict[str, Any]:
                 "mark": {"type": "circle", "size": 14},
                 "encoding": {**encoding, "tooltip": shown},
             },
-            {
-                "data": {"name": "sizes"},
-                "transform": [{"filter": "datum.layer < 0 || datum.layer == layer"}],
-                "mark": RULE,
-                "encoding": {"x": {"field": "size", "type": "quantitative"}},
-            },
+            *([sizes] if with_sizes else []),
         ],
     }
 
@@ -275,12 +277,12 @@ def saliency_figure(plans: Mapping[str, Plan]) -> Figure:
         caption + _groups_note(groups, n_groups),
         f"Heat map of scores with a row for each of {layers} layers and a column for each of {n} state channels. Kept "
         f"of all channels: {kept}.",
-        _saliency_spec(params, layers, n),
+        _saliency_spec(params, layers, n, min(rows["level"])),
         {"channels": rows},
     )
 
 
-def _saliency_spec(params: list[dict[str, Any]], layers: int, n: int) -> dict[str, Any]:
+def _saliency_spec(params: list[dict[str, Any]], layers: int, n: int, least: float) -> dict[str, Any]:
     chosen = [f"datum.{param['name']} == {param['name']}" for param in params]
     encoding = {
         "x": {
@@ -299,7 +301,7 @@ def _saliency_spec(params: list[dict[str, Any]], layers: int, n: int) -> dict[st
             "field": "level",
             "type": "quantitative",
             "title": "log10 of relative score",
-            "scale": {"scheme": "viridis", "domain": [_LEAST_LEVEL, 0]},
+            "scale": {"scheme": "viridis", "domain": [min(-0.5, math.floor(2 * least) / 2), 0]},
         },
         "tooltip": tooltip(layer="layer", group="group", channel="channel", score="score", kept="in the plan"),
     }

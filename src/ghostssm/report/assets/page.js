@@ -24,9 +24,8 @@
   }
 
   function themedConfig() {
-    const [text, muted, line, back] = ["--text", "--muted", "--line", "--back"].map(colour);
+    const [text, muted, line] = ["--text", "--muted", "--line"].map(colour);
     return {
-      background: back,
       axis: { labelColor: muted, titleColor: text, gridColor: line, tickColor: line },
       legend: { labelColor: text, titleColor: text },
     };
@@ -61,7 +60,7 @@
       entry.name in figure.rows ? { ...entry, values: figure.rows[entry.name] } : entry,
     );
     const rows = Object.values(figure.rows).reduce((sum, table) => sum + table.length, 0);
-    const { view } = await vegaEmbed(chart, { ...figure.spec, data }, {
+    const { view } = await vegaEmbed(chart, { ...figure.spec, data, background: colour("--back") }, {
       mode: "vega",
       config: themedConfig(),
       renderer: rows > MANY_MARKS ? "canvas" : "svg",
