@@ -1,6 +1,13 @@
-"""Numbers for people."""
+"""Numbers and names for people."""
 
 from __future__ import annotations
+
+from pathlib import PurePath
+
+
+def text_name(name: str) -> str:
+    """A text's name: of a path the last part."""
+    return PurePath(name).name or name
 
 
 def bytes_text(count: float) -> str:

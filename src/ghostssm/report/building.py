@@ -21,7 +21,7 @@ from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
 from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure, sizes_text
-from ghostssm.units import bytes_text
+from ghostssm.units import bytes_text, text_name
 
 
 def checkpoint_report(folder: Path) -> Report:
@@ -98,7 +98,7 @@ def comparison_report(
         )
     return Report(
         title=f"{Path(described.name).name}: methods compared",
-        subtitle=f"{len(windows)} windows of {windows.length} tokens of {windows.text_name}",
+        subtitle=f"{len(windows)} windows of {windows.length} tokens of {text_name(windows.text_name)}",
         cards=cards,
         figures=figures,
         tables=[comparison_table(comparison.rows)],
@@ -202,7 +202,7 @@ def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
     if dense is None or pruned is None or excess is None:
         return []
     text = f"{excess:.4f}" if error is None else _plus_minus(excess, error)
-    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of {measured.get('text')}"
+    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of {text_name(str(measured.get('text')))}"
     return [
         Card("Excess loss", text, f"nats per token; {where}"),
         Card("Perplexity", f"{math.exp(dense):.3f} → {math.exp(pruned):.3f}", "dense, pruned"),

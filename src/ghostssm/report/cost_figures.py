@@ -10,8 +10,9 @@ from typing import Any
 from ghostssm.evaluation.compare import DENSE, Row
 from ghostssm.report.figure import RULE, Figure, legend_of, quantity, selector, tooltip
 from ghostssm.report.record import DecodeSpeed, WindowLosses
+from ghostssm.units import text_name
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+_COLOURS = ("#1F86C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 """After Okabe & Ito (2008), which colour-blind readers can tell apart, without its yellow and black."""
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03
@@ -176,7 +177,7 @@ def window_figure(losses: WindowLosses) -> Figure:
     return Figure(
         "windows",
         "Loss difference by window",
-        f"Loss minus the dense model's on each window of {losses.window_length} tokens of {losses.text}, nats per "
+        f"Loss minus the dense model's on each window of {losses.window_length} tokens of {text_name(losses.text)}, nats per "
         "token. The dashed line is the mean.",
         f"Bar chart of the loss difference on {len(losses.dense)} windows. Windows on which the pruned model is worse: "
         + "; ".join(worse)
@@ -213,7 +214,7 @@ def _window_spec(models: list[str], windows: int) -> dict[str, Any]:
                         "field": "sign",
                         "type": "nominal",
                         "title": None,
-                        "scale": {"domain": ["worse", "better"], "range": ["#D55E00", "#0072B2"]},
+                        "scale": {"domain": ["worse", "better"], "range": ["#D55E00", "#1F86C9"]},
                     },
                     "tooltip": tooltip(window="window", dense="dense", loss="pruned", excess="difference"),
                 },

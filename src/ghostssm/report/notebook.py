@@ -12,6 +12,7 @@ from ghostssm.report.cost_figures import size_figure
 from ghostssm.report.figure import Figure
 from ghostssm.report.page import Table, table_html
 from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure, sizes_text
+from ghostssm.units import text_name
 
 
 def plan_html(plan: Plan) -> str:
@@ -29,7 +30,7 @@ def plan_html(plan: Plan) -> str:
             [
                 "calibrated on",
                 f"{calibration.get('windows')} windows of {calibration.get('window_length')} tokens of "
-                f"{calibration.get('text')}",
+                f"{text_name(str(calibration.get('text')))}",
             ]
         )
     figures = [saliency_figure({plan.method: plan})] if has_scores(plan) else []

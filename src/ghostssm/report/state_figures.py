@@ -12,11 +12,12 @@ from torch import Tensor
 from ghostssm.plan import Plan
 from ghostssm.report.figure import RULE, Figure, quantity, selector, shown_groups, tooltip
 from ghostssm.report.record import Observations
+from ghostssm.units import text_name
 
 _LEAST_LEVEL = -4.0
 """Saliency below 10^-4 of a layer's largest is drawn like that."""
 _KINDS = ("phantom", "corporeal", "both small", "both large")
-_KIND_COLOURS = ("#D55E00", "#0072B2", "#999999", "#999999")
+_KIND_COLOURS = ("#D55E00", "#1F86C9", "#999999", "#999999")
 _PLACES = {
     "phantom": ("left", "top", 6, 6),
     "corporeal": ("right", "bottom", {"expr": "width - 6"}, {"expr": "height - 6"}),
@@ -63,7 +64,7 @@ def phantom_figure(seen: Observations, plan: Plan | None = None) -> Figure:
     everything = torch.cat([kind.flatten() for kind in kinds])
     together = correlation(*(torch.cat([value.flatten() for value in part.values()]) for part in _norms(seen)))
     caption = (
-        f"Each point is a state channel, on {seen.tokens:,} tokens of {seen.text} through the unpruned model. The "
+        f"Each point is a state channel, on {seen.tokens:,} tokens of {text_name(seen.text)} through the unpruned model. The "
         f"lines are the layer's medians. Over all layers {_share(everything, 0)} of the channels are phantom (small "
         f"weights, large energy: weights alone would remove them wrongly), {_share(everything, 1)} corporeal (large "
         f"weights, small energy). Correlation of the logarithms over all channels (Pearson): {together:.2f}."
@@ -97,8 +98,9 @@ def _phantom_spec(layers: int, with_kept: bool) -> dict[str, Any]:
         "tooltip": tooltip(**titles, kind="quadrant", **({"kept": "in the plan"} if with_kept else {})),
     }
     if with_kept:
+        ink = {"symbolFillColor": {"expr": "ink"}, "symbolStrokeColor": {"expr": "ink"}}
         shapes = {"domain": ["kept", "removed"], "range": ["circle", "cross"]}
-        point["shape"] = {"field": "kept", "type": "nominal", "title": None, "scale": shapes}
+        point["shape"] = {"field": "kept", "type": "nominal", "title": None, "scale": shapes, "legend": ink}
     medians = [
         {
             "data": {"name": "layers"},
@@ -204,7 +206,7 @@ def _hankel_spec(layers: int, with_sizes: bool) -> dict[str, Any]:
             "field": "layer",
             "type": "quantitative",
             "title": "layer",
-            "scale": {"scheme": "viridis"},
+            "scale": {"scheme": {"name": "viridis", "extent": [0.25, 0.92]}},
             "legend": {"type": "gradient", "format": "d", "tickMinStep": 1},
         },
         "detail": [{"field": "layer"}, {"field": "group"}],
