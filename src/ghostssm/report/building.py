@@ -202,7 +202,8 @@ def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
     if dense is None or pruned is None or excess is None:
         return []
     text = f"{excess:.4f}" if error is None else _plus_minus(excess, error)
-    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of {text_name(str(measured.get('text')))}"
+    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of "
+    where += text_name(str(measured.get("text")))
     return [
         Card("Excess loss", text, f"nats per token; {where}"),
         Card("Perplexity", f"{math.exp(dense):.3f} → {math.exp(pruned):.3f}", "dense, pruned"),

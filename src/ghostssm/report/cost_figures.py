@@ -177,8 +177,8 @@ def window_figure(losses: WindowLosses) -> Figure:
     return Figure(
         "windows",
         "Loss difference by window",
-        f"Loss minus the dense model's on each window of {losses.window_length} tokens of {text_name(losses.text)}, nats per "
-        "token. The dashed line is the mean.",
+        f"Loss minus the dense model's on each window of {losses.window_length} tokens of {text_name(losses.text)}, "
+        "nats per token. The dashed line is the mean.",
         f"Bar chart of the loss difference on {len(losses.dense)} windows. Windows on which the pruned model is worse: "
         + "; ".join(worse)
         + ".",

@@ -106,7 +106,8 @@ def _figure_html(figure: Figure) -> str:
     )
     return (
         f'<figure id="{figure.name}"><div class="figure-head"><h2>{title}</h2><div class="save">{buttons}</div></div>'
-        f'<div class="choices"></div><div role="img" aria-label="{escape(figure.description)}"><div class="chart"></div></div>'
+        f'<div class="choices"></div><div role="img" aria-label="{escape(figure.description)}">'
+        '<div class="chart"></div></div>'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 

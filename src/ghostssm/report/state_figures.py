@@ -64,9 +64,9 @@ def phantom_figure(seen: Observations, plan: Plan | None = None) -> Figure:
     everything = torch.cat([kind.flatten() for kind in kinds])
     together = correlation(*(torch.cat([value.flatten() for value in part.values()]) for part in _norms(seen)))
     caption = (
-        f"Each point is a state channel, on {seen.tokens:,} tokens of {text_name(seen.text)} through the unpruned model. The "
-        f"lines are the layer's medians. Over all layers {_share(everything, 0)} of the channels are phantom (small "
-        f"weights, large energy: weights alone would remove them wrongly), {_share(everything, 1)} corporeal (large "
+        f"Each point is a state channel, on {seen.tokens:,} tokens of {text_name(seen.text)} through the unpruned "
+        f"model. The lines are the layer's medians. Over all layers {_share(everything, 0)} of the channels are "
+        f"phantom (small weights, large energy: weights alone would remove them wrongly), {_share(everything, 1)} corporeal (large "
         f"weights, small energy). Correlation of the logarithms over all channels (Pearson): {together:.2f}."
     )
     return Figure(
