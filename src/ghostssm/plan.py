@@ -121,6 +121,12 @@ class Plan:
             return self.kept_state_size
         return sum(self.state_sizes) / len(self.state_sizes)
 
+    def _repr_html_(self) -> str:
+        """How Jupyter shows it."""
+        from ghostssm.report.notebook import plan_html
+
+        return plan_html(self)
+
     def decision(self, name: str) -> Decision:
         """All that is decided for one mixer."""
         return Decision(self.selections[name], self.projections.get(name), self.changes.get(name, {}))
@@ -180,8 +186,11 @@ class Plan:
             safetensors.torch.save_file(whole, folder / TENSORS_FILE)
 
     @classmethod
-    def read(cls, path: Path) -> Plan:
+    def read(cls, path: Path, *, changes: bool = True) -> Plan:
         """Read a plan from its folder or from its ``plan.json``.
+
+        Without ``changes`` repaired parameters are left out, and projections have shapes but no values (they are on
+        the device ``meta``): enough to look at a plan that was written with a checkpoint.
 
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.
@@ -199,11 +208,14 @@ class Plan:
             provenance=document.get("provenance", {}),
             projections={
                 name: Projection(*(_named(tensors, f"{part}_projection:{name}", file) for part in "BC"))
-                for name in document.get("projected", {})
+                if changes
+                else Projection(*torch.empty(2, document["n_groups"], document["state_size"], size, device="meta"))
+                for name, size in document.get("projected", {}).items()
             },
             changes={
                 name: {parameter: _named(tensors, f"change:{name}:{parameter}", file) for parameter in parameters}
                 for name, parameters in document.get("changed", {}).items()
+                if changes
             },
             per_layer=document.get("per_layer", False),
         )
@@ -334,7 +346,7 @@ def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
     if not isinstance(projected, dict):
         faults.append("projected is not an object")
     elif not all(_is_count(size) for size in projected.values()):
-        faults.append("projected is not an object of state sizes")
+        faults.append("projected has a state size that is not a positive integer")
     elif projected and set(projected) != set(mixers):
         faults.append("projected names some mixers, expected all of those in selections, or none")
     if not _is_names(changed):

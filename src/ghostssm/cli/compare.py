@@ -9,6 +9,7 @@ import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+from ghostssm.cli.report import check_drawable, write_page
 
 if TYPE_CHECKING:
     from ghostssm import Row
@@ -36,20 +37,33 @@ def compare(
     ] = [1, 32],  # noqa: B006  (read only)
     groups: arguments.Groups = "equal",
     seed: arguments.Seed = 42,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Also write the comparison as an HTML page.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Prune by several methods to several sizes and print one table; nothing is written.
+    """Prune by several methods to several sizes and print one table; only a report is written, on demand.
 
     ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost output+repair balanced+per-layer
+    ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --report compared.html
     """
     import torch
 
     import ghostssm
+    from ghostssm.bench.roofline import measure_machine
+    from ghostssm.checkpoint.output_file import OutputFile
     from ghostssm.pruning import check_recipe, check_state_size, methods_for
+    from ghostssm.report.building import comparison_report
+    from ghostssm.report.measuring import observe
 
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]
+    file = None
+    if report is not None:
+        file = OutputFile(report, overwrite)
+        check_drawable()
     described = ghostssm.describe(model)
     names = methods or list(methods_for(described.family))
     for recipe in recipes:
@@ -79,6 +93,24 @@ def compare(
             batches=batch,
             progress=progress,
         )
+        if file is not None:
+            observations = observe(checkpoint.model, calibration_windows, progress)
+    if file is not None:
+        settings = {
+            "ghostssm": ghostssm.__version__,
+            "model": model,
+            "methods": names,
+            "state_sizes": state_size,
+            "groups": groups,
+            "seed": seed,
+            "batches": batch,
+            "device": device,
+        }
+        for role, part in (("calibration", calibration_windows), ("evaluation", test_windows)):
+            settings[role] = {"text": part.text_name, "windows": len(part), "window_length": part.length}
+        machine = measure_machine(batch, device)
+        write_page(file, comparison_report(result, described, test_windows, settings, observations, machine))
+        note(f"report: {file.path}")
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])
         return

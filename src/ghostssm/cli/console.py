@@ -17,6 +17,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from ghostssm.progress import Progress
+from ghostssm.units import bytes_text
+
+__all__ = ["bytes_text", "note", "print_error", "print_facts", "print_json", "print_table", "progress_reporter"]
 
 _PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when nobody watches."""
@@ -112,12 +115,3 @@ class _PlainProgress:
         note(f"{what} {done}/{total}{left}")
         if done == total:
             self._begun.pop(what)
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes for people, binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, verify
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
@@ -62,6 +62,7 @@ def _ending(what: str, next_step: str) -> str:
 _VERBS: tuple[Callable[..., None], ...] = (
     inspect.inspect,
     prune.prune,
+    report.report,
     export.export,
     compare.compare,
     bench.bench,

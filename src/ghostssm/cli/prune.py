@@ -13,6 +13,7 @@ import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
+from ghostssm.cli.report import REPORT_FILE, check_drawable, write_page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from ghostssm.checkpoint import Checkpoint
     from ghostssm.evaluation.measurement import Measurement
     from ghostssm.methods.selection import Groups
+    from ghostssm.report.record import Record
 
 
-def prune(
+def prune(  # noqa: PLR0915  (one verb, read from top to bottom)
     model: arguments.Model,
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="Folder for the checkpoint and the plan.")],
     state_size: Annotated[
@@ -81,6 +83,15 @@ def prune(
         ),
     ] = None,
     text_windows: arguments.EvaluationWindows = None,
+    with_report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Also measure what the state does and how fast it decodes, and write report.html into DIR."
+        ),
+    ] = False,
+    batch: Annotated[
+        list[int], typer.Option("--batch", metavar="B ...", min=1, help="With --report: batch sizes to decode at.")
+    ] = [1, 8, 32],  # noqa: B006  (read only)
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the hub.")
     ] = None,
@@ -112,15 +123,17 @@ def prune(
     """Prune a model's state and write a checkpoint that loads like the original.
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output mamba2-130m-n64
+    ghostssm prune state-spaces/mamba2-130m --budget 0.25 --output quarter --evaluate wikitext2 --report
     """
     import ghostssm
     from ghostssm.checkpoint import hub
     from ghostssm.checkpoint.saving import check_dialect
     from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
     from ghostssm.pruning import check_recipe
+    from ghostssm.report.record import Record, WindowLosses
 
     begun = time.perf_counter()
-    _check_stream_options(stream, offload, resume, dialect, max_excess_loss, untie, evaluate)
+    _check_stream_options(stream, offload, resume, dialect, max_excess_loss, untie, evaluate, with_report)
     if not stream:
         folder = ghostssm.OutputFolder(output, overwrite)
     recipe = _wanted_recipe(method, repair, refit, per_layer)
@@ -129,6 +142,8 @@ def prune(
     check_dialect(dialect, described.family, not recipe.stock, untie)
     if push_to_hub is not None:
         hub.check_hub_target(push_to_hub)
+    if with_report:
+        check_drawable()
     size = _wanted_size(described.layout.state_size, state_size, budget, max_excess_loss)
     suited = None
     if engine:
@@ -142,7 +157,7 @@ def prune(
         note(f"{recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
         return cut
 
-    measured = None
+    measured, page = None, None
     if stream:
         assert size is not None
         plan = _prune_streamed(
@@ -160,17 +175,53 @@ def prune(
                 dense = evaluate_in_float32(checkpoint.model, held_out, progress)
         cut = windows_for(vocabulary)
         plan = _decide(checkpoint, cut, recipe, size, max_excess_loss, suited, groups, seed, multiple)
+        record = _recorded(checkpoint, cut, described, plan, batch) if with_report else Record()
         smaller = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
         if held_out is not None and dense is not None:
             with progress_reporter() as progress:
-                measured = Measurement.of(held_out, dense, evaluate_in_float32(smaller.model, held_out, progress))
+                after = evaluate_in_float32(smaller.model, held_out, progress)
+            measured = Measurement.of(held_out, dense, after)
+            record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
         written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+        page = _write_report(written, record, with_report)
     address = None if push_to_hub is None else hub.push_to_hub(written, push_to_hub, private=private)
-    _report(written, plan, measured, address, time.perf_counter() - begun, as_json)
+    _report(written, plan, measured, page, address, time.perf_counter() - begun, as_json)
+
+
+def _recorded(
+    checkpoint: Checkpoint, windows: Windows, described: Description, plan: Plan, batches: Sequence[int]
+) -> Record:
+    """What a report shows besides the plan, of the model before the plan is applied to it."""
+    from ghostssm.report.measuring import decode_speeds, observe
+    from ghostssm.report.record import Record
+
+    with progress_reporter() as progress:
+        observations = observe(checkpoint.model, windows, progress)
+        return Record(observations, decode=decode_speeds(checkpoint.model, described, plan, batches, progress))
+
+
+def _write_report(folder: Path, record: Record, with_page: bool) -> Path | None:
+    """Write what was recorded, if anything, and the page, if it is wanted."""
+    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.report.building import checkpoint_report
+
+    if with_page or record.losses is not None:
+        record.write(folder)
+    if not with_page:
+        return None
+    page = folder / REPORT_FILE
+    write_page(OutputFile(page), checkpoint_report(folder))
+    return page
 
 
 def _report(
-    written: Path, plan: Plan, measured: Measurement | None, address: str | None, seconds: float, as_json: bool
+    written: Path,
+    plan: Plan,
+    measured: Measurement | None,
+    page: Path | None,
+    address: str | None,
+    seconds: float,
+    as_json: bool,
 ) -> None:
     import ghostssm
 
@@ -185,6 +236,7 @@ def _report(
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
+                "report": None if page is None else str(page),
                 "hub": address,
                 "seconds": seconds,
             }
@@ -197,6 +249,8 @@ def _report(
     ]
     if measured is not None:
         facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
+    if page is not None:
+        facts.append(("report", str(page)))
     if address is not None:
         facts.append(("uploaded", address))
     print_facts([*facts, ("time", f"{seconds:.0f} s")])
@@ -210,6 +264,7 @@ def _check_stream_options(
     max_excess_loss: float | None,
     untie: bool,
     evaluate: str | None,
+    report: bool,
 ) -> None:
     from ghostssm.errors import InputError
 
@@ -225,7 +280,7 @@ def _check_stream_options(
             f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
             "dialect."
         )
-    for option, given in (("--untie", untie), ("--evaluate", evaluate is not None)):
+    for option, given in (("--untie", untie), ("--evaluate", evaluate is not None), ("--report", report)):
         if given:
             raise InputError(
                 f"{option} needs the whole model in memory, which --stream avoids; leave out one of them. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ghostssm.bench.decode import decode_speeds, first_channels
@@ -56,10 +56,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, the dense one first, and the plans behind them by method and state size."""
+    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
 
     rows: tuple[Row, ...]
     plans: dict[Cell, Plan]
+    evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
+
+    def _repr_html_(self) -> str:
+        """How Jupyter shows it."""
+        from ghostssm.report.notebook import comparison_html
+
+        return comparison_html(self)
 
 
 class _Result(NamedTuple):
@@ -137,4 +144,5 @@ def compare(
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
     rows += [row(cell, r.plan, r.evaluation, r.seconds) for cell, r in results.items()]
-    return Comparison(tuple(rows), plans)
+    evaluations = {(DENSE, layout.state_size): dense} | {cell: result.evaluation for cell, result in results.items()}
+    return Comparison(tuple(rows), plans, evaluations)

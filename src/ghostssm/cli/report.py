@@ -1,0 +1,75 @@
+"""``ghostssm report``: a page that shows a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ghostssm.cli import arguments
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json
+
+if TYPE_CHECKING:
+    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.report.page import Report
+
+REPORT_FILE = "report.html"
+
+
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that 'ghostssm prune' wrote.")],
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help=f"The page; DIR/{REPORT_FILE} if not given.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought; needs no network.
+
+    ghostssm report mamba2-130m-n64
+    ghostssm report mamba2-130m-n64 --output n64.html --overwrite
+    """
+    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.errors import InputError
+    from ghostssm.report.building import checkpoint_report
+
+    where = Path(folder)
+    if not where.is_dir():
+        raise InputError(f"No folder at {folder}; expected one that 'ghostssm prune --output DIR' wrote.")
+    file = OutputFile(where / REPORT_FILE if output is None else output, overwrite)
+    check_drawable()
+    found = checkpoint_report(where)
+    write_page(file, found)
+    missing = [{"missing": what, "command": command} for what, command in found.missing]
+    if as_json:
+        figures = [figure.name for figure in found.figures]
+        print_json(
+            {"output": str(file.path), "bytes": file.path.stat().st_size, "figures": figures, "missing": missing}
+        )
+        return
+    print_facts(
+        [
+            ("written", f"{file.path} ({bytes_text(file.path.stat().st_size)})"),
+            ("figures", ", ".join(figure.title for figure in found.figures)),
+        ]
+    )
+    for what, command in found.missing:
+        note(f"not shown: {what}; it comes with: {command}")
+
+
+def check_drawable() -> None:
+    """Raise InputError at once, rather than after the work, if figures can't be drawn."""
+    from ghostssm.report.figure import converter
+
+    converter()
+
+
+def write_page(file: OutputFile, report: Report) -> None:
+    """Write a report's page, whole or not at all."""
+    from ghostssm.report.page import html_page
+
+    page = html_page(report)
+    with file:
+        file.partial.write_text(page, encoding="utf-8")
+        file.commit()

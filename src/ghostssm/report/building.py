@@ -1,0 +1,254 @@
+"""What a report shows of a checkpoint's folder, or of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghostssm.bench.roofline import Machine
+from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.manifest import MANIFEST_FILE
+from ghostssm.data.windows import Windows
+from ghostssm.errors import InputError, ModelError
+from ghostssm.evaluation.compare import Comparison, Row
+from ghostssm.plan import Plan
+from ghostssm.report.cost_figures import decode_figure, size_figure, window_figure
+from ghostssm.report.figure import MOST_CHANNELS, Figure
+from ghostssm.report.measuring import predicted_speed
+from ghostssm.report.page import Card, Report, Table
+from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
+from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure, sizes_text
+from ghostssm.units import bytes_text, text_name
+
+
+def checkpoint_report(folder: Path) -> Report:
+    """Of a checkpoint that ghostssm wrote: its plan, manifest and record, as far as they are there.
+
+    Raises:
+        PlanError: the folder holds no plan, or a broken one.
+        InputError: its manifest or record is broken.
+    """
+    plan = Plan.read(folder, changes=False)
+    manifest = _manifest(folder)
+    record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
+    described = _described(folder)
+    measured = manifest.get("measured")
+    figures: list[Figure] = []
+    if record.observations is not None:
+        figures += [phantom_figure(record.observations, plan), hankel_figure(record.observations, plan)]
+    if has_scores(plan):
+        figures.append(saliency_figure({plan.method: plan}))
+    if record.losses is not None:
+        figures.append(window_figure(record.losses))
+    if record.decode:
+        figures.append(decode_figure(record.decode))
+    sizes = sizes_text(plan)
+    base = Path(str(manifest.get("base_model", plan.model_type))).name
+    return Report(
+        title=f"{base}: state size {plan.state_size} to {sizes}",
+        subtitle=f"method {plan.method}, family {plan.model_type}",
+        cards=[
+            *_state_cards(plan, described),
+            *_loss_cards(measured if isinstance(measured, dict) else None),
+            *_speed_cards(record.decode),
+        ],
+        figures=figures,
+        missing=_missing(plan, record, manifest, measured),
+        details={"Manifest": manifest} if manifest else {},
+    )
+
+
+def comparison_report(
+    comparison: Comparison,
+    described: Description,
+    windows: Windows,
+    settings: Mapping[str, Any],
+    observations: Observations | None = None,
+    machine: Machine | None = None,
+) -> Report:
+    """Of methods and sizes side by side.
+
+    Args:
+        described: the dense model. windows: what the losses were measured on.
+        settings: what the comparison was run with; JSON values.
+        machine: what it does at the batch sizes of the comparison, for the predicted speeds.
+    """
+    dense, *others = comparison.rows
+    labels = {(row.method, row.state_size): f"{row.method}, N' = {row.state_size}" for row in others}
+    found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
+    losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
+    figures = [size_figure(comparison.rows), window_figure(losses)] if others else []
+    speeds = _speeds(comparison, described, machine)
+    if speeds:
+        figures.append(decode_figure(speeds))
+    if observations is not None:
+        figures += [phantom_figure(observations), hankel_figure(observations)]
+    figures += _comparison_saliency(comparison.plans)
+    cards = [
+        Card("Dense model", f"{dense.perplexity:.3f}", f"perplexity, N = {dense.state_size}"),
+        Card("State per sequence, dense", bytes_text(dense.state_bytes), "float32, all layers"),
+    ]
+    for size in sorted({row.state_size for row in others}, reverse=True):
+        best = min((row for row in others if row.state_size == size), key=lambda row: row.excess)
+        cards.append(
+            Card(f"Best at N' = {size}", best.method, f"excess loss {_plus_minus(best.excess, best.standard_error)}")
+        )
+    return Report(
+        title=f"{Path(described.name).name}: methods compared",
+        subtitle=f"{len(windows)} windows of {windows.length} tokens of {text_name(windows.text_name)}",
+        cards=cards,
+        figures=figures,
+        tables=[comparison_table(comparison.rows)],
+        details={"Settings": dict(settings)},
+    )
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """All rows, the largest state and the smallest loss first."""
+    batches = list(rows[0].tokens_per_second)
+    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state per sequence"]
+    headers += [f"tokens/s, batch {batch}" for batch in batches]
+    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    return Table(
+        "All figures",
+        headers,
+        [
+            [
+                row.method,
+                str(row.state_size),
+                f"{row.perplexity:.3f}",
+                f"{row.bits_per_byte:.4f}",
+                "" if row.is_dense else _plus_minus(row.excess, row.standard_error),
+                bytes_text(row.state_bytes),
+                *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches),
+            ]
+            for row in ranked
+        ],
+    )
+
+
+def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
+    """Scores of as many plans as a page holds, the smallest sizes first."""
+    drawn: dict[str, Plan] = {}
+    room = MOST_CHANNELS
+    for (method, size), plan in sorted(plans.items(), key=lambda item: item[0][1]):
+        room -= len(plan.selections) * plan.n_groups * plan.state_size
+        if has_scores(plan) and (room >= 0 or not drawn):
+            drawn[f"{method}, N' = {size}"] = plan
+    return [saliency_figure(drawn)] if drawn else []
+
+
+def _speeds(comparison: Comparison, described: Description, machine: Machine | None) -> list[DecodeSpeed]:
+    """Of the dense model and of every shape of state once: methods that give the same one decode alike."""
+    names: dict[str, tuple[Row, Plan | None]] = {}
+    for row in comparison.rows:
+        plan = comparison.plans.get((row.method, row.state_size))
+        name = "dense" if plan is None else f"N' = {plan.kept_state_size}"
+        if plan is not None and plan.needs_own_class:
+            name = f"{row.method}, N' = {row.state_size}"
+        names.setdefault(name, (row, plan))
+    return [
+        DecodeSpeed(name, batch, speed, None if machine is None else predicted_speed(described, machine, batch, plan))
+        for name, (row, plan) in names.items()
+        for batch, speed in row.tokens_per_second.items()
+    ]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as JSON ({error}); expected what ghostssm wrote.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}; expected an object.")
+    return found
+
+
+def _described(folder: Path) -> Description | None:
+    try:
+        return describe(str(folder))
+    except ModelError:
+        return None
+
+
+def _state_cards(plan: Plan, described: Description | None) -> list[Card]:
+    layers = f"{len(plan.selections)} layers"
+    note = f"mean {plan.mean_state_size:.4g} over {layers}" if plan.needs_own_class else f"in each of {layers}"
+    cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan)}", note)]
+    if described is not None:
+        before, after = described.state_bytes(plan.state_size), described.state_bytes()
+        cards.append(
+            Card(
+                "State per sequence",
+                f"{bytes_text(before)} → {bytes_text(after)}",
+                f"{1 - after / before:.0%} less; float32, all layers",
+            )
+        )
+    return cards
+
+
+def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
+    """From the manifest, which may be anybody's: what is not a number is not shown."""
+    if measured is None:
+        return []
+    dense, pruned, excess = (_number(measured.get(key)) for key in ("dense_loss", "pruned_loss", "excess_loss"))
+    error = _number(measured.get("standard_error"))
+    if dense is None or pruned is None or excess is None:
+        return []
+    text = f"{excess:.4f}" if error is None else _plus_minus(excess, error)
+    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of "
+    where += text_name(str(measured.get("text")))
+    return [
+        Card("Excess loss", text, f"nats per token; {where}"),
+        Card("Perplexity", f"{math.exp(dense):.3f} → {math.exp(pruned):.3f}", "dense, pruned"),
+    ]
+
+
+def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
+    by_batch = {
+        batch: {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batch}
+        for batch in sorted({speed.batch for speed in speeds})
+    }
+    ratios = {
+        batch: found["pruned"] / found["dense"]
+        for batch, found in by_batch.items()
+        if {"dense", "pruned"} <= set(found)
+    }
+    if not ratios:
+        return []
+    best = max(ratios, key=lambda batch: ratios[batch])
+    rest = ", ".join(f"{ratio:.2f}x at {batch}" for batch, ratio in ratios.items() if batch != best)
+    return [Card("Decoding", f"{ratios[best]:.2f}x dense", f"measured at batch {best}" + (f"; {rest}" if rest else ""))]
+
+
+def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Any) -> list[tuple[str, str]]:
+    base = manifest.get("base_model", "MODEL")
+    again = f"ghostssm prune {base} --method {plan.method} --state-size {plan.state_sizes[0]} --output DIR"
+    missing = []
+    if record.observations is None:
+        missing.append(("phantom plot and Hankel singular values", f"{again} --report"))
+    if not record.decode:
+        missing.append(("decode speed", f"{again} --report"))
+    if record.losses is None or measured is None:
+        missing.append(("excess loss and its windows", f"{again} --evaluate TEXT"))
+    if not has_scores(plan):
+        missing.append(("scores", f"{again}"))
+    if not manifest:
+        missing.append(("what produced the checkpoint (ghostssm.json)", again))
+    return missing
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _plus_minus(mean: float, error: float) -> str:
+    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"

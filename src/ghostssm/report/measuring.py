@@ -1,0 +1,88 @@
+"""What is measured for a report only."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostssm.bench.decode import first_channels, measure
+from ghostssm.bench.roofline import Machine, measure_machine, predicted_step_seconds
+from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.calibration.samples import sample_outputs
+from ghostssm.checkpoint.description import Description
+from ghostssm.data.windows import Windows
+from ghostssm.methods import Evidence, magnitude
+from ghostssm.methods.balanced import hankel_values
+from ghostssm.plan import Plan
+from ghostssm.progress import Progress, silent
+from ghostssm.report.record import DecodeSpeed, Observations
+
+_OBSERVED_TOKENS = 16384
+"""A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
+_SAMPLES = 2048
+_PROMPT = 8
+
+
+def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Observations:
+    """Weight norms, channel energies and Hankel singular values of an unpruned model, on the first of some windows.
+
+    Raises:
+        NumericalError: activations that are not finite.
+    """
+    seen = windows.part(slice(0, max(1, _OBSERVED_TOKENS // windows.length)))
+    walk = LayerWalk(model, seen)
+    norms: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
+    hankel: dict[str, Tensor] = {}
+    for block, mixer in walk.blocks():
+        progress("observed", walk.index, len(walk))
+        if mixer is not None:
+            samples = sample_outputs(mixer, walk.streams(block, mixer), seen.ids.numel(), _SAMPLES)
+            evidence = Evidence(mixer.layout, mixer.in_proj.weight.detach(), 0, samples=samples)
+            norms[mixer.name] = magnitude.score(evidence).double().cpu()
+            hankel[mixer.name] = hankel_values(evidence).double().cpu()
+            energies[mixer.name] = gather_statistics(mixer, walk.streams(block, mixer)).output_energy.sqrt().cpu()
+        walk.advance(block, mixer)
+    progress("observed", len(walk), len(walk))
+    return Observations(norms, energies, hankel, windows.text_name, seen.ids.numel())
+
+
+def decode_speeds(
+    model: PreTrainedModel, described: Description, plan: Plan, batches: Sequence[int], progress: Progress = silent
+) -> tuple[DecodeSpeed, ...]:
+    """Decode speed of a model as it is and under a plan, both in float32, beside the prediction.
+
+    Args:
+        described: the model as it is.
+    """
+    whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
+    plans = {"dense": first_channels(model, plan.state_size), "pruned": plan}
+    timings = measure(whole, plans, batches, _PROMPT, progress)
+    machine = measure_machine(list(batches), str(model.device))
+    return tuple(
+        DecodeSpeed(
+            name,
+            batch,
+            batch / statistics.median(timings[name, batch].steps),
+            predicted_speed(described, machine, batch, plan if name == "pruned" else None),
+        )
+        for name in plans
+        for batch in batches
+    )
+
+
+def predicted_speed(described: Description, machine: Machine, batch: int, plan: Plan | None) -> float:
+    """Tokens per second that bandwidth and arithmetic predict for a model under a plan, or as it is."""
+    if plan is None or not plan.needs_own_class:
+        size = None if plan is None else plan.kept_state_size
+        return batch / predicted_step_seconds(described, machine, batch, size)
+    removed = 0
+    if not plan.projections:
+        removed = sum(described.removed_parameters(size) // described.layers for size in plan.state_sizes)
+    smaller = dataclasses.replace(described, state_sizes=plan.state_sizes, parameters=described.parameters - removed)
+    return batch / predicted_step_seconds(smaller, machine, batch, None)

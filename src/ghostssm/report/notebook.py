@@ -1,0 +1,54 @@
+"""How Jupyter shows plans and comparisons: a table, and a figure where the plotting library is installed."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ghostssm.errors import InputError
+from ghostssm.evaluation.compare import Comparison
+from ghostssm.plan import Plan
+from ghostssm.report.building import comparison_table
+from ghostssm.report.cost_figures import size_figure
+from ghostssm.report.figure import Figure
+from ghostssm.report.page import Table, table_html
+from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure, sizes_text
+from ghostssm.units import text_name
+
+
+def plan_html(plan: Plan) -> str:
+    """What was decided, in a table, and the scores as a heat map."""
+    rows = [
+        ["method", plan.method],
+        ["model type", plan.model_type],
+        ["layers", str(len(plan.selections))],
+        ["state size", f"{plan.state_size} → {sizes_text(plan)}"],
+        ["state kept", f"{kept_share(plan):.1%}"],
+    ]
+    calibration = plan.provenance.get("calibration")
+    if isinstance(calibration, dict):
+        rows.append(
+            [
+                "calibrated on",
+                f"{calibration.get('windows')} windows of {calibration.get('window_length')} tokens of "
+                f"{text_name(str(calibration.get('text')))}",
+            ]
+        )
+    figures = [saliency_figure({plan.method: plan})] if has_scores(plan) else []
+    return table_html(Table("", ["plan", ""], rows)) + "".join(map(_figure_html, figures))
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """All rows as a table, and perplexity against state size."""
+    figures = [size_figure(comparison.rows)] if len(comparison.rows) > 1 else []
+    return table_html(comparison_table(comparison.rows)) + "".join(map(_figure_html, figures))
+
+
+def _figure_html(figure: Figure) -> str:
+    try:
+        svg = figure.svg()
+    except InputError as error:
+        return f"<p>{escape(str(error))}</p>"
+    return (
+        f'<figure><div role="img" aria-label="{escape(figure.description)}">{svg}</div>'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )

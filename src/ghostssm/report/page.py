@@ -1,0 +1,119 @@
+"""A report as one HTML file that needs no network: cards, figures, tables, and what produced it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from string import Template
+from typing import Any
+
+from ghostssm._version import __version__
+from ghostssm.report.figure import Figure, asset, vega_script
+
+
+@dataclass(frozen=True)
+class Card:
+    """One fact in large letters."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column is aligned left, the others right."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows.
+
+    Attributes:
+        missing: pairs of what could not be shown and the command that adds it.
+        details: JSON values by the title under which they are shown.
+    """
+
+    title: str
+    subtitle: str
+    cards: Sequence[Card]
+    figures: Sequence[Figure]
+    missing: Sequence[tuple[str, str]] = ()
+    tables: Sequence[Table] = ()
+    details: Mapping[str, Any] | None = None
+
+
+def html_page(report: Report) -> str:
+    """The page.
+
+    Raises:
+        InputError: the package that holds the plotting library is not installed.
+    """
+    data = [figure.as_json() for figure in report.figures]
+    packed = gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    details = "".join(
+        f'<details class="panel"><summary>{escape(title)}</summary>'
+        f"<pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>\n"
+        for title, value in (report.details or {}).items()
+    )
+    return Template(asset("page.html")).substitute(
+        version=__version__,
+        title=escape(report.title),
+        subtitle=escape(report.subtitle),
+        cards="\n".join(map(_card_html, report.cards)),
+        missing=_missing_html(report.missing),
+        figures="\n".join(map(_figure_html, report.figures)),
+        tables="\n".join(
+            f'<section class="panel"><h2>{escape(table.title)}</h2>{table_html(table)}</section>'
+            for table in report.tables
+        ),
+        details=details,
+        data=base64.b64encode(packed).decode(),
+        style=asset("page.css"),
+        vega=vega_script(),
+        script=asset("page.js"),
+    )
+
+
+def table_html(table: Table) -> str:
+    """A table that scrolls where it is too wide."""
+    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _card_html(card: Card) -> str:
+    note = f'<div class="note">{escape(card.note)}</div>' if card.note else ""
+    return (
+        f'<div class="card"><div class="label">{escape(card.label)}</div>'
+        f'<div class="value">{escape(card.value)}</div>{note}</div>'
+    )
+
+
+def _figure_html(figure: Figure) -> str:
+    title = escape(figure.title)
+    buttons = "".join(
+        f'<button type="button" class="save-{kind}" aria-label="Save {title} as {kind.upper()}">{kind.upper()}</button>'
+        for kind in ("svg", "csv")
+    )
+    return (
+        f'<figure id="{figure.name}"><div class="figure-head"><h2>{title}</h2><div class="save">{buttons}</div></div>'
+        f'<div class="choices"></div><div role="img" aria-label="{escape(figure.description)}">'
+        '<div class="chart"></div></div>'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+def _missing_html(missing: Sequence[tuple[str, str]]) -> str:
+    if not missing:
+        return ""
+    lines = "".join(f"<li>{escape(what)}: <code>{escape(command)}</code></li>" for what, command in missing)
+    return f'<section class="missing"><p>Not shown, and what adds it:</p><ul>{lines}</ul></section>'

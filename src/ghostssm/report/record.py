@@ -1,0 +1,168 @@
+"""What a report shows besides the plan: ``report.json`` in a checkpoint's folder.
+
+Numbers are rounded to six digits: they are for looking at, not for computing with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostssm.checkpoint.output_file import OutputFile
+from ghostssm.data.windows import Windows
+from ghostssm.errors import InputError
+from ghostssm.evaluation.perplexity import Evaluation
+
+RECORD_FILE = "report.json"
+_FORMAT, _VERSION = "ghostssm-report", 1
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What the unpruned model does with its state, by mixer, front to back; each (g, n), float64.
+
+    Attributes:
+        weight_norms: norm of a channel's B row times norm of its C row.
+        energies: root mean squared change of y from zeroing the channel (the score of ``ghost``).
+        hankel: empirical Hankel singular values, descending in every group (those of ``balanced``).
+        text, tokens: what they were measured on.
+    """
+
+    weight_norms: Mapping[str, Tensor]
+    energies: Mapping[str, Tensor]
+    hankel: Mapping[str, Tensor]
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """Losses on the same windows, nats per token, of the dense model and of others by their names."""
+
+    text: str
+    window_length: int
+    dense: Sequence[float]
+    pruned: Mapping[str, Sequence[float]]
+
+    @classmethod
+    def of(cls, windows: Windows, dense: Evaluation, pruned: Mapping[str, Evaluation]) -> WindowLosses:
+        """Of evaluations on these windows."""
+        losses = {name: tuple(evaluation.losses.tolist()) for name, evaluation in pruned.items()}
+        return cls(windows.text_name, windows.length, tuple(dense.losses.tolist()), losses)
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Decode speed of one model at one batch size, all sequences together, measured and predicted."""
+
+    model: str
+    batch: int
+    tokens_per_second: float
+    predicted_tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured while a checkpoint was made; None or empty for what was not."""
+
+    observations: Observations | None = None
+    losses: WindowLosses | None = None
+    decode: tuple[DecodeSpeed, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` into a folder; an old one is replaced.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        document: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+        if self.observations is not None:
+            seen = self.observations
+            by_mixer = {
+                field: {name: value.tolist() for name, value in getattr(seen, field).items()}
+                for field in ("weight_norms", "energies", "hankel")
+            }
+            document["observations"] = {"text": seen.text, "tokens": seen.tokens, **by_mixer}
+        if self.losses is not None:
+            document["losses"] = asdict(self.losses)
+        document["decode"] = [asdict(speed) for speed in self.decode]
+        with OutputFile(folder / RECORD_FILE, overwrite=True) as file:
+            file.partial.write_text(json.dumps(_rounded(document)) + "\n", encoding="utf-8")
+            file.commit()
+
+    @classmethod
+    def read(cls, folder: Path, mixers: Sequence[str], channels: tuple[int, int]) -> Record:
+        """The record of a folder; an empty one if there is none.
+
+        Args:
+            mixers: names of the plan's mixers, which the observations must have. channels: (g, n) of each.
+
+        Raises:
+            InputError: the file is broken, or of another plan.
+        """
+        path = folder / RECORD_FILE
+        if not path.exists():
+            return cls()
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if (document["format"], document["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"its format is {document['format']!r}, version {document['version']!r}")
+            seen, losses = document.get("observations"), document.get("losses")
+            return cls(
+                None if seen is None else _observations(seen, mixers, channels),
+                None if losses is None else _losses(losses),
+                tuple(_speed(entry) for entry in document.get("decode", [])),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not a record that ghostssm wrote for this checkpoint ({error}); remove it, or prune "
+                "again with --report."
+            ) from None
+
+
+def _observations(found: dict[str, Any], mixers: Sequence[str], channels: tuple[int, int]) -> Observations:
+    def tensors(field: str) -> dict[str, Tensor]:
+        values = {str(name): torch.tensor(value, dtype=torch.float64) for name, value in found[field].items()}
+        if list(values) != list(mixers) or any(tuple(value.shape) != channels for value in values.values()):
+            raise ValueError(f"its {field} are of other mixers")
+        return values
+
+    return Observations(
+        tensors("weight_norms"), tensors("energies"), tensors("hankel"), str(found["text"]), int(found["tokens"])
+    )
+
+
+def _losses(found: dict[str, Any]) -> WindowLosses:
+    dense = [float(loss) for loss in found["dense"]]
+    pruned = {str(name): [float(loss) for loss in losses] for name, losses in found["pruned"].items()}
+    if not dense or any(len(losses) != len(dense) for losses in pruned.values()):
+        raise ValueError("its losses are of different windows")
+    return WindowLosses(str(found["text"]), int(found["window_length"]), dense, pruned)
+
+
+def _speed(found: dict[str, Any]) -> DecodeSpeed:
+    predicted = found["predicted_tokens_per_second"]
+    return DecodeSpeed(
+        str(found["model"]),
+        int(found["batch"]),
+        float(found["tokens_per_second"]),
+        None if predicted is None else float(predicted),
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """JSON values with floats cut to six digits; what is not finite becomes None."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return value

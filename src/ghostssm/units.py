@@ -1,0 +1,19 @@
+"""Numbers and names for people."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+
+def text_name(name: str) -> str:
+    """A text's name: of a path the last part."""
+    return PurePath(name).name or name
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,33 @@
+"""Pages of a tiny model, written once by the commands that write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ghostssm.cli.main import app
+from tests.conftest import tiny_model
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A pruned folder ("folder"), its page ("prune") and that of a comparison ("compare")."""
+    pytest.importorskip("vl_convert", reason="figures need vl-convert-python")
+    place = tmp_path_factory.mktemp("report")
+    tiny_model(n_groups=2).save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    text = place / "text.txt"
+    text.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(120)))
+    common = ["--calibration", text, "--windows", 3, "--window-length", 64, "--text-windows", 4, "--batch", 1, 2]
+    folder, compared = place / "out", place / "compared.html"
+    calls = [
+        ["prune", place / "model", "--state-size", 4, "--method", "ghost", "--evaluate", text, "--report"],
+        ["compare", place / "model", "--state-size", 8, 4, "--methods", "ghost", "balanced", "--text", text],
+    ]
+    calls[0] += ["--output", folder]
+    calls[1] += ["--report", compared]
+    for call in calls:
+        app([str(word) for word in [*call, *common]], standalone_mode=False)
+    return {"folder": folder, "prune": folder / "report.html", "compare": compared}

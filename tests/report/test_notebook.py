@@ -1,0 +1,51 @@
+"""Plans and comparisons as Jupyter shows them."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from ghostssm.evaluation.compare import Comparison, Row
+from ghostssm.plan import Plan
+
+_CELLS = """
+import ghostssm
+from ghostssm.evaluation.compare import Comparison, Row
+plan = ghostssm.Plan.read(__import__("pathlib").Path({folder!r}))
+plan
+---
+dense = Row("dense", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {{1: 10.0}}, 0.0)
+half = Row("ghost", 8, 8, 11.0, 1.1, 0.1, 0.01, 2048, {{1: 15.0}}, 1.0)
+Comparison((dense, half), {{}})
+"""
+
+
+def test_a_notebook_shows_tables_and_figures(pages: dict[str, Path]) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="notebooks need nbclient and ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="notebooks need nbclient and ipykernel")
+    cells = _CELLS.format(folder=str(pages["folder"])).split("---")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the client's own event loop
+        nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = [output["data"]["text/html"] for cell in notebook.cells for output in cell.outputs if "data" in output]
+    assert len(shown) == 2
+    assert "16 → 4" in shown[0]
+    assert "0.1000 ± 0.0100" in shown[1]
+    for html in shown:
+        assert len(re.findall("<path", html)) > 2, "the figure is drawn"
+
+
+def test_without_the_plotting_library_there_are_tables(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    html = Plan.read(pages["folder"])._repr_html_()
+    assert "<table>" in html
+    assert "<svg" not in html
+    assert "ghostssm[report]" in html
+    row = Row("<dense>", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)
+    assert "&lt;dense&gt;" in Comparison((row,), {})._repr_html_()

@@ -1,0 +1,146 @@
+"""What a report measures, reads and writes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import gzip
+import json
+import re
+import shutil
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ghostssm.errors import InputError
+from ghostssm.families import mixers_of
+from ghostssm.plan import Plan, Selection
+from ghostssm.pruning import Calibration
+from ghostssm.report.building import checkpoint_report
+from ghostssm.report.figure import MOST_CHANNELS
+from ghostssm.report.measuring import observe
+from ghostssm.report.page import Report, html_page
+from ghostssm.report.record import RECORD_FILE, Observations, Record
+from ghostssm.report.state_figures import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
+from tests.conftest import random_windows, tiny_model
+
+_LIMIT = 2_000_000
+_HOSTILE = "<script>alert('x')</script>&\"${x}"
+
+
+def data_of(page: Path | str) -> Any:
+    """The figures that a page carries."""
+    text = page.read_text() if isinstance(page, Path) else page
+    packed = re.search(r'<script id="data" type="text/plain">([^<]*)</script>', text)
+    assert packed is not None
+    return json.loads(gzip.decompress(base64.b64decode(packed[1])))
+
+
+def test_observations_are_of_the_unpruned_model() -> None:
+    model, windows = tiny_model(n_groups=2), random_windows(3, 40)
+    seen = observe(model, windows)
+    plan = Calibration(model, windows).plan("ghost", 16)  # nothing is removed on the way
+    for mixer in mixers_of(model):
+        torch.testing.assert_close(seen.energies[mixer.name], plan.scores[mixer.name])
+        weight = mixer.in_proj.weight.detach().double().numpy()
+        rows = np.linalg.norm(weight, axis=1)
+        paired = rows[mixer.layout.in_proj_B] * rows[mixer.layout.in_proj_C]
+        np.testing.assert_allclose(seen.weight_norms[mixer.name].flatten(), paired, rtol=1e-5)
+        values = seen.hankel[mixer.name]
+        assert (values[:, 1:] <= values[:, :-1]).all()
+    assert seen.tokens == 120
+
+
+def test_quadrants_and_correlation() -> None:
+    norm = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    energy = torch.tensor([[9.0, 1.0, 0.5, 8.0]], dtype=torch.float64)
+    assert quadrants(norm, energy).tolist() == [[0, 2, 1, 3]]
+    drawn = torch.rand(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.corrcoef(*drawn.log().numpy())[0, 1]
+    assert correlation(drawn[0], drawn[1]) == pytest.approx(expected)
+
+
+def test_pages_hold_every_figure_and_fetch_nothing(pages: dict[str, Path]) -> None:
+    expected = {
+        "prune": {"phantom", "hankel", "saliency", "windows", "decode"},
+        "compare": {"sizes", "windows", "decode", "phantom", "hankel", "saliency"},
+    }
+    for name, figures in expected.items():
+        text = pages[name].read_text()
+        assert {figure["name"] for figure in data_of(text)} == figures
+        assert pages[name].stat().st_size < _LIMIT
+        assert "default-src 'none'" in text
+        markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import', markup)
+
+
+def test_the_page_has_what_the_plan_and_the_manifest_have(pages: dict[str, Path]) -> None:
+    folder = pages["folder"]
+    plan = Plan.read(folder)
+    tables = {figure["name"]: figure["tables"] for figure in data_of(pages["prune"])}
+    rows = tables["saliency"]["channels"]
+    kept = [
+        (layer, group, channel)
+        for layer, selection in enumerate(plan.selections.values())
+        for group, channels in enumerate(selection.kept)
+        for channel in channels
+    ]
+    drawn = zip(rows["layer"], rows["group"], rows["channel"], rows["kept"], strict=True)
+    assert [place[:3] for place in drawn if place[3] == "kept"] == kept
+    measured = json.loads((folder / "ghostssm.json").read_text())["measured"]
+    assert np.mean(tables["windows"]["windows"]["excess"]) == pytest.approx(measured["excess_loss"], rel=1e-2)
+    text = pages["prune"].read_text()
+    assert f"{measured['excess_loss']:.4f} ± {measured['standard_error']:.4f}" in text
+    assert "75% less" in text
+    speeds = tables["decode"]["rows"]
+    assert set(zip(speeds["model"], speeds["batch"], speeds["kind"], strict=True)) == {
+        (model, batch, kind) for model in ("dense", "pruned") for batch in (1, 2) for kind in ("measured", "predicted")
+    }
+
+
+def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pages["folder"], tmp_path / "bare")
+    (folder / RECORD_FILE).unlink()
+    report = checkpoint_report(folder)
+    assert [figure.name for figure in report.figures] == ["saliency"]
+    assert any("--report" in command for _, command in report.missing)
+    assert any("--evaluate" in command for _, command in report.missing)
+    (folder / "ghostssm.json").unlink()
+    assert "ghostssm.json" in " ".join(what for what, _ in checkpoint_report(folder).missing)
+    for content in ("{", "[]", '{"format": "ghostssm-report", "version": 9}'):
+        (folder / RECORD_FILE).write_text(content)
+        with pytest.raises(InputError, match="is not a record that ghostssm wrote"):
+            checkpoint_report(folder)
+
+
+def test_a_record_of_another_model_is_refused(pages: dict[str, Path]) -> None:
+    names = list(Plan.read(pages["folder"]).selections)
+    assert Record.read(pages["folder"], names, (2, 16)).observations is not None
+    with pytest.raises(InputError, match="of other mixers"):
+        Record.read(pages["folder"], names[1:], (2, 16))
+
+
+def test_names_of_others_are_only_text(pages: dict[str, Path]) -> None:
+    plan = dataclasses.replace(Plan.read(pages["folder"]), method=_HOSTILE)
+    page = html_page(Report(_HOSTILE, _HOSTILE, [], [saliency_figure({_HOSTILE: plan})], details={"x": _HOSTILE}))
+    assert "<script>alert" not in page
+    assert escape(_HOSTILE) in page
+
+
+def test_a_page_of_a_large_model_stays_small() -> None:
+    pytest.importorskip("vl_convert", reason="figures need vl-convert-python")
+    draw = torch.Generator().manual_seed(0)
+    names = [f"backbone.layers.{index}.mixer" for index in range(64)]
+    values = {name: torch.rand(16, 128, dtype=torch.float64, generator=draw) for name in names}
+    ordered = {name: value.sort(descending=True).values for name, value in values.items()}
+    seen = Observations(values, values, ordered, "text", 4096)
+    selection = Selection((tuple(range(32)),) * 16)
+    plan = Plan("ghost", "mamba2", 16, 128, dict.fromkeys(names, selection), scores=values)
+    figures = [phantom_figure(seen, plan), hankel_figure(seen, plan), saliency_figure({"ghost": plan})]
+    page = html_page(Report("large", "", [], figures))
+    assert len(page.encode()) < _LIMIT
+    assert len(data_of(page)[0]["tables"]["channels"]["layer"]) <= MOST_CHANNELS
