@@ -113,7 +113,7 @@ def run(arguments: list[str], limit: int | None = None) -> tuple[int, float, flo
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, check=False
     )
     found = re.search(r"VmHWM:\s*(\d+) kB", done.stdout)
-    return done.returncode, time.perf_counter() - begun, int(found[1]) / 1024 if found else math.nan, done.stderr
+    return done.returncode, time.perf_counter() - begun, int(found[1]) * 1024 / 1e6 if found else math.nan, done.stderr
 
 
 def main() -> None:
