@@ -66,8 +66,9 @@ def phantom_figure(seen: Observations, plan: Plan | None = None) -> Figure:
     caption = (
         f"Each point is a state channel, on {seen.tokens:,} tokens of {text_name(seen.text)} through the unpruned "
         f"model. The lines are the layer's medians. Over all layers {_share(everything, 0)} of the channels are "
-        f"phantom (small weights, large energy: weights alone would remove them wrongly), {_share(everything, 1)} corporeal "
-        f"(large weights, small energy). Correlation of the logarithms over all channels (Pearson): {together:.2f}."
+        "phantom (small weights, large energy: weights alone would remove them wrongly), "
+        f"{_share(everything, 1)} corporeal (large weights, small energy). "
+        f"Correlation of the logarithms over all channels (Pearson): {together:.2f}."
     )
     return Figure(
         "phantom",
