@@ -152,7 +152,7 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
     if mask is not None:
         xBC = xBC * mask[..., None].to(xBC.dtype)
     x, B, C = mixer.layout.split_conv(xBC)
-    dt = F.softplus(at_least_float32(dt) + mixer.dt_bias).clamp(*mixer.dt_limit)
+    dt = F.softplus(at_least_float32(dt + mixer.dt_bias)).clamp(*mixer.dt_limit)
     streams = Streams(x, B, C, dt, z)
     return streams if mixer.projection is None else streams.project(mixer.projection)
 

@@ -141,7 +141,7 @@ def test_norm(fused: str, gated: bool, groups: int, dtype: torch.dtype) -> None:
 def test_without_the_kernels_the_definition_holds_too(fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "device_types", set())
     check("cpu", n=12, groups=2, b=2, heads=4, p=8, r=5, maps=4)
-    check("cpu", n=12, groups=2, b=2, heads=4, p=8, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    check("cpu", n=12, groups=2, b=2, heads=4, p=8, state_dtype=torch.bfloat16)
     monkeypatch.setattr(compiled, "kernels", None)
     check("cpu", n=12, groups=2, b=2, heads=4, p=8, gate=False)
 

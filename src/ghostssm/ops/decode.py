@@ -93,7 +93,7 @@ def decode_step_(
         return fused
     mixed = conv_step_(window, xBC, weights.taps, weights.bias)
     x, B, C = weights.streams(at_least_float32(mixed), state.shape[2])
-    step = F.softplus(at_least_float32(dt) + weights.dt_bias)
+    step = F.softplus(at_least_float32(dt + weights.dt_bias))
     A = -torch.exp(at_least_float32(weights.A_log))
     y = ssd_step_(state, x, step, A, B, C, at_least_float32(weights.D)).flatten(1)
     return y if z is None else y * F.silu(at_least_float32(z))
