@@ -22,11 +22,11 @@ import torch
 import ghostssm
 from ghostssm.data import windows
 from ghostssm.errors import ProcessError
-from ghostssm.plan import PLAN_FILE
+from ghostssm.plan import PLAN_FILE, TENSORS_FILE
 from ghostssm.processes import Processes
 from ghostssm.run_folder import RunFolder
 from tests.conftest import random_windows
-from tests.test_streaming import assert_same_checkpoint, model_of, saved, tensors_of
+from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 
 WINDOWS = random_windows(11, 40)  # six batches, of which the last has one window
 
@@ -130,7 +130,8 @@ def test_any_number_of_processes_makes_the_same_plan(case: str, recipe: str, gro
     for size in (2, 3):
         output = tmp_path / str(size)
         assert together(size, spec, output, recipe, groups=groups) == dict.fromkeys(range(size), ("", ""))
-        for file in (PLAN_FILE, "ghostssm.json", "config.json"):
+        assert facts_of(output) == facts_of(alone)
+        for file in (PLAN_FILE, "config.json"):
             assert (output / file).read_bytes() == (alone / file).read_bytes()
         for name, score in scores_of(output).items():
             torch.testing.assert_close(score, scores[name], rtol=1e-6, atol=0)
@@ -145,7 +146,7 @@ def test_any_number_of_processes_makes_the_same_plan(case: str, recipe: str, gro
 
 
 def scores_of(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(safetensors.torch.load_file(folder / "plan.safetensors"))
+    return dict(safetensors.torch.load_file(folder / TENSORS_FILE))
 
 
 @pytest.mark.parametrize(
