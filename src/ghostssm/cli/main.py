@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, reproduce
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.errors import GhostError, InputError
@@ -36,8 +36,8 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
         except GhostError as error:
             print_error(str(error))
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
-        except KeyboardInterrupt:
-            print_error("interrupted; nothing was written.")
+        except KeyboardInterrupt as interrupt:
+            print_error(str(interrupt) or "interrupted; nothing was written.")
             raise typer.Exit(_EXIT_INTERRUPTED) from None
 
     return wrapped
@@ -51,6 +51,7 @@ _VERBS: tuple[Callable[..., None], ...] = (
     bench.bench,
     evaluate.evaluate,
     generate.generate,
+    reproduce.reproduce,
 )
 for _verb in _VERBS:
     app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
