@@ -75,7 +75,7 @@ class Calibration:
         """Decide what becomes of every mixer's state.
 
         Args:
-            recipe: a method's name, or what :class:`Recipe` says.
+            recipe: a method's name, or what `Recipe` says.
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
@@ -307,7 +307,7 @@ def smallest_plan(
         state_sizes: the sizes to try instead, ascending.
 
     Raises:
-        InputError: as :meth:`Calibration.plan`; fewer than four windows, or no size below the model's own stays within
+        InputError: as `Calibration.plan`; fewer than four windows, or no size below the model's own stays within
             the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe

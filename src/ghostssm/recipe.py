@@ -18,8 +18,8 @@ class Recipe:
 
     Attributes:
         method: a registered method's name.
-        repair: fit D and out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
-        refit: steps of gradient descent on every pruned mixer's small tensors (:mod:`ghostssm.calibration.refit`).
+        repair: fit D and out_proj of every pruned mixer in closed form (`ghostssm.calibration.repair`).
+        refit: steps of gradient descent on every pruned mixer's small tensors (`ghostssm.calibration.refit`).
         per_layer: divide the total state over the layers by what it costs them.
 
     Raises:

@@ -29,7 +29,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Prune a model and return it: in place, unless the result needs another model class.
 
     A plan with projections, or with a state size per layer, gives a new
-    :class:`ghostssm.modeling.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
+    `ghostssm.modeling.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
     stays as it is.
 
     Raises:

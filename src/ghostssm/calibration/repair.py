@@ -63,7 +63,7 @@ def repair_skip(mixer: Mixer, batches: Iterable[Streams], targets: Sequence[Tens
 
     A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
 
-    Args, returns: as :func:`repair_output`.
+    Args, returns: as `repair_output`.
     """
     D = mixer.D
     parts, stride = [], max(1, sum(target.shape[0] * target.shape[1] for target in targets) // _SKIP_TOKENS)

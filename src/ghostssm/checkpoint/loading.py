@@ -40,7 +40,7 @@ _OTHER_MAMBAS = {
 class Checkpoint:
     """A loaded model with the tokenizer and the files that it came from.
 
-    The tokenizer is None where the folder has none; :meth:`require_tokenizer` then says what to do.
+    The tokenizer is None where the folder has none; `require_tokenizer` then says what to do.
     """
 
     model: PreTrainedModel

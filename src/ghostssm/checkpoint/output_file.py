@@ -10,7 +10,7 @@ from ghostssm.errors import OutputError
 
 
 class OutputFile:
-    """As :class:`ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
+    """As `ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
 
     with OutputFile(path) as file:
         ...                 # write file.partial
