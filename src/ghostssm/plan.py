@@ -142,7 +142,9 @@ class Plan:
             if found != [getattr(self, attribute)]:
                 faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {found}")
         if faults:
-            raise PlanError("The plan does not fit this model: " + "; ".join(faults) + ".")
+            raise PlanError(
+                "The plan does not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
+            )
 
     def save(self, folder: Path, *, changes: bool = True) -> None:
         """Write ``plan.json`` and ``plan.tensors`` into a folder.
@@ -235,7 +237,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return dict(safetensors.torch.load_file(file))
     except (safetensors.SafetensorError, OSError) as error:
-        raise PlanError(f"{file} is not a safetensors file ({error}).") from error
+        raise PlanError(f"{file} is not a safetensors file ({error}). Prune again to get it.") from error
 
 
 def _faults(document: Any) -> list[str]:

@@ -314,7 +314,9 @@ def smallest_plan(
     check_recipe(recipe, model.config.model_type)
     apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
     if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4.")
+        raise InputError(
+            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
+        )
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
     dense = evaluate(model, held_out)
     limit = family_of(model.config).layout(model.config).state_size

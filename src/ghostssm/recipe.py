@@ -36,7 +36,9 @@ class Recipe:
         if self.refit < 0:
             raise InputError(f"The number of refit steps is {self.refit}; expected 0 or more.")
         if self.per_layer and self.how.needs == "inputs":
-            raise InputError(f"{self.method} leaves the state whole, so it can't divide it over the layers.")
+            raise InputError(
+                f"{self.method} leaves the state whole, so it can't divide it over the layers; leave +per-layer out."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

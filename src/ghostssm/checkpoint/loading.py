@@ -83,7 +83,9 @@ def load(
         model = _build(source, config, stored, dtype or _stored_dtype(stored))
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
-            raise NumericalError(f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken.")
+            raise NumericalError(
+                f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+            )
     return Checkpoint(model.to(device).eval(), _load_tokenizer(source, config, tokenizer), source)
 
 
@@ -163,7 +165,10 @@ def _checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Stor
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
-        raise ModelError(f"The weights in {source.folder} contradict its config.json:{listed}{more}")
+        raise ModelError(
+            f"The weights in {source.folder} contradict its config.json:{listed}{more}\n"
+            "Download both again, or correct config.json."
+        )
     return stored
 
 

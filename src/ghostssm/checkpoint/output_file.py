@@ -34,7 +34,9 @@ class OutputFile:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.touch()
         except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
+            raise OutputError(
+                f"{self.path} can't be written: {error.strerror or error}. Name another --output."
+            ) from error
         return self
 
     def commit(self) -> None:

@@ -63,7 +63,9 @@ class OutputFolder:
         try:
             self.partial.mkdir(parents=True)
         except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
+            raise OutputError(
+                f"{self.path} can't be written: {error.strerror or error}. Name another --output."
+            ) from error
         return self
 
     def commit(self) -> None:

@@ -73,7 +73,9 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index} names {outside[0]!r}; expected plain file names in the same folder.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing)}.")
+        raise ModelError(
+            f"{index} names {len(missing)} missing weight files: {', '.join(missing)}. Download them again."
+        )
     return [index.parent / name for name in names]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect as inspect_module
 import os
 from collections.abc import Callable
 
@@ -15,9 +16,22 @@ from ghostssm.errors import GhostError, InputError
 
 _EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 
+_GUIDE = (
+    """Make trained Mamba-2 models decode with a much smaller recurrent state.
+
+\bThe shortest way, with the built-in model:
+$ ghostssm inspect reference --state-size 64 32
+$ ghostssm prune reference --state-size 64 --calibration stdlib --output small
+$ ghostssm generate small --prompt "def main("
+
+\bEach verb's --help has examples. --install-completion lets the shell complete
+verbs, options, methods and engines."""
+    ""
+)
+
 app = typer.Typer(
     name="ghostssm",
-    help="Make trained Mamba-2 models decode with a much smaller recurrent state.",
+    help=_GUIDE,
     epilog="MODEL is a hub id, a local folder (transformers or mamba_ssm dialect), or 'reference', the built-in model. "
     "TEXT is a .txt, .jsonl or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
     no_args_is_help=True,
@@ -43,18 +57,23 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-_VERBS: tuple[Callable[..., None], ...] = (
-    inspect.inspect,
-    prune.prune,
-    export.export,
-    compare.compare,
-    bench.bench,
-    evaluate.evaluate,
-    generate.generate,
-    reproduce.reproduce,
-)
-for _verb in _VERBS:
-    app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
+def _help(verb: Callable[..., None]) -> str:
+    """A verb's docstring, with its last paragraph as examples, line by line."""
+    text, _, examples = inspect_module.cleandoc(verb.__doc__ or "").rpartition("\n\n")
+    lines = "\n".join(f"$ {line}" for line in examples.splitlines())
+    return f"{text}\n\n\bExamples:\n{lines}"
+
+
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Look, prune, try": (inspect.inspect, prune.prune, generate.generate),
+    "Measure": (evaluate.evaluate, compare.compare, bench.bench),
+    "Run it elsewhere": (export.export,),
+    "Check the paper": (reproduce.reproduce,),
+}
+"""By task, the shortest way first."""
+for _task, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        app.command(cls=SpacedListCommand, rich_help_panel=_task, help=_help(_verb))(_with_exit_codes(_verb))
 
 
 def main() -> None:

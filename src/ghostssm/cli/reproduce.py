@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
@@ -31,17 +31,26 @@ def reproduce(
             metavar="NAME ...",
             help="mamba2-130m ... mamba2-2.7b, from the hub; NAME=FOLDER for a local one; or a folder that holds "
             "folders of these names. All five from the hub if not given.",
+            autocompletion=completion.published_models,
         ),
     ] = None,
     table: Annotated[
         list[str] | None,
         typer.Option(
-            "--table", metavar="NAME ...", help="'sparsity': 1.3b cut by 10 to 90%. 'size': 130m to 2.7b cut by half."
+            "--table",
+            metavar="NAME ...",
+            help="'sparsity': 1.3b cut by 10 to 90%. 'size': 130m to 2.7b cut by half.",
+            autocompletion=completion.tables,
         ),
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", metavar="NAME ...", help="Methods, as for compare; those of the paper if not given."),
+        typer.Option(
+            "--methods",
+            metavar="NAME ...",
+            help="Methods, as for compare; those of the paper if not given.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     state_size: Annotated[
         list[int] | None,
@@ -60,7 +69,7 @@ def reproduce(
     """Measure the paper's two tables on the published checkpoints, beside the published numbers.
 
     ghostssm reproduce --output reproduction --device cuda
-    ghostssm reproduce --output quick --models mamba2-130m --table size --methods ghost output+repair --windows 32
+    ghostssm reproduce --output quick --models mamba2-130m --windows 32
     """
     from ghostssm.checkpoint.loading import check_device
     from ghostssm.errors import GhostError

@@ -134,7 +134,7 @@ def _read_jsonl(path: Path) -> list[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+            raise TextError(f"{path}, line {number}: not JSON ({error.msg}); expected one value per line.") from None
         texts.append(_text_field(row, f"{path}, line {number}"))
     return texts
 
@@ -153,7 +153,9 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         table = pyarrow.parquet.read_table(path, columns=["text"])
     except (pyarrow.ArrowException, ValueError) as error:
-        raise TextError(f"{path} is not a parquet file with a column 'text' ({error}).") from error
+        raise TextError(
+            f"{path} is not a parquet file with a column 'text' ({error}); expected one, or a .txt or .jsonl file."
+        ) from error
     if table.num_columns != 1:
-        raise TextError(f"{path} has no column 'text'.")
+        raise TextError(f"{path} has no column 'text'; expected one with the running text.")
     return [str(value) for value in table["text"].to_pylist() if value is not None]

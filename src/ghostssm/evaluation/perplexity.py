@@ -83,5 +83,8 @@ def token_losses(model: PreTrainedModel, windows: Windows, progress: Progress = 
     progress("windows", len(windows), len(windows))
     found = torch.cat(losses)
     if not torch.isfinite(found).all():
-        raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
+        raise NumericalError(
+            f"The loss on {windows.text_name!r} is not finite; the model's activations overflow. "
+            "Evaluate the unpruned model on the same text; if it does not overflow, keep more of the state."
+        )
     return found
