@@ -78,6 +78,15 @@ def test_published_numbers(table: Any, method: str) -> None:
         assert [cell.state_size for cell in row] == [115, 90, 64, 38, 13]
 
 
+def test_the_documentation_has_the_published_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "reproduce.md").read_text(encoding="utf-8")
+    for table in published.table_names():
+        pruned = [cell for cell in published.cells(table) if cell.method != "dense"]
+        for method in dict.fromkeys(cell.method for cell in pruned):
+            row = [perplexity_text(cell.published or 0) for cell in pruned if cell.method == method]
+            assert f"| published | {' | '.join(row)} |" in page
+
+
 def test_stated_sizes_keep_the_published_number_where_there_is_one() -> None:
     found = published.cells("size", ["ghost", "output"], [64, 32])
     assert len(found) == 5 * (1 + 2 * 2)

@@ -228,7 +228,7 @@ def own_state_sizes(models: Mapping[str, str]) -> dict[str, int]:
         try:
             described = describe(spec)
         except ModelError as error:
-            hint = f" For a folder of its own: --models {name}=FOLDER." if spec == name else ""
+            hint = f" Here: --models {name}=FOLDER." if spec == name else ""
             raise ModelError(f"{error}{hint}") from error
         if not described.is_stock or described.family != "mamba2":
             raise ModelError(f"{spec} is no stock Mamba-2 model; expected {name}, or one of the same format.")
