@@ -184,6 +184,12 @@ def test_interrupted_runs_go_on(
     assert (len(after), calls[0]) == (11, 4 + 8)
 
 
+def test_a_table_without_any_of_the_models_is_left_out(run: Run, models: Path, options: list[object]) -> None:
+    code, out, err = run(*options, "--models", models / "mamba2-130m", "--methods", "random", "--json")
+    assert code == 0, err
+    assert {cell["table"] for cell in json.loads(out)["cells"]} == {"size"}
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(
     run: Run, models: Path, options: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

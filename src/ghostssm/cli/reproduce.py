@@ -83,6 +83,8 @@ def reproduce(
     recipes = [str(Recipe.parse(method)) for method in methods] if methods else None
     settings = library.Settings(calibration, text, windows, text_windows, window_length, seed)
     found = library.find_models(models or published_models(tables))
+    if not table:  # of both tables, those that the models at hand stand in
+        tables = tuple(name for name in tables if found.keys() & set(published_models([name])))
     own = library.own_state_sizes(found)
     wanted = [cell for name in tables for cell in cells(name, recipes, state_size, own)]
     texts = library.read_texts(settings)
