@@ -6,7 +6,7 @@ DEMO_TEXT := --windows 8 --window-length 1024
 
 DEMO_METHODS := ghost magnitude random output+repair output+refit50+repair balanced+per-layer
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
@@ -20,10 +20,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build dist
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist site

@@ -71,6 +71,7 @@ __all__ = [
     "pruned",
     "push_to_hub",
     "read_text",
+    "register_method",
     "restore",
     "save",
     "smallest_plan",

@@ -38,6 +38,7 @@ from ghostssm.evaluation.compare import Comparison, Row, compare
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.layout import SSDLayout
 from ghostssm.methods import Evidence, Method, method_named, method_names
+from ghostssm.methods.base import register as register_method
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration, smallest_plan
 from ghostssm.recipe import Recipe
@@ -98,6 +99,7 @@ __all__ = [
     "pruned",
     "push_to_hub",
     "read_text",
+    "register_method",
     "restore",
     "save",
     "smallest_plan",

@@ -1,7 +1,7 @@
 """Make transformers' auto classes know our model class as soon as they exist, without importing them.
 
 ``import ghostssm`` alone must do, before or after transformers, and must not take the seconds that PyTorch needs. So
-where transformers' auto classes are not imported yet, :mod:`ghostssm.modeling` is imported right after them; or after
+where transformers' auto classes are not imported yet, `ghostssm.modeling` is imported right after them; or after
 the Mamba-2 classes that it builds on, where it is these that ask for the auto classes while they are being imported.
 """
 

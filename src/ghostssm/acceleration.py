@@ -55,7 +55,7 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Take back all that :func:`accelerate` did."""
+    """Take back all that `accelerate` did."""
     for module in (*(mixer.module for mixer in mixers_of(model)), *_projections(model)):
         module.__dict__.pop("forward", None)
 

@@ -363,10 +363,10 @@ def nearest_state_size(
     """The state size next to ``wanted`` that all of the engines run, and not slowly; of two, the larger.
 
     Args:
-        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as :func:`advise` has it.
+        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as `advise` has it.
 
     Raises:
-        InputError: as :func:`good_state_sizes`.
+        InputError: as `good_state_sizes`.
     """
     if _suits(wanted, layout, model_type, engines, tied_head):
         return wanted

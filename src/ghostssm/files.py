@@ -64,7 +64,7 @@ def read_json_object(path: Path, fault: type[InputError]) -> dict[str, Any]:
 
 
 def parse_json_object(raw: bytes, where: str, fault: type[InputError]) -> dict[str, Any]:
-    """As :func:`read_json_object`, from bytes in memory; ``where`` names them in the message."""
+    """As `read_json_object`, from bytes in memory; ``where`` names them in the message."""
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
         for _, value in numbers_and_texts(document):

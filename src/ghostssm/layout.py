@@ -128,7 +128,7 @@ class SSDLayout:
         return torch.cat([z_and_x, self._rows(kept, self.in_proj_B.start), self._rows(kept, self.in_proj_C.start), dt])
 
     def conv_index(self, kept: Sequence[Sequence[int]]) -> Tensor:
-        """Channels of conv1d that remain, as :meth:`in_proj_index` has the rows."""
+        """Channels of conv1d that remain, as `in_proj_index` has the rows."""
         x = torch.arange(self.intermediate_size)
         return torch.cat([x, self._rows(kept, self.conv_B.start), self._rows(kept, self.conv_C.start)])
 

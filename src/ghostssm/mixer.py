@@ -138,7 +138,7 @@ def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
 
 
 def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor | None = None) -> Streams:
-    """What is left of :func:`mixer_streams` after in_proj.
+    """What is left of `mixer_streams` after in_proj.
 
     Args:
         xBC: (b, m, conv_dim), m >= l: the convolution's input, with as many earlier positions before it as are known.
@@ -184,7 +184,7 @@ def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None) -> T
 
 
 def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
-    """The rest of the mixer after :func:`mixer_streams`, from a state of zeros."""
+    """The rest of the mixer after `mixer_streams`, from a state of zeros."""
     y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
     return mixer_output(mixer, y, s.z)
 

@@ -152,7 +152,9 @@ class Plan:
             if found != [getattr(self, attribute)]:
                 faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {found}")
         if faults:
-            raise PlanError("The plan does not fit this model: " + "; ".join(faults) + ".")
+            raise PlanError(
+                "The plan does not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
+            )
 
     def save(self, folder: Path, *, changes: bool = True) -> None:
         """Write ``plan.json`` and ``plan.tensors`` into a folder.
@@ -238,7 +240,7 @@ def read_description(file: Path) -> dict[str, Any]:
     """The checked contents of a ``plan.json``, whether or not its tensors are there.
 
     Raises:
-        PlanError: as :meth:`Plan.read` has it.
+        PlanError: as `Plan.read` has it.
     """
     try:
         document = read_json_object(file, PlanError)

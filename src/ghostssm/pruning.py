@@ -95,7 +95,7 @@ class Calibration:
         """Decide what becomes of every mixer's state.
 
         Args:
-            recipe: a method's name, or what :class:`Recipe` says.
+            recipe: a method's name, or what `Recipe` says.
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
@@ -392,14 +392,16 @@ def smallest_plan(
         state_sizes: the sizes to try instead, ascending.
 
     Raises:
-        InputError: as :meth:`Calibration.plan`; fewer than four windows, or no size below the model's own stays within
+        InputError: as `Calibration.plan`; fewer than four windows, or no size below the model's own stays within
             the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_recipe(recipe, model.config.model_type)
     apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
     if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4.")
+        raise InputError(
+            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
+        )
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
     dense = evaluate(model, held_out)
     limit = family_of(model.config).layout(model.config).state_size

@@ -18,8 +18,8 @@ class Recipe:
 
     Attributes:
         method: a registered method's name.
-        repair: fit D and out_proj of every pruned mixer in closed form (:mod:`ghostssm.calibration.repair`).
-        refit: steps of gradient descent on every pruned mixer's small tensors (:mod:`ghostssm.calibration.refit`).
+        repair: fit D and out_proj of every pruned mixer in closed form (`ghostssm.calibration.repair`).
+        refit: steps of gradient descent on every pruned mixer's small tensors (`ghostssm.calibration.refit`).
         per_layer: divide the total state over the layers by what it costs them.
 
     Raises:
@@ -36,7 +36,9 @@ class Recipe:
         if self.refit < 0:
             raise InputError(f"The number of refit steps is {self.refit}; expected 0 or more.")
         if self.per_layer and self.how.needs == "inputs":
-            raise InputError(f"{self.method} leaves the state whole, so it can't divide it over the layers.")
+            raise InputError(
+                f"{self.method} leaves the state whole, so it can't divide it over the layers; leave +per-layer out."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

@@ -39,8 +39,8 @@ def prune_streamed(
     processes: Processes | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Prune a streamed checkpoint and write the result; bit by bit what :class:`ghostssm.Calibration`,
-    :func:`ghostssm.apply_plan` and :func:`ghostssm.save` give for a loaded one, but for the division into files.
+    """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
+    `ghostssm.apply_plan` and `ghostssm.save` give for a loaded one, but for the division into files.
 
     After every block its decision and weights and the windows' hidden states are on disk, in OUTPUT.run.
 
@@ -54,7 +54,7 @@ def prune_streamed(
         the plan. It names the parameters that were repaired; their values are in the output only.
 
     Raises:
-        InputError: as :meth:`Calibration.plan`; a recipe that can't be streamed.
+        InputError: as `Calibration.plan`; a recipe that can't be streamed.
         OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
         ProcessError: another process is gone; what is done can be resumed.
     """

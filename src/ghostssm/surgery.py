@@ -29,7 +29,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Prune a model and return it: in place, unless the result needs another model class.
 
     A plan with projections, or with a state size per layer, gives a new
-    :class:`ghostssm.modeling.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
+    `ghostssm.modeling.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
     stays as it is.
 
     Raises:
@@ -66,7 +66,9 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
     mixers = mixers_of(model)
     widest = max(mixer.layout.state_size for mixer in mixers)
     if state_size < widest:
-        raise InputError(f"The state can't be padded to {state_size}: it has {widest} channels already.")
+        raise InputError(
+            f"The state can't be padded to {state_size}: it has {widest} channels already; expected {widest} or more."
+        )
     if any(mixer.projection is not None for mixer in mixers):
         raise InputError(
             "A projected state can't be padded: its maps after the convolution would remain. "
@@ -158,7 +160,9 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
         )
     faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
     if faults:
-        raise PlanError("The plan's tensors do not fit this model: " + "; ".join(faults) + ".")
+        raise PlanError(
+            "The plan's tensors do not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
+        )
     return mixers
 
 

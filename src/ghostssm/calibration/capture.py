@@ -108,7 +108,7 @@ def logits_after(blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden
     """What the model makes of hidden states after its last block: logits, (b, l, vocab).
 
     Args:
-        rests: from :func:`outputs_besides_hidden`. hidden: (b, l, hidden_size). ids: (b, l), of any tokens.
+        rests: from `outputs_besides_hidden`. hidden: (b, l, hidden_size). ids: (b, l), of any tokens.
     """
     with torch.inference_mode(), _replaced_blocks(blocks.modules, rests, lambda _, __: hidden):
         logits: Tensor = blocks.model(input_ids=ids, use_cache=False).logits

@@ -76,7 +76,7 @@ def repair_skip(
 
     A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
 
-    Args, returns: as :func:`repair_output`; every process fits to the positions that all of them sample.
+    Args, returns: as `repair_output`; every process fits to the positions that all of them sample.
     """
     processes = processes or Processes()
     D = mixer.D

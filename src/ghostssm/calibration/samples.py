@@ -15,7 +15,7 @@ v's own direction cost nothing, which is wrong for large ones. With share = 0 th
 tells best what a cut does differs from layer to layer; methods try several and measure. Where a mixer has no norm, the
 rms counts as 1, its derivative as 0, and the share as nothing.
 
-Shape letters as in :mod:`ghostssm.ops.ssd`; s sample, d output direction.
+Shape letters as in `ghostssm.ops.ssd`; s sample, d output direction.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _at(s: Streams, position: int) -> Streams:
 def _sample(
     mixer: Mixer, s: Streams, state: Tensor, directions: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :class:`OutputSamples` has of one token, for a batch; the streams hold that token only."""
+    """What `OutputSamples` has of one token, for a batch; the streams hold that token only."""
     b, _, _, n = state.shape
     g = s.C.shape[1]
     grouped = state.reshape(b, g, -1, n)

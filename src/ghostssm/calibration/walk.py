@@ -44,7 +44,7 @@ class LayerWalk:
             walk.advance(block, smaller, decision)
 
     Attention, experts and MLPs run as they are. What a block takes besides the hidden states is captured from the
-    model's own forward pass (:mod:`ghostssm.calibration.capture`), and reaches the copy in its precision.
+    model's own forward pass (`ghostssm.calibration.capture`), and reaches the copy in its precision.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class LayerWalk:
         return [sum(totals[index] for totals, _ in found) / measured for index in range(len(decisions))]
 
     def pruned_streams(self, block: nn.Module, mixer: Mixer, decision: Decision) -> Iterator[Streams]:
-        """As :meth:`streams`, of a mixer that a decision was applied to; uses what :meth:`streams` kept."""
+        """As `streams`, of a mixer that a decision was applied to; uses what `streams` kept."""
         for hidden, streams in self._inputs_and_streams(block, mixer):
             with torch.inference_mode():
                 smaller = mixer_streams(mixer, hidden) if streams is None else _decided(streams, decision)

@@ -54,7 +54,7 @@ class Description:
 
 
 def describe(spec: str) -> Description:
-    """Describe a model; arguments and errors as :func:`ghostssm.load` has them."""
+    """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
     config = model_config(source)
     model = empty_model(config)

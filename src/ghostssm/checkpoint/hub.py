@@ -33,7 +33,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
         the repository's address.
 
     Raises:
-        InputError: as :func:`check_hub_target`.
+        InputError: as `check_hub_target`.
         HubError: the upload failed; the folder is as it was.
     """
     check_hub_target(repository)

@@ -46,7 +46,7 @@ _OTHER_MAMBAS = {
 class Checkpoint:
     """A loaded model with the tokenizer and the files that it came from.
 
-    The tokenizer is None where the folder has none; :meth:`require_tokenizer` then says what to do.
+    The tokenizer is None where the folder has none; `require_tokenizer` then says what to do.
     """
 
     model: PreTrainedModel
@@ -100,7 +100,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source) -> None:
     """Raise NumericalError for the first tensor with NaN or Inf in it."""
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise NumericalError(f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken.")
+            raise NumericalError(
+                f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+            )
 
 
 def check_device(device: str | torch.device) -> None:
@@ -190,7 +192,10 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
-        raise ModelError(f"The weights in {source.folder} contradict its config.json:{listed}{more}")
+        raise ModelError(
+            f"The weights in {source.folder} contradict its config.json:{listed}{more}\n"
+            "Download both again, or correct config.json."
+        )
     return stored
 
 

@@ -10,7 +10,7 @@ from ghostssm.errors import OutputError
 
 
 class OutputFile:
-    """As :class:`ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
+    """As `ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
 
     with OutputFile(path) as file:
         ...                 # write file.partial
@@ -34,7 +34,9 @@ class OutputFile:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.touch()
         except OSError as error:
-            raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
+            raise OutputError(
+                f"{self.path} can't be written: {error.strerror or error}. Name another --output."
+            ) from error
         return self
 
     def commit(self) -> None:

@@ -50,7 +50,7 @@ def save(
 
     The folder gets the weights and config in the chosen dialect, the tokenizer and generation config, the base model's
     licence files, the plan (``plan.json``, ``plan.tensors``), a model card
-    (``README.md``), and ``ghostssm.json``, which says what produced it all and what :func:`ghostssm.verify` checks.
+    (``README.md``), and ``ghostssm.json``, which says what produced it all and what `ghostssm.verify` checks.
 
     Args:
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no

@@ -51,7 +51,7 @@ from ghostssm.families import family_of
 
 @dataclass(frozen=True)
 class StreamedCheckpoint:
-    """A model whose weights stay in their files, with its tokenizer; as :class:`ghostssm.Checkpoint` otherwise."""
+    """A model whose weights stay in their files, with its tokenizer; as `ghostssm.Checkpoint` otherwise."""
 
     blocks: StreamedBlocks
     tokenizer: PreTrainedTokenizerBase | None
@@ -74,7 +74,7 @@ def stream(
     tokenizer: str | None = None,
     head: bool = True,
 ) -> StreamedCheckpoint:
-    """Open a model without loading it; arguments and errors as :func:`ghostssm.load`.
+    """Open a model without loading it; arguments and errors as `ghostssm.load`.
 
     NaN and Inf are found when a block is read.
 
@@ -90,10 +90,10 @@ def stream(
 
 
 class StreamedBlocks:
-    """The blocks of a model in files (:class:`ghostssm.calibration.blocks.Blocks`).
+    """The blocks of a model in files (`ghostssm.calibration.blocks.Blocks`).
 
     Attributes:
-        model: with parameters on the meta device, but for those that :meth:`fill_outside` read.
+        model: with parameters on the meta device, but for those that `fill_outside` read.
         modules: its blocks, without weights.
     """
 

@@ -8,20 +8,68 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'reference'.")]
+from ghostssm.cli import completion
+
+TEXT_PANEL, HOW_PANEL, OUTPUT_PANEL, MEMORY_PANEL, OTHER_PANEL = (
+    "Text",
+    "How",
+    "Output",
+    "Larger than memory",
+    "Other options",
+)
+"""Titles that options are grouped under in a verb's help; what a verb is about comes first, under no title."""
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'reference'.", autocompletion=completion.models),
+]
 StateSizes = Annotated[
     list[int], typer.Option("--state-size", metavar="R ...", help="State sizes N' to prune to, one or several.")
 ]
-CalibrationText = Annotated[str, typer.Option("--calibration", metavar="TEXT", help="Text to calibrate on.")]
-EvaluationText = Annotated[str, typer.Option("--text", metavar="TEXT", help="Text to measure the loss on.")]
-CalibrationWindows = Annotated[int, typer.Option("--windows", help="Calibration windows, drawn at random.")]
-EvaluationWindows = Annotated[
-    int | None, typer.Option("--text-windows", help="Windows to measure the loss on; all of the text if not given.")
+CalibrationText = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Text to calibrate on.",
+        rich_help_panel=TEXT_PANEL,
+        autocompletion=completion.texts,
+    ),
 ]
-WindowLength = Annotated[int, typer.Option("--window-length", help="Tokens per window.")]
+EvaluationText = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        metavar="TEXT",
+        help="Text to measure the loss on.",
+        rich_help_panel=TEXT_PANEL,
+        autocompletion=completion.texts,
+    ),
+]
+CalibrationWindows = Annotated[
+    int,
+    typer.Option("--windows", metavar="N", help="Calibration windows, drawn at random.", rich_help_panel=TEXT_PANEL),
+]
+EvaluationWindows = Annotated[
+    int | None,
+    typer.Option(
+        "--text-windows",
+        metavar="N",
+        help="Windows to measure the loss on; all of the text if not given.",
+        rich_help_panel=TEXT_PANEL,
+    ),
+]
+WindowLength = Annotated[
+    int, typer.Option("--window-length", metavar="N", help="Tokens per window.", rich_help_panel=TEXT_PANEL)
+]
 Groups = Annotated[
     Literal["equal", "pooled"],
-    typer.Option("--groups", help="'equal': every group keeps R. 'pooled': groups compete, then are zero-padded."),
+    typer.Option(
+        "--groups",
+        metavar="HOW",
+        help="'equal': every group keeps R. 'pooled': groups compete, then are zero-padded.",
+        rich_help_panel=HOW_PANEL,
+    ),
 ]
 Engines = Annotated[
     list[str] | None,
@@ -29,30 +77,67 @@ Engines = Annotated[
         "--engine",
         metavar="NAME ...",
         help="Engines that are to run the result, such as vllm or llama.cpp-cuda; 'ghostssm inspect' lists them.",
+        autocompletion=completion.engines,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Draws the calibration windows, and random choices.")]
-Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Folder or hub id of the tokenizer, if the model has none.")
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        help="Draws the calibration windows, and random choices.",
+        rich_help_panel=OTHER_PANEL,
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1 ...")]
 Offload = Annotated[
     Path | None,
     typer.Option(
         "--offload",
         metavar="FOLDER",
         help="With --stream: keep what grows with the windows in memory-mapped files there, not in memory.",
+        rich_help_panel=MEMORY_PANEL,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PLACE",
+        help="Folder or hub id of the tokenizer, if the model has none.",
+        rich_help_panel=OTHER_PANEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where to compute: cpu, cuda, cuda:1 ...",
+        rich_help_panel=OTHER_PANEL,
+        autocompletion=completion.devices,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.", rich_help_panel=OTHER_PANEL)]
+_LAST_OPTION = "ghostssm.last_option"
 
 
 class SpacedListCommand(TyperCommand):
     """A command whose repeatable options also take their values in one go: ``--state-size 96 64 32``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        repeatable = {name for option in self._repeatable() for name in option.opts}
+        ctx.meta[_LAST_OPTION] = next((argument for argument in reversed(args) if argument.startswith("-")), None)
         return super().parse_args(ctx, _repeat(args, repeatable))
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Also values that follow a first one: ``--methods ghost out`` goes on to ``output``."""
+        for option in self._repeatable():
+            if ctx.meta.get(_LAST_OPTION) in option.opts and not incomplete.startswith("-"):
+                return list(option.shell_complete(ctx, incomplete))
+        return list(super().shell_complete(ctx, incomplete))
+
+    def _repeatable(self) -> list[Any]:
+        return [option for option in self.params if getattr(option, "multiple", False)]
 
 
 def _repeat(args: list[str], repeatable: set[str]) -> list[str]:

@@ -20,13 +20,16 @@ def bench(
         list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
     ] = [64, 32],  # noqa: B006  (read only)
     batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
-    prompt: Annotated[int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.")] = 128,
+    prompt: Annotated[
+        int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
+    ] = 128,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
     """Measure prefill and decode at several state sizes, beside what bandwidth and arithmetic predict.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
+    ghostssm bench MODEL --device cuda --batch 1 64 256
     """
     import torch
 

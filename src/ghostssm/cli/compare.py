@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable, write_page
 
@@ -25,6 +25,7 @@ def compare(
             metavar="NAME ...",
             help="Methods to compare, each with its repairs: ghost, output+repair, output+refit60+repair, "
             "balanced+per-layer ... All methods that the model's family has, without repairs, if not given.",
+            autocompletion=completion.methods,
         ),
     ] = None,
     calibration: arguments.CalibrationText = "wikitext2",
@@ -47,8 +48,8 @@ def compare(
 ) -> None:
     """Prune by several methods to several sizes and print one table; only a report is written, on demand.
 
-    ghostssm compare state-spaces/mamba2-130m --state-size 96 64 32 --methods ghost output+repair balanced+per-layer
-    ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --report compared.html
+    ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
+    ghostssm compare MODEL --state-size 64 --calibration a.txt --text b.txt
     """
     import torch
 

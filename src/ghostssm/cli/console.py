@@ -93,25 +93,32 @@ def progress_reporter() -> Iterator[Progress]:
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
+            elif not done:
+                bars.reset(tasks[what], total=total)  # the time left is that of this round
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
 
 
 class _PlainProgress:
-    """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between."""
+    """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between. What is
+    done again and again, such as the windows of every cell of a table, gets these lines once and then one now and then.
+    """
 
     def __init__(self) -> None:
         self._begun: dict[str, float] = {}
+        self._finished: set[str] = set()
         self._last = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         begun = self._begun.setdefault(what, now)
-        if 0 < done < total and now - self._last < _PLAIN_INTERVAL:
+        between = 0 < done < total or what in self._finished
+        if done == total:
+            self._begun.pop(what)
+            self._finished.add(what)
+        if between and now - self._last < _PLAIN_INTERVAL:
             return
         self._last = now
         left = f", about {(now - begun) / done * (total - done):.0f} s left" if 0 < done < total else ""
         note(f"{what} {done}/{total}{left}")
-        if done == total:
-            self._begun.pop(what)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import print_facts, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
@@ -27,7 +27,12 @@ def evaluate(
     window_length: arguments.WindowLength = 2048,
     last_words: Annotated[
         str | None,
-        typer.Option("--last-words", metavar="TEXT", help="Instead: the last word of every line of TEXT, as LAMBADA."),
+        typer.Option(
+            "--last-words",
+            metavar="TEXT",
+            help="Instead: the last word of every line of TEXT, as LAMBADA.",
+            autocompletion=completion.texts,
+        ),
     ] = None,
     copying: Annotated[
         bool, typer.Option("--copying", help="Instead: tokens that repeat what was read 256 or more tokens before.")
@@ -39,12 +44,18 @@ def evaluate(
     include_path: Annotated[
         str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.", metavar="N")
+    ] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Hold one block of weights at a time, for models larger than memory."),
+        typer.Option(
+            "--stream",
+            help="Hold one block of weights at a time, for models larger than memory.",
+            rich_help_panel=arguments.MEMORY_PANEL,
+        ),
     ] = False,
     offload: arguments.Offload = None,
     as_json: arguments.AsJson = False,

@@ -20,11 +20,18 @@ def export(
     model: arguments.Model,
     output: Annotated[str, typer.Option("--output", metavar="PATH", help="One file for gguf, else a folder.")],
     format: Annotated[
-        Format, typer.Option("--format", help="gguf for llama.cpp; or a checkpoint folder in either dialect.")
+        Format,
+        typer.Option(
+            "--format", help="gguf for llama.cpp; or a checkpoint folder: transformers, mamba_ssm.", metavar="NAME"
+        ),
     ] = "gguf",
     dtype: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
-        typer.Option("--dtype", help="Of the large matrices; as stored if not given. q8_0 is for gguf."),
+        typer.Option(
+            "--dtype",
+            help="Of the large matrices: f32, f16, bf16, or q8_0 for gguf. As stored if not given.",
+            metavar="NAME",
+        ),
     ] = None,
     pad_to: Annotated[
         int | None,
@@ -33,15 +40,21 @@ def export(
         ),
     ] = None,
     tokenizer: arguments.Tokenizer = None,
-    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write none; text is tokenized elsewhere.")] = (
-        False
-    ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    no_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--no-tokenizer", help="Write none; text is tokenized elsewhere.", rich_help_panel=arguments.OTHER_PANEL
+        ),
+    ] = (False),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=arguments.OTHER_PANEL)
+    ] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Write a model for another engine: GGUF for llama.cpp, or the other checkpoint dialect.
 
-    ghostssm export mamba2-130m-n64 --format gguf --dtype q8_0 --output mamba2-130m-n64.gguf
+    ghostssm export mamba2-130m-n64 --dtype q8_0 --output mamba2-130m-n64.gguf
+    ghostssm export mamba2-130m-n64 --format mamba_ssm --output for-mamba-ssm
     """
     import torch
 

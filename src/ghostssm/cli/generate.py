@@ -11,9 +11,13 @@ from ghostssm.cli import arguments
 
 def generate(
     model: arguments.Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.", metavar="TEXT")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.", metavar="N")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.", metavar="T")
+    ] = 0.0,
     seed: arguments.Seed = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -21,6 +25,7 @@ def generate(
     """Stream a continuation of a prompt to standard output.
 
     ghostssm generate reference --prompt "def main(" --max-new-tokens 64
+    ghostssm generate mamba2-130m-n64 --prompt "The state of" --temperature 0.7
     """
     import torch
     from transformers import TextStreamer

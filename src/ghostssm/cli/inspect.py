@@ -29,6 +29,7 @@ def inspect(
 ) -> None:
     """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
 
+    ghostssm inspect reference
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
     """
     from ghostssm import advise, describe

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect as inspect_module
 import os
 from collections.abc import Callable
 
 import typer
 
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, verify
+from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
@@ -17,9 +18,19 @@ from ghostssm.interrupts import EXIT_TERMINATED, Terminated, terminable
 
 _EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 
+_GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent state.
+
+\bThe shortest way, with the built-in model:
+$ ghostssm inspect reference --state-size 64 32
+$ ghostssm prune reference --state-size 64 --calibration stdlib --output small
+$ ghostssm generate small --prompt "def main("
+
+\bEach verb's --help has examples. --install-completion lets the shell complete
+verbs, options, methods and engines."""
+
 app = typer.Typer(
     name="ghostssm",
-    help="Make trained Mamba-2 models decode with a much smaller recurrent state.",
+    help=_GUIDE,
     epilog="MODEL is a hub id, a local folder (transformers or mamba_ssm dialect), or 'reference', the built-in model. "
     "TEXT is a .txt, .jsonl or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
     no_args_is_help=True,
@@ -59,19 +70,23 @@ def _ending(what: str, next_step: str) -> str:
     return f"{what}. {next_step}" if next_step else f"{what}; nothing half-written is left."
 
 
-_VERBS: tuple[Callable[..., None], ...] = (
-    inspect.inspect,
-    prune.prune,
-    report.report,
-    export.export,
-    compare.compare,
-    bench.bench,
-    evaluate.evaluate,
-    generate.generate,
-    verify.verify,
-)
-for _verb in _VERBS:
-    app.command(cls=SpacedListCommand)(_with_exit_codes(_verb))
+def _help(verb: Callable[..., None]) -> str:
+    """A verb's docstring, with its last paragraph as examples, line by line."""
+    text, _, examples = inspect_module.cleandoc(verb.__doc__ or "").rpartition("\n\n")
+    lines = "\n".join(f"$ {line}" for line in examples.splitlines())
+    return f"{text}\n\n\bExamples:\n{lines}"
+
+
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Look, prune, try": (inspect.inspect, prune.prune, report.report, generate.generate),
+    "Measure": (evaluate.evaluate, compare.compare, bench.bench),
+    "Run it elsewhere": (export.export, verify.verify),
+    "Check the paper": (reproduce.reproduce,),
+}
+"""By task, the shortest way first."""
+for _task, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        app.command(cls=SpacedListCommand, rich_help_panel=_task, help=_help(_verb))(_with_exit_codes(_verb))
 
 
 def main() -> None:

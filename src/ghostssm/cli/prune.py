@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 from ghostssm.cli.report import REPORT_FILE, check_drawable, write_page
 
@@ -48,57 +48,121 @@ def prune(  # noqa: PLR0915  (one verb, read from top to bottom)
             "--method",
             help="How it is decided what stays, as published: 'ghost', 'balanced' ... "
             "If not given, what loses least in a stock checkpoint: 'output', refitted and repaired.",
+            metavar="NAME",
+            autocompletion=completion.methods,
         ),
     ] = None,
     repair: Annotated[
-        bool | None, typer.Option("--repair/--no-repair", help="Fit out_proj to the pruned state, in closed form.")
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Fit out_proj to the pruned state, in closed form.",
+            rich_help_panel=arguments.HOW_PANEL,
+        ),
     ] = None,
     refit: Annotated[
         int | None,
-        typer.Option("--refit", metavar="N", min=0, help="Steps of local refit per layer; 0 for forward passes only."),
+        typer.Option(
+            "--refit",
+            metavar="N",
+            min=0,
+            help="Steps of local refit per layer; 0 for forward passes only.",
+            rich_help_panel=arguments.HOW_PANEL,
+        ),
     ] = None,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Let layers have state sizes of their own, by what it costs them.")
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="Let layers have state sizes of their own, by what it costs them.",
+            rich_help_panel=arguments.HOW_PANEL,
+        ),
     ] = False,
     multiple: Annotated[
-        int, typer.Option("--multiple", min=1, help="Of sizes per layer, and of sizes that are searched.")
+        int,
+        typer.Option(
+            "--multiple",
+            min=1,
+            help="Of sizes per layer, and of sizes that are searched.",
+            rich_help_panel=arguments.HOW_PANEL,
+            metavar="N",
+        ),
     ] = 8,
     engine: arguments.Engines = None,
     calibration: arguments.CalibrationText = "wikitext2",
     windows: arguments.CalibrationWindows = 128,
     window_length: arguments.WindowLength = 2048,
     groups: arguments.Groups = "equal",
-    seed: arguments.Seed = 42,
     dialect: Annotated[
         Literal["transformers", "mamba_ssm"],
-        typer.Option("--dialect", help="Of the output: transformers or mamba_ssm."),
+        typer.Option(
+            "--dialect",
+            help="Of the output: transformers or mamba_ssm.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+            metavar="NAME",
+        ),
     ] = "transformers",
     untie: Annotated[
-        bool, typer.Option("--untie", help="Store a tied head as lm_head.weight of its own, as SGLang needs it.")
+        bool,
+        typer.Option(
+            "--untie",
+            help="Store a tied head as lm_head.weight of its own, as SGLang needs it.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+        ),
     ] = False,
     evaluate: Annotated[
         str | None,
         typer.Option(
-            "--evaluate", metavar="TEXT", help="Measure the loss on TEXT, dense and pruned, for the model card."
+            "--evaluate",
+            metavar="TEXT",
+            help="Measure the loss on TEXT, dense and pruned, for the model card.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+            autocompletion=completion.texts,
         ),
     ] = None,
     text_windows: arguments.EvaluationWindows = None,
     with_report: Annotated[
         bool,
         typer.Option(
-            "--report", help="Also measure what the state does and how fast it decodes, and write report.html into DIR."
+            "--report",
+            help="Also measure what the state does and how fast it decodes, and write report.html into DIR.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
         ),
     ] = False,
     batch: Annotated[
-        list[int], typer.Option("--batch", metavar="B ...", min=1, help="With --report: batch sizes to decode at.")
+        list[int],
+        typer.Option(
+            "--batch",
+            metavar="B ...",
+            min=1,
+            help="With --report: batch sizes to decode at.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+        ),
     ] = [1, 8, 32],  # noqa: B006  (read only)
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the hub.")
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="ORG/NAME",
+            help="Upload what was written to the hub.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+        ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private/--public", help="Of a repository that --push-to-hub makes.")
+        bool,
+        typer.Option(
+            "--private/--public",
+            help="Of a repository that --push-to-hub makes.",
+            rich_help_panel=arguments.OUTPUT_PANEL,
+        ),
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=arguments.OUTPUT_PANEL
+        ),
+    ] = False,
+    seed: arguments.Seed = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     stream: Annotated[
@@ -107,6 +171,7 @@ def prune(  # noqa: PLR0915  (one verb, read from top to bottom)
             "--stream",
             help="Hold one block of weights at a time, for models larger than memory. The result is the same, in more "
             "files. What is done is kept in DIR.run until the end, for --resume.",
+            rich_help_panel=arguments.MEMORY_PANEL,
         ),
     ] = False,
     offload: arguments.Offload = None,
@@ -116,14 +181,15 @@ def prune(  # noqa: PLR0915  (one verb, read from top to bottom)
             "--resume",
             help="With --stream: go on with the run whose state DIR.run holds, whatever ended it; from the beginning "
             "where there is none.",
+            rich_help_panel=arguments.MEMORY_PANEL,
         ),
     ] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Prune a model's state and write a checkpoint that loads like the original.
 
-    ghostssm prune state-spaces/mamba2-130m --state-size 64 --output mamba2-130m-n64
-    ghostssm prune state-spaces/mamba2-130m --budget 0.25 --output quarter --evaluate wikitext2 --report
+    ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
+    ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     """
     import ghostssm
     from ghostssm.checkpoint import hub

@@ -18,6 +18,7 @@ def verify(
     """Check a checkpoint against its manifest: files, shapes, finite weights, logits and plan. Exit code 1 if it fails.
 
     ghostssm verify mamba2-130m-n64
+    ghostssm verify mamba2-130m-n64 --json
     """
     import ghostssm
 

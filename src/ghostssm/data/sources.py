@@ -148,7 +148,7 @@ def _read_jsonl(path: Path) -> list[str]:
         except RecursionError:
             raise TextError(f"{path}, line {number}: not JSON (nested too deeply).") from None
         except ValueError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error}).") from None
+            raise TextError(f"{path}, line {number}: not JSON ({error}); expected one value per line.") from None
         texts.append(_text_field(row, f"{path}, line {number}"))
     return texts
 
@@ -187,7 +187,9 @@ def _read_parquet(path: Path) -> list[str]:
                 _check_size(str(path), size)
                 texts += [value for value in rows.to_pylist() if value is not None]
     except (pyarrow.ArrowException, ValueError, MemoryError) as error:
-        raise TextError(f"{path} is not a parquet file with a column 'text' ({error}).") from error
+        raise TextError(
+            f"{path} is not a parquet file with a column 'text' ({error}); expected one, or a .txt or .jsonl file."
+        ) from error
     if any("\0" in text for text in texts):
         raise TextError(f"{path} holds NUL bytes; expected text.")
     return texts

@@ -25,7 +25,7 @@ class Windows:
 
     Attributes:
         ids: (count, length), int64.
-        text_name, text_fingerprint: the :class:`~ghostssm.data.sources.Text` they were cut from.
+        text_name, text_fingerprint: the `ghostssm.data.sources.Text` they were cut from.
         bytes_per_token: of that whole text in UTF-8; turns nats per token into bits per byte.
         seed: of the draw, or None when the windows are the text's first.
     """

@@ -90,7 +90,7 @@ def compare(
     """Prune by every method to every size, and measure loss, state and decode speed. The model is left as it was.
 
     Args:
-        methods: recipes (:class:`ghostssm.recipe.Recipe`), such as ``ghost`` or ``output+repair``.
+        methods: recipes (`ghostssm.recipe.Recipe`), such as ``ghost`` or ``output+repair``.
         calibration_windows: what the methods see. windows: what the losses are measured on.
         batches: batch sizes at which to measure decoding; empty for none.
     """

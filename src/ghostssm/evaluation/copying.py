@@ -114,7 +114,7 @@ def copying(
     """The model's loss at copied positions and elsewhere.
 
     Raises:
-        InputError, TextError: see :func:`copied_positions`; windows that are too short or in which nothing is copied.
+        InputError, TextError: see `copied_positions`; windows that are too short or in which nothing is copied.
         NumericalError: a loss that is not finite.
     """
     copied = _copied_in(windows, context, distance)
@@ -132,11 +132,11 @@ def copying_in_reach(
 
     Windows are cut into pieces of ``distance`` tokens that overlap by three quarters, and each piece's last quarter
     counts: every position sees at least three quarters of ``distance``, and none an occurrence that it copies. A model
-    that uses its state over such distances does worse here than in :func:`copying`, most of all at copied positions;
+    that uses its state over such distances does worse here than in `copying`, most of all at copied positions;
     one that doesn't, does not copy, and its losses at these positions say nothing about its state.
 
     Raises:
-        As :func:`copying`.
+        As `copying`.
     """
     copied = _copied_in(windows, context, distance)
     step = max(1, distance // _PIECES_PER_DISTANCE)

@@ -57,7 +57,7 @@ class Score:
 class GhostLM(HFLM):  # type: ignore[misc]
     """The harness's model for transformers, with ghostssm's loading in place of its own.
 
-    It takes both dialects, ``reference`` and projected models, checks them as :func:`ghostssm.load` does, and on a CPU
+    It takes both dialects, ``reference`` and projected models, checks them as `ghostssm.load` does, and on a CPU
     runs ghostssm's forward pass.
 
     Args:
@@ -68,7 +68,7 @@ class GhostLM(HFLM):  # type: ignore[misc]
         options: all else that the harness's model ``hf`` takes, such as ``batch_size`` and ``max_length``.
 
     Raises:
-        InputError, ModelError, NumericalError: see :func:`ghostssm.load`; or the model has no tokenizer.
+        InputError, ModelError, NumericalError: see `ghostssm.load`; or the model has no tokenizer.
     """
 
     def __init__(

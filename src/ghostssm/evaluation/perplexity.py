@@ -91,7 +91,7 @@ def token_losses(
 ) -> Tensor:
     """The loss of every token but each window's first: (count, length - 1), float32, on the CPU, nats.
 
-    Args: as :func:`evaluate`.
+    Args: as `evaluate`.
 
     Raises:
         NumericalError: a loss that is not finite.
@@ -115,7 +115,10 @@ def token_losses(
     progress("windows", len(windows), len(windows))
     found = torch.cat(losses)
     if not torch.isfinite(found).all():
-        raise NumericalError(f"The loss on {windows.text_name!r} is not finite; the model's activations overflow.")
+        raise NumericalError(
+            f"The loss on {windows.text_name!r} is not finite; the model's activations overflow. "
+            "Evaluate the unpruned model on the same text; if it does not overflow, keep more of the state."
+        )
     return found
 
 

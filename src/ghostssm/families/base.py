@@ -29,7 +29,7 @@ class Family(Protocol):
     def is_hybrid(self) -> bool:
         """Whether layers of other kinds stand between the Mamba-2 ones.
 
-        Such a model stays in transformers' own class and dialect: :mod:`ghostssm.modeling` has none for a projected
+        Such a model stays in transformers' own class and dialect: `ghostssm.modeling` has none for a projected
         state or a state size per layer, and neither has mamba_ssm.
         """
         ...
@@ -80,7 +80,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def family_named(model_type: str) -> Family:
-    """The family of a ``model_type``; raises as :func:`family_of`."""
+    """The family of a ``model_type``; raises as `family_of`."""
     try:
         return _FAMILIES[model_type]
     except KeyError:

@@ -45,7 +45,7 @@ class StockFamily:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
         derived_keys: what transformers' config works out and other engines want to find in config.json.
-        cache_argument, is_hybrid: as :class:`ghostssm.families.base.Family` has them.
+        cache_argument, is_hybrid: as `ghostssm.families.base.Family` has them.
     """
 
     model_type: str

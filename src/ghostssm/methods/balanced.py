@@ -25,7 +25,7 @@ from ghostssm.plan import Decision, Selection
 
 _HELD_OUT = 0.2
 SHARES = (0.0, 1.0)
-"""Of the norm's derivative (:mod:`ghostssm.calibration.samples`)."""
+"""Of the norm's derivative (`ghostssm.calibration.samples`)."""
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-3)
 """Candidates for what is added to both Gramians' diagonals, in multiples of their means."""
 _ROUNDS = 6

@@ -69,6 +69,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
+    """Make a method known by its name, also in recipes; an earlier one of that name is replaced."""
     _METHODS[method.name] = method
 
 

@@ -18,7 +18,7 @@ from ghostssm.methods.selection import Groups
 from ghostssm.plan import Decision, Selection
 
 SHARES = (0.0, 0.7, 1.0)
-"""Of the norm's derivative (:mod:`ghostssm.calibration.samples`)."""
+"""Of the norm's derivative (`ghostssm.calibration.samples`)."""
 
 
 def least_error_set(

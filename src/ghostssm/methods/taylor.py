@@ -6,7 +6,7 @@ from ghostssm.methods.base import Evidence, Method, register
 
 
 def score(evidence: Evidence) -> Tensor:
-    """Root mean squared gate gradient of the channel (:func:`ghostssm.calibration.gate_saliency`)."""
+    """Root mean squared gate gradient of the channel (`ghostssm.calibration.gate_saliency`)."""
     assert evidence.saliency is not None
     return evidence.saliency.sqrt()
 

@@ -193,7 +193,7 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
 
 
 class GhostMamba2Block(Mamba2Block):  # type: ignore[misc]
-    """A stock residual block around a :class:`GhostMamba2Mixer`."""
+    """A stock residual block around a `GhostMamba2Mixer`."""
 
     def __init__(self, config: GhostMamba2Config, layer_idx: int):
         super().__init__(config, layer_idx)

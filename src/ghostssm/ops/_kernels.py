@@ -78,7 +78,7 @@ def ssd_step(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def ssd_step_bfloat16(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
-    """As :func:`ssd_step`, with the state's bfloat16 numbers as their uint16 bit patterns."""
+    """As `ssd_step`, with the state's bfloat16 numbers as their uint16 bit patterns."""
     b, h, p, n = state.shape
     heads_per_group = h // B.shape[1]
     for index in numba.prange(b * h):
@@ -135,7 +135,7 @@ def ssd_scan(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-untyped-def]
-    """As :func:`ssd_scan`, with energies instead of y: output and stored (b, h, blocks, n), float64, are added to.
+    """As `ssd_scan`, with energies instead of y: output and stored (b, h, blocks, n), float64, are added to.
 
     output gets the sum over t of C_t^2 e_t, stored the sum of e_t, where e_t[n] is the sum over the block's rows of
     H_t[p, n]^2. Sums over a stretch of tokens are float32, sums of stretches float64.

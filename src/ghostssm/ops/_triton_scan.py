@@ -1,6 +1,6 @@
 """Kernels over whole sequences, in which the state never leaves the registers: channel energies and the recurrence.
 
-Importing this needs triton; :mod:`ghostssm.ops.energy` and :mod:`ghostssm.ops.ssd` are what to call.
+Importing this needs triton; `ghostssm.ops.energy` and `ghostssm.ops.ssd` are what to call.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def ssd_scan(
 ):
     """The recurrence for some rows of one head's state and one sequence, token by token.
 
-    Program (h * row blocks, b). As :func:`energy_scan`, and D (h,) or None; y (b, l, h, p) and final (b, h, p, n),
+    Program (h * row blocks, b). As `energy_scan`, and D (h,) or None; y (b, l, h, p) and final (b, h, p, n),
     dense.
     """
     ROW_BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
@@ -202,7 +202,7 @@ def channel_energies(
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`ghostssm.ops.ssd.ssd`; arguments all float32."""
+    """`ghostssm.ops.ssd.ssd`; arguments all float32."""
     b, length, heads, p = x.shape
     n = B.shape[3]
     y = torch.empty(b, length, heads, p, dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""The decode step's kernels. Importing this needs triton; :mod:`ghostssm.ops.decode` is what to call.
+"""The decode step's kernels. Importing this needs triton; `ghostssm.ops.decode` is what to call.
 
 Every kernel issues all its loads before its first store, so that no load waits for a store that may alias it. Where it
 updates in place, a barrier stands between the two: a value that several threads hold is loaded by each of them.
@@ -23,7 +23,7 @@ TILE = 4096
 """Numbers of the state that one program works on at a time; with four warps a thread holds 32 of them."""
 LEAST_ROWS = 8
 LEAST_COLUMNS = 16
-"""With :data:`LEAST_ROWS`, a tile has at least one number for each of a program's 128 threads."""
+"""With `LEAST_ROWS`, a tile has at least one number for each of a program's 128 threads."""
 MOST_COLUMNS = 128
 WARPS = 4
 _MAP_COLUMNS = 32
@@ -248,7 +248,7 @@ def group_norm(y, z, z_stride, weight, out, eps, GROUPS: tl.constexpr, SIZE: tl.
 
 
 def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
-    """:func:`ghostssm.ops.decode.norm_step`."""
+    """`ghostssm.ops.decode.norm_step`."""
     batch, width = y.shape
     out = torch.empty(batch, width, dtype=dtype, device=y.device)
     size = width // groups
@@ -264,7 +264,7 @@ def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: i
 def decode_step_(
     window: Tensor, state: Tensor, xBC: Tensor, dt: Tensor, z: Tensor | None, weights: StepWeights
 ) -> Tensor:
-    """:func:`ghostssm.ops.decode.decode_step_`; window and state are contiguous."""
+    """`ghostssm.ops.decode.decode_step_`; window and state are contiguous."""
     heads, p, r = state.shape[1:]
     batch, channels, width = window.shape
     xBC, dt, taps = (_rows(tensor) for tensor in (xBC, dt, weights.taps))

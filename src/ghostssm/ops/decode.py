@@ -2,9 +2,9 @@
 
 On a GPU with triton these are three kernels: one for B and C, which all heads of a group share, one for everything else
 up to the gate, which reads the state once, writes it once and keeps all between in registers, and the norm. Elsewhere
-:mod:`ghostssm.ops.step` does it step by step.
+`ghostssm.ops.step` does it step by step.
 
-Shape letters as in :mod:`ghostssm.ops.ssd`; c is the number of the convolution's channels, j is g or h, the number of
+Shape letters as in `ghostssm.ops.ssd`; c is the number of the convolution's channels, j is g or h, the number of
 projections, and r the size of the state: n without a projection.
 """
 
@@ -59,7 +59,7 @@ def decode_step_reference(
     """The definition, in the tensors' own precision; nothing is modified.
 
     Args:
-        As :func:`decode_step_` has them, all of one dtype.
+        As `decode_step_` has them, all of one dtype.
 
     Returns:
         y (b, h * p), and the window and the state after the token.

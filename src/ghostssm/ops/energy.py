@@ -7,7 +7,7 @@ H_t = a_t H_{t-1} + u_t B_t^T it obeys a scalar recurrence of its own,
     F_t[n] = 2 B_t[n] a_t r_t[n] + |u_t|^2 B_t[n]^2,      r_t[n] = sum_p u_t[p] H_{t-1}[p, n].
 
 r reads the state with u over p where an SSD output reads it with C over n, so all of it has the chunked form of SSD and
-no state is materialised at single tokens. Shape letters as in :mod:`ghostssm.ops.ssd`.
+no state is materialised at single tokens. Shape letters as in `ghostssm.ops.ssd`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ChannelEnergies:
 def channel_energies_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> ChannelEnergies:
-    """The definition, token by token with the state in hand. Same signature as :func:`channel_energies`."""
+    """The definition, token by token with the state in hand. Same signature as `channel_energies`."""
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
@@ -95,7 +95,7 @@ def channel_energies_chunked(
     initial_state: Tensor | None = None,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> ChannelEnergies:
-    """The energies by matrix products over chunks; arguments as :func:`channel_energies` has them."""
+    """The energies by matrix products over chunks; arguments as `channel_energies` has them."""
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     if initial_state is None:

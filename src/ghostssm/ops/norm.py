@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    """:func:`rms_norm` of each of ``groups`` equal parts of the last axis. weight: (c,), as x's last axis."""
+    """`rms_norm` of each of ``groups`` equal parts of the last axis. weight: (c,), as x's last axis."""
     return rms_norm(x.unflatten(-1, (groups, -1)), weight.view(groups, -1), eps).flatten(-2)
 
 

@@ -34,7 +34,7 @@ def ssd_reference(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence token by token: slow, and plainly right. Same signature as :func:`ssd_chunked`."""
+    """The recurrence token by token: slow, and plainly right. Same signature as `ssd_chunked`."""
     state = _initial_state(x, B, initial_state)
     outputs = []
     for t in range(x.shape[1]):
@@ -75,7 +75,7 @@ def ssd(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in the fastest form at hand; arguments and results as :func:`ssd_chunked` has them.
+    """The recurrence in the fastest form at hand; arguments and results as `ssd_chunked` has them.
 
     On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
     recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On

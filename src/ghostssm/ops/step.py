@@ -2,7 +2,7 @@
 
 With numba installed (``pip install 'ghostssm[cpu]'``) the loops are compiled; without it, or off the CPU, the same is
 done by torch operations, on the CPU one sequence at a time so that its state stays in the cache between the passes.
-Shape letters as in :mod:`ghostssm.ops.ssd`; the readable reference is :func:`ghostssm.ops.ssd.ssd_step`.
+Shape letters as in `ghostssm.ops.ssd`; the readable reference is `ghostssm.ops.ssd.ssd_step`.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _check_places(architecture: Architecture, names: Mapping[str, str | None]) -
         more = f" and {len(homeless) - 4} more" if len(homeless) > 4 else ""
         raise ModelError(
             f"llama.cpp's {architecture.name} has no place for {', '.join(homeless[:4])}{more}; "
-            "this model can't be written as GGUF."
+            "this model can't be written as GGUF; export --format transformers for another engine."
         )
 
 

@@ -196,7 +196,10 @@ def _tokens(parts: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     for token in parts["added_tokens"]:
         by_id[token["id"]] = (token["content"], control if token["special"] else int(gguf.TokenType.USER_DEFINED))
     if max(by_id) >= size:
-        raise ModelError(f"The tokenizer has the id {max(by_id)}, the model only ids up to {size - 1}.")
+        raise ModelError(
+            f"The tokenizer has the id {max(by_id)}, the model only ids up to {size - 1}. "
+            "Name the model's with --tokenizer."
+        )
     tokens, types = [], []
     for index in range(size):
         token, kind = by_id.get(index, (f"[PAD{index}]", int(gguf.TokenType.UNUSED)))
@@ -204,5 +207,8 @@ def _tokens(parts: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
         types.append(kind)
     if len(set(tokens)) < size:
         twice = next(token for token in tokens if tokens.count(token) > 1)
-        raise ModelError(f"The tokenizer has the token {twice!r} twice; llama.cpp expects every token once.")
+        raise ModelError(
+            f"The tokenizer has the token {twice!r} twice; llama.cpp expects every token once. "
+            "Export with --no-tokenizer."
+        )
     return tokens, types

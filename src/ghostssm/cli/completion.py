@@ -1,0 +1,73 @@
+"""What the shell offers for a half-typed value. Names are written out here, because the registries import PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+METHODS = (
+    *("output", "balanced", "ghost", "output-single", "rrqr", "product", "controllability", "observability"),
+    *("taylor", "taylor-layer", "magnitude", "random", "sparsegpt", "sparsegpt-all"),
+)
+ENGINES = (
+    *("transformers-cpu", "transformers-cuda", "mamba_ssm", "vllm", "sglang", "llama.cpp-cpu", "llama.cpp-cuda"),
+    *("llama.cpp-vulkan", "llama.cpp-sycl", "llama.cpp-opencl", "llama.cpp-metal", "mlx-lm"),
+)
+TABLES = ("sparsity", "size")
+PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
+_REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+Completer = Callable[[str], list[str]]
+
+
+def _starting(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def engines(incomplete: str) -> list[str]:
+    return _starting(ENGINES, incomplete)
+
+
+def tables(incomplete: str) -> list[str]:
+    return _starting(TABLES, incomplete)
+
+
+def devices(incomplete: str) -> list[str]:
+    return _starting(("cpu", "cuda"), incomplete)
+
+
+def methods(incomplete: str) -> list[str]:
+    """Methods; and with their repairs, once a method is typed out."""
+    recipes = [f"{name}{repair}" for name in METHODS if incomplete.startswith(name) for repair in _REPAIRS]
+    return _starting((*METHODS, *recipes), incomplete)
+
+
+def models(incomplete: str) -> list[str]:
+    """The built-in model, folders here, and the published checkpoints once something of their name is typed."""
+    hub = PUBLISHED_MODELS if incomplete else ()
+    return [*_starting(("reference", *hub), incomplete), *_paths(incomplete, ())]
+
+
+def published_models(incomplete: str) -> list[str]:
+    return [*_starting(PUBLISHED_MODELS, incomplete), *_paths(incomplete, ())]
+
+
+def texts(incomplete: str) -> list[str]:
+    """The named corpora, folders, and files that can be read as text."""
+    return [*_starting(("wikitext2", "stdlib"), incomplete), *_paths(incomplete, _TEXT_SUFFIXES)]
+
+
+def _paths(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Folders, and files with one of the suffixes, that go on from what is typed; hidden ones only if asked for."""
+    head, slash, tail = incomplete.rpartition("/")
+    try:
+        found = sorted(Path(head + slash or ".").iterdir())
+    except OSError:
+        return []
+    return [
+        f"{head}{slash}{path.name}"
+        for path in found
+        if path.name.startswith(tail or "")
+        and (tail.startswith(".") or not path.name.startswith("."))
+        and (path.is_dir() or path.suffix in suffixes)
+    ]

@@ -1,0 +1,138 @@
+"""``ghostssm reproduce``: the paper's tables, published and measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ghostssm.cli import arguments, completion
+from ghostssm.cli.console import note, print_json, print_table, progress_reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ghostssm.evaluation.published import Wanted
+    from ghostssm.evaluation.reproduction import Results
+
+MARKDOWN_FILE = "results.md"
+
+
+def reproduce(
+    output: Annotated[
+        str, typer.Option("--output", metavar="DIR", help="Folder for results.json and results.md; goes on if there.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models",
+            metavar="NAME ...",
+            help="mamba2-130m ... mamba2-2.7b, from the hub; NAME=FOLDER for a local one; or a folder that holds "
+            "folders of these names. All five from the hub if not given.",
+            autocompletion=completion.published_models,
+        ),
+    ] = None,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--table",
+            metavar="NAME ...",
+            help="'sparsity': 1.3b cut by 10 to 90%. 'size': 130m to 2.7b cut by half.",
+            autocompletion=completion.tables,
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            metavar="NAME ...",
+            help="Methods, as for compare; those of the paper if not given.",
+            autocompletion=completion.methods,
+        ),
+    ] = None,
+    state_size: Annotated[
+        list[int] | None,
+        typer.Option("--state-size", metavar="R ...", help="State sizes N' in place of the paper's sparsities."),
+    ] = None,
+    calibration: arguments.CalibrationText = "wikitext2",
+    text: arguments.EvaluationText = "wikitext2",
+    windows: arguments.CalibrationWindows = 128,
+    text_windows: arguments.EvaluationWindows = None,
+    window_length: arguments.WindowLength = 2048,
+    seed: arguments.Seed = 42,
+    tokenizer: arguments.Tokenizer = None,
+    device: arguments.Device = "cpu",
+    as_json: arguments.AsJson = False,
+) -> None:
+    """Measure the paper's two tables on the published checkpoints, beside the published numbers.
+
+    ghostssm reproduce --output reproduction --device cuda
+    ghostssm reproduce --output quick --models mamba2-130m --windows 32
+    """
+    from ghostssm.checkpoint.loading import check_device
+    from ghostssm.errors import GhostError
+    from ghostssm.evaluation import reproduction as library
+    from ghostssm.evaluation.published import cells, published_models, source, tables_named
+    from ghostssm.evaluation.reproduction_table import markdown_page, printed_tables
+    from ghostssm.recipe import Recipe
+
+    check_device(device)
+    tables = tables_named(table)
+    recipes = [str(Recipe.parse(method)) for method in methods] if methods else None
+    settings = library.Settings(calibration, text, windows, text_windows, window_length, seed)
+    found = library.find_models(models or published_models(tables))
+    if not table:  # of both tables, those that the models at hand stand in
+        tables = tuple(name for name in tables if found.keys() & set(published_models([name])))
+    own = library.own_state_sizes(found)
+    wanted = [cell for name in tables for cell in cells(name, recipes, state_size, own)]
+    texts = library.read_texts(settings)
+    results = library.Results(output, settings, texts)
+    if results.cells:
+        note(f"going on from {len(results.cells)} finished cells in {results.path}")
+    try:
+        with progress_reporter() as progress:
+            failures = library.measure(
+                wanted, found, results, texts, settings, device=device, tokenizer=tokenizer, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {len(results.cells)} finished cells are in {results.path}. "
+            "The same command goes on from there."
+        ) from None
+
+    drawn = printed_tables(wanted, results.cells)
+    library.write_whole(Path(output) / MARKDOWN_FILE, markdown_page(drawn, settings))
+    if as_json:
+        print_json({"source": source(), "output": output, "cells": _as_json(wanted, results)})
+    else:
+        for one in drawn:
+            print(one.title)
+            print_table(one.headers, one.rows, text_columns=2)
+            print()
+        print(f"published: {source()}")
+        print(f"written: {results.path}, {Path(output) / MARKDOWN_FILE}")
+    if failures:
+        listed = "".join(f"\n  - {' '.join(map(str, failure.key))}: {failure.reason}" for failure in failures)
+        raise GhostError(f"{len(failures)} cells could not be measured; the same command tries them again:{listed}")
+
+
+def _as_json(wanted: Sequence[Wanted], results: Results) -> list[dict[str, object]]:
+    entries: list[dict[str, object]] = []
+    for cell in wanted:
+        measured = results.cells.get(cell.key)
+        entries.append(
+            {
+                "table": cell.table,
+                "model": cell.model,
+                "method": cell.method,
+                "sparsity": cell.sparsity,
+                "state_size": cell.state_size,
+                "published": cell.published,
+                "measured": None if measured is None or math.isinf(measured.perplexity) else measured.perplexity,
+                "loss": None if measured is None else measured.loss,
+                "seconds": None if measured is None else measured.seconds,
+            }
+        )
+    return entries

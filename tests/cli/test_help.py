@@ -1,0 +1,168 @@
+"""What the terminal shows before and beside the results: help, completion, progress, errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.console
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import ghostssm
+from ghostssm.cli import completion, console
+from ghostssm.cli.main import _VERBS, app
+from ghostssm.evaluation import published
+
+GROUP: Any = get_command(app)
+VERBS = list(GROUP.commands)
+LONGEST_LINE = 80
+
+
+def help_text(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": str(LONGEST_LINE), "TERM": "dumb"})
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_the_guide_names_every_verb_by_task() -> None:
+    text = help_text()
+    places = [text.index(f" {title} ") for title in _VERBS]
+    assert places == sorted(places), "the shortest way comes first"
+    assert text.index("ghostssm prune reference") < places[0]
+    assert all(re.search(rf"^│ {verb} ", text, re.MULTILINE) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_is_readable_at_80_columns_and_plain_when_piped(verb: str) -> None:
+    text = help_text(*([verb] if verb else []))
+    assert "\x1b" not in text
+    assert "\b" not in text
+    assert max(map(len, text.splitlines())) <= LONGEST_LINE
+    described = [line for line in text.splitlines() if re.match(r"│ [* ]*--[a-z-]+", line)]
+    assert described
+    assert all("…" not in line for line in described), "names of options are whole"
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_examples_parse_and_fit_on_a_line(verb: str) -> None:
+    text = help_text(*([verb] if verb else []))
+    examples = [shlex.split(line.strip()[2:])[1:] for line in text.splitlines() if line.startswith(" $ ghostssm ")]
+    assert len(examples) == (2 if verb else 3)
+    for name, *rest in examples:
+        assert not verb or name == verb
+        with GROUP.commands[name].make_context(name, rest):
+            pass
+
+
+def test_names_for_completion_are_the_registered_ones() -> None:
+    assert sorted(completion.METHODS) == list(ghostssm.method_names())
+    assert ghostssm.engine_names() == completion.ENGINES
+    assert published.table_names() == completion.TABLES
+    assert published.published_models() == completion.PUBLISHED_MODELS
+
+
+def completed(*words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    environment = {
+        "_GHOSTSSM_COMPLETE": "complete_bash",
+        "COMP_WORDS": shlex.join(["ghostssm", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    return CliRunner().invoke(app, [], env=environment, prog_name="ghostssm").output.split()
+
+
+def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", ".hidden"):
+        (tmp_path / folder).mkdir()
+    for file in ("manual.txt", "picture.png"):
+        (tmp_path / file).touch()
+    assert completed("pr") == ["prune"]
+    assert completed("inspect", "ref") == ["reference"]
+    assert completed("inspect", "state-spaces/mamba2-1") == ["state-spaces/mamba2-130m", "state-spaces/mamba2-1.3b"]
+    assert completed("inspect", "m") == ["models"]
+    assert completed("prune", "m", "--method", "bal") == ["balanced"]
+    assert completed("compare", "m", "--methods", "ghost", "rand") == ["random"]
+    assert completed("compare", "m", "--methods", "ghost", "--st") == ["--state-size"]
+    assert completed("compare", "m", "--methods", "random", "ghost+") == [
+        "ghost+repair",
+        "ghost+refit100+repair",
+        "ghost+per-layer",
+    ]
+    assert completed("prune", "m", "--engine", "vl") == ["vllm"]
+    assert completed("evaluate", "m", "--text", "wi") == ["wikitext2"]
+    assert completed("evaluate", "m", "--text", "m") == ["manual.txt", "models"]
+    assert completed("reproduce", "--table", "si") == ["size"]
+
+
+def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom ghostssm.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nprint('light')"
+    )
+    for extra in ({}, {"_GHOSTSSM_COMPLETE": "complete_bash", "COMP_WORDS": "ghostssm inspect r", "COMP_CWORD": "2"}):
+        command = [sys.executable, "-c", script, *([] if extra else ["--help"])]
+        done = subprocess.run(command, env=os.environ | extra, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "light"
+
+
+def test_plain_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.progress_reporter() as progress:
+        for done in range(5):
+            progress("layers", done, 4)
+            now[0] += 3
+        for done in range(5):  # a second round says little
+            progress("layers", done, 4)
+            now[0] += 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "layers 0/4",
+        "layers 2/4, about 6 s left",
+        "layers 4/4",
+        "layers 2/4, about 2 s left",
+    ]
+
+
+def test_bars_on_a_terminal_start_anew_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Kept(console.RichProgress):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(console, "RichProgress", Kept)
+    with console.progress_reporter() as progress:
+        progress("windows", 0, 4)
+        progress("windows", 4, 4)
+        first = made[0].tasks[0].start_time
+        assert made[0].tasks[0].finished
+        progress("windows", 0, 8)
+        task = made[0].tasks[0]
+        assert (len(made[0].tasks), task.completed, task.total, task.finished) == (1, 0, 8, False)
+        assert task.start_time >= first
+
+
+def test_errors_are_coloured_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.print_error("No model at 'x'; expected [a folder].")
+    assert capsys.readouterr().err == "error: No model at 'x'; expected [a folder].\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(rich.console.Console, "is_terminal", property(lambda self: True))
+    console.print_error("No model at 'x'; expected [a folder].")
+    err = capsys.readouterr().err
+    assert "\x1b[" in err
+    assert "expected [a folder]." in err
