@@ -16,7 +16,8 @@ from ghostssm.families import mixers_of
 from ghostssm.mixer import Projection
 from ghostssm.modeling import GhostMamba2ForCausalLM
 from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration, smallest_plan
+from ghostssm.pruning import Calibration
+from ghostssm.smallest import smallest_plan
 from ghostssm.surgery import apply_plan, pruned
 from tests.conftest import random_windows, tiny_model
 

@@ -40,8 +40,9 @@ from ghostssm.layout import SSDLayout
 from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.methods.base import register as register_method
 from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration, smallest_plan
+from ghostssm.pruning import Calibration
 from ghostssm.recipe import Recipe
+from ghostssm.smallest import smallest_plan
 from ghostssm.streaming import prune_streamed
 from ghostssm.surgery import apply_plan, pad_state, pruned
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,29 +13,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.budget import allocate
-from ghostssm.calibration import LayerStatistics, LayerWalk, gate_saliency, gather_statistics
+from ghostssm.calibration import LayerWalk, gate_saliency, gather_statistics
 from ghostssm.calibration.blocks import Blocks, blocks_of
-from ghostssm.calibration.refit import MOST_TOKENS, RefitData, joined, refit
-from ghostssm.calibration.repair import repair_output, repair_skip
+from ghostssm.calibration.mending import mended
 from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.calibration.samples import joined as joined_samples
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
-from ghostssm.errors import GhostError, InputError, ModelError, NumericalError
-from ghostssm.evaluation import evaluate
-from ghostssm.families import family_named, family_of, mixers_of
+from ghostssm.errors import GhostError, ModelError, NumericalError
+from ghostssm.families import family_of, mixers_of
+from ghostssm.feasibility import check_recipe, check_state_size
 from ghostssm.journal import Journal
-from ghostssm.methods import Evidence, method_named, method_names, stock_method_names
+from ghostssm.methods import Evidence
 from ghostssm.methods.selection import Groups, select, select_together
 from ghostssm.mixer import Mixer
 from ghostssm.plan import Decision, Plan, Selection
 from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
-from ghostssm.surgery import pruned
 
 DEFAULT_SEED = 42
-_HELD_OUT_ONE_IN = 4
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of a layer's state: where budgets per layer measure what a smaller one costs."""
 DEFAULT_MULTIPLE = 8
@@ -72,8 +69,7 @@ class Calibration:
         if any(mixer.projection is not None for mixer in mixers_of(self.model)) or _state_sizes(self.model) > 1:
             raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
         self._saliency: dict[str, Tensor] | None = None
-        self._first_statistics: LayerStatistics | None = None
-        self._first_samples: OutputSamples | None = None
+        self._first_evidence: dict[tuple[str, int], Any] = {}
         self._curves: dict[str, list[Tensor]] = {}
 
     def saliency(self, progress: Progress) -> dict[str, Tensor]:
@@ -251,7 +247,9 @@ class _Run:
             targets = walk.outputs(block, mixer) if self.recipe.repair or self.recipe.refit else []
             smaller = walk.apply(block, mixer, decision)
             if targets:
-                decision = self._mended(walk, block, smaller, decision, targets)
+                decision = mended(
+                    walk, block, smaller, decision, targets, self.recipe, self.seed, self.calibration.processes
+                )
             walk.advance(block, smaller, decision)
             journal.record(walk.original, mixer.name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))
@@ -306,124 +304,32 @@ class _Run:
             evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
             shared.processes.add(evidence["input_gram"])
         if method.needs == "statistics":
-            if index or shared._first_statistics is None:
-                evidence["statistics"] = gather_statistics(mixer, walk.streams(block, mixer), shared.processes)
-            else:
-                evidence["statistics"] = shared._first_statistics
-            if not index:
-                shared._first_statistics = evidence["statistics"]
+            evidence["statistics"] = self._gathered(
+                index, lambda: gather_statistics(mixer, walk.streams(block, mixer), shared.processes)
+            )
         if method.needs == "samples":
-            if index or shared._first_samples is None:
-                tokens = shared.windows.ids.numel()
-                streams = walk.streams(block, mixer)
-                own = sample_outputs(mixer, streams, tokens, seed=self.seed + index, first=walk.first_window)
-                evidence["samples"] = joined_samples(shared.processes.gather([own]))
-            else:
-                evidence["samples"] = shared._first_samples
-            if not index:
-                shared._first_samples = evidence["samples"]
+            evidence["samples"] = self._gathered(index, lambda: self._samples(walk, block, mixer, index))
             evidence["changes"] = partial(walk.changes, block, mixer)
         return Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, **evidence)
 
-    def _mended(
-        self, walk: LayerWalk, block: nn.Module, mixer: Mixer, decision: Decision, targets: list[Tensor]
-    ) -> Decision:
-        """The decision with the parameters that refit and repair arrive at; they are in the block already."""
-        before = {name: value.detach().clone() for name, value in mixer.module.named_parameters()}
-        processes = self.calibration.processes
-        if self.recipe.refit:
-            self._refit(walk, block, mixer, targets)
-            walk.forget_streams()
-        if self.recipe.repair:
-            repair_skip(mixer, walk.pruned_streams(block, mixer, decision), targets, processes)
-            streams = walk.pruned_streams(block, mixer, decision)
-            repair_output(mixer, streams, targets, processes, walk.first_window)
-        changed = {
-            name: value.detach().clone()
-            for name, value in mixer.module.named_parameters()
-            if not torch.equal(value, before[name])
-        }
-        return dataclasses.replace(decision, projection=mixer.projection, changes={**decision.changes, **changed})
+    def _samples(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> OutputSamples:
+        tokens = self.calibration.windows.ids.numel()
+        streams = walk.streams(block, mixer)
+        own = sample_outputs(mixer, streams, tokens, seed=self.seed + index, first=walk.first_window)
+        return joined_samples(self.calibration.processes.gather([own]))
 
-    def _refit(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, targets: list[Tensor]) -> None:
-        """Refit a mixer to the first windows of all processes; process 0 does, and tells what came out."""
-        processes = self.calibration.processes
-        data, tokens = [], walk.first_window * self.calibration.windows.length
-        for hidden, target in zip(walk.inputs(block, mixer), targets, strict=True):
-            if tokens >= MOST_TOKENS:
-                break
-            data.append(RefitData.of(mixer, hidden, target))
-            tokens += hidden.shape[0] * hidden.shape[1]
-        data = processes.gather(data)
-
-        def refitted() -> dict[str, Tensor]:
-            refit(mixer, joined(data), self.recipe.refit, self.seed)
-            return {name: value.detach() for name, value in mixer.module.named_parameters()}
-
-        found = processes.from_first(refitted)
-        if processes.rank:
-            with torch.no_grad():
-                for name, value in mixer.module.named_parameters():
-                    value.copy_(found[name])
+    def _gathered(self, index: int, gather: Callable[[], Any]) -> Any:
+        """Evidence of mixer number ``index``; of the first, which sees what no plan changes, gathered once."""
+        if index:
+            return gather()
+        known, key = self.calibration._first_evidence, (self.recipe.how.needs, self.seed)
+        if key not in known:
+            known[key] = gather()
+        return known[key]
 
 
 def _raise(error: GhostError) -> NoReturn:
     raise error
-
-
-def smallest_plan(
-    model: PreTrainedModel,
-    windows: Windows,
-    recipe: str | Recipe,
-    max_excess_loss: float,
-    *,
-    multiple: int = DEFAULT_MULTIPLE,
-    state_sizes: Sequence[int] | None = None,
-    groups: Groups = "equal",
-    seed: int = DEFAULT_SEED,
-    progress: Progress = silent,
-) -> Plan:
-    """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
-
-    Every fourth window is held out; the others calibrate.
-
-    Args:
-        max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
-        state_sizes: the sizes to try instead, ascending.
-
-    Raises:
-        InputError: as `Calibration.plan`; fewer than four windows, or no size below the model's own stays within
-            the bound.
-    """
-    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_recipe(recipe, model.config.model_type)
-    apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
-    if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(
-            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
-        )
-    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
-    dense = evaluate(model, held_out)
-    limit = family_of(model.config).layout(model.config).state_size
-    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
-    low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
-        with pruned(model, plan) as smaller:
-            excess = evaluate(smaller, held_out).excess_over(dense).mean
-        if excess <= max_excess_loss:
-            high, best = middle, plan
-        else:
-            low = middle
-    if best is None:
-        among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
-        raise InputError(
-            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
-            "nats per token; allow more, or try another method."
-        )
-    searched = {"max_excess_loss": max_excess_loss, "held_out_windows": len(held_out)}
-    return dataclasses.replace(best, provenance={**best.provenance, **searched})
 
 
 def _gram(hidden: Tensor) -> Tensor:
@@ -433,40 +339,3 @@ def _gram(hidden: Tensor) -> Tensor:
 
 def _state_sizes(model: PreTrainedModel) -> int:
     return len({mixer.layout.state_size for mixer in mixers_of(model)})
-
-
-def check_recipe(recipe: Recipe, model_type: str) -> None:
-    """Raise InputError unless a family has a model class for what a recipe can result in."""
-    if recipe.stock or not family_named(model_type).is_hybrid:
-        return
-    raise InputError(
-        f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
-        f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
-    )
-
-
-def check_streamable(recipe: Recipe, model_type: str) -> None:
-    """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
-    check_recipe(recipe, model_type)
-    fault = None
-    if recipe.how.needs == "gradients":
-        fault = f"{recipe.method} needs gradients through the whole model"
-    elif not recipe.stock:
-        fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
-    if fault:
-        able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
-        raise InputError(
-            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
-            "without +per-layer."
-        )
-
-
-def methods_for(model_type: str) -> tuple[str, ...]:
-    """The methods for which a family has a model class."""
-    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
-
-
-def check_state_size(state_size: int, limit: int) -> None:
-    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
-    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
-        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

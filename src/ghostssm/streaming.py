@@ -14,12 +14,13 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.data.windows import Windows
 from ghostssm.errors import ProcessError
+from ghostssm.feasibility import check_streamable
 from ghostssm.interrupts import Terminated
 from ghostssm.methods.selection import Groups
 from ghostssm.plan import Plan
 from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning import DEFAULT_SEED, Calibration, check_streamable
+from ghostssm.pruning import DEFAULT_SEED, Calibration
 from ghostssm.recipe import Recipe
 from ghostssm.run_folder import RunFolder
 

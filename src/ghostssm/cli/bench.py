@@ -37,7 +37,7 @@ def bench(
     from ghostssm.bench.decode import first_channels, measure
     from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
-    from ghostssm.pruning import check_state_size
+    from ghostssm.feasibility import check_state_size
 
     if min(batch) < 1:
         raise InputError(f"The batch size is {min(batch)}; expected at least 1.")

@@ -56,7 +56,7 @@ def compare(
     import ghostssm
     from ghostssm.bench.roofline import measure_machine
     from ghostssm.checkpoint.output_file import OutputFile
-    from ghostssm.pruning import check_recipe, check_state_size, methods_for
+    from ghostssm.feasibility import check_recipe, check_state_size, methods_for
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
 

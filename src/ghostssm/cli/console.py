@@ -19,13 +19,22 @@ from rich.table import Table
 from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
-__all__ = ["bytes_text", "note", "print_error", "print_facts", "print_json", "print_table", "progress_reporter"]
+__all__ = [
+    "bytes_text",
+    "is_first_process",
+    "note",
+    "print_error",
+    "print_facts",
+    "print_json",
+    "print_table",
+    "progress_reporter",
+]
 
 _PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when nobody watches."""
 
 
-def _is_first() -> bool:
+def is_first_process() -> bool:
     """Of several processes that share a run, the first reports."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -34,12 +43,12 @@ def print_error(message: str) -> None:
     """An error for the person at the terminal; control characters, which names in files may hold, are spelled out."""
     message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
-    told = message if _is_first() else f"process {os.environ['RANK']}: {message}"
+    told = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
 
 
 def print_json(value: Any) -> None:
-    if _is_first():
+    if is_first_process():
         print(json.dumps(value, indent=1))
 
 
@@ -69,21 +78,21 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_colu
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Aligned lines of name and value."""
     width = max(len(name) for name, _ in facts)
-    if _is_first():
+    if is_first_process():
         for name, value in facts:
             print(f"{name.ljust(width)}  {value}")
 
 
 def note(message: str) -> None:
     """A line for the person at the terminal, kept out of standard output."""
-    if _is_first():
+    if is_first_process():
         print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_reporter() -> Iterator[Progress]:
     """A progress listener: bars with the time left on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty() or not _is_first():
+    if not sys.stderr.isatty() or not is_first_process():
         yield _PlainProgress()
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -35,7 +35,7 @@ def inspect(
     from ghostssm import advise, describe
     from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
-    from ghostssm.pruning import check_state_size
+    from ghostssm.feasibility import check_state_size
 
     batches = batch or []
     if any(count < 1 for count in batches):

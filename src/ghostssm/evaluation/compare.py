@@ -12,10 +12,11 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.data.windows import Windows
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.families import family_of, mixers_of
+from ghostssm.feasibility import check_recipe, check_state_size
 from ghostssm.methods.selection import Groups
 from ghostssm.plan import Plan
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning import DEFAULT_SEED, Calibration, check_recipe, check_state_size
+from ghostssm.pruning import DEFAULT_SEED, Calibration
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
 

@@ -23,8 +23,9 @@ from ghostssm.data.windows import cut_windows
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate
 from ghostssm.evaluation.published import DENSE, Wanted, published_models
+from ghostssm.feasibility import check_recipe, check_state_size
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning import DEFAULT_SEED, Calibration, check_recipe, check_state_size
+from ghostssm.pruning import DEFAULT_SEED, Calibration
 from ghostssm.recipe import Recipe
 from ghostssm.surgery import pruned
 

@@ -11,13 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.exporting import require_stock
-from ghostssm.checkpoint.gguf.architectures import Architecture, architecture_of, gguf_tensors, write_mixer_keys
+from ghostssm.checkpoint.gguf.architecture import Architecture
+from ghostssm.checkpoint.gguf.architectures import architecture_of
 from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
+from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.output_file import OutputFile
 from ghostssm.checkpoint.output_folder import storing
 from ghostssm.errors import InputError, NumericalError
+from ghostssm.families import family_of
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
@@ -125,7 +128,7 @@ def _write_keys(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(model.config.vocab_size)
     architecture.write_keys(writer, model.config)
-    write_mixer_keys(writer, architecture.layout(model.config))
+    write_mixer_keys(writer, family_of(model.config).layout(model.config))
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
     else:

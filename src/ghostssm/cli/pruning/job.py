@@ -1,0 +1,75 @@
+"""One request to prune, checked as far as it can be without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+import ghostssm
+from ghostssm.cli.console import note
+from ghostssm.methods.selection import Groups
+from ghostssm.recipe import DEFAULT_RECIPE, Recipe
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much of the state is to stay.
+
+    Attributes:
+        size: the state size, on average over layers; None where a bound on the loss decides.
+        max_excess_loss: that bound, nats per token.
+        sizes: those that the wanted engines run, ascending, where a bound decides; None for all.
+    """
+
+    size: int | None = None
+    max_excess_loss: float | None = None
+    sizes: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The windows to calibrate on, before they are read."""
+
+    text: str
+    windows: int
+    length: int
+
+    def cut(self, vocabulary: PreTrainedTokenizerBase, seed: int) -> ghostssm.Windows:
+        text = ghostssm.read_text(self.text, "calibration")
+        return ghostssm.cut_windows(text, vocabulary, self.length, self.windows, seed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prune, how, and where to."""
+
+    model: str
+    tokenizer: str | None
+    device: str
+    description: ghostssm.Description
+    recipe: Recipe
+    target: Target
+    groups: Groups
+    multiple: int
+    seed: int
+    calibration: CalibrationText
+    output: str
+    overwrite: bool
+
+    def windows(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows:
+        cut = self.calibration.cut(vocabulary, self.seed)
+        note(f"{self.recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
+        return cut
+
+
+def wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
+    """The recipe that a method's name and the options beside it make together."""
+    base = DEFAULT_RECIPE if method is None else Recipe.parse(method)
+    return Recipe(
+        base.method,
+        base.repair if repair is None else repair,
+        base.refit if refit is None else refit,
+        base.per_layer or per_layer,
+    )

@@ -1,0 +1,57 @@
+"""What became of a request to prune, and how it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ghostssm
+from ghostssm.cli.console import bytes_text, print_facts, print_json
+from ghostssm.evaluation.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    written: the checkpoint's folder.
+    measured: the loss before and after, if it was wanted. page: the report, likewise.
+    """
+
+    written: Path
+    plan: ghostssm.Plan
+    measured: Measurement | None = None
+    page: Path | None = None
+
+
+def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json: bool) -> None:
+    """Tell where the result is and what it is; ``address`` is that of the upload, if there was one."""
+    plan, measured = outcome.plan, outcome.measured
+    found = ghostssm.describe(str(outcome.written))
+    before = found.state_bytes(plan.state_size)
+    after: int | list[int] = list(found.state_sizes) if plan.needs_own_class else plan.kept_state_size
+    if as_json:
+        print_json(
+            {
+                "output": str(outcome.written),
+                "method": plan.method,
+                "state_size": {"before": plan.state_size, "after": after},
+                "state_bytes": {"before": before, "after": found.state_bytes()},
+                "measured": None if measured is None else measured.as_json(),
+                "report": None if outcome.page is None else str(outcome.page),
+                "hub": address,
+                "seconds": seconds,
+            }
+        )
+        return
+    facts = [
+        ("written", str(outcome.written)),
+        ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
+        ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
+    ]
+    if measured is not None:
+        facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
+    if outcome.page is not None:
+        facts.append(("report", str(outcome.page)))
+    if address is not None:
+        facts.append(("uploaded", address))
+    print_facts([*facts, ("time", f"{seconds:.0f} s")])

@@ -1,0 +1,79 @@
+"""Which state size a command line asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ghostssm import Description
+from ghostssm.cli.console import note
+from ghostssm.cli.pruning.job import Target
+from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
+from ghostssm.errors import InputError
+from ghostssm.feasibility import check_state_size
+from ghostssm.methods.selection import Groups
+from ghostssm.recipe import Recipe
+
+
+def wanted_target(limit: int, state_size: int | None, budget: float | None, max_excess_loss: float | None) -> Target:
+    """What one of the three options says; ``limit`` is the model's own state size.
+
+    Raises:
+        InputError: none of them is given, or several, or one out of range.
+    """
+    if sum(option is not None for option in (state_size, budget, max_excess_loss)) != 1:
+        raise InputError("Say how much to keep: give one of --state-size, --budget and --max-excess-loss.")
+    if max_excess_loss is not None:
+        if not max_excess_loss >= 0:
+            raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
+        return Target(max_excess_loss=max_excess_loss)
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
+        return Target(max(1, round(budget * limit)))
+    assert state_size is not None
+    check_state_size(state_size, limit)
+    return Target(state_size)
+
+
+def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
+    """Raise InputError for an engine that reads another dialect."""
+    for engine in engines_named(engines):
+        if engine.dialect != dialect:
+            raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
+
+
+def suited_target(
+    target: Target, described: Description, recipe: Recipe, groups: Groups, engines: Sequence[str], tied_head: bool
+) -> Target:
+    """The target nearest to the wanted one that the engines run.
+
+    Raises:
+        InputError: an engine that runs nothing of what the recipe makes, or sizes that are not known beforehand.
+    """
+    layout, family = described.layout, described.family
+    if recipe.per_layer or not recipe.how.stock:
+        for advice in advise(layout, family, engines=engines, own_class=True):
+            if advice.level == "no":
+                raise InputError(
+                    f"{advice.engine} {advice.reason}, which {recipe} makes; leave --per-layer out and take a method "
+                    "for stock classes, or leave the engine out."
+                )
+        return target
+    if recipe.how.scope == "model" or (groups == "pooled" and layout.n_groups > 1):
+        raise InputError(
+            f"With --engine the state size has to be known beforehand, but {recipe} with --groups {groups} pads to the "
+            "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
+        )
+    if target.size is None:
+        sizes = good_state_sizes(layout, family, engines, tied_head=tied_head)
+        return Target(max_excess_loss=target.max_excess_loss, sizes=sizes)
+    chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head)
+    if chosen != target.size:
+        reasons = [
+            f"{advice.engine}: {advice.level}, {advice.reason}"
+            for advice in advise(layout.with_state_size(target.size), family, engines=engines)
+            if advice.level != "runs"
+        ]
+        suits = f"the nearest that suits {' and '.join(engines)}"
+        note(f"state size {chosen} in place of {target.size}, {suits} ({'; '.join(reasons)})")
+    return Target(chosen)

@@ -1,0 +1,74 @@
+"""``ghostssm prune --stream``: one block of weights at a time, alone or shared by several processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import ghostssm
+from ghostssm.cli.console import progress_reporter
+from ghostssm.cli.pruning.job import Job
+from ghostssm.cli.pruning.outcome import Outcome
+from ghostssm.errors import InputError
+from ghostssm.feasibility import check_streamable
+from ghostssm.processes import Processes, own_device
+from ghostssm.run_folder import check_run_folder
+
+
+def check_not_shared(offload: Path | None, resume: bool) -> None:
+    """Raise InputError for what only a streamed run can do."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("Several processes share a run with --stream only; add that, or start one process.")
+    for option, given in (("--offload", offload is not None), ("--resume", resume)):
+        if given:
+            raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
+
+
+def check_streamed_options(
+    dialect: str, max_excess_loss: float | None, untie: bool, evaluate: str | None, report: bool
+) -> None:
+    """Raise InputError for what needs the whole model at once."""
+    if dialect != "transformers":
+        raise InputError(
+            f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
+            "dialect."
+        )
+    for option, given in (("--untie", untie), ("--evaluate", evaluate is not None), ("--report", report)):
+        if given:
+            raise InputError(
+                f"{option} needs the whole model in memory, which --stream avoids; leave out one of them. "
+                "`ghostssm evaluate --stream` measures the loss afterwards."
+            )
+    if max_excess_loss is not None:
+        raise InputError(
+            "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "
+            "--budget."
+        )
+
+
+def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
+    """Carry a job out in this process's share of a run; what is done is in OUTPUT.run until the end."""
+    assert job.target.size is not None
+    device = own_device(job.device)
+    processes = Processes.join(device)
+    processes.from_first(lambda: check_run_folder(Path(job.output), resume=resume, overwrite=job.overwrite))
+    check_streamable(job.recipe, job.description.family)
+    checkpoint = ghostssm.stream(job.model, device=device, tokenizer=job.tokenizer, head=False)
+    windows = job.windows(checkpoint.require_tokenizer())
+    with progress_reporter() as progress:
+        plan = ghostssm.prune_streamed(
+            checkpoint,
+            windows,
+            job.recipe,
+            job.target.size,
+            job.output,
+            groups=job.groups,
+            seed=job.seed,
+            overwrite=job.overwrite,
+            resume=resume,
+            offload=offload,
+            processes=processes,
+            progress=progress,
+        )
+    processes.leave()
+    return Outcome(Path(job.output), plan)

@@ -1,0 +1,78 @@
+"""The smallest state within a bound on the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ghostssm.data.windows import Windows
+from ghostssm.errors import InputError
+from ghostssm.evaluation import evaluate
+from ghostssm.families import family_of
+from ghostssm.feasibility import check_recipe
+from ghostssm.methods.selection import Groups
+from ghostssm.plan import Plan
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.recipe import Recipe
+from ghostssm.surgery import pruned
+
+_HELD_OUT_ONE_IN = 4
+
+
+def smallest_plan(
+    model: PreTrainedModel,
+    windows: Windows,
+    recipe: str | Recipe,
+    max_excess_loss: float,
+    *,
+    multiple: int = DEFAULT_MULTIPLE,
+    state_sizes: Sequence[int] | None = None,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> Plan:
+    """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
+
+    Every fourth window is held out; the others calibrate.
+
+    Args:
+        max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+        state_sizes: the sizes to try instead, ascending.
+
+    Raises:
+        InputError: as `Calibration.plan`; fewer than four windows, or no size below the model's own stays within
+            the bound.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_recipe(recipe, model.config.model_type)
+    apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
+    if len(windows) < _HELD_OUT_ONE_IN:
+        raise InputError(
+            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
+        )
+    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    dense = evaluate(model, held_out)
+    limit = family_of(model.config).layout(model.config).state_size
+    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
+        with pruned(model, plan) as smaller:
+            excess = evaluate(smaller, held_out).excess_over(dense).mean
+        if excess <= max_excess_loss:
+            high, best = middle, plan
+        else:
+            low = middle
+    if best is None:
+        among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
+        raise InputError(
+            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
+            "nats per token; allow more, or try another method."
+        )
+    searched = {"max_excess_loss": max_excess_loss, "held_out_windows": len(held_out)}
+    return dataclasses.replace(best, provenance={**best.provenance, **searched})
