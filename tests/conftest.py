@@ -14,10 +14,12 @@ import torch
 import transformers
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
 
+from ghostssm.cli import main
 from ghostssm.data.windows import Windows
 from ghostssm.ops import gpu
 
 VOCABULARY = 288
+Run = Callable[..., tuple[int, str, str]]
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -131,6 +133,28 @@ def folder_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
         return folder
 
     return save
+
+
+@pytest.fixture
+def small(folder_of: Callable[..., Path]) -> Path:
+    return folder_of()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, standard output and standard error of one call."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["ghostssm", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ import ghostssm
 from ghostssm import run_folder
 from ghostssm.data import windows
 from ghostssm.run_folder import RunFolder, run_folder_of
-from tests.cli.test_cli import Run, run  # noqa: F401  (a fixture)
-from tests.conftest import random_windows, tiny_model
+from tests.conftest import Run, random_windows, tiny_model
 from tests.test_streaming import assert_same_checkpoint, saved
 
 RECIPE = "output+refit5+repair"
@@ -224,7 +223,7 @@ def arguments(model: Path, text: Path, output: Path, *more: object) -> list[obje
     ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )
 def test_signals(
-    run: Run,  # noqa: F811
+    run: Run,
     folder_of: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,
@@ -249,7 +248,7 @@ def test_signals(
 
 
 def test_the_command_line(
-    run: Run,  # noqa: F811
+    run: Run,
     folder_of: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,

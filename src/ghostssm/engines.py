@@ -56,9 +56,9 @@ class Engine:
     version: str
     rules: tuple[Rule, ...]
     model_types: frozenset[str] | None
-    own_class: Level
-    remark: str
     source: str
+    own_class: Level = "no"
+    remark: str = ""
     dialect: Literal["transformers", "mamba_ssm"] = "transformers"
     cannot_tie: frozenset[str] = frozenset()
 
@@ -151,7 +151,6 @@ ENGINES: tuple[Engine, ...] = (
         rules=(),
         model_types=None,
         own_class="runs",
-        remark="",
         source="models/mamba2/modeling_mamba2.py, torch_forward; run at N' = 1, 5 and 7",
     ),
     Engine(
@@ -160,7 +159,6 @@ ENGINES: tuple[Engine, ...] = (
         rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
         model_types=None,
         own_class="slow",
-        remark="",
         source="causal-conv1d csrc/causal_conv1d.cpp, strides of channel-last input; mamba_ssm ops/triton",
     ),
     Engine(
@@ -168,7 +166,6 @@ ENGINES: tuple[Engine, ...] = (
         version="mamba_ssm 2.3.2",
         rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
         model_types=frozenset({"mamba2"}),
-        own_class="no",
         remark="write with --dialect mamba_ssm",
         source="modules/mamba2.py (one ssm_cfg for all layers), ops/triton/ssd_combined.py; causal-conv1d",
         dialect="mamba_ssm",
@@ -178,8 +175,6 @@ ENGINES: tuple[Engine, ...] = (
         version="vLLM 0.33",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"}),
-        own_class="no",
-        remark="",
         source="model_executor/models/registry.py, layers/mamba/mamba_mixer2.py, layers/mamba/ops",
     ),
     Engine(
@@ -187,8 +182,6 @@ ENGINES: tuple[Engine, ...] = (
         version="SGLang 0.5.23",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
-        own_class="no",
-        remark="",
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
         cannot_tie=frozenset({"mamba2"}),
     ),
@@ -205,8 +198,6 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
     ),
     Engine(
@@ -222,8 +213,6 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-cuda/ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
     ),
     Engine(
@@ -231,8 +220,6 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-vulkan/ggml-vulkan.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -240,8 +227,6 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-sycl/ggml-sycl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -249,8 +234,6 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(*_POWERS_OF_TWO),),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-opencl/ggml-opencl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -265,8 +248,6 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
-        own_class="no",
-        remark="",
         source="ggml/src/ggml-metal/ggml-metal-ops.cpp, SSM_SCAN: use_mma",
     ),
     Engine(
@@ -288,8 +269,6 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
-        own_class="no",
-        remark="",
         source="mlx_lm/models/ssm.py, ssm_kernel; mlx_lm/models/mamba2.py, MambaRMSNormGated",
     ),
 )

@@ -105,7 +105,7 @@ def test_half_precision_is_measured_in_float32() -> None:
 
 def test_the_other_dialect_and_the_tied_head(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     card = card_of(folder_of(), tmp_path, dialect="mamba_ssm")
-    assert card.data.library_name == "mamba-ssm"
+    assert card.data.to_dict()["library_name"] == "mamba-ssm"
     assert "MambaLMHeadModel" in card.text
     assert "vllm" not in card.text
     for options, line in (({}, "- does not run in"), ({"untie": True}, "- runs in")):

@@ -9,33 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ghostssm.cli import main
 from ghostssm.cli.arguments import _repeat
-from tests.conftest import tiny_model
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, standard output and standard error of one call."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["ghostssm", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def small(folder_of: Callable[..., Path]) -> Path:
-    return folder_of()
+from tests.conftest import Run, tiny_model
 
 
 def prune_arguments(model: Path, text: Path, output: Path) -> list[object]:

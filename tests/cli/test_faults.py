@@ -25,7 +25,8 @@ from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.interrupts import Terminated, terminable, uninterrupted
 from tests.checkpoint.test_round_trip import pruned_checkpoint
-from tests.cli.test_cli import Run, prune_arguments, run, small  # noqa: F401  (fixtures)
+from tests.cli.test_cli import prune_arguments
+from tests.conftest import Run
 
 FolderOf = Callable[..., Path]
 
@@ -56,7 +57,7 @@ def test_a_disk_that_fills_up(folder_of: FolderOf, tmp_path: Path, dialect: Any,
     assert (tmp_path / "out" / "old").read_text() == "x"
 
 
-def test_a_full_disk_is_no_mistake_of_the_user(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_full_disk_is_no_mistake_of_the_user(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     with file_size_limit(10_000):
         code, out, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
     assert code == 1
@@ -124,8 +125,8 @@ SHORT_OF_MEMORY = [
 @pytest.mark.parametrize("error", SHORT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["ghostssm.pruning.LayerWalk", "ghostssm.checkpoint.loading._build"])
 def test_out_of_memory_names_the_options(
-    run: Run,  # noqa: F811
-    small: Path,  # noqa: F811
+    run: Run,
+    small: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,8 +154,8 @@ def test_what_is_out_of_memory() -> None:
 
 
 def test_a_shard_that_is_truncated_meanwhile(
-    run: Run,  # noqa: F811
-    small: Path,  # noqa: F811
+    run: Run,
+    small: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -173,8 +174,8 @@ def test_a_shard_that_is_truncated_meanwhile(
 
 
 def test_nan_in_the_middle_of_a_run(
-    run: Run,  # noqa: F811
-    small: Path,  # noqa: F811
+    run: Run,
+    small: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -200,8 +201,8 @@ def test_nan_in_the_middle_of_a_run(
     "where", ["ghostssm.calibration.walk.LayerWalk.advance", "ghostssm.checkpoint.saving.Probe.of"]
 )
 def test_signals(
-    run: Run,  # noqa: F811
-    small: Path,  # noqa: F811
+    run: Run,
+    small: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,7 +243,7 @@ main()
 
 @pytest.mark.slow
 def test_a_process_that_is_told_to_end(
-    small: Path,  # noqa: F811
+    small: Path,
     text_file: Path,
     tmp_path: Path,
 ) -> None:

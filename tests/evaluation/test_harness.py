@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ghostssm
 import ghostssm.evaluation
-from tests.cli.test_cli import Run, run
-from tests.conftest import random_windows
+from tests.conftest import Run, random_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
-__all__ = ["run"]
 
 WORDS = ["the quick brown fox", "one two two", "a b a b a"]
 QUESTIONS = [("abc", [" d", " abc", " x y"], 1), ("1 2 3", [" 4", " 44", " four"], 0), ("no", [" yes", " n", " o"], 2)]

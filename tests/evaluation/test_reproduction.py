@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.cli import main
 from ghostssm.evaluation import published, reproduction
 from ghostssm.evaluation.reproduction_table import perplexity_text
 from tests.checkpoint.test_round_trip import mamba_ssm_folder
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 LENGTH, COUNT = 64, 4
 # Rounded as printed; from the paper's tables, so that a slip in the data file shows.
 ROWS_OF_PAPER = {
@@ -31,23 +29,6 @@ ROWS_OF_PAPER = {
     ("size", "random"): "45.60 23.71 5197 17.77 15.93",
     ("size", "ghost"): "29.06 19.96 16.13 14.23 12.14",
 }
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, standard output and standard error of one call."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["ghostssm", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ghostssm.cli import main
+from tests.conftest import Run
 from tests.families.tiny import tiny_hybrid
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, standard output and standard error of one call."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["ghostssm", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -41,42 +21,40 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: PreTrainedT
 
 
 @pytest.mark.parametrize("model", ["zamba2"], indirect=True)
-def test_every_verb(command: Run, model: Path, text_file: Path, tmp_path: Path) -> None:
-    code, out, _ = command("inspect", model, "--state-size", 8, "--json")
+def test_every_verb(run: Run, model: Path, text_file: Path, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", model, "--state-size", 8, "--json")
     assert (code, json.loads(out)["layers"]) == (0, 6)
 
     output = tmp_path / "pruned"
     windows = ["--windows", 4, "--window-length", 64]
-    code, out, err = command(
+    code, out, err = run(
         "prune", model, "--state-size", 4, "--refit", 5, "--calibration", text_file, "--output", output, *windows
     )
     assert code == 0, err
     assert "16 -> 4" in out
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
-    assert command("verify", output)[0] == 0
+    assert run("verify", output)[0] == 0
 
-    code, out, _ = command(
-        "evaluate", output, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json"
-    )
+    code, out, _ = run("evaluate", output, "--text", text_file, "--window-length", 64, "--text-windows", 3, "--json")
     assert code == 0
     assert json.loads(out)["perplexity"] > 1
-    code, out, _ = command("generate", output, "--prompt", "line", "--max-new-tokens", 3)
+    code, out, _ = run("generate", output, "--prompt", "line", "--max-new-tokens", 3)
     assert code == 0
-    code, out, _ = command("bench", model, "--state-size", 4, "--batch", 1, "--prompt-length", 8, "--json")
+    code, out, _ = run("bench", model, "--state-size", 4, "--batch", 1, "--prompt-length", 8, "--json")
     assert code == 0
     assert [row["state_size"] for row in json.loads(out)["rows"]] == [16, 4]
 
 
 @pytest.mark.parametrize("model", ["bamba"], indirect=True)
-def test_comparing_takes_the_methods_that_the_family_has(command: Run, model: Path, text_file: Path) -> None:
+def test_comparing_takes_the_methods_that_the_family_has(run: Run, model: Path, text_file: Path) -> None:
     texts = ["--calibration", text_file, "--text", text_file, "--text-windows", 3]
     sizes = ["--windows", 2, "--window-length", 32, "--batch", 1]
-    code, out, err = command("compare", model, "--state-size", 4, *texts, *sizes, "--json")
+    code, out, err = run("compare", model, "--state-size", 4, *texts, *sizes, "--json")
     assert code == 0, err
     methods = {row["method"] for row in json.loads(out)}
     assert {"dense", "ghost", "output", "rrqr"} < methods
     assert "balanced" not in methods
-    code, out, err = command("compare", model, "--state-size", 4, "--methods", "ghost", "balanced", *texts, *sizes)
+    code, out, err = run("compare", model, "--state-size", 4, "--methods", "ghost", "balanced", *texts, *sizes)
     assert (code, out) == (2, "")
     assert "bamba models have no class" in err
 
@@ -91,13 +69,11 @@ def test_comparing_takes_the_methods_that_the_family_has(command: Run, model: Pa
     ],
 )
 def test_what_a_hybrid_cannot_become_is_refused_before_any_work(
-    command: Run, model: Path, text_file: Path, tmp_path: Path, options: list[str], message: str
+    run: Run, model: Path, text_file: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     (model / "model.safetensors").unlink()  # would be missed if anything were loaded
     output = tmp_path / "pruned"
-    code, out, err = command(
-        "prune", model, "--state-size", 4, "--calibration", text_file, "--output", output, *options
-    )
+    code, out, err = run("prune", model, "--state-size", 4, "--calibration", text_file, "--output", output, *options)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert message in " ".join(err.split())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
@@ -42,7 +43,7 @@ class Call:
 
 
 class _Captured(Exception):
-    """Raised inside a forward pass to leave it once the wanted inputs are in hand."""
+    """Raised inside a forward pass to leave it once the wanted hidden states are in hand."""
 
 
 def block_calls(
@@ -117,40 +118,33 @@ def logits_after(blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden
 
 def captured_output(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Call ``run`` until ``module`` is done, and return the hidden states that it gives."""
-    seen: list[Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-        raise _Captured
+        raise _Captured(output[0] if isinstance(output, tuple) else output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        with torch.inference_mode():
-            run()
-    except _Captured:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(module).__name__} was never called, so its output could not be captured.")
+    return _captured(module, module.register_forward_hook(hook), run)
 
 
 def captured_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Call ``run`` until it calls ``module``, and return the hidden states that that one gets."""
-    seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_hidden_and_rest(args, kwargs)[0])
-        raise _Captured
+        raise _Captured(_hidden_and_rest(args, kwargs)[0])
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    return _captured(module, module.register_forward_pre_hook(hook, with_kwargs=True), run)
+
+
+def _captured(module: nn.Module, hook: RemovableHandle, run: Callable[[], Any]) -> Tensor:
+    """Call ``run`` until a module's hook raises `_Captured`, and return what that holds."""
     try:
         with torch.inference_mode():
             run()
-    except _Captured:
-        return seen[0]
+    except _Captured as captured:
+        hidden: Tensor = captured.args[0]
+        return hidden
     finally:
-        handle.remove()
-    raise RuntimeError(f"{type(module).__name__} was never called, so its inputs could not be captured.")
+        hook.remove()
+    raise RuntimeError(f"{type(module).__name__} was never called, so its hidden states could not be captured.")
 
 
 def _hidden_and_rest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

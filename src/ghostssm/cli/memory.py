@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
-# What grows with an option, by the option's name in the verb's arguments.
+# By the option's name in a verb's arguments, what to do about it; what is switched on or grows with it.
 _LOWERS = {
+    "stream": "--stream",
     "windows": "fewer --windows (now {value})",
     "window_length": "a shorter --window-length (now {value})",
     "refit": "--refit 0",
@@ -28,9 +29,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -> str:
     """One message; ``options`` are the verb's arguments."""
     reason = str(error).splitlines()[0] if str(error) else "allocation failed"
-    lowers = [text.format(value=_shown(options[name])) for name, text in _LOWERS.items() if options.get(name, 0) != 0]
+    lowers = [text.format(value=_shown(options[name])) for name, text in _LOWERS.items() if _counts(name, options)]
     advice = f"What lowers it: {', '.join(lowers)}." if lowers else "It takes a machine with more."
     return f"Out of memory; nothing half-written is left. {advice} ({reason})"
+
+
+def _counts(name: str, options: Mapping[str, object]) -> bool:
+    """Whether an option can be lowered in this call."""
+    if name == "stream":
+        return options.get(name) is False
+    if name == "refit" and options.get(name) is None:
+        method = options.get("method", "")  # no method is the default recipe, which refits
+        return method is None or "+refit" in str(method)
+    return name in options and options[name] != 0
 
 
 def _shown(value: object) -> str:
