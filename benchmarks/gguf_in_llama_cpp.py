@@ -3,7 +3,7 @@
     python benchmarks/gguf_in_llama_cpp.py                     logits, the built-in model
     python benchmarks/gguf_in_llama_cpp.py --speed             decode speed, random weights of mamba2-130m's sizes
 
-Needs llama-cpp-python beside ghostssm[gguf]; it builds llama.cpp when it is installed.
+Needs llama-cpp-python and gguf; it builds llama.cpp when it is installed.
 """
 
 from __future__ import annotations

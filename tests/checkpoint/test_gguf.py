@@ -18,7 +18,7 @@ from ghostssm.errors import InputError, ModelError, NumericalError, OutputError
 from tests.conftest import tiny_model
 from tests.engines.hybrids import HYBRIDS, hybrid_model
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install 'ghostssm[gguf]'")
+gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
 
 FolderOf = Callable[..., Path]
 IDS = torch.arange(1, 30)[None]

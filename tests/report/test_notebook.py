@@ -46,6 +46,6 @@ def test_without_the_plotting_library_there_are_tables(pages: dict[str, Path], m
     html = Plan.read(pages["folder"])._repr_html_()
     assert "<table>" in html
     assert "<svg" not in html
-    assert "ghostssm[report]" in html
+    assert "pip install vl-convert-python" in html
     row = Row("<dense>", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)
     assert "&lt;dense&gt;" in Comparison((row,), {})._repr_html_()

@@ -148,7 +148,7 @@ def _evaluate_tasks(
     except ModuleNotFoundError as error:
         raise InputError(
             f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
-            "install it with: pip install 'ghostssm[lm-eval]'."
+            "install it with: pip install 'lm-eval[hf]'."
         ) from None
 
     # What the harness and the tasks' own code print is not the result.

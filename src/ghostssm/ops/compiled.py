@@ -1,6 +1,6 @@
 """Whether compiled loops may serve a call, and how tensors reach them.
 
-They need numba (``pip install 'ghostssm[cpu]'``), float32 tensors on the CPU, and no gradient to record.
+They need numba (extra ``cpu``), float32 tensors on the CPU, and no gradient to record.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One token of a mixer's convolution and recurrence, in place: the state is read once and written once.
 
-With numba installed (``pip install 'ghostssm[cpu]'``) the loops are compiled; without it, or off the CPU, the same is
+With numba installed (extra ``cpu``) the loops are compiled; without it, or off the CPU, the same is
 done by torch operations, on the CPU one sequence at a time so that its state stays in the cache between the passes.
 Shape letters as in `ghostssm.ops.ssd`; the readable reference is `ghostssm.ops.ssd.ssd_step`.
 """

@@ -83,7 +83,7 @@ def converter() -> Any:
     except ModuleNotFoundError:
         raise InputError(
             "A report's figures need the package vl-convert-python, which is not installed; "
-            "install it with: pip install 'ghostssm[report]'."
+            "install it with: pip install vl-convert-python."
         ) from None
     return vl_convert
 

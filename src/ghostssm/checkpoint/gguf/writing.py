@@ -96,7 +96,7 @@ def _gguf() -> Any:
         import gguf
     except ImportError:
         raise InputError(
-            "GGUF files are written by the gguf package, which is not installed: pip install 'ghostssm[gguf]'."
+            "GGUF files are written by the gguf package, which is not installed: pip install gguf."
         ) from None
     return gguf
 
