@@ -29,6 +29,7 @@ from tests.conftest import random_windows
 from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 
 WINDOWS = random_windows(11, 40)  # six batches, of which the last has one window
+HELD_OUT = random_windows(7, 40, seed=1)
 
 Outcome = tuple[str, str]
 """Of one process: the name of what it raised, if anything, and its message."""
@@ -41,7 +42,7 @@ def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prune(spec: str, output: Path, recipe: str, processes: Processes | None = None, **options: Any) -> Path:
     checkpoint = ghostssm.stream(spec, head=False)
-    ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, output, processes=processes, **options)
+    ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, output, held_out=HELD_OUT, processes=processes, **options)
     return output
 
 

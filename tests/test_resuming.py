@@ -23,7 +23,7 @@ from tests.conftest import Run, random_windows, tiny_model
 from tests.test_streaming import assert_same_checkpoint, saved
 
 RECIPE = "output+refit5+repair"
-WINDOWS = random_windows(9, 40)
+WINDOWS, HELD_OUT = random_windows(9, 40), random_windows(5, 40, seed=1)
 
 
 class _Died(BaseException):
@@ -41,7 +41,9 @@ def spec(tmp_path: Path) -> str:
 
 
 def prune(spec: str, output: Path, *, recipe: str = RECIPE, groups: Any = "pooled", **options: Any) -> Path:
-    ghostssm.prune_streamed(ghostssm.stream(spec, head=False), WINDOWS, recipe, 5, output, groups=groups, **options)
+    ghostssm.prune_streamed(
+        ghostssm.stream(spec, head=False), WINDOWS, recipe, 5, output, groups=groups, held_out=HELD_OUT, **options
+    )
     return output
 
 
@@ -96,7 +98,8 @@ def test_died_while_the_output_is_put_in_place(
             patch.setattr(owner, name, died)
             with pytest.raises(_Died):
                 prune(spec, output, overwrite=overwrite, resume=True)
-    plan = ghostssm.prune_streamed(ghostssm.stream(spec), WINDOWS, RECIPE, 5, output, groups="pooled", resume=True)
+    options: Any = {"groups": "pooled", "held_out": HELD_OUT, "resume": True}
+    plan = ghostssm.prune_streamed(ghostssm.stream(spec), WINDOWS, RECIPE, 5, output, **options).plan
     assert plan.kept_state_size == ghostssm.describe(str(output)).layout.state_size
     assert_same_checkpoint(expected, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
@@ -182,6 +185,8 @@ def test_a_run_is_not_taken_for_another(spec: str, tmp_path: Path, monkeypatch: 
     other_windows = random_windows(9, 40, seed=1)
     with pytest.raises(ghostssm.OutputError, match="differs in tokens"):
         ghostssm.prune_streamed(checkpoint, other_windows, RECIPE, 5, output, groups="pooled", resume=True)
+    with pytest.raises(ghostssm.OutputError, match=r"differs in measured on: .* now it is None"):
+        ghostssm.prune_streamed(checkpoint, WINDOWS, RECIPE, 5, output, groups="pooled", resume=True)
     prune(spec, output, resume=True)
 
 

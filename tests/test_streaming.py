@@ -22,11 +22,13 @@ import ghostssm
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.manifest import MANIFEST_FILE
 from ghostssm.checkpoint.weights import stored_tensors
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.run_folder import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 
 WINDOWS = random_windows(9, 200)  # two batches of them
+HELD_OUT = random_windows(7, 200, seed=1)
 
 
 def model_of(case: str) -> PreTrainedModel:
@@ -66,11 +68,19 @@ def pruned_in_memory(spec: str, output: Path, recipe: str, **options: Any) -> Pa
     checkpoint = ghostssm.load(spec)
     plan = ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, **options)
     ghostssm.apply_plan(checkpoint.model, plan)
-    return ghostssm.save(checkpoint, plan, output)
+    ghostssm.save(checkpoint, plan, output)
+    dense, after = (
+        ghostssm.evaluate(ghostssm.load(str(where), dtype=torch.float32).model, HELD_OUT) for where in (spec, output)
+    )
+    measured = Measurement.of(HELD_OUT, dense, after)
+    return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True)
 
 
 def pruned_from_files(spec: str, output: Path, recipe: str, **options: Any) -> Path:
-    ghostssm.prune_streamed(ghostssm.stream(spec, head=False), WINDOWS, recipe, 5, output, **options)
+    checkpoint = ghostssm.stream(spec, head=False)
+    run = ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, output, held_out=HELD_OUT, **options)
+    assert run.measured is not None
+    assert run.measured.as_json() == facts_of(output)["measured"]
     return output
 
 

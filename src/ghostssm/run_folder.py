@@ -6,6 +6,7 @@ A run that writes OUTPUT keeps in OUTPUT.run
     outside/00000.*     tensors outside the blocks, one file each
     blocks/00007.*      the pruned tensors of block 7
     records/00007.json  its decision and scores; written last, so that it says that block 7 is done
+    dense.json          the dense model's loss on every window that is measured on, and pruned.json the pruned one's
     hidden/00008-0.bin  the hidden states that reach block 8, of process 0's windows; of the last record only
     output/             the folder that becomes OUTPUT
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,12 @@ from ghostssm.checkpoint.durable import synchronise, write_durably
 from ghostssm.checkpoint.manifest import Probe, probe_tokens
 from ghostssm.checkpoint.output_folder import OutputFolder, put_in_place
 from ghostssm.checkpoint.saving import write_config, write_streamed
-from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint, stream
+from ghostssm.checkpoint.source import find_source
+from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint, open_blocks
 from ghostssm.checkpoint.weights import header_tensors
 from ghostssm.data.windows import Windows
 from ghostssm.errors import OutputError
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.evaluation.perplexity import logits_of
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
@@ -54,10 +57,12 @@ class RunFolder(Journal):
         with RunFolder(output, identity, resume=False) as run:
             run.begin(blocks)
             plan = calibration.plan(..., journal=run)
-            run.finish(checkpoint, plan)
+            run.assemble(plan)
+            run.finish(checkpoint, plan, fingerprint)
 
     Attributes:
         folder: where the run's state is.
+        output: the folder in it that `assemble` makes.
         path: the folder that the run is to write.
     """
 
@@ -82,6 +87,7 @@ class RunFolder(Journal):
         super().__init__()
         self.path = Path(output)
         self.folder = run_folder_of(self.path)
+        self.output = self.folder / "output"
         self._identity = dict(identity)
         self._resume, self._overwrite = resume, overwrite
         self._lock: IO[str] | None = None
@@ -178,28 +184,48 @@ class RunFolder(Journal):
         with self._told_faults():
             _write_json(self._record_file(self.done), found)
 
-    def finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
-        """Put the output together and in its place, and remove the run's folder."""
-        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint))
+    def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
+        """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
+        file = self.folder / f"{name}.json"
+        found: list[float] | None = self._processes.from_first(lambda: _read_json(file))
+        if found is None:
+            found = compute()
+            with self._told_faults():
+                self._processes.from_first(lambda: _write_json(file, found))
+        return found
 
-    def _finish(self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str) -> None:
+    def assemble(self, plan: Plan) -> None:
+        """Put the pruned model together in ``output``."""
+        self._processes.from_first(lambda: self._assemble(plan))
+
+    def _assemble(self, plan: Plan) -> None:
         if _is_in_place(self.folder):
-            self.remove()
             return
-        output = self.folder / "output"
         with self._told_faults():
-            output.mkdir(exist_ok=True)
-            self._finish_shards(output, plan)
+            self.output.mkdir(exist_ok=True)
+            self._finish_shards(self.output, plan)
             model = self._streamed.model
             family_of(model.config).set_state_size(model.config, plan.kept_state_size)
             if model.can_generate():
-                model.generation_config.save_pretrained(output)
-            write_config(model, output)
-            write_streamed(output, checkpoint, plan, fingerprint, _probe(output))
-            for file in (*output.iterdir(), output):
-                synchronise(file)
-            write_durably(self.folder / "finished", lambda path: path.touch())
-            put_in_place(output, self.path)
+                model.generation_config.save_pretrained(self.output)
+            write_config(model, self.output)
+
+    def finish(
+        self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None = None
+    ) -> None:
+        """Write what belongs beside the pruned model, put it in its place, and remove the run's folder."""
+        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint, measured))
+
+    def _finish(
+        self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None
+    ) -> None:
+        if not _is_in_place(self.folder):
+            with self._told_faults():
+                write_streamed(self.output, checkpoint, plan, fingerprint, measured, _probe(self.output))
+                for file in (*self.output.iterdir(), self.output):
+                    synchronise(file)
+                write_durably(self.folder / "finished", lambda path: path.touch())
+                put_in_place(self.output, self.path)
         self.remove()
 
     def remove(self) -> None:
@@ -342,7 +368,7 @@ def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _probe(folder: Path) -> Probe | None:
     """Of the model in a folder, one block at a time."""
-    blocks = stream(str(folder), dtype=torch.float32).blocks
+    blocks = open_blocks(find_source(str(folder)), torch.float32)
     ids = probe_tokens(blocks.model.config.vocab_size)
     windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
     logits = next(iter(logits_of(blocks, windows)))[1]
@@ -352,6 +378,11 @@ def _probe(folder: Path) -> Probe | None:
 def _names_only(changed: Any) -> dict[str, Tensor]:
     """Changed parameters by name; their values are in the weights already."""
     return {name: torch.empty(0, device="meta") for name in changed}
+
+
+def _read_json(path: Path) -> Any:
+    """What a file holds; None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _write_json(path: Path, value: Any) -> None:

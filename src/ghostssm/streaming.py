@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import torch
 import transformers
 
 from ghostssm._version import __version__
+from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.streaming import StreamedCheckpoint
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.streaming import StreamedCheckpoint, open_blocks
 from ghostssm.data.windows import Windows
 from ghostssm.errors import ProcessError
+from ghostssm.evaluation.measurement import Measurement
+from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.feasibility import check_streamable
 from ghostssm.interrupts import Terminated
 from ghostssm.methods.selection import Groups
@@ -23,6 +29,19 @@ from ghostssm.progress import Progress, silent
 from ghostssm.pruning import DEFAULT_SEED, Calibration
 from ghostssm.recipe import Recipe
 from ghostssm.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class StreamedRun:
+    """What a streamed run ended in.
+
+    Attributes:
+        plan: it names the parameters that were repaired; their values are in the output only.
+        measured: the loss before and after, where windows to measure it on were given.
+    """
+
+    plan: Plan
+    measured: Measurement | None
 
 
 def prune_streamed(
@@ -37,9 +56,10 @@ def prune_streamed(
     overwrite: bool = False,
     resume: bool = False,
     offload: Path | None = None,
+    held_out: Windows | None = None,
     processes: Processes | None = None,
     progress: Progress = silent,
-) -> Plan:
+) -> StreamedRun:
     """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
     `ghostssm.apply_plan` and `ghostssm.save` give for a loaded one, but for the division into files.
 
@@ -49,10 +69,8 @@ def prune_streamed(
         overwrite: replace an output folder that is not empty.
         resume: go on with what OUTPUT.run holds, if there is such a folder.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
+        held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
-
-    Returns:
-        the plan. It names the parameters that were repaired; their values are in the output only.
 
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.
@@ -69,21 +87,49 @@ def prune_streamed(
         "groups": groups,
         "seed": seed,
         "processes": processes.size,
+        "measured on": None if held_out is None else _fingerprint(held_out),
     }
-    processes.share(windows)  # refused if there are too few
+    for shared in (windows, held_out):
+        if shared is not None:
+            processes.share(shared)  # refused if there are too few
     calibration = Calibration(checkpoint.blocks, windows, Scratch(offload), processes)
+
+    def losses(name: str, source: Callable[[], Source]) -> Evaluation | None:
+        if held_out is None:
+            return None
+
+        def computed() -> list[float]:
+            blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
+            return _shared_losses(blocks, held_out, processes, Scratch(offload), progress)
+
+        found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
+        return Evaluation(found, held_out.bytes_per_token)
+
     with RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes) as run:
         try:
             run.begin(checkpoint.blocks)
+            dense = losses("dense", lambda: checkpoint.source)
             plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
-            run.finish(checkpoint, plan, fingerprint)
+            run.assemble(plan)
+            after = losses("pruned", lambda: find_source(str(run.output)))
+            measured = Measurement.of(held_out, dense, after) if held_out and dense and after else None
+            run.finish(checkpoint, plan, fingerprint, measured)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(run.how_to_go_on()) from None
         except Terminated:
             raise Terminated(run.how_to_go_on()) from None
         except ProcessError as error:
             raise ProcessError(f"{error} {run.how_to_go_on()}") from error
-    return plan
+    return StreamedRun(plan, measured)
+
+
+def _shared_losses(
+    blocks: Blocks, windows: Windows, processes: Processes, scratch: Scratch, progress: Progress
+) -> list[float]:
+    """The loss on every window; each process measures its own windows."""
+    _, own = processes.share(windows)
+    found: list[float] = evaluate(blocks, own, progress, scratch).losses.tolist()
+    return processes.gather(found)
 
 
 def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str) -> dict[str, Any]:
@@ -97,5 +143,9 @@ def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str
         "text": windows.text_fingerprint,
         "windows": len(windows),
         "window_length": windows.length,
-        "tokens": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "tokens": _fingerprint(windows),
     }
+
+
+def _fingerprint(windows: Windows) -> str:
+    return hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()

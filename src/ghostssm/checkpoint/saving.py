@@ -77,12 +77,17 @@ def save(
 
 
 def write_streamed(
-    folder: Path, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, probe: Probe | None
+    folder: Path,
+    checkpoint: StreamedCheckpoint,
+    plan: Plan,
+    fingerprint: str,
+    measured: Measurement | None,
+    probe: Probe | None,
 ) -> None:
     """Write what belongs beside the weights and the config of a streamed model."""
     tied = bool(checkpoint.model.config.tie_word_embeddings)
-    card = model_card(checkpoint, plan, "transformers", None, tied_head=tied)
-    facts = _facts(checkpoint, plan, "transformers", None, fingerprint)
+    card = model_card(checkpoint, plan, "transformers", measured, tied_head=tied)
+    facts = _facts(checkpoint, plan, "transformers", measured, fingerprint)
     write_beside_weights(folder, checkpoint, plan, card, facts, probe)
 
 

@@ -83,10 +83,18 @@ def stream(
     """
     check_device(device)
     source = find_source(spec)
+    blocks = open_blocks(source, dtype, device, head)
+    return StreamedCheckpoint(blocks, load_tokenizer(source, blocks.model.config, tokenizer), source)
+
+
+def open_blocks(
+    source: Source, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", head: bool = True
+) -> StreamedBlocks:
+    """The blocks of a model, without its tokenizer; otherwise as `stream`."""
     config = model_config(source)
     blocks = StreamedBlocks(source, config, checked_tensors(source, config), dtype, torch.device(device))
     blocks.fill_outside(head)
-    return StreamedCheckpoint(blocks, load_tokenizer(source, config, tokenizer), source)
+    return blocks
 
 
 class StreamedBlocks:

@@ -181,14 +181,14 @@ def prune(
     from ghostssm.checkpoint.hub import check_hub_target
     from ghostssm.checkpoint.saving import check_dialect
     from ghostssm.cli.pruning import in_memory, sizes, streamed
-    from ghostssm.cli.pruning.job import CalibrationText, Job, wanted_recipe
+    from ghostssm.cli.pruning.job import Job, wanted_recipe
     from ghostssm.cli.pruning.outcome import print_outcome
     from ghostssm.cli.report import check_drawable
     from ghostssm.feasibility import check_recipe
 
     begun = time.perf_counter()
     if stream:
-        streamed.check_streamed_options(dialect, max_excess_loss, untie, evaluate, with_report)
+        streamed.check_streamed_options(dialect, max_excess_loss, untie, with_report)
     else:
         streamed.check_not_shared(offload, resume)
         folder = ghostssm.OutputFolder(output, overwrite)
@@ -214,7 +214,11 @@ def prune(
         groups=groups,
         multiple=multiple,
         seed=seed,
-        calibration=CalibrationText(calibration, windows, window_length),
+        calibration=calibration,
+        calibration_windows=windows,
+        evaluation=evaluate,
+        evaluation_windows=text_windows,
+        window_length=window_length,
         output=output,
         overwrite=overwrite,
     )
@@ -222,13 +226,7 @@ def prune(
         outcome = streamed.prune_streamed(job, resume, offload)
     else:
         outcome = in_memory.prune_in_memory(
-            job,
-            folder,
-            dialect,
-            untie=untie,
-            evaluate=evaluate,
-            text_windows=text_windows,
-            report_batches=batch if with_report else (),
+            job, folder, dialect, untie=untie, report_batches=batch if with_report else ()
         )
     address = None
     if push_to_hub is not None and is_first_process():

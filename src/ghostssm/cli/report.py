@@ -32,11 +32,13 @@ def report(
     """
     from ghostssm.checkpoint.output_file import OutputFile
     from ghostssm.errors import InputError
+    from ghostssm.plan import PLAN_FILE
     from ghostssm.report.building import checkpoint_report
 
     where = Path(folder)
-    if not where.is_dir():
-        raise InputError(f"No folder at {folder}; expected one that 'ghostssm prune --output DIR' wrote.")
+    if not (where / PLAN_FILE).is_file():
+        found = f"No {PLAN_FILE} in {folder}" if where.is_dir() else f"No folder at {folder}"
+        raise InputError(f"{found}; expected a folder that 'ghostssm prune --output DIR' wrote.")
     file = OutputFile(where / REPORT_FILE if output is None else output, overwrite)
     check_drawable()
     found = checkpoint_report(where)

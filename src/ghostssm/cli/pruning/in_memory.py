@@ -26,23 +26,17 @@ def prune_in_memory(
     dialect: Dialect,
     *,
     untie: bool,
-    evaluate: str | None,
-    text_windows: int | None,
     report_batches: Sequence[int],
 ) -> Outcome:
     """Carry a job out.
 
     Args:
-        evaluate: text to measure the loss on, dense and pruned; text_windows: of it.
         report_batches: batch sizes that a report shows the decode speed of; no report if there are none.
     """
     checkpoint = ghostssm.load(job.model, device=job.device, tokenizer=job.tokenizer)
     vocabulary = checkpoint.require_tokenizer()
-    held_out, dense = None, None
-    if evaluate is not None:
-        text = ghostssm.read_text(evaluate, "evaluation")
-        held_out = ghostssm.cut_windows(text, vocabulary, job.calibration.length, text_windows)
-        dense = _evaluated(checkpoint, held_out)
+    held_out = job.held_out(vocabulary)
+    dense = None if held_out is None else _evaluated(checkpoint, held_out)
     windows = job.windows(vocabulary)
     plan = _decide(job, checkpoint, windows)
     record = _recorded(job, checkpoint, windows, plan, report_batches) if report_batches else Record()

@@ -29,21 +29,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """The windows to calibrate on, before they are read."""
-
-    text: str
-    windows: int
-    length: int
-
-    def cut(self, vocabulary: PreTrainedTokenizerBase, seed: int) -> ghostssm.Windows:
-        text = ghostssm.read_text(self.text, "calibration")
-        return ghostssm.cut_windows(text, vocabulary, self.length, self.windows, seed)
-
-
-@dataclass(frozen=True)
 class Job:
-    """What to prune, how, and where to."""
+    """What to prune, how, and where to.
+
+    Attributes:
+        calibration: text to calibrate on, of which ``calibration_windows`` are drawn.
+        evaluation: text to measure the loss on, dense and pruned, and ``evaluation_windows`` of it; None for neither.
+    """
 
     model: str
     tokenizer: str | None
@@ -54,14 +46,27 @@ class Job:
     groups: Groups
     multiple: int
     seed: int
-    calibration: CalibrationText
+    calibration: str
+    calibration_windows: int
+    evaluation: str | None
+    evaluation_windows: int | None
+    window_length: int
     output: str
     overwrite: bool
 
     def windows(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows:
-        cut = self.calibration.cut(vocabulary, self.seed)
+        """The windows to calibrate on."""
+        text = ghostssm.read_text(self.calibration, "calibration")
+        cut = ghostssm.cut_windows(text, vocabulary, self.window_length, self.calibration_windows, self.seed)
         note(f"{self.recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
         return cut
+
+    def held_out(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows | None:
+        """The windows to measure the loss on, if it is wanted."""
+        if self.evaluation is None:
+            return None
+        text = ghostssm.read_text(self.evaluation, "evaluation")
+        return ghostssm.cut_windows(text, vocabulary, self.window_length, self.evaluation_windows)
 
 
 def wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:

@@ -24,21 +24,16 @@ def check_not_shared(offload: Path | None, resume: bool) -> None:
             raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
 
 
-def check_streamed_options(
-    dialect: str, max_excess_loss: float | None, untie: bool, evaluate: str | None, report: bool
-) -> None:
+def check_streamed_options(dialect: str, max_excess_loss: float | None, untie: bool, report: bool) -> None:
     """Raise InputError for what needs the whole model at once."""
     if dialect != "transformers":
         raise InputError(
             f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
             "dialect."
         )
-    for option, given in (("--untie", untie), ("--evaluate", evaluate is not None), ("--report", report)):
+    for option, given in (("--untie", untie), ("--report", report)):
         if given:
-            raise InputError(
-                f"{option} needs the whole model in memory, which --stream avoids; leave out one of them. "
-                "`ghostssm evaluate --stream` measures the loss afterwards."
-            )
+            raise InputError(f"{option} needs the whole model in memory, which --stream avoids; leave out one of them.")
     if max_excess_loss is not None:
         raise InputError(
             "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "
@@ -54,9 +49,11 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
     processes.from_first(lambda: check_run_folder(Path(job.output), resume=resume, overwrite=job.overwrite))
     check_streamable(job.recipe, job.description.family)
     checkpoint = ghostssm.stream(job.model, device=device, tokenizer=job.tokenizer, head=False)
-    windows = job.windows(checkpoint.require_tokenizer())
+    vocabulary = checkpoint.require_tokenizer()
+    held_out = job.held_out(vocabulary)
+    windows = job.windows(vocabulary)
     with progress_reporter() as progress:
-        plan = ghostssm.prune_streamed(
+        run = ghostssm.prune_streamed(
             checkpoint,
             windows,
             job.recipe,
@@ -67,8 +64,9 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
             overwrite=job.overwrite,
             resume=resume,
             offload=offload,
+            held_out=held_out,
             processes=processes,
             progress=progress,
         )
     processes.leave()
-    return Outcome(Path(job.output), plan)
+    return Outcome(Path(job.output), run.plan, run.measured)
