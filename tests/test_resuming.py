@@ -17,6 +17,7 @@ import torch
 
 import ghostssm
 from ghostssm import run_folder
+from ghostssm.checkpoint import durable
 from ghostssm.data import windows
 from ghostssm.run_folder import RunFolder, run_folder_of
 from tests.conftest import Run, random_windows, tiny_model
@@ -52,7 +53,7 @@ def test_died_at_every_durable_step(spec: str, tmp_path: Path, monkeypatch: pyte
     """After each file, and in the middle of it."""
     recipe = "ghost+repair"
     expected = prune(spec, tmp_path / "whole", recipe=recipe)
-    durably = run_folder.write_durably
+    durably = durable.write_durably
     for last in itertools.count(1):
         steps = itertools.count(1)
 
@@ -68,7 +69,7 @@ def test_died_at_every_durable_step(spec: str, tmp_path: Path, monkeypatch: pyte
         output = tmp_path / f"out-{last}"
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(run_folder, "write_durably", step)
+                patch.setattr(durable, "write_durably", step)
                 prune(spec, output, recipe=recipe)
         except _Died:
             assert not output.exists()
@@ -203,7 +204,7 @@ def test_a_full_disk(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    durably, steps = run_folder.write_durably, itertools.count(1)
+    durably, steps = durable.write_durably, itertools.count(1)
 
     def write(path: Path, content: Callable[[Path], None]) -> None:
         if next(steps) == 6:
@@ -211,7 +212,7 @@ def test_a_full_disk(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         durably(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_durably", write)
+        patch.setattr(durable, "write_durably", write)
         with pytest.raises(ghostssm.OutputError, match=r"could not be written: No space left .*with --resume to go on"):
             prune(spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()

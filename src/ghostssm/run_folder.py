@@ -26,21 +26,16 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ghostssm.checkpoint.durable import synchronise, write_durably
-from ghostssm.checkpoint.manifest import Probe, probe_tokens
+from ghostssm.checkpoint import durable
+from ghostssm.checkpoint.assembling import gather_shards, probe_of
 from ghostssm.checkpoint.output_folder import OutputFolder, put_in_place
 from ghostssm.checkpoint.saving import write_config, write_streamed
-from ghostssm.checkpoint.source import find_source
-from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint, open_blocks
-from ghostssm.checkpoint.weights import header_tensors
-from ghostssm.data.windows import Windows
+from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint
 from ghostssm.errors import OutputError
 from ghostssm.evaluation.measurement import Measurement
-from ghostssm.evaluation.perplexity import logits_of
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
 from ghostssm.plan import Decision, Plan, Selection
@@ -129,7 +124,7 @@ class RunFolder(Journal):
         for number, name in enumerate(blocks.outside()):
             shard = self._shard("outside", number)
             if not shard.exists():
-                self._write_shard(shard, blocks.stored_outside(name))
+                durable.write_tensors(shard, blocks.stored_outside(name))
         while (record := self._record_file(self.done)).exists():
             found = json.loads(record.read_text(encoding="utf-8"))
             self.done += 1
@@ -172,9 +167,9 @@ class RunFolder(Journal):
                 kept = [list(channels) for channels in decision.selection.kept]
                 found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
             if self._processes.rank == 0:
-                self._write_shard(shard, self._streamed.stored_block(self.done, block))
+                durable.write_tensors(shard, self._streamed.stored_block(self.done, block))
             if hidden is not None:
-                write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
+                durable.write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
         self._processes.gather([None])  # the record says that all hidden states are on the disk
         self._processes.from_first(lambda: self._write_record(found))
         self._hidden_file(self.done).unlink(missing_ok=True)
@@ -182,7 +177,7 @@ class RunFolder(Journal):
 
     def _write_record(self, found: dict[str, Any] | None) -> None:
         with self._told_faults():
-            _write_json(self._record_file(self.done), found)
+            durable.write_json(self._record_file(self.done), found)
 
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
@@ -191,7 +186,7 @@ class RunFolder(Journal):
         if found is None:
             found = compute()
             with self._told_faults():
-                self._processes.from_first(lambda: _write_json(file, found))
+                self._processes.from_first(lambda: durable.write_json(file, found))
         return found
 
     def assemble(self, plan: Plan) -> None:
@@ -203,8 +198,15 @@ class RunFolder(Journal):
             return
         with self._told_faults():
             self.output.mkdir(exist_ok=True)
-            self._finish_shards(self.output, plan)
-            model = self._streamed.model
+            blocks = self._streamed
+            gather_shards(
+                blocks,
+                plan,
+                [self._shard("outside", number) for number in range(len(blocks.outside()))],
+                [(self._name_of(number), self._shard("blocks", number)) for number in range(len(blocks.modules))],
+                self.output,
+            )
+            model = blocks.model
             family_of(model.config).set_state_size(model.config, plan.kept_state_size)
             if model.can_generate():
                 model.generation_config.save_pretrained(self.output)
@@ -221,10 +223,10 @@ class RunFolder(Journal):
     ) -> None:
         if not _is_in_place(self.folder):
             with self._told_faults():
-                write_streamed(self.output, checkpoint, plan, fingerprint, measured, _probe(self.output))
+                write_streamed(self.output, checkpoint, plan, fingerprint, measured, probe_of(self.output))
                 for file in (*self.output.iterdir(), self.output):
-                    synchronise(file)
-                write_durably(self.folder / "finished", lambda path: path.touch())
+                    durable.synchronise(file)
+                durable.write_durably(self.folder / "finished", lambda path: path.touch())
                 put_in_place(self.output, self.path)
         self.remove()
 
@@ -258,9 +260,9 @@ class RunFolder(Journal):
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         new.mkdir(parents=True)
-        _write_json(new / "run.json", self._identity)
+        durable.write_json(new / "run.json", self._identity)
         new.rename(self.folder)
-        synchronise(self.folder.parent)
+        durable.synchronise(self.folder.parent)
 
     def _check_lock(self, lock: IO[str]) -> None:
         """Take the folder for this process, if the run in it is the one to go on with."""
@@ -293,37 +295,6 @@ class RunFolder(Journal):
         prune_mixer(family, mixer, decision.selection, decision.width)
         change_parameters(mixer.module, decision)
 
-    def _finish_shards(self, output: Path, plan: Plan) -> None:
-        """All weights into the output, narrow mixers padded to the widest, and the index over them."""
-        blocks = self._streamed
-        config = blocks.model.config
-        family = family_of(config)
-        outside = len(blocks.outside())
-        count = outside + len(blocks.modules)
-        for number in range(count):
-            place = output / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            index = number - outside
-            shard = self._shard("outside", number) if index < 0 else self._shard("blocks", index)
-            name = None if index < 0 else self._name_of(index)
-            if place.exists():
-                continue
-            if name is None or plan.decision(name).width == plan.kept_state_size:
-                shard.rename(place)
-                continue
-            selection, width = plan.selections[name], plan.decision(name).width
-            with blocks.opened(index) as block:
-                mixer = family.mixer(block, index)
-                assert mixer is not None
-                prune_mixer(family, mixer, selection, width)
-                blocks.load_into_opened(safetensors.torch.load_file(shard))
-                mixer = family.mixer(block, index)
-                assert mixer is not None
-                everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
-                prune_mixer(family, mixer, everything, plan.kept_state_size)
-                self._write_shard(place, blocks.stored_block(index, block))
-            shard.unlink()
-        _write_index(output)
-
     def _name_of(self, index: int) -> str | None:
         found = json.loads(self._record_file(index).read_text(encoding="utf-8"))
         return None if found is None else str(found["name"])
@@ -336,9 +307,6 @@ class RunFolder(Journal):
 
     def _hidden_file(self, index: int) -> Path:
         return self.folder / "hidden" / f"{index:05d}-{self._processes.rank}.bin"
-
-    def _write_shard(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        write_durably(path, lambda place: safetensors.torch.save_file(tensors, place, metadata={"format": "pt"}))
 
 
 def run_folder_of(output: Path) -> Path:
@@ -366,15 +334,6 @@ def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _probe(folder: Path) -> Probe | None:
-    """Of the model in a folder, one block at a time."""
-    blocks = open_blocks(find_source(str(folder)), torch.float32)
-    ids = probe_tokens(blocks.model.config.vocab_size)
-    windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
-    logits = next(iter(logits_of(blocks, windows)))[1]
-    return Probe.of_logits(ids, logits[0], torch.float32)
-
-
 def _names_only(changed: Any) -> dict[str, Tensor]:
     """Changed parameters by name; their values are in the weights already."""
     return {name: torch.empty(0, device="meta") for name in changed}
@@ -385,15 +344,6 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-
-    def write(place: Path) -> None:
-        place.write_text(text, encoding="utf-8")
-
-    write_durably(path, write)
-
-
 def _write_rows(hidden: Tensor, path: Path) -> None:
     with path.open("wb") as file:
         for rows in hidden.split(_ROWS_AT_ONCE):
@@ -402,14 +352,3 @@ def _write_rows(hidden: Tensor, path: Path) -> None:
 
 def _numpy_dtype(tensor: Tensor) -> Any:
     return torch.empty(0, dtype=tensor.dtype).numpy().dtype
-
-
-def _write_index(folder: Path) -> None:
-    """model.safetensors.index.json over all shards in a folder."""
-    where: dict[str, str] = {}
-    size = 0
-    for file in sorted(folder.glob("model-*.safetensors")):
-        stored = header_tensors(file)
-        where |= dict.fromkeys(stored, file.name)
-        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})

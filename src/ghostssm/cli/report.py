@@ -37,8 +37,8 @@ def report(
 
     where = Path(folder)
     if not (where / PLAN_FILE).is_file():
-        found = f"No {PLAN_FILE} in {folder}" if where.is_dir() else f"No folder at {folder}"
-        raise InputError(f"{found}; expected a folder that 'ghostssm prune --output DIR' wrote.")
+        fault = f"No {PLAN_FILE} in {folder}" if where.is_dir() else f"No folder at {folder}"
+        raise InputError(f"{fault}; expected a folder that 'ghostssm prune --output DIR' wrote.")
     file = OutputFile(where / REPORT_FILE if output is None else output, overwrite)
     check_drawable()
     found = checkpoint_report(where)

@@ -142,6 +142,7 @@ def _decode_spec(models: list[str], batches: list[int]) -> dict[str, Any]:
             "type": "nominal",
             "title": None,
             "scale": {"domain": ["measured", "predicted"], "range": [[1, 0], [5, 4]]},
+            "legend": {"orient": "bottom"},  # a phone has no room for two legends side by side
         },
     }
     point = {key: value for key, value in encoding.items() if key != "strokeDash"}
