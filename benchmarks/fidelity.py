@@ -81,13 +81,14 @@ class OnText:
             f"test: {len(self.test)} x {length} of {Path(args.text).name}; dense perplexity {self.dense.perplexity:.3f}"
         )
 
-    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+    def cost(self, model: torch.nn.Module) -> tuple[float, float, str]:
+        """What a model loses, its standard error, and a remark."""
         excess = ghostssm.evaluate(model, self.test).excess_over(self.dense)
-        return excess.mean, excess.standard_error
+        return excess.mean, excess.standard_error, ""
 
 
 class OnLastWords(OnText):
-    """Excess loss of the last words of passages; prints the accuracy too."""
+    """Excess loss of the last words of passages, and the accuracy."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
@@ -97,15 +98,14 @@ class OnLastWords(OnText):
         self.words = last_words(self.model, self.tokenizer, self.passages)
         print(f"{len(self.passages)} passages: dense loss {self.words.loss:.3f}, accuracy {self.words.accuracy:.2%}")
 
-    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+    def cost(self, model: torch.nn.Module) -> tuple[float, float, str]:
         found = last_words(model, self.tokenizer, self.passages)
         excess = found.losses - self.words.losses
-        print(f"accuracy {found.accuracy:.2%}", end="  ")
-        return excess.mean().item(), (excess.std() / len(excess) ** 0.5).item()
+        return excess.mean().item(), (excess.std() / len(excess) ** 0.5).item(), f"accuracy {found.accuracy:.2%}"
 
 
 class OnCopying(OnText):
-    """Excess loss of copied tokens; prints that of all others too."""
+    """Excess loss of copied tokens, that of all others, and what sight of the earlier occurrence still gains."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
@@ -121,12 +121,16 @@ class OnCopying(OnText):
                 f"{losses.mean:.4f}, without sight of 256 tokens back {gain.mean:+.4f} ± {gain.standard_error:.4f}"
             )
 
-    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
-        found = copying(model, self.long)
-        elsewhere = found.elsewhere.excess_over(self.whole.elsewhere)
-        print(f"elsewhere {elsewhere.mean:.5f} ± {elsewhere.standard_error:.5f}", end="  ")
+    def cost(self, model: torch.nn.Module) -> tuple[float, float, str]:
+        found, short = copying(model, self.long), copying_in_reach(model, self.long)
         copied = found.copied.excess_over(self.whole.copied)
-        return copied.mean, copied.standard_error
+        remarks = {
+            "elsewhere": found.elsewhere.excess_over(self.whole.elsewhere),
+            "gain copied": short.copied.excess_over(found.copied),
+            "gain elsewhere": short.elsewhere.excess_over(found.elsewhere),
+        }
+        remark = ", ".join(f"{name} {value.mean:.4f} ± {value.standard_error:.4f}" for name, value in remarks.items())
+        return copied.mean, copied.standard_error, remark
 
 
 class OnRecall:
@@ -142,9 +146,9 @@ class OnRecall:
         self.dense = recall_of(self.model, *self.test)
         print(f"{args.recall} pairs, {args.text_windows} sequences; dense accuracy {self.dense.accuracy:.2%}")
 
-    def cost(self, model: torch.nn.Module) -> tuple[float, float]:
+    def cost(self, model: torch.nn.Module) -> tuple[float, float, str]:
         lost = self._by_sequence(self.dense) - self._by_sequence(recall_of(model, *self.test))
-        return lost.mean().item(), (lost.std() / len(lost) ** 0.5).item()
+        return lost.mean().item(), (lost.std() / len(lost) ** 0.5).item(), ""
 
     def _by_sequence(self, recall: Recall) -> torch.Tensor:
         return recall.correct.double().view(len(self.test[0]), -1).mean(1)
@@ -168,12 +172,12 @@ def main() -> None:
             plan = calibration.plan(recipe, size)
             seconds, peak = time.perf_counter() - begun, peak_bytes(task.model.device)
             with ghostssm.pruned(task.model, plan) as smaller:
-                mean, error = task.cost(smaller)
+                mean, error, remark = task.cost(smaller)
             first = mean if first is None else first
             sizes = " ".join(map(str, plan.state_sizes)) if plan.per_layer else f"{plan.mean_state_size:g}"
             print(
                 f"{recipe:28}{size:4}{mean:11.5f} ± {error:.5f}{mean / first:11.3f}{seconds:9.1f}{peak / 1e6:10.0f} MB"
-                f"  {sizes}",
+                f"  {sizes}  {remark}".rstrip(),
                 flush=True,
             )
             rows.append(
@@ -182,6 +186,7 @@ def main() -> None:
                     "state_size": size,
                     "mean": mean,
                     "error": error,
+                    "remark": remark,
                     "seconds": seconds,
                     "peak_bytes": peak,
                     "state_sizes": plan.state_sizes,
