@@ -46,6 +46,7 @@ __all__ = [
     "Source",
     "StorageError",
     "StreamedCheckpoint",
+    "StreamedRun",
     "Text",
     "TextError",
     "Verification",

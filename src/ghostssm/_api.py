@@ -43,7 +43,7 @@ from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.recipe import Recipe
 from ghostssm.smallest import smallest_plan
-from ghostssm.streaming import prune_streamed
+from ghostssm.streaming import StreamedRun, prune_streamed
 from ghostssm.surgery import apply_plan, pad_state, pruned
 
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "Source",
     "StorageError",
     "StreamedCheckpoint",
+    "StreamedRun",
     "Text",
     "TextError",
     "Verification",
