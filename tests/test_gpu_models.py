@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ghostssm import accelerate, acceleration
+from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.statistics import gather_statistics
 from ghostssm.families import mixers_of
 from ghostssm.mixer import mixer_streams
@@ -73,3 +75,13 @@ def test_ghost_decides_the_same(device: str, monkeypatch: pytest.MonkeyPatch) ->
     mixer = mixers_of(smaller)[0]
     streams = mixer_streams(mixer, torch.randn(1, 4, 32, device=device))
     assert gather_statistics(mixer, [streams]).output_energy.shape == (1, 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", ["mamba2", "granite"])
+def test_what_is_in_files_is_brought_to_the_gpu(case: str, tmp_path: Path) -> None:
+    model = (tiny_model() if case == "mamba2" else tiny_hybrid(case)).cuda()
+    windows = random_windows(6, 40)
+    expected = Calibration(model, windows).plan("output+refit5+repair", 4)
+    found = Calibration(model, windows, Scratch(tmp_path)).plan("output+refit5+repair", 4)
+    assert found.selections == expected.selections

@@ -216,3 +216,14 @@ def test_torchrun(folder_of: Callable[..., Path], text_file: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["state_size"] == {"before": 16, "after": 4}
     assert done.stderr.count("layers 3/3") == 1
+
+
+def test_windows_are_shared_in_the_batches_that_the_device_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_TOKENS_PER_GPU_BATCH", 320)
+    many = random_windows(60, 40)
+    for device in ("cpu", "cuda"):
+        starts = {span.start for span in many.batches(torch.device(device))}
+        assert len(starts) >= 3
+        shared = [Processes(rank, 3, device).share(many) for rank in range(3)]
+        assert {first for first, _ in shared} <= starts
+        assert sum(len(own) for _, own in shared) == len(many)

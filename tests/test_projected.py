@@ -207,3 +207,16 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_changes() -> None:
         with pytest.raises(ghostssm.PlanError, match=message):
             apply_plan(model, replace(plan, changes={**plan.changes, name: wrong}))
         assert torch.equal(logits(model, windows.ids), whole)
+
+
+def test_sizes_per_layer_do_not_depend_on_what_was_planned_before() -> None:
+    model, windows = tiny_model(n_groups=2), random_windows(6, 60)
+    shared = Calibration(model, windows)
+    for recipe, options in (
+        ("ghost+per-layer", {"groups": "equal"}),
+        ("ghost+per-layer", {"groups": "pooled"}),
+        ("random+per-layer", {"seed": 1}),
+        ("random+per-layer", {"seed": 2}),
+    ):
+        alone = Calibration(model, windows).plan(recipe, 4, multiple=1, **options)
+        assert shared.plan(recipe, 4, multiple=1, **options).state_sizes == alone.state_sizes

@@ -20,6 +20,7 @@ from ghostssm import run_folder
 from ghostssm.checkpoint import durable
 from ghostssm.data import windows
 from ghostssm.run_folder import RunFolder, run_folder_of
+from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model
 from tests.test_streaming import assert_same_checkpoint, saved
 
@@ -213,11 +214,40 @@ def test_a_full_disk(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(durable, "write_durably", write)
-        with pytest.raises(ghostssm.OutputError, match=r"could not be written: No space left .*with --resume to go on"):
+        with pytest.raises(
+            ghostssm.StorageError, match=r"could not be written: No space left .*with --resume to go on"
+        ):
             prune(spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     expected = prune(spec, tmp_path / "whole")
     assert_same_checkpoint(expected, prune(spec, tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize("room", [2500, 5000])
+def test_a_disk_that_fills_up(spec: str, tmp_path: Path, room: int) -> None:
+    """In the middle of a file of tensors, whose writer has an error class of its own."""
+    with file_size_limit(room), pytest.raises(ghostssm.StorageError, match=r"File too large.*with --resume to go on"):
+        prune(spec, tmp_path / "out")
+    assert_same_checkpoint(prune(spec, tmp_path / "whole"), prune(spec, tmp_path / "out", resume=True))
+
+
+def test_what_is_not_a_runs_state_stays(spec: str, tmp_path: Path) -> None:
+    place = run_folder_of(tmp_path / "out")
+    place.mkdir()
+    (place / "mine.txt").write_text("precious")
+    with pytest.raises(ghostssm.OutputError, match="holds something else"):
+        prune(spec, tmp_path / "out")
+    assert (place / "mine.txt").read_text() == "precious"
+
+
+def test_a_run_of_another_dtype_is_another_run(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        ended_after(1, patch, die)
+        with pytest.raises(_Died):
+            prune(spec, tmp_path / "out")
+    widened = ghostssm.stream(spec, dtype=torch.float32)
+    with pytest.raises(ghostssm.OutputError, match="differs in dtype: it was 'bfloat16', now it is 'float32'"):
+        ghostssm.prune_streamed(widened, WINDOWS, RECIPE, 5, tmp_path / "out", groups="pooled", resume=True)
 
 
 def arguments(model: Path, text: Path, output: Path, *more: object) -> list[object]:

@@ -126,6 +126,15 @@ def test_pruned_from_files_is_pruned_in_memory(case: str, recipe: str, groups: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
 
 
+def test_a_streamed_checkpoint_can_be_pruned_again(tmp_path: Path) -> None:
+    spec = saved(tiny_model(), tmp_path / "model")
+    checkpoint = ghostssm.stream(spec)
+    for size in (4, 12):
+        plan = ghostssm.prune_streamed(checkpoint, WINDOWS, "ghost", size, tmp_path / f"to {size}").plan
+        assert (plan.state_size, plan.kept_state_size) == (16, size)
+        assert ghostssm.verify(tmp_path / f"to {size}").passed
+
+
 def test_from_the_other_dialect(tmp_path: Path) -> None:
     """Tensors under mamba_ssm's names, in one pickled file."""
     checkpoint = ghostssm.load(saved(tiny_model(n_groups=2), tmp_path / "model"))

@@ -72,7 +72,7 @@ class Processes:
         Raises:
             InputError: there are fewer batches than processes.
         """
-        batches = windows.batches()
+        batches = windows.batches(self.device)
         if len(batches) < self.size:
             raise InputError(
                 f"{len(windows)} windows of {windows.length} tokens make {len(batches)} batches, too few for "

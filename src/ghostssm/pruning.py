@@ -70,7 +70,7 @@ class Calibration:
             raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
         self._saliency: dict[str, Tensor] | None = None
         self._first_evidence: dict[tuple[str, int], Any] = {}
-        self._curves: dict[str, list[Tensor]] = {}
+        self._curves: dict[tuple[str, Groups, int], list[Tensor]] = {}
 
     def saliency(self, progress: Progress) -> dict[str, Tensor]:
         """Gate saliency of every mixer, (g, n) each."""
@@ -164,8 +164,8 @@ class _Run:
 
         Measured at a few sizes, with what the method would keep there, and interpolated between them.
         """
-        name = self.recipe.method
-        if name not in self.calibration._curves:
+        key = (self.recipe.method, self.groups, self.seed)
+        if key not in self.calibration._curves:
             walk = self._walk()
             curves: list[Tensor] = []
             for block, mixer in walk.blocks():
@@ -175,8 +175,8 @@ class _Run:
                     energy = torch.linalg.vector_norm(walk.hidden, dim=-1).square().mean()
                     curves.append(errors / energy.item())
                 self.progress("budget", walk.index + 1, len(walk))
-            self.calibration._curves[name] = curves
-        return self.calibration._curves[name]
+            self.calibration._curves[key] = curves
+        return self.calibration._curves[key]
 
     def _measured_errors(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Tensor:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""

@@ -27,14 +27,16 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint import durable
 from ghostssm.checkpoint.assembling import gather_shards, probe_of
-from ghostssm.checkpoint.output_folder import OutputFolder, put_in_place
+from ghostssm.checkpoint.output_folder import OutputFolder, destination, put_in_place
 from ghostssm.checkpoint.saving import write_config, write_streamed
 from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint
-from ghostssm.errors import OutputError
+from ghostssm.errors import OutputError, StorageError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
@@ -80,7 +82,7 @@ class RunFolder(Journal):
                 another process works on it; or the output must not be written.
         """
         super().__init__()
-        self.path = Path(output)
+        self.path = destination(output)
         self.folder = run_folder_of(self.path)
         self.output = self.folder / "output"
         self._identity = dict(identity)
@@ -119,12 +121,13 @@ class RunFolder(Journal):
 
     def _begin(self) -> tuple[int, dict[str, Decision], dict[str, Tensor]]:
         blocks = self._streamed
-        for part in ("outside", "blocks", "records", "hidden"):
-            (self.folder / part).mkdir(exist_ok=True)
-        for number, name in enumerate(blocks.outside()):
-            shard = self._shard("outside", number)
-            if not shard.exists():
-                durable.write_tensors(shard, blocks.stored_outside(name))
+        with self._told_faults():
+            for part in ("outside", "blocks", "records", "hidden"):
+                (self.folder / part).mkdir(exist_ok=True)
+            for number, name in enumerate(blocks.outside()):
+                shard = self._shard("outside", number)
+                if not shard.exists():
+                    durable.write_tensors(shard, blocks.stored_outside(name))
         while (record := self._record_file(self.done)).exists():
             found = json.loads(record.read_text(encoding="utf-8"))
             self.done += 1
@@ -196,9 +199,9 @@ class RunFolder(Journal):
     def _assemble(self, plan: Plan) -> None:
         if _is_in_place(self.folder):
             return
-        with self._told_faults():
+        blocks, model = self._streamed, self._streamed.model
+        with self._told_faults(), _pruned_config(model.config, plan):
             self.output.mkdir(exist_ok=True)
-            blocks = self._streamed
             gather_shards(
                 blocks,
                 plan,
@@ -206,8 +209,6 @@ class RunFolder(Journal):
                 [(self._name_of(number), self._shard("blocks", number)) for number in range(len(blocks.modules))],
                 self.output,
             )
-            model = blocks.model
-            family_of(model.config).set_state_size(model.config, plan.kept_state_size)
             if model.can_generate():
                 model.generation_config.save_pretrained(self.output)
             write_config(model, self.output)
@@ -222,7 +223,7 @@ class RunFolder(Journal):
         self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None
     ) -> None:
         if not _is_in_place(self.folder):
-            with self._told_faults():
+            with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
                 write_streamed(self.output, checkpoint, plan, fingerprint, measured, probe_of(self.output))
                 for file in (*self.output.iterdir(), self.output):
                     durable.synchronise(file)
@@ -243,11 +244,11 @@ class RunFolder(Journal):
         """Within the context the system's errors become one message with the next step."""
         try:
             yield
-        except OSError as error:
-            raise OutputError(
-                f"{error.filename or self.folder} could not be written: {error.strerror or error}. "
-                f"{self.how_to_go_on()}"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            place, reason = self.folder, str(error)
+            if isinstance(error, OSError):
+                place, reason = error.filename or place, error.strerror or reason
+            raise StorageError(f"{place} could not be written: {reason}. {self.how_to_go_on()}") from error
 
     @property
     def _streamed(self) -> StreamedBlocks:
@@ -256,9 +257,8 @@ class RunFolder(Journal):
 
     def _create(self) -> None:
         """The folder with its run.json; both are there or neither is."""
-        new = self.folder.with_name(f"{self.folder.name}.new")
+        new = self.folder.with_name(f".{self.folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
         new.mkdir(parents=True)
         durable.write_json(new / "run.json", self._identity)
         new.rename(self.folder)
@@ -309,9 +309,20 @@ class RunFolder(Journal):
         return self.folder / "hidden" / f"{index:05d}-{self._processes.rank}.bin"
 
 
+@contextmanager
+def _pruned_config(config: PreTrainedConfig, plan: Plan) -> Iterator[None]:
+    """Within the context a config has the state size that a plan leaves; blocks are opened with the model's own."""
+    family = family_of(config)
+    family.set_state_size(config, plan.kept_state_size)
+    try:
+        yield
+    finally:
+        family.set_state_size(config, plan.state_size)
+
+
 def run_folder_of(output: Path) -> Path:
     """Where the state of a run that writes an output is."""
-    whole = output.absolute()
+    whole = destination(output).absolute()
     return whole.with_name(f"{whole.name}.run")
 
 
@@ -326,6 +337,10 @@ def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     if _is_in_place(folder) and resume:
         return
     OutputFolder(output, overwrite)
+    if folder.exists() and not (folder / "run.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{folder}, where the run's state would be, holds something else; move it away, or name another --output."
+        )
     if (folder / "run.json").exists() and not resume:
         done = len(list((folder / "records").glob("*.json")))
         raise OutputError(

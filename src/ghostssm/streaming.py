@@ -139,6 +139,7 @@ def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": checkpoint.blocks.device.type,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "model": fingerprint,
         "text": windows.text_fingerprint,
         "windows": len(windows),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
 
 
 def text_name(name: str) -> str:
     """A text's name: of a path the last part."""
     return PurePath(name).name or name
+
+
+def plus_minus(mean: float, error: float) -> str:
+    """A mean with its standard error, which is NaN where there is none."""
+    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
 
 
 def bytes_text(count: float) -> str:

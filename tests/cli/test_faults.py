@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -305,3 +306,44 @@ def test_messages_spell_control_characters_out(capsys: pytest.CaptureFixture[str
     """A tensor's name must not drive the terminal."""
     print_error("first\nname \x1b[2J\x07 ünï")
     assert capsys.readouterr().err == "error: first\nname \\x1b[2J\\x07 ünï\n"
+
+
+def test_a_link_to_a_folder_stays_a_link(folder_of: FolderOf, tmp_path: Path) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of())
+    (tmp_path / "disk" / "large").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "large")
+    save(checkpoint, plan, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "large" / "plan.json").exists()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["large"]
+
+
+def test_a_folder_in_use_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", "..", tmp_path / "here", "/"):
+        with pytest.raises(OutputError, match="is in use and can't be replaced as a whole"):
+            OutputFolder(place, overwrite=True)
+
+
+def test_a_streamed_run_that_is_short_of_memory_can_go_on(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ghostssm.pruning.LayerWalk.advance", short)
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--stream", "--method", "ghost")
+    assert code == 1
+    assert "what is done is kept for --resume" in err
+    assert "--offload FOLDER, fewer --windows (now 3), a shorter --window-length (now 64)." in err
+
+
+def test_one_window_has_no_standard_error(run: Run, small: Path, text_file: Path) -> None:
+    texts = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--window-length", 64]
+    arguments = ["compare", small, "--state-size", 4, "--methods", "random", *texts, "--text-windows", 1, "--batch", 1]
+    _, out, _ = run(*arguments)
+    assert "nan" not in out
+    _, out, _ = run(*arguments, "--json")
+    assert "NaN" not in out
+    assert json.loads(out)[1]["standard_error"] is None

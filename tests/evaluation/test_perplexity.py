@@ -40,3 +40,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model.backbone.norm_f.weight.data.fill_(float("inf"))
     with pytest.raises(NumericalError):
         evaluate(model, random_windows(1, 20))
+
+
+def test_perplexity_may_be_infinite() -> None:
+    assert Evaluation(torch.tensor([800.0]), 1.0).perplexity == float("inf")

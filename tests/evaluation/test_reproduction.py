@@ -148,7 +148,7 @@ def test_interrupted_runs_go_on(
     monkeypatch.setattr(reproduction, "evaluate", interrupted)
     code, _, err = run(*options, *chosen)
     assert code == 130
-    assert "3 finished cells are in" in " ".join(err.split())
+    assert "error: interrupted. 3 finished cells are in" in " ".join(err.split())
     assert "The same command goes on" in " ".join(err.split())
     before = json.loads(stored.read_text())["cells"]
     assert [(cell["method"], cell["state_size"]) for cell in before] == [
@@ -207,10 +207,18 @@ def test_results_of_other_settings_or_models_are_not_mixed(
     code, _, err = run(*options, *chosen, "--models", f"state-spaces/mamba2-130m={other}")
     assert code == 2
     assert "with other weights" in " ".join(err.split())
-    (tmp_path / "out" / "results.json").write_text("{")
-    code, _, err = run(*options, *chosen, "--models", small)
-    assert code == 2
-    assert "can't be read" in " ".join(err.split())
+    stored = tmp_path / "out" / "results.json"
+    document = json.loads(stored.read_text())
+    damaged = {key: value for key, value in document.items() if key != "settings"}
+    for content, message in (
+        ("{", "can't be read"),
+        (json.dumps(damaged), "is damaged (KeyError: 'settings')"),
+        (json.dumps(document | {"cells": [{"model": 1}]}), "is damaged (TypeError"),
+    ):
+        stored.write_text(content)
+        code, _, err = run(*options, *chosen, "--models", small)
+        assert code == 2
+        assert message in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

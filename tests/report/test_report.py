@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import re
+import shlex
 import shutil
 from html import escape
 from pathlib import Path
@@ -105,10 +106,15 @@ def test_the_page_has_what_the_plan_and_the_manifest_have(pages: dict[str, Path]
 def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(pages["folder"], tmp_path / "bare")
     (folder / RECORD_FILE).unlink()
-    report = checkpoint_report(folder)
+    plan, report = Plan.read(folder), checkpoint_report(folder)
     assert [figure.name for figure in report.figures] == ["saliency"]
     assert any("--report" in command for _, command in report.missing)
     assert any("--evaluate" in command for _, command in report.missing)
+    sizes = dataclasses.replace(plan, per_layer=True, provenance=plan.provenance | {"groups": "pooled"})
+    sizes.save(folder)
+    words = shlex.split(checkpoint_report(folder).missing[0][1])
+    assert words[words.index("--state-size") + 1] == "4"
+    assert words[words.index("--groups") + 1] == "pooled"
     (folder / "ghostssm.json").unlink()
     assert "ghostssm.json" in " ".join(what for what, _ in checkpoint_report(folder).missing)
     for content in ("{", "[]", '{"format": "ghostssm-report", "version": 9}'):

@@ -186,7 +186,7 @@ class _Kept:
     def __call__(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.found:
             converted = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-            equal = (k for k in self._before if k.dtype == converted.dtype and torch.equal(k, converted))
+            equal = (k for k in self._before if k.dtype == converted.dtype and torch.equal(k, converted.to(k.device)))
             known = next(equal, None)
             self.found[id(tensor)] = self._store(len(self.found), converted) if known is None else known
         return self.found[id(tensor)]

@@ -85,7 +85,8 @@ def repair_skip(
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
-            parts.append([part[:, ::stride].clone() for part in (y, streams.x, streams.z, target)])
+            sampled = [part[:, ::stride].clone() for part in (y, streams.x, streams.z)]
+            parts.append([*sampled, target[:, ::stride].to(y)])  # targets may be in files, which only a CPU reads
         y, x, z, target = (torch.cat(part) for part in zip(*processes.gather(parts), strict=True))
         apart = torch.arange(len(y)) % _HELD_OUT_ONE_IN == 1
         if not apart.any():

@@ -31,7 +31,7 @@ class OutputFolder:
         Raises:
             OutputError: the path is a file, a folder with something in it (unless ``overwrite``), or not writable.
         """
-        self.path = Path(path)
+        self.path = destination(path)
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; expected a folder to write.")
         if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
@@ -66,6 +66,19 @@ class OutputFolder:
             for parent in self._new_parents:
                 with suppress(OSError):  # not empty: the output is there
                     parent.rmdir()
+
+
+def destination(path: Path | str) -> Path:
+    """The folder that a path means, where a finished folder can be given its name.
+
+    Raises:
+        OutputError: the current folder, one above it, or the root of a disk, none of which can be renamed.
+    """
+    place = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    whole = place.resolve()
+    if whole == Path.cwd() or whole in Path.cwd().parents or os.path.ismount(whole):
+        raise OutputError(f"{path} is in use and can't be replaced as a whole; name a folder in it.")
+    return place
 
 
 def put_in_place(finished: Path, path: Path) -> None:

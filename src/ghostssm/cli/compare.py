@@ -10,6 +10,7 @@ import typer
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable, write_page
+from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
     from ghostssm import Row
@@ -130,7 +131,7 @@ def _cells(row: Row, batches: list[int]) -> list[str]:
         f"{row.state_size}{padded}",
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
-        "" if row.is_dense else f"{row.excess:.4f} ± {row.standard_error:.4f}",
+        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
         bytes_text(row.state_bytes),
     ]
     return cells + [f"{row.tokens_per_second[size]:,.0f}" for size in batches]

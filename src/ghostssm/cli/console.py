@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -48,8 +49,17 @@ def print_error(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
+    """JSON on standard output; NaN and infinity, for which JSON has no words, become null."""
     if is_first_process():
-        print(json.dumps(value, indent=1))
+        print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import print_facts, print_json, print_table, progress_reporter
+from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint import Checkpoint
@@ -218,7 +219,7 @@ def _evaluate_copying(checkpoint: Checkpoint, windows: Windows, as_json: bool) -
             }
         )
         return
-    texts = {part: f"{gain[part].mean:+.4f} ± {gain[part].standard_error:.4f}" for part in gain}
+    texts = {part: plus_minus(gain[part].mean, gain[part].standard_error) for part in gain}
     print_facts(
         [
             ("text", f"{windows.text_name}, {len(windows)} windows of {windows.length} tokens"),
@@ -227,8 +228,8 @@ def _evaluate_copying(checkpoint: Checkpoint, windows: Windows, as_json: bool) -
                 f"{int(found.copied.counts.sum())}, the end of {CONTEXT + 1} tokens read {DISTANCE} or more before",
             ),
             ("their loss", f"{found.copied.mean:.4f} nats per token"),
-            ("without sight of these", texts["copied"]),
+            ("gained by sight of these", texts["copied"]),
             ("loss elsewhere", f"{found.elsewhere.mean:.4f} nats per token"),
-            ("with as short a sight", texts["elsewhere"]),
+            ("gained by sight elsewhere", texts["elsewhere"]),
         ]
     )

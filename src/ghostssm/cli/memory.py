@@ -8,6 +8,7 @@ from collections.abc import Mapping
 # By the option's name in a verb's arguments, what to do about it; what is switched on or grows with it.
 _LOWERS = {
     "stream": "--stream",
+    "offload": "--offload FOLDER",
     "windows": "fewer --windows (now {value})",
     "window_length": "a shorter --window-length (now {value})",
     "refit": "--refit 0",
@@ -31,13 +32,22 @@ def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -
     reason = str(error).splitlines()[0] if str(error) else "allocation failed"
     lowers = [text.format(value=_shown(options[name])) for name, text in _LOWERS.items() if _counts(name, options)]
     advice = f"What lowers it: {', '.join(lowers)}." if lowers else "It takes a machine with more."
-    return f"Out of memory; nothing half-written is left. {advice} ({reason})"
+    left = "what is done is kept for --resume" if _resumable(options) else "nothing half-written is left"
+    return f"Out of memory; {left}. {advice} ({reason})"
+
+
+def _resumable(options: Mapping[str, object]) -> bool:
+    return options.get("stream") is True and "resume" in options
 
 
 def _counts(name: str, options: Mapping[str, object]) -> bool:
     """Whether an option can be lowered in this call."""
     if name == "stream":
         return options.get(name) is False
+    if name == "offload":
+        return options.get("stream") is True and options.get(name) is None
+    if name == "batch" and options.get("with_report") is False:
+        return False
     if name == "refit" and options.get(name) is None:
         method = options.get("method", "")  # no method is the default recipe, which refits
         return method is None or "+refit" in str(method)

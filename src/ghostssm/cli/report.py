@@ -69,9 +69,10 @@ def check_drawable() -> None:
 
 def write_page(file: OutputFile, report: Report) -> None:
     """Write a report's page, whole or not at all."""
+    from ghostssm.checkpoint.output_folder import storing
     from ghostssm.report.page import html_page
 
     page = html_page(report)
-    with file:
+    with file, storing(file.path):
         file.partial.write_text(page, encoding="utf-8")
         file.commit()

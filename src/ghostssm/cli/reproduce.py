@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_json, print_table, progress_reporter
+from ghostssm.interrupts import Terminated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,10 +96,9 @@ def reproduce(
             failures = library.measure(
                 wanted, found, results, texts, settings, device=device, tokenizer=tokenizer, progress=progress
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {len(results.cells)} finished cells are in {results.path}. "
-            "The same command goes on from there."
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise type(stop)(
+            f"{len(results.cells)} finished cells are in {results.path}. The same command goes on from there."
         ) from None
 
     drawn = printed_tables(wanted, results.cells)
@@ -130,7 +129,7 @@ def _as_json(wanted: Sequence[Wanted], results: Results) -> list[dict[str, objec
                 "sparsity": cell.sparsity,
                 "state_size": cell.state_size,
                 "published": cell.published,
-                "measured": None if measured is None or math.isinf(measured.perplexity) else measured.perplexity,
+                "measured": None if measured is None else measured.perplexity,
                 "loss": None if measured is None else measured.loss,
                 "seconds": None if measured is None else measured.seconds,
             }

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ghostssm.data.windows import Windows
 from ghostssm.evaluation.perplexity import Difference, Evaluation, evaluate
 from ghostssm.progress import Progress, silent
+from ghostssm.units import plus_minus
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Measurement:
     @property
     def excess_text(self) -> str:
         """The excess and, where there is one, its standard error."""
-        error = self.excess.standard_error
-        return f"{self.excess.mean:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+        return plus_minus(self.excess.mean, self.excess.standard_error)
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""

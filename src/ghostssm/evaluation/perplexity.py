@@ -34,6 +34,14 @@ class Difference:
     standard_error: float
 
 
+def perplexity_of(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that exceeds a double."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Losses of a model on windows of text.
@@ -53,7 +61,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

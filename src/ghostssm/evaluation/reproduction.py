@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ghostssm.checkpoint.source import find_source
 from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import cut_windows
 from ghostssm.errors import GhostError, ModelError, OutputError
-from ghostssm.evaluation.perplexity import evaluate
+from ghostssm.evaluation.perplexity import evaluate, perplexity_of
 from ghostssm.evaluation.published import DENSE, Wanted, published_models
 from ghostssm.feasibility import check_recipe, check_state_size
 from ghostssm.progress import Progress, silent
@@ -75,11 +74,7 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        """Infinite where it exceeds a double."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)
@@ -153,17 +148,22 @@ class Results:
             raise OutputError(f"{self.path} can't be read ({error}); move it away, or name another --output.") from None
         if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
             raise OutputError(f"{self.path} is not what ghostssm reproduce writes; name another --output.")
-        found = document["settings"]
-        others = [
-            f"{key} {found.get(key)}, now {value}" for key, value in self._settings.items() if found.get(key) != value
-        ]
+        try:
+            found, models = document["settings"], dict(document["models"])
+            cells = {cell.key: cell for cell in (Measured(**entry) for entry in document["cells"])}
+            before = {key: found.get(key) for key in self._settings}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}); move it away, or name another --output."
+            ) from None
+        others = [f"{key} {before[key]}, now {value}" for key, value in self._settings.items() if before[key] != value]
         if others:
             raise OutputError(
                 f"{self.path} holds results with other settings ({'; '.join(others)}); "
                 "name another --output, or the same settings."
             )
-        self.models |= document["models"]
-        self.cells |= {cell.key: cell for cell in (Measured(**entry) for entry in document["cells"])}
+        self.models |= models
+        self.cells |= cells
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
 from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure, sizes_text
-from ghostssm.units import bytes_text, text_name
+from ghostssm.units import bytes_text, plus_minus, text_name
 
 
 def checkpoint_report(folder: Path) -> Report:
@@ -94,7 +95,7 @@ def comparison_report(
     for size in sorted({row.state_size for row in others}, reverse=True):
         best = min((row for row in others if row.state_size == size), key=lambda row: row.excess)
         cards.append(
-            Card(f"Best at N' = {size}", best.method, f"excess loss {_plus_minus(best.excess, best.standard_error)}")
+            Card(f"Best at N' = {size}", best.method, f"excess loss {plus_minus(best.excess, best.standard_error)}")
         )
     return Report(
         title=f"{Path(described.name).name}: methods compared",
@@ -121,7 +122,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
                 str(row.state_size),
                 f"{row.perplexity:.3f}",
                 f"{row.bits_per_byte:.4f}",
-                "" if row.is_dense else _plus_minus(row.excess, row.standard_error),
+                "" if row.is_dense else plus_minus(row.excess, row.standard_error),
                 bytes_text(row.state_bytes),
                 *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches),
             ]
@@ -201,7 +202,7 @@ def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
     error = _number(measured.get("standard_error"))
     if dense is None or pruned is None or excess is None:
         return []
-    text = f"{excess:.4f}" if error is None else _plus_minus(excess, error)
+    text = f"{excess:.4f}" if error is None else plus_minus(excess, error)
     where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of "
     where += text_name(str(measured.get("text")))
     return [
@@ -229,7 +230,11 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
 
 def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Any) -> list[tuple[str, str]]:
     base = manifest.get("base_model", "MODEL")
-    again = f"ghostssm prune {base} --method {plan.method} --state-size {plan.state_sizes[0]} --output DIR"
+    size = plan.provenance.get("requested_state_size", plan.kept_state_size)
+    words = ["ghostssm", "prune", str(base), "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
+    again = shlex.join(words)
+    if plan.provenance.get("groups") == "pooled":
+        again += " --groups pooled"
     missing = []
     if record.observations is None:
         missing.append(("phantom plot and Hankel singular values", f"{again} --report"))
@@ -248,7 +253,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _plus_minus(mean: float, error: float) -> str:
-    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.output_file import OutputFile
+from ghostssm.checkpoint.output_folder import storing
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
@@ -80,7 +81,8 @@ class Record:
         """Write ``report.json`` into a folder; an old one is replaced.
 
         Raises:
-            OutputError: it can't be written.
+            OutputError: the folder can't be written.
+            StorageError: writing failed, for example on a full disk.
         """
         document: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
         if self.observations is not None:
@@ -93,7 +95,7 @@ class Record:
         if self.losses is not None:
             document["losses"] = asdict(self.losses)
         document["decode"] = [asdict(speed) for speed in self.decode]
-        with OutputFile(folder / RECORD_FILE, overwrite=True) as file:
+        with OutputFile(folder / RECORD_FILE, overwrite=True) as file, storing(file.path):
             file.partial.write_text(json.dumps(_rounded(document)) + "\n", encoding="utf-8")
             file.commit()
 
