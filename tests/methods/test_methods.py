@@ -114,3 +114,13 @@ def test_impossible_state_sizes_are_refused(state_size: object) -> None:
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match="ghost"):
         Calibration(tiny_model(), random_windows(1, 20)).plan("gost", 4)
+
+
+@pytest.mark.parametrize("recipe", [*method_names(), "output+refit3+repair", "balanced+refit3+repair+per-layer"])
+def test_a_mixer_that_does_nothing_can_be_pruned(recipe: str) -> None:
+    """All that is solved for it is singular."""
+    model = tiny_model(n_groups=2)
+    with torch.no_grad():
+        mixers_of(model)[1].in_proj.weight.zero_()
+    plan = Calibration(model, random_windows(4, 40)).plan(recipe, 4)
+    assert len(plan.selections) == 3

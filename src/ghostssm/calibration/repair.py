@@ -55,6 +55,8 @@ class _Normal:
 
     def solve(self, ridge: float) -> Tensor:
         """(d, k): the change of the weight that minimises |E - X change^T|^2 + ridge |change|^2 (relative ridge)."""
+        if not self.gram.any():  # no features, nothing to fit
+            return torch.zeros_like(self.cross)
         penalty = ridge * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64).to(self.gram)
         change: Tensor = torch.linalg.solve(self.gram + penalty, self.cross.T).T
         return change
@@ -104,7 +106,10 @@ def repair_skip(
                 slopes = _slopes(mixer, y[row] + skip[:, None] * x[row], x[row], z[row])
                 gram += slopes.T @ slopes
                 pull += slopes.T @ missing(skip, row).flatten().double()
-            ridge = _SKIP_RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+            scale = gram.diagonal().mean()
+            if not scale > 0:  # nothing that D weighs reaches the output
+                break
+            ridge = _SKIP_RIDGE * scale * torch.eye(len(gram)).to(gram)
             trial = skip + torch.linalg.solve(gram + ridge, pull).to(skip)
             now = missing(trial, apart).double().square().sum().item()
             if not now < error:
