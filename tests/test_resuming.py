@@ -91,6 +91,7 @@ def test_died_while_the_output_is_put_in_place(
     if overwrite:
         output.mkdir()
         (output / "old").write_text("x")
+        (output / "config.json").write_text("{}")
 
     def died(*_: object) -> None:
         raise _Died
@@ -190,6 +191,17 @@ def test_a_run_is_not_taken_for_another(spec: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(ghostssm.OutputError, match=r"differs in measured on: .* now it is None"):
         ghostssm.prune_streamed(checkpoint, WINDOWS, RECIPE, 5, output, groups="pooled", resume=True)
     prune(spec, output, resume=True)
+
+
+def test_a_damaged_record_is_named(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        ended_after(2, patch, die)
+        with pytest.raises(_Died):
+            prune(spec, tmp_path / "out")
+    for content in ("{", '{"name": 1}', "[]"):
+        (run_folder_of(tmp_path / "out") / "records" / "00000.json").write_text(content)
+        with pytest.raises(ghostssm.OutputError, match=r"00000.json is damaged .* to start again"):
+            prune(spec, tmp_path / "out", resume=True)
 
 
 def test_two_processes_on_one_run(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from ghostssm.recipe import Recipe
 
 def check_recipe(recipe: Recipe, model_type: str) -> None:
     """Raise InputError unless a family has a model class for what a recipe can result in."""
+    if model_type == "ghost_mamba2":
+        raise InputError("The model's state was projected or cut per layer before; prune the original instead.")
     if recipe.stock or not family_named(model_type).is_hybrid:
         return
     raise InputError(

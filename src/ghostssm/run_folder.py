@@ -129,15 +129,19 @@ class RunFolder(Journal):
                 if not shard.exists():
                     durable.write_tensors(shard, blocks.stored_outside(name))
         while (record := self._record_file(self.done)).exists():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            self.done += 1
-            if found is not None:
-                self.decisions[found["name"]] = Decision(
-                    Selection(tuple(tuple(channels) for channels in found["kept"])),
-                    changes=_names_only(found["changed"]),
-                )
-                self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
+            try:
+                self._take_over(json.loads(record.read_text(encoding="utf-8")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{record} is damaged ({error}); remove {self.folder} to start again.") from error
         return self.done, self.decisions, self.scores
+
+    def _take_over(self, found: dict[str, Any] | None) -> None:
+        """Note what a record says of a block; None is one without a mixer."""
+        self.done += 1
+        if found is not None:
+            kept = Selection(tuple(tuple(channels) for channels in found["kept"]))
+            self.decisions[found["name"]] = Decision(kept, changes=_names_only(found["changed"]))
+            self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
 
     def restore(self, hidden: Tensor) -> None:
         if self.done == 0 or self.done == len(self._streamed.modules):

@@ -54,10 +54,14 @@ def smallest_plan(
         raise InputError(
             f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
         )
-    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
-    dense = evaluate(model, held_out)
     limit = family_of(model.config).layout(model.config).state_size
     sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    if not sizes:
+        raise InputError(
+            f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
+        )
+    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    dense = evaluate(model, held_out)
     low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
     while high - low > 1:
         middle = (low + high) // 2

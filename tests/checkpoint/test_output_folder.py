@@ -20,12 +20,17 @@ def test_refused_before_any_work(tmp_path: Path) -> None:
         OutputFolder(tmp_path / "file", overwrite=True)
     (tmp_path / "empty").mkdir()
     OutputFolder(tmp_path / "empty")
+    with pytest.raises(OutputError, match="holds other things than a checkpoint"):
+        OutputFolder(tmp_path / "full", overwrite=True)
+    with pytest.raises(OutputError, match="name is empty"):
+        OutputFolder("")
 
 
 def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
+    (target / "config.json").write_text("{}")
     with OutputFolder(target, overwrite=True) as folder:
         (folder.partial / "new").write_text("y")  # and never committed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -36,6 +41,7 @@ def test_commit_replaces_the_old(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
+    (target / "config.json").write_text("{}")
     with OutputFolder(target, overwrite=True) as folder:
         (folder.partial / "new").write_text("y")
         folder.commit()

@@ -49,6 +49,7 @@ def test_a_disk_that_fills_up(folder_of: FolderOf, tmp_path: Path, dialect: Any,
     checkpoint, plan = pruned_checkpoint(folder_of())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
+    (tmp_path / "out" / "config.json").write_text("{}")
     before = sorted(path.name for path in tmp_path.iterdir())
     with file_size_limit(size), pytest.raises(StorageError, match=r"could not be written: .*Nothing was kept"):
         save(checkpoint, plan, tmp_path / "out", dialect=dialect, overwrite=True)
@@ -95,6 +96,7 @@ def test_every_write_may_be_the_one_that_fails(
 def test_the_old_folder_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
+    (tmp_path / "out" / "config.json").write_text("{}")
     rename = Path.rename
 
     def second_fails(path: Path, target: Path) -> Path:
@@ -347,3 +349,67 @@ def test_one_window_has_no_standard_error(run: Run, small: Path, text_file: Path
     _, out, _ = run(*arguments, "--json")
     assert "NaN" not in out
     assert json.loads(out)[1]["standard_error"] is None
+
+
+def test_the_input_and_what_is_no_checkpoint_are_not_replaced(
+    run: Run, small: Path, text_file: Path, tmp_path: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    for output in (small, tmp_path):
+        code, _, err = run(*prune_arguments(small, text_file, output), "--overwrite")
+        assert code == 2
+        assert "holds the model" in err
+        code, _, err = run("export", small, "--format", "mamba_ssm", "--output", output, "--overwrite")
+        assert code == 2
+        assert "holds the model" in err
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == before
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "precious"), "--overwrite")
+    assert code == 2
+    assert "holds other things than a checkpoint" in err
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", 2**70], "--seed"),
+        (["--seed", -1], "--seed"),
+        (["--device", "meta"], "The device 'meta' can't be used"),
+        (["--max-excess-loss", 0.1, "--multiple", 32], "give one of --state-size"),
+    ],
+)
+def test_options_out_of_range(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
+    assert code == 2
+    assert message in err
+
+
+def test_no_size_is_such_a_multiple(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    texts = ["--calibration", text_file, "--windows", 4, "--window-length", 64]
+    bound = ["--max-excess-loss", 9, "--method", "random", "--output", tmp_path / "out"]
+    code, _, err = run("prune", small, *bound, "--multiple", 200, *texts)
+    assert code == 2
+    assert "is a multiple of 200" in err
+    code, _, err = run("prune", small, *bound, "--multiple", 4, "--engine", "transformers-cpu", *texts)
+    assert code == 0, err
+    assert ghostssm.describe(str(tmp_path / "out")).layout.state_size == 4
+
+
+def test_a_prompt_that_is_not_utf8(run: Run, small: Path) -> None:
+    code, _, err = run("generate", small, "--prompt", os.fsdecode(b"a\xff\xfe"))
+    assert code == 2
+    assert "The prompt is not UTF-8" in err
+
+
+def test_standard_output_that_can_not_be_written(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ghostssm.cli.inspect.print_json", full)
+    code, _, err = run("inspect", small, "--json")
+    assert code == 1
+    assert "error: [Errno 28] No space left on device" in err

@@ -19,6 +19,7 @@ class Description:
         state_sizes: of the recurrent state of every mixer, front to back.
         parameters: of the whole model, shared ones counted once.
         tied_head: whether the output head shares the embeddings' weight.
+        channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Description:
     vocab_size: int
     parameters: int
     tied_head: bool
+    channel_biases: int = 0
 
     @property
     def layers(self) -> int:
@@ -46,11 +48,11 @@ class Description:
         return channels * self.layout.intermediate_size * bytes_per_number
 
     def removed_parameters(self, state_size: int | None) -> int:
-        """Parameters of in_proj and conv1d that a cut to ``state_size`` takes away (biases not counted)."""
+        """Parameters of in_proj and conv1d that a cut to ``state_size`` takes away."""
         if state_size is None:
             return 0
         channels = self.layout.conv_dim - self.layout.with_state_size(state_size).conv_dim
-        return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel)
+        return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
 
 
 def describe(spec: str) -> Description:
@@ -58,14 +60,15 @@ def describe(spec: str) -> Description:
     source = find_source(spec, weights=False)
     config = model_config(source)
     model = empty_model(config)
-    family = family_of(config)
+    family, mixers = family_of(config), mixers_of(model)
     return Description(
         name=spec,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),
-        state_sizes=tuple(mixer.state_size for mixer in mixers_of(model)),
+        state_sizes=tuple(mixer.state_size for mixer in mixers),
         vocab_size=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=config.tie_word_embeddings,
+        channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
     )

@@ -24,7 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import Source, check_links, find_source
+from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
@@ -108,7 +108,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source) -> None:
 def check_device(device: str | torch.device) -> None:
     """Raise InputError for a device that this machine or this torch does not have."""
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # a meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -235,6 +235,8 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) 
     """The tokenizer that a user named, or the model's own, if it has one; raises ModelError if it can't be loaded."""
     own = any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     place: str | Path | None = named or (source.folder if own else None)
+    if named == REFERENCE:
+        place = find_source(REFERENCE, weights=False).folder
     if place is None and source.dialect == "mamba_ssm" and 0 <= config.vocab_size - mamba_ssm.GPT_NEOX_TOKENS < 64:
         place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
     if place is None:

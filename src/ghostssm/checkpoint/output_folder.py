@@ -15,6 +15,8 @@ from ghostssm.checkpoint.durable import synchronise
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.interrupts import uninterrupted
 
+_CONFIG_FILE = "config.json"
+
 
 class OutputFolder:
     """A folder that appears whole or not at all.
@@ -29,13 +31,19 @@ class OutputFolder:
     def __init__(self, path: Path | str, overwrite: bool = False):
         """
         Raises:
-            OutputError: the path is a file, a folder with something in it (unless ``overwrite``), or not writable.
+            OutputError: the path is a file, a folder with something in it (unless it is a checkpoint and
+                ``overwrite``), or not writable.
         """
         self.path = destination(path)
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; expected a folder to write.")
         if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
             raise OutputError(f"{self.path} exists and is not empty; name another folder, or pass --overwrite.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _CONFIG_FILE).is_file():
+            raise OutputError(
+                f"{self.path} holds other things than a checkpoint (there is no {_CONFIG_FILE} in it), so it is not "
+                "replaced; name another folder, or empty this one."
+            )
         absolute = self.path.absolute()
         self._new_parents = [parent for parent in absolute.parents if not parent.exists()]
         place = absolute.parents[len(self._new_parents)]
@@ -74,11 +82,20 @@ def destination(path: Path | str) -> Path:
     Raises:
         OutputError: the current folder, one above it, or the root of a disk, none of which can be renamed.
     """
+    if not str(path).strip():
+        raise OutputError("The output's name is empty; expected a folder.")
     place = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     whole = place.resolve()
     if whole == Path.cwd() or whole in Path.cwd().parents or os.path.ismount(whole):
         raise OutputError(f"{path} is in use and can't be replaced as a whole; name a folder in it.")
     return place
+
+
+def check_apart(output: Path | str, model: Path | str) -> None:
+    """Raise OutputError for an output that would replace the model it is made of."""
+    source = Path(model).resolve()
+    if source.is_dir() and source.is_relative_to(Path(output).resolve()):
+        raise OutputError(f"{output} holds the model {model} itself; name another folder.")
 
 
 def put_in_place(finished: Path, path: Path) -> None:

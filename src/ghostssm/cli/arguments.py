@@ -85,6 +85,8 @@ Seed = Annotated[
     typer.Option(
         "--seed",
         metavar="N",
+        min=0,
+        max=2**63 - 1,
         help="Draws the calibration windows, and random choices.",
         rich_help_panel=OTHER_PANEL,
     ),

@@ -35,7 +35,7 @@ def compare(
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
     batch: Annotated[
-        list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes at which to measure decoding.")
+        list[int], typer.Option("--batch", metavar="B ...", min=1, help="Batch sizes at which to measure decoding.")
     ] = [1, 32],  # noqa: B006  (read only)
     groups: arguments.Groups = "equal",
     seed: arguments.Seed = 42,

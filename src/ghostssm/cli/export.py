@@ -60,10 +60,12 @@ def export(
 
     import ghostssm
     from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.checkpoint.output_folder import check_apart
     from ghostssm.errors import InputError
 
     if dtype == "q8_0" and format != "gguf":
         raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {format}.")
+    check_apart(output, model)
     place = OutputFile(output, overwrite) if format == "gguf" else ghostssm.OutputFolder(output, overwrite)
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     wanted = None if dtype is None or format == "gguf" else dtypes[dtype]

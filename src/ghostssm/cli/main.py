@@ -58,9 +58,12 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             print_error(_ending("terminated", stop.message))
             raise typer.Exit(EXIT_TERMINATED) from None
         except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                print_error(out_of_memory_message(error, kwargs))
+            elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                print_error(f"{error}; the machine, not the input, is at fault.")
+            else:
                 raise
-            print_error(out_of_memory_message(error, kwargs))
             raise typer.Exit(_EXIT_FAILED) from None
 
     return wrapped

@@ -179,6 +179,7 @@ def prune(
     """
     import ghostssm
     from ghostssm.checkpoint.hub import check_hub_target
+    from ghostssm.checkpoint.output_folder import check_apart
     from ghostssm.checkpoint.saving import check_dialect
     from ghostssm.cli.pruning import in_memory, sizes, streamed
     from ghostssm.cli.pruning.job import Job, wanted_recipe
@@ -187,6 +188,7 @@ def prune(
     from ghostssm.feasibility import check_recipe
 
     begun = time.perf_counter()
+    check_apart(output, model)
     if stream:
         streamed.check_streamed_options(dialect, max_excess_loss, untie, with_report)
     else:
@@ -203,7 +205,9 @@ def prune(
     target = sizes.wanted_target(described.layout.state_size, state_size, budget, max_excess_loss)
     if engine:
         sizes.check_engine_dialects(engine, dialect)
-        target = sizes.suited_target(target, described, recipe, groups, engine, described.tied_head and not untie)
+        target = sizes.suited_target(
+            target, described, recipe, groups, engine, described.tied_head and not untie, multiple
+        )
     job = Job(
         model=model,
         tokenizer=tokenizer,

@@ -47,9 +47,9 @@ class PositionLosses:
         """This mean minus the dense model's at the same positions, with its standard error over windows.
 
         Windows differ in how many positions count, so the error is that of a ratio of two sums (Cochran, Sampling
-        Techniques, 1977, section 6.3); with equal counts it is the usual one. NaN when there is one window only.
+        Techniques, 1977, section 6.3); with equal counts it is the usual one. NaN when all positions are in one window.
         """
-        windows, positions = len(self.sums), int(self.counts.sum())
+        windows, positions = int((self.counts > 0).sum()), int(self.counts.sum())
         differences = self.sums - dense.sums
         mean = differences.sum().item() / positions
         if windows < 2:

@@ -233,6 +233,9 @@ def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: 
     size = plan.provenance.get("requested_state_size", plan.kept_state_size)
     words = ["ghostssm", "prune", str(base), "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
     again = shlex.join(words)
+    if calibration := plan.provenance.get("calibration"):
+        again += f" --calibration TEXT --windows {calibration.get('windows')}"
+        again += f" --window-length {calibration.get('window_length')}"
     if plan.provenance.get("groups") == "pooled":
         again += " --groups pooled"
     missing = []

@@ -58,7 +58,10 @@ class Job:
         """The windows to calibrate on."""
         text = ghostssm.read_text(self.calibration, "calibration")
         cut = ghostssm.cut_windows(text, vocabulary, self.window_length, self.calibration_windows, self.seed)
-        note(f"{self.recipe}: calibrating on {len(cut)} windows of {cut.length} tokens of {cut.text_name}")
+        fewer = (
+            "" if len(cut) == self.calibration_windows else f" (not {self.calibration_windows}: the text has no more)"
+        )
+        note(f"{self.recipe}: calibrating on {len(cut)} windows{fewer} of {cut.length} tokens of {cut.text_name}")
         return cut
 
     def held_out(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows | None:

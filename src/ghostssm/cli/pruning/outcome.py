@@ -28,7 +28,8 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
     plan, measured = outcome.plan, outcome.measured
     found = ghostssm.describe(str(outcome.written))
     before = found.state_bytes(plan.state_size)
-    after: int | list[int] = list(found.state_sizes) if plan.needs_own_class else plan.kept_state_size
+    sizes = list(found.state_sizes) if plan.needs_own_class else [plan.kept_state_size]
+    after: int | list[int] = sizes[0] if len(set(sizes)) == 1 else sizes
     if as_json:
         print_json(
             {

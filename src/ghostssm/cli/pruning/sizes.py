@@ -43,7 +43,13 @@ def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
 
 
 def suited_target(
-    target: Target, described: Description, recipe: Recipe, groups: Groups, engines: Sequence[str], tied_head: bool
+    target: Target,
+    described: Description,
+    recipe: Recipe,
+    groups: Groups,
+    engines: Sequence[str],
+    tied_head: bool,
+    multiple: int,
 ) -> Target:
     """The target nearest to the wanted one that the engines run.
 
@@ -65,7 +71,9 @@ def suited_target(
             "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
         )
     if target.size is None:
-        sizes = good_state_sizes(layout, family, engines, tied_head=tied_head)
+        sizes = [
+            size for size in good_state_sizes(layout, family, engines, tied_head=tied_head) if size % multiple == 0
+        ]
         return Target(max_excess_loss=target.max_excess_loss, sizes=sizes)
     chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head)
     if chosen != target.size:
