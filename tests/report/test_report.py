@@ -22,7 +22,7 @@ from ghostssm.families import mixers_of
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.report.building import checkpoint_report
-from ghostssm.report.figure import MOST_CHANNELS
+from ghostssm.report.figure import MOST_CHANNELS, _with_columns, legend_of
 from ghostssm.report.measuring import observe
 from ghostssm.report.page import Report, html_page
 from ghostssm.report.record import RECORD_FILE, Observations, Record
@@ -150,3 +150,9 @@ def test_a_page_of_a_large_model_stays_small() -> None:
     page = html_page(Report("large", "", [], figures))
     assert len(page.encode()) < _LIMIT
     assert len(data_of(page)[0]["tables"]["channels"]["layer"]) <= MOST_CHANNELS
+
+
+def test_a_picture_has_its_legend_in_columns_for_its_width() -> None:
+    legend = {"layer": [{"encoding": {"color": {"legend": legend_of(["output+refit100+repair"])}}}]}
+    assert _with_columns(legend, 820) == {"layer": [{"encoding": {"color": {"legend": {"columns": 4}}}}]}
+    assert _with_columns(legend, 100) == {"layer": [{"encoding": {"color": {"legend": {"columns": 1}}}}]}

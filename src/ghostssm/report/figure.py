@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +21,8 @@ MOST_CHANNELS = 32_000
 
 _INKS = [{"name": "ink", "value": "#1b1f24"}, {"name": "faint", "value": "#57606a"}]
 """Colours of text and rules that stand among the marks; a page sets them by its theme."""
+
+_COLUMNS = re.compile(r"max\(1, floor\(width / (\d+)\)\)")
 
 RULE = {"type": "rule", "strokeDash": [5, 4], "color": {"expr": "faint"}}
 """The mark of a line to compare with."""
@@ -68,7 +71,9 @@ class Figure:
             for name, table in self._rounded_tables().items()
         }
         spec = {**self.spec, "params": [*self.spec["params"], *_INKS], "datasets": datasets, "width": width}
-        svg: str = converter().vegalite_to_svg(spec, config={**vega_config(), "background": "white"})
+        svg: str = converter().vegalite_to_svg(
+            _with_columns(spec, width), config={**vega_config(), "background": "white"}
+        )
         return svg
 
 
@@ -143,6 +148,15 @@ def legend_of(labels: Sequence[str]) -> dict[str, Any]:
     """A legend above a figure in as many columns as there is room for."""
     widest = 40 + 7 * max(map(len, labels))
     return {"columns": {"expr": f"max(1, floor(width / {widest}))"}}
+
+
+def _with_columns(spec: Any, width: int) -> Any:
+    """A specification whose legends have columns for one width: a still picture has no room for more rows later."""
+    if isinstance(spec, Mapping):
+        if list(spec) == ["expr"] and (found := _COLUMNS.fullmatch(str(spec["expr"]))):
+            return max(1, width // int(found[1]))
+        return {key: _with_columns(value, width) for key, value in spec.items()}
+    return [_with_columns(value, width) for value in spec] if isinstance(spec, list) else spec
 
 
 def _rounded(values: Sequence[Any]) -> list[Any]:
