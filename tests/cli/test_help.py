@@ -39,6 +39,10 @@ def test_the_guide_names_every_verb_by_task() -> None:
     assert all(re.search(rf"^│ {verb} ", text, re.MULTILINE) for verb in VERBS)
 
 
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"{ghostssm.__version__}\n"
+
+
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_readable_at_80_columns_and_plain_when_piped(verb: str) -> None:
     text = help_text(*([verb] if verb else []))

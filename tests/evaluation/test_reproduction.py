@@ -227,6 +227,7 @@ def test_results_of_other_settings_or_models_are_not_mixed(
         (["--models", "mamba2-9b"], "none of the published models"),
         (["--models", "."], "none of the published models"),
         (["--methods", "gost"], "No method is called 'gost'"),
+        (["--models", "mamba2-130m={models}/mamba2-130m", "--table", "sparsity"], "in the table sparsity"),
         (["--state-size", 17], "expected an integer from 1 to the model's N = 16"),
         (["--table", "third"], "no table 'third'; expected one of: sparsity, size"),
         (["--calibration", "nowhere.txt"], "No text at 'nowhere.txt'"),
@@ -235,6 +236,7 @@ def test_results_of_other_settings_or_models_are_not_mixed(
 def test_what_can_not_be_is_said_before_any_work(
     run: Run, models: Path, options: list[object], tmp_path: Path, extra: list[object], message: str
 ) -> None:
+    extra = [str(word).replace("{models}", str(models)) for word in extra]
     code, _, err = run(*options, *([] if "--models" in extra else ["--models", models]), *extra)
     assert code == 2
     assert message in " ".join(err.split())

@@ -18,6 +18,8 @@ def test_report_draws_what_a_folder_holds(run: Run, pages: dict[str, Path], tmp_
     code, out, err = run("report", pages["folder"], "--output", page)
     assert code == 2
     assert "--overwrite" in err
+    code, out, err = run("verify", pages["folder"])
+    assert (code, err) == (0, "")
     code, out, _ = run("report", pages["folder"], "--output", page, "--overwrite", "--json")
     assert json.loads(out)["bytes"] == page.stat().st_size
 

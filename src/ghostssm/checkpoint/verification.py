@@ -23,6 +23,8 @@ from ghostssm.plan import PLAN_FILE, Selection, read_description, selections_of
 _CARD = "README.md"
 # What loaders read, so that a file more is not the same checkpoint.
 _LOADED_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".h5", ".msgpack"})
+_WRITTEN_LATER = frozenset({"report.json", "report.html"})
+"""What ghostssm itself adds to a checkpoint."""
 _LOADED_NAMES = frozenset(
     {
         *("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -121,7 +123,7 @@ def _check_files(folder: Path, manifest: dict[str, Any], notes: list[str]) -> st
                 faults.append(f"{name} was changed")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name == MANIFEST_FILE or name in recorded:
+        if path.is_dir() or name == MANIFEST_FILE or name in recorded or name in _WRITTEN_LATER:
             continue
         if path.suffix in _LOADED_SUFFIXES or path.name in _LOADED_NAMES:
             faults.append(f"{name} was added, and loaders read it")

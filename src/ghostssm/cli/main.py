@@ -6,9 +6,11 @@ import functools
 import inspect as inspect_module
 import os
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
@@ -30,13 +32,27 @@ verbs, options, methods and engines."""
 
 app = typer.Typer(
     name="ghostssm",
-    help=_GUIDE,
     epilog="MODEL is a hub id, a local folder (transformers or mamba_ssm dialect), or 'reference', the built-in model. "
     "TEXT is a .txt, .jsonl or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(help=_GUIDE)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What can be asked of the command itself."""
 
 
 def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:

@@ -185,10 +185,13 @@ def prune(
     from ghostssm.cli.pruning.job import Job, wanted_recipe
     from ghostssm.cli.pruning.outcome import print_outcome
     from ghostssm.cli.report import check_drawable
+    from ghostssm.errors import InputError
     from ghostssm.feasibility import check_recipe
 
     begun = time.perf_counter()
     check_apart(output, model)
+    if text_windows is not None and evaluate is None:
+        raise InputError("--text-windows is of the text that --evaluate names; add that, or leave out --text-windows.")
     if stream:
         streamed.check_streamed_options(dialect, max_excess_loss, untie, with_report)
     else:

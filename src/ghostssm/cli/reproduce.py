@@ -72,7 +72,7 @@ def reproduce(
     ghostssm reproduce --output quick --models mamba2-130m --windows 32
     """
     from ghostssm.checkpoint.loading import check_device
-    from ghostssm.errors import GhostError
+    from ghostssm.errors import GhostError, InputError
     from ghostssm.evaluation import reproduction as library
     from ghostssm.evaluation.published import cells, published_models, source, tables_named
     from ghostssm.evaluation.reproduction_table import markdown_page, printed_tables
@@ -87,6 +87,8 @@ def reproduce(
         tables = tuple(name for name in tables if found.keys() & set(published_models([name])))
     own = library.own_state_sizes(found)
     wanted = [cell for name in tables for cell in cells(name, recipes, state_size, own)]
+    if not any(cell.model in found for cell in wanted):
+        raise InputError(f"None of the named models is in the table {' or '.join(tables)}; name others, or no --table.")
     texts = library.read_texts(settings)
     results = library.Results(output, settings, texts)
     if results.cells:
