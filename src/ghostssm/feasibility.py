@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, ModelError
 from ghostssm.families import family_named
 from ghostssm.methods import method_named, method_names, stock_method_names
 from ghostssm.recipe import Recipe
 
 
+def check_original(is_stock: bool) -> None:
+    """Raise ModelError for a model whose state is projected, or of a size of its own in some layer."""
+    if not is_stock:
+        raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
+
+
 def check_recipe(recipe: Recipe, model_type: str) -> None:
     """Raise InputError unless a family has a model class for what a recipe can result in."""
-    if model_type == "ghost_mamba2":
-        raise InputError("The model's state was projected or cut per layer before; prune the original instead.")
     if recipe.stock or not family_named(model_type).is_hybrid:
         return
     raise InputError(

@@ -20,9 +20,9 @@ from ghostssm.calibration.samples import OutputSamples, sample_outputs
 from ghostssm.calibration.samples import joined as joined_samples
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
-from ghostssm.errors import GhostError, ModelError, NumericalError
+from ghostssm.errors import GhostError, NumericalError
 from ghostssm.families import family_of, mixers_of
-from ghostssm.feasibility import check_recipe, check_state_size
+from ghostssm.feasibility import check_original, check_recipe, check_state_size
 from ghostssm.journal import Journal
 from ghostssm.methods import Evidence
 from ghostssm.methods.selection import Groups, select, select_together
@@ -66,8 +66,8 @@ class Calibration:
         self.processes = processes or Processes()
         self.blocks = blocks_of(model)
         self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
-        if any(mixer.projection is not None for mixer in mixers_of(self.model)) or _state_sizes(self.model) > 1:
-            raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
+        projected = any(mixer.projection is not None for mixer in mixers_of(self.model))
+        check_original(not projected and _state_sizes(self.model) == 1)
         self._saliency: dict[str, Tensor] | None = None
         self._first_evidence: dict[tuple[str, int], Any] = {}
         self._curves: dict[tuple[str, Groups, int], list[Tensor]] = {}

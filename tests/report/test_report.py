@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from ghostssm.errors import InputError
+from ghostssm.evaluation.compare import Row
 from ghostssm.families import mixers_of
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.report.building import checkpoint_report
-from ghostssm.report.figure import MOST_CHANNELS, _with_columns, legend_of
+from ghostssm.report.cost_figures import size_figure
+from ghostssm.report.figure import MOST_CHANNELS
 from ghostssm.report.measuring import observe
 from ghostssm.report.page import Report, html_page
 from ghostssm.report.record import RECORD_FILE, Observations, Record
@@ -152,7 +154,14 @@ def test_a_page_of_a_large_model_stays_small() -> None:
     assert len(data_of(page)[0]["tables"]["channels"]["layer"]) <= MOST_CHANNELS
 
 
-def test_a_picture_has_its_legend_in_columns_for_its_width() -> None:
-    legend = {"layer": [{"encoding": {"color": {"legend": legend_of(["output+refit100+repair"])}}}]}
-    assert _with_columns(legend, 820) == {"layer": [{"encoding": {"color": {"legend": {"columns": 4}}}}]}
-    assert _with_columns(legend, 100) == {"layer": [{"encoding": {"color": {"legend": {"columns": 1}}}}]}
+def test_no_row_of_a_pictures_legend_is_cut_off() -> None:
+    """What would be drawn above the picture's edge."""
+    methods = [f"{name}+refit100+repair" for name in ("output", "balanced", "ghost", "rrqr", "random", "magnitude")]
+    rows = [Row("dense", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)]
+    rows += [Row(name, 8, 8, 11.0, 1.0, 0.1, 0.01, 2048, {}, 0.0) for name in methods]
+    heights = [
+        float(found[1])
+        for width in (300, 820)
+        if (found := re.search(r'<svg[^>]* height="([0-9.]+)"', size_figure(rows).svg(width)))
+    ]
+    assert heights[0] - heights[1] > 4 * 10, "six rows of labels take more room than two"

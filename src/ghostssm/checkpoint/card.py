@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ghostssm.engines import ENGINES, advise
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_of
 from ghostssm.plan import Plan
+from ghostssm.units import text_name
 
 CARD_FILE = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
@@ -107,7 +108,7 @@ def _origin(plan: Plan) -> str:
     if isinstance(calibration, dict):
         lines.append(
             f"- calibrated on {calibration.get('windows')} windows of {calibration.get('window_length')} tokens of "
-            f"{_text_name(str(calibration.get('text')))}, seed {calibration.get('seed')}"
+            f"{text_name(str(calibration.get('text')))}, seed {calibration.get('seed')}"
         )
     lines.append(
         f"- made with ghostssm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -121,17 +122,12 @@ def _measured(measured: Measurement | None) -> str:
         return "## Measured loss\n\nNot measured when it was written; `ghostssm evaluate` does."
     return (
         f"## Measured loss\n\n{measured.windows} windows of {measured.window_length} tokens of "
-        f"{_text_name(measured.text)}, in float32; nats per token, with the standard error of the paired "
+        f"{text_name(measured.text)}, in float32; nats per token, with the standard error of the paired "
         "difference.\n\n"
         "| | loss | excess over the base model |\n|---|---:|---:|\n"
         f"| base model | {measured.dense_loss:.4f} | |\n"
         f"| this model | {measured.pruned_loss:.4f} | {measured.excess_text} |"
     )
-
-
-def _text_name(name: str) -> str:
-    """A text for people to read: of a path the last part."""
-    return PurePath(name).name or name
 
 
 def _loading(plan: Plan, dialect: Dialect) -> str:

@@ -19,12 +19,11 @@ from ghostssm.families import mixers_of
 from ghostssm.files import is_plain_name
 from ghostssm.mixer import Mixer
 from ghostssm.plan import PLAN_FILE, Selection, read_description, selections_of
+from ghostssm.report import PAGE_FILE, RECORD_FILE
 
 _CARD = "README.md"
 # What loaders read, so that a file more is not the same checkpoint.
 _LOADED_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".h5", ".msgpack"})
-_WRITTEN_LATER = frozenset({"report.json", "report.html"})
-"""What ghostssm itself adds to a checkpoint."""
 _LOADED_NAMES = frozenset(
     {
         *("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -123,7 +122,7 @@ def _check_files(folder: Path, manifest: dict[str, Any], notes: list[str]) -> st
                 faults.append(f"{name} was changed")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name == MANIFEST_FILE or name in recorded or name in _WRITTEN_LATER:
+        if path.is_dir() or name == MANIFEST_FILE or name in recorded or name in (PAGE_FILE, RECORD_FILE):
             continue
         if path.suffix in _LOADED_SUFFIXES or path.name in _LOADED_NAMES:
             faults.append(f"{name} was added, and loaders read it")

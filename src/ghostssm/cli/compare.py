@@ -57,7 +57,7 @@ def compare(
     import ghostssm
     from ghostssm.bench.roofline import measure_machine
     from ghostssm.checkpoint.output_file import OutputFile
-    from ghostssm.feasibility import check_recipe, check_state_size, methods_for
+    from ghostssm.feasibility import check_original, check_recipe, check_state_size, methods_for
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
 
@@ -67,6 +67,7 @@ def compare(
         file = OutputFile(report, overwrite)
         check_drawable()
     described = ghostssm.describe(model)
+    check_original(described.is_stock)
     names = methods or list(methods_for(described.family))
     for recipe in recipes:
         check_recipe(recipe, described.family)

@@ -33,8 +33,10 @@ def generate(
     import ghostssm
     from ghostssm.errors import InputError
 
-    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError("The prompt is not UTF-8; expected text.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("The prompt is not UTF-8; expected text.") from None
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     encoded = vocabulary(prompt, return_tensors="pt", add_special_tokens=False).to(device)

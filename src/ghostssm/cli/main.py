@@ -77,7 +77,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             if is_out_of_memory(error):
                 print_error(out_of_memory_message(error, kwargs))
             elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                print_error(f"{error}; the machine, not the input, is at fault.")
+                print_error(str(error))
             else:
                 raise
             raise typer.Exit(_EXIT_FAILED) from None

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-# By the option's name in a verb's arguments, what to do about it; what is switched on or grows with it.
-_LOWERS = {
-    "stream": "--stream",
-    "offload": "--offload FOLDER",
-    "windows": "fewer --windows (now {value})",
-    "window_length": "a shorter --window-length (now {value})",
-    "refit": "--refit 0",
-    "batch": "smaller --batch (now {value})",
-    "prompt_length": "a shorter --prompt-length (now {value})",
-}
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 
 
@@ -30,29 +20,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -> str:
     """One message; ``options`` are the verb's arguments."""
     reason = str(error).splitlines()[0] if str(error) else "allocation failed"
-    lowers = [text.format(value=_shown(options[name])) for name, text in _LOWERS.items() if _counts(name, options)]
-    advice = f"What lowers it: {', '.join(lowers)}." if lowers else "It takes a machine with more."
-    left = "what is done is kept for --resume" if _resumable(options) else "nothing half-written is left"
+    ways = ", ".join(_ways_to_lower(options))
+    advice = f"What lowers it: {ways}." if ways else "It takes a machine with more."
+    resumable = options.get("stream") and "resume" in options
+    left = "what is done is kept for --resume" if resumable else "nothing half-written is left"
     return f"Out of memory; {left}. {advice} ({reason})"
 
 
-def _resumable(options: Mapping[str, object]) -> bool:
-    return options.get("stream") is True and "resume" in options
+def _ways_to_lower(options: Mapping[str, object]) -> Iterator[str]:
+    """What the person at the terminal can change; an option that a verb does not have is not among its arguments."""
+    if options.get("stream") is False:
+        yield "--stream"
+    if options.get("stream") and options["offload"] is None:
+        yield "--offload FOLDER"
+    if "windows" in options:
+        yield f"fewer --windows (now {options['windows']})"
+    if "window_length" in options:
+        yield f"a shorter --window-length (now {options['window_length']})"
+    if options.get("refit") or _refits_by_itself(options):
+        yield "--refit 0"
+    batches = options.get("batch")
+    if isinstance(batches, list) and options.get("with_report", True):
+        yield f"smaller --batch (now {' '.join(map(str, batches))})"
+    if "prompt_length" in options:
+        yield f"a shorter --prompt-length (now {options['prompt_length']})"
 
 
-def _counts(name: str, options: Mapping[str, object]) -> bool:
-    """Whether an option can be lowered in this call."""
-    if name == "stream":
-        return options.get(name) is False
-    if name == "offload":
-        return options.get("stream") is True and options.get(name) is None
-    if name == "batch" and options.get("with_report") is False:
+def _refits_by_itself(options: Mapping[str, object]) -> bool:
+    """Whether a recipe refits that --refit did not name; no method is the default recipe, which does."""
+    if "refit" not in options or options["refit"] is not None:
         return False
-    if name == "refit" and options.get(name) is None:
-        method = options.get("method", "")  # no method is the default recipe, which refits
-        return method is None or "+refit" in str(method)
-    return name in options and options[name] != 0
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    method = options["method"]
+    return method is None or "+refit" in str(method)

@@ -186,7 +186,7 @@ def prune(
     from ghostssm.cli.pruning.outcome import print_outcome
     from ghostssm.cli.report import check_drawable
     from ghostssm.errors import InputError
-    from ghostssm.feasibility import check_recipe
+    from ghostssm.feasibility import check_original, check_recipe
 
     begun = time.perf_counter()
     check_apart(output, model)
@@ -199,6 +199,7 @@ def prune(
         folder = ghostssm.OutputFolder(output, overwrite)
     recipe = wanted_recipe(method, repair, refit, per_layer)
     described = ghostssm.describe(model)
+    check_original(described.is_stock)
     check_recipe(recipe, described.family)
     check_dialect(dialect, described.family, not recipe.stock, untie)
     if push_to_hub is not None:

@@ -9,18 +9,17 @@ import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
+from ghostssm.report import PAGE_FILE
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint.output_file import OutputFile
     from ghostssm.report.page import Report
 
-REPORT_FILE = "report.html"
-
 
 def report(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that 'ghostssm prune' wrote.")],
     output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help=f"The page; DIR/{REPORT_FILE} if not given.")
+        str | None, typer.Option("--output", metavar="FILE", help=f"The page; DIR/{PAGE_FILE} if not given.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
     as_json: arguments.AsJson = False,
@@ -39,7 +38,7 @@ def report(
     if not (where / PLAN_FILE).is_file():
         fault = f"No {PLAN_FILE} in {folder}" if where.is_dir() else f"No folder at {folder}"
         raise InputError(f"{fault}; expected a folder that 'ghostssm prune --output DIR' wrote.")
-    file = OutputFile(where / REPORT_FILE if output is None else output, overwrite)
+    file = OutputFile(where / PAGE_FILE if output is None else output, overwrite)
     check_drawable()
     found = checkpoint_report(where)
     write_page(file, found)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -21,8 +20,6 @@ MOST_CHANNELS = 32_000
 
 _INKS = [{"name": "ink", "value": "#1b1f24"}, {"name": "faint", "value": "#57606a"}]
 """Colours of text and rules that stand among the marks; a page sets them by its theme."""
-
-_COLUMNS = re.compile(r"max\(1, floor\(width / (\d+)\)\)")
 
 RULE = {"type": "rule", "strokeDash": [5, 4], "color": {"expr": "faint"}}
 """The mark of a line to compare with."""
@@ -53,6 +50,7 @@ class Figure:
             InputError: the package vl-convert-python is not installed.
         """
         spec = {**self.spec, "params": [*self.spec["params"], *_INKS], "width": "container"}
+        spec = _placed(spec, lambda columns: {"expr": f"max(1, floor(width / {columns.width}))"})
         vega = converter().vegalite_to_vega(spec, config=vega_config())
         return {"name": self.name, "spec": vega, "tables": self._rounded_tables()}
 
@@ -72,7 +70,8 @@ class Figure:
         }
         spec = {**self.spec, "params": [*self.spec["params"], *_INKS], "datasets": datasets, "width": width}
         svg: str = converter().vegalite_to_svg(
-            _with_columns(spec, width), config={**vega_config(), "background": "white"}
+            _placed(spec, lambda columns: max(1, width // columns.width)),
+            config={**vega_config(), "background": "white"},
         )
         return svg
 
@@ -144,19 +143,25 @@ def quantity(field: str, title: str, scale: Mapping[str, Any] | None = None, **a
     }
 
 
+@dataclass(frozen=True)
+class LegendColumns:
+    """As many columns of a legend as there is room for, each ``width`` wide; a number once the figure's is known."""
+
+    width: int
+
+
 def legend_of(labels: Sequence[str]) -> dict[str, Any]:
     """A legend above a figure in as many columns as there is room for."""
-    widest = 40 + 7 * max(map(len, labels))
-    return {"columns": {"expr": f"max(1, floor(width / {widest}))"}}
+    return {"columns": LegendColumns(40 + 7 * max(map(len, labels)))}
 
 
-def _with_columns(spec: Any, width: int) -> Any:
-    """A specification whose legends have columns for one width: a still picture has no room for more rows later."""
+def _placed(spec: Any, columns: Callable[[LegendColumns], Any]) -> Any:
+    """A specification as JSON values, with what stands for the columns of its legends."""
+    if isinstance(spec, LegendColumns):
+        return columns(spec)
     if isinstance(spec, Mapping):
-        if list(spec) == ["expr"] and (found := _COLUMNS.fullmatch(str(spec["expr"]))):
-            return max(1, width // int(found[1]))
-        return {key: _with_columns(value, width) for key, value in spec.items()}
-    return [_with_columns(value, width) for value in spec] if isinstance(spec, list) else spec
+        return {key: _placed(value, columns) for key, value in spec.items()}
+    return [_placed(value, columns) for value in spec] if isinstance(spec, list) else spec
 
 
 def _rounded(values: Sequence[Any]) -> list[Any]:

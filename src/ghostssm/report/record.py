@@ -20,8 +20,8 @@ from ghostssm.checkpoint.output_folder import storing
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.report import RECORD_FILE
 
-RECORD_FILE = "report.json"
 _FORMAT, _VERSION = "ghostssm-report", 1
 
 

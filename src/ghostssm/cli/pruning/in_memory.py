@@ -13,8 +13,9 @@ from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
-from ghostssm.cli.report import REPORT_FILE, write_page
+from ghostssm.cli.report import write_page
 from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
+from ghostssm.report import PAGE_FILE
 from ghostssm.report.building import checkpoint_report
 from ghostssm.report.measuring import decode_speeds, observe
 from ghostssm.report.record import Record, WindowLosses
@@ -92,6 +93,6 @@ def _recorded(
 
 
 def _page(folder: Path) -> Path:
-    page = folder / REPORT_FILE
+    page = folder / PAGE_FILE
     write_page(OutputFile(page), checkpoint_report(folder))
     return page
