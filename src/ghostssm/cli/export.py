@@ -45,7 +45,7 @@ def export(
         typer.Option(
             "--no-tokenizer", help="Write none; text is tokenized elsewhere.", rich_help_panel=arguments.OTHER_PANEL
         ),
-    ] = (False),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=arguments.OTHER_PANEL)
     ] = False,
