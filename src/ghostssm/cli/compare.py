@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable, write_page
-from ghostssm.units import plus_minus
-
-if TYPE_CHECKING:
-    from ghostssm import Row
 
 
 def compare(
@@ -57,6 +53,7 @@ def compare(
     import ghostssm
     from ghostssm.bench.roofline import measure_machine
     from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.evaluation.comparison_table import comparison_cells
     from ghostssm.feasibility import check_original, check_recipe, check_state_size, methods_for
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
@@ -117,22 +114,6 @@ def compare(
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])
         return
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
-    headers += [f"tok/s, batch {size}" for size in batch]
-    ranked = sorted(result.rows, key=lambda row: (-row.state_size, row.excess))
-    print_table(headers, [_cells(row, batch) for row in ranked])
-    if any(row.stored_state_size != row.state_size for row in ranked):
+    print_table(*comparison_cells(result.rows))
+    if any(row.stored_state_size != row.state_size for row in result.rows):
         note("(in brackets: the state size stored, padded to the widest group and layer, or whole)")
-
-
-def _cells(row: Row, batches: list[int]) -> list[str]:
-    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
-    cells = [
-        row.method,
-        f"{row.state_size}{padded}",
-        f"{row.perplexity:.3f}",
-        f"{row.bits_per_byte:.4f}",
-        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
-        bytes_text(row.state_bytes),
-    ]
-    return cells + [f"{row.tokens_per_second[size]:,.0f}" for size in batches]

@@ -15,6 +15,7 @@ from ghostssm.checkpoint.manifest import MANIFEST_FILE
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError
 from ghostssm.evaluation.compare import Comparison, Row
+from ghostssm.evaluation.comparison_table import comparison_cells
 from ghostssm.plan import Plan
 from ghostssm.report.cost_figures import decode_figure, size_figure, window_figure
 from ghostssm.report.figure import MOST_CHANNELS, Figure
@@ -109,26 +110,7 @@ def comparison_report(
 
 def comparison_table(rows: Sequence[Row]) -> Table:
     """All rows, the largest state and the smallest loss first."""
-    batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state per sequence"]
-    headers += [f"tokens/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return Table(
-        "All figures",
-        headers,
-        [
-            [
-                row.method,
-                str(row.state_size),
-                f"{row.perplexity:.3f}",
-                f"{row.bits_per_byte:.4f}",
-                "" if row.is_dense else plus_minus(row.excess, row.standard_error),
-                bytes_text(row.state_bytes),
-                *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches),
-            ]
-            for row in ranked
-        ],
-    )
+    return Table("All figures", *comparison_cells(rows))
 
 
 def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
