@@ -176,6 +176,10 @@ class TestSmallestPlan:
         with pytest.raises(ghostssm.InputError, match="allow more"):
             smallest_plan(tiny_model(), random_windows(8, 60), "random", -10.0)
 
+    def test_a_method_that_leaves_the_state_whole_is_refused(self) -> None:
+        with pytest.raises(ghostssm.InputError, match="leaves the state whole"):
+            smallest_plan(tiny_model(), random_windows(8, 60), "sparsegpt", 1.0)
+
     def test_too_few_windows_are_refused(self) -> None:
         with pytest.raises(ghostssm.InputError, match="at least 4"):
             smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)

@@ -316,6 +316,7 @@ def test_the_command_line(
         (arguments(model, text_file, tmp_path / "x", "--resume"), "--resume works with --stream only"),
         (arguments(model, text_file, tmp_path / "x", "--offload", tmp_path), "--offload works with --stream only"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--dialect", "mamba_ssm"), "transformers dialect"),
+        (arguments(model, text_file, tmp_path / "x", "--stream", "--offload", text_file / "no"), "has no room"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--method", "taylor"), "can't be streamed"),
         (["prune", model, "--output", tmp_path / "x", "--max-excess-loss", 1, "--stream"], "--max-excess-loss tries"),
         (arguments(model, text_file, tmp_path / "files", "--stream"), "pass --overwrite"),

@@ -35,7 +35,7 @@ class Recipe:
         method_named(self.method)
         if self.refit < 0:
             raise InputError(f"The number of refit steps is {self.refit}; expected 0 or more.")
-        if self.per_layer and self.how.needs == "inputs":
+        if self.per_layer and not self.how.shrinks:
             raise InputError(
                 f"{self.method} leaves the state whole, so it can't divide it over the layers; leave +per-layer out."
             )

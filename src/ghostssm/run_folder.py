@@ -36,7 +36,7 @@ from ghostssm.checkpoint.assembling import gather_shards, probe_of
 from ghostssm.checkpoint.output_folder import OutputFolder, destination, put_in_place
 from ghostssm.checkpoint.saving import write_config, write_streamed
 from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint
-from ghostssm.errors import OutputError, StorageError
+from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_of
 from ghostssm.journal import Journal
@@ -87,6 +87,7 @@ class RunFolder(Journal):
         self.output = self.folder / "output"
         self._identity = dict(identity)
         self._resume, self._overwrite = resume, overwrite
+        self._created = False
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
@@ -100,6 +101,7 @@ class RunFolder(Journal):
         try:
             if not (self.folder / "run.json").exists():
                 self._create()
+                self._created = True
             self._lock = (self.folder / "run.json").open(encoding="utf-8")
             self._check_lock(self._lock)
         except (OSError, ValueError) as error:
@@ -113,6 +115,8 @@ class RunFolder(Journal):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        if self._created and not self.done and isinstance(error, InputError):
+            self.remove()  # a mistake that showed before any work leaves nothing to go on with
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""

@@ -44,11 +44,13 @@ def smallest_plan(
         state_sizes: the sizes to try instead, ascending.
 
     Raises:
-        InputError: as `Calibration.plan`; fewer than four windows, or no size below the model's own stays within
-            the bound.
+        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no size
+            below the model's own stays within the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_recipe(recipe, model.config.model_type)
+    if not recipe.how.shrinks:
+        raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
     apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
     if len(windows) < _HELD_OUT_ONE_IN:
         raise InputError(

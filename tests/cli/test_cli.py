@@ -392,6 +392,31 @@ def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, devi
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prune m --state-size 4 --output o --text-windows 3", "--text-windows works with --evaluate only"),
+        ("prune m --state-size 4 --output o --batch 1", "--batch works with --report only"),
+        ("prune m --state-size 4 --output o --private", "--private works with --push-to-hub only"),
+        ("prune m --state-size 4 --output o --multiple 4", "--multiple works with --per-layer or --max-excess-loss"),
+        ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
+        ("evaluate m --limit 3", "--limit works with --tasks only"),
+        ("evaluate m --tasks piqa --text a.txt", "--text has no effect with --tasks"),
+        ("evaluate m --last-words a.txt --window-length 64", "--window-length has no effect with --last-words"),
+    ],
+)
+def test_options_that_nothing_would_read(run: Run, arguments: str, message: str) -> None:
+    code, _, err = run(*arguments.split())
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_values_that_are_given_twice_count_once(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 4, "--state-size", 8, "--json")
+    assert code == 0
+    assert [cut["state_size"] for cut in json.loads(out)["cuts"]] == [16, 8, 4]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("prune", "m", "--method", "gost", "--state-size", "4", "--output", "o"),

@@ -378,7 +378,6 @@ def test_the_input_and_what_is_no_checkpoint_are_not_replaced(
         (["--seed", -1], "--seed"),
         (["--device", "meta"], "The device 'meta' can't be used"),
         (["--max-excess-loss", 0.1, "--multiple", 32], "give one of --state-size"),
-        (["--text-windows", 3], "--text-windows is of the text that --evaluate names"),
     ],
 )
 def test_options_out_of_range(

@@ -1,7 +1,8 @@
-"""Arguments that several verbs share, and options that take several values after one another."""
+"""Arguments that several verbs share, options that take several values after one another, and those nothing reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ghostssm.cli import completion
+from ghostssm.errors import InputError
 
 TEXT_PANEL, HOW_PANEL, OUTPUT_PANEL, MEMORY_PANEL, OTHER_PANEL = (
     "Text",
@@ -123,13 +125,40 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 _LAST_OPTION = "ghostssm.last_option"
 
 
+def check_needed(context: typer.Context, option: str, given: bool, *dependents: str) -> None:
+    """Raise InputError for a dependent that was given without the option that it is about.
+
+    Args:
+        dependents: names of the verb's parameters.
+    """
+    if not given:
+        _refuse_given(context, dependents, f"works with {option} only; add that")
+
+
+def check_unread(context: typer.Context, option: str, given: bool, *others: str) -> None:
+    """Raise InputError for another option beside one that takes its effect away."""
+    if given:
+        _refuse_given(context, others, f"has no effect with {option}; leave out that")
+
+
+def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{parameter.opts[0]} {why}, or leave out {parameter.opts[0]}.")
+
+
 class SpacedListCommand(TyperCommand):
-    """A command whose repeatable options also take their values in one go: ``--state-size 96 64 32``."""
+    """A command whose repeatable options also take their values in one go, ``--state-size 96 64 32``, each once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {name for option in self._repeatable() for name in option.opts}
         ctx.meta[_LAST_OPTION] = next((argument for argument in reversed(args) if argument.startswith("-")), None)
-        return super().parse_args(ctx, _repeat(args, repeatable))
+        rest = super().parse_args(ctx, _repeat(args, repeatable))
+        for option in self._repeatable():
+            if values := ctx.params.get(option.name):
+                ctx.params[option.name] = list(dict.fromkeys(values))
+        return rest
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Also values that follow a first one: ``--methods ghost out`` goes on to ``output``."""

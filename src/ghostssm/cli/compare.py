@@ -13,6 +13,7 @@ from ghostssm.cli.report import check_drawable, write_page
 
 
 def compare(
+    context: typer.Context,
     model: arguments.Model,
     state_size: arguments.StateSizes,
     methods: Annotated[
@@ -59,6 +60,7 @@ def compare(
     from ghostssm.report.measuring import observe
 
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]
+    arguments.check_needed(context, "--report", report is not None, "overwrite")
     file = None
     if report is not None:
         file = OutputFile(report, overwrite)

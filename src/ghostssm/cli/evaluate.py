@@ -22,6 +22,7 @@ _HARNESS_BATCH = 8
 
 
 def evaluate(
+    context: typer.Context,
     model: arguments.Model,
     text: arguments.EvaluationText = "wikitext2",
     text_windows: arguments.EvaluationWindows = None,
@@ -74,14 +75,14 @@ def evaluate(
 
     if sum((last_words is not None, copying, bool(tasks))) > 1:
         raise InputError("Give at most one of --last-words, --copying and --tasks.")
-    if not tasks and (include_path is not None or limit is not None):
-        raise InputError("--include-path and --limit are for tasks; expected --tasks as well.")
+    arguments.check_needed(context, "--tasks", bool(tasks), "include_path", "limit")
+    arguments.check_needed(context, "--stream", stream, "offload")
+    arguments.check_unread(context, "--tasks", bool(tasks), "text", "text_windows")
+    arguments.check_unread(context, "--last-words", last_words is not None, "text", "text_windows", "window_length")
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; expected at least 1 document.")
     if stream and (last_words is not None or copying or tasks):
         raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
-    if offload is not None and not stream:
-        raise InputError("--offload works with --stream only; add that, or leave out --offload.")
     if tasks:
         names = [name for value in tasks for name in value.split(",") if name]
         _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)

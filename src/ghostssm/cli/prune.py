@@ -12,6 +12,7 @@ from ghostssm.cli.console import is_first_process
 
 
 def prune(
+    context: typer.Context,
     model: arguments.Model,
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="Folder for the checkpoint and the plan.")],
     state_size: Annotated[
@@ -185,19 +186,22 @@ def prune(
     from ghostssm.cli.pruning.job import Job, wanted_recipe
     from ghostssm.cli.pruning.outcome import print_outcome
     from ghostssm.cli.report import check_drawable
-    from ghostssm.errors import InputError
     from ghostssm.feasibility import check_original, check_recipe
 
     begun = time.perf_counter()
     check_apart(output, model)
-    if text_windows is not None and evaluate is None:
-        raise InputError("--text-windows is of the text that --evaluate names; add that, or leave out --text-windows.")
+    arguments.check_needed(context, "--evaluate", evaluate is not None, "text_windows")
+    arguments.check_needed(context, "--report", with_report, "batch")
+    arguments.check_needed(context, "--push-to-hub", push_to_hub is not None, "private")
+    arguments.check_needed(context, "--stream", stream, "offload", "resume")
     if stream:
         streamed.check_streamed_options(dialect, max_excess_loss, untie, with_report)
     else:
-        streamed.check_not_shared(offload, resume)
+        streamed.check_not_shared()
         folder = ghostssm.OutputFolder(output, overwrite)
     recipe = wanted_recipe(method, repair, refit, per_layer)
+    sizes_vary = recipe.per_layer or max_excess_loss is not None
+    arguments.check_needed(context, "--per-layer or --max-excess-loss", sizes_vary, "multiple")
     described = ghostssm.describe(model)
     check_original(described.is_stock)
     check_recipe(recipe, described.family)

@@ -54,6 +54,7 @@ class Method:
         scope: channels compete within their layer, or over the whole model.
         decide: the decision, where it is more than the highest scores: evidence, state size and how groups share it.
         stock: whether the result stays in the stock model class.
+        shrinks: whether it makes the state smaller; a reference for comparisons may not.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Method:
     scope: Literal["layer", "model"] = "layer"
     decide: Callable[[Evidence, int, Groups], Decision] | None = None
     stock: bool = True
+    shrinks: bool = True
 
 
 _METHODS: dict[str, Method] = {}

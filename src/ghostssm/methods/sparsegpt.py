@@ -73,4 +73,4 @@ for _name, _summary, _decider in (
     ("sparsegpt", "reference: zeros among the B and C weights; the state stays whole", decide_B_and_C),
     ("sparsegpt-all", "reference: zeros in all of in_proj; the state stays whole", decide_all),
 ):
-    register(Method(_name, _summary, "inputs", score, decide=_decider))
+    register(Method(_name, _summary, "inputs", score, decide=_decider, shrinks=False))

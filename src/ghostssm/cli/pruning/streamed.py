@@ -15,13 +15,10 @@ from ghostssm.processes import Processes, own_device
 from ghostssm.run_folder import check_run_folder
 
 
-def check_not_shared(offload: Path | None, resume: bool) -> None:
-    """Raise InputError for what only a streamed run can do."""
+def check_not_shared() -> None:
+    """Raise InputError if this is one of several processes, which only a streamed run knows how to use."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("Several processes share a run with --stream only; add that, or start one process.")
-    for option, given in (("--offload", offload is not None), ("--resume", resume)):
-        if given:
-            raise InputError(f"{option} works with --stream only; add that, or leave out {option}.")
 
 
 def check_streamed_options(dialect: str, max_excess_loss: float | None, untie: bool, report: bool) -> None:
