@@ -5,7 +5,8 @@
     ghostssm.restore(model)
 
 Each mixer's ``forward`` is replaced on the instance. It follows the stock one step by step, so that ``generate``, left
-padding with an attention mask, a cache that is used again and beam search work as before.
+padding with an attention mask, a cache that is used again and beam search work as before. On a GPU the RMS norms
+between the blocks run in one kernel instead of six.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
 from ghostssm.mixer import Mixer, mixer_output, split_streams
-from ghostssm.ops.decode import StepWeights, decode_step_, norm_step
+from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, norm_step
 from ghostssm.ops.packed import PackedLinear
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
@@ -49,6 +50,8 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
         raise InputError(f"The state dtype is {state_dtype}; expected torch.float32 or torch.bfloat16.")
     for mixer in mixers_of(model):
         _replace(mixer, partial(fast_forward, state_dtype=state_dtype))
+    for norm in _block_norms(model):
+        norm.__dict__["forward"] = partial(_norm_forward, norm)
     if pack_weights:
         for linear in _projections(model):
             linear.__dict__["forward"] = PackedLinear(linear)
@@ -56,7 +59,7 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
 
 def restore(model: PreTrainedModel) -> None:
     """Take back all that `accelerate` did."""
-    for module in (*(mixer.module for mixer in mixers_of(model)), *_projections(model)):
+    for module in (*(mixer.module for mixer in mixers_of(model)), *_projections(model), *_block_norms(model)):
         module.__dict__.pop("forward", None)
 
 
@@ -65,6 +68,16 @@ def _projections(model: PreTrainedModel) -> list[nn.Linear]:
     linears = [linear for mixer in mixers_of(model) for linear in (mixer.in_proj, mixer.out_proj)]
     head = model.get_output_embeddings()
     return [*linears, head] if isinstance(head, nn.Linear) else linears
+
+
+def _block_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The RMS norms of a model that have no gate; transformers has a class of them for every family."""
+    return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
+    fused = block_norm(hidden_states, norm.weight, norm.variance_epsilon)
+    return type(norm).forward(norm, hidden_states) if fused is None else fused
 
 
 @contextmanager
@@ -141,19 +154,20 @@ def fast_forward(
     s = split_streams(mixer, context, dt, z, attention_mask)
     y, final_state = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), state)
     if cache_params is not None:
-        cache_params.update_recurrent_state(final_state.to(state_dtype), layer_idx=layer)
+        # Dense, as the kernels of the decode step want it; chunks leave it transposed.
+        cache_params.update_recurrent_state(final_state.to(state_dtype).contiguous(), layer_idx=layer)
     return mixer_output(mixer, y, z)
 
 
 def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, conv_window: Tensor, state: Tensor) -> Tensor:
     """The mixer's output (b, hidden_size) for one token; both states are updated in place."""
     norm, dtype = mixer.norm, mixer.out_proj.weight.dtype
-    gate_first = norm is None or norm.gate_first
-    y = decode_step_(conv_window, state, xBC, dt, z if gate_first else None, _step_weights(mixer))
+    y = decode_step_(conv_window, state, xBC, dt, z if norm is None else None, _step_weights(mixer))
     if norm is None:
         y = y.to(dtype)
     else:
-        y = norm_step(y, None if gate_first else z, norm.weight, norm.eps, mixer.layout.n_groups, dtype)
+        groups = mixer.layout.n_groups
+        y = norm_step(y, z, norm.weight, norm.eps, groups, dtype, gate_first=norm.gate_first)
     projected: Tensor = mixer.out_proj(y)
     return projected
 

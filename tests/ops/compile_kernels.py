@@ -2,7 +2,8 @@
 
     python tests/ops/compile_kernels.py
 
-One JSON line per kernel: its name and shape, registers, bytes spilled, and the numbers of 16-byte loads and stores.
+One JSON line per kernel: its name and shape, registers, bytes spilled, and the numbers of 16-byte loads and stores; of
+the loads also how many are under way before anything waits for one, at a special function or a barrier.
 Not under TRITON_INTERPRET=1.
 """
 
@@ -25,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from ghostssm.ops import gpu
 from ghostssm.ops.decode import StepWeights
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Hopper:
@@ -41,13 +42,13 @@ class Hopper:
         return device
 
 
-def launches(run: Callable[[], object]) -> Iterator[tuple[str, str]]:
-    """Name and PTX of every kernel that a call would launch; none runs."""
+def launches(run: Callable[[], object]) -> Iterator[tuple[str, Any]]:
+    """Name and compiled form of every kernel that a call would launch; none runs."""
     found, original = [], JITFunction.run
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernel = original(self, *args, **(kwargs | {"warmup": True}))
-        found.append((self.__name__, kernel.asm["ptx"]))
+        found.append((self.__name__, kernel.asm))
         return kernel
 
     JITFunction.run = compile_only
@@ -58,25 +59,35 @@ def launches(run: Callable[[], object]) -> Iterator[tuple[str, str]]:
     yield from found
 
 
+def told(tool: str, content: bytes, *options: str) -> str:
+    """What one of CUDA's tools says of a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 def report(shape: str, run: Callable[[], object]) -> None:
-    for name, ptx in launches(run):
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            command = [str(PTXAS), "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    for name, compiled in launches(run):
+        ptx = compiled["ptx"]
+        said = told("ptxas", ptx.encode(), "-v", "-arch=sm_90a", "-o", "/dev/null")
+        before_waiting = re.split(r"\b(?:MUFU|BAR)\b", told("nvdisasm", compiled["cubin"], "-c"))[0]
         found = {
             "kernel": name,
             "shape": shape,
             "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
             "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
             "wide_loads": ptx.count("ld.global.v4"),
+            "early_wide_loads": before_waiting.count("LDG.E.128"),
             "wide_stores": ptx.count("st.global.v4"),
         }
         print(json.dumps(found), flush=True)
 
 
-def decode_step(p: int, r: int, state_dtype: torch.dtype, maps: bool = False) -> Callable[[], object]:
+def decode_step(
+    p: int, r: int, state_dtype: torch.dtype, maps: bool = False, gate: bool = False
+) -> Callable[[], object]:
     heads, n, dtype = 4, 128 if maps else r, torch.bfloat16
     inner, channels = heads * p, heads * p + 2 * n
     rows = torch.zeros(2, (inner + channels + heads + 7) // 8 * 8, dtype=dtype)
@@ -91,7 +102,7 @@ def decode_step(p: int, r: int, state_dtype: torch.dtype, maps: bool = False) ->
         rows[:, inner + channels : inner + channels + heads],
     )
     window, state = torch.zeros(2, channels, 4, dtype=dtype), torch.zeros(2, heads, p, r, dtype=state_dtype)
-    return lambda: gpu.step_kernels().decode_step_(window, state, xBC, dt, z, weights)
+    return lambda: gpu.step_kernels().decode_step_(window, state, xBC, dt, z if gate else None, weights)
 
 
 def main() -> None:
@@ -99,11 +110,12 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for r in (128, 96, 64, 32, 16):
             report(f"p 64, N' {r}, {dtype}", decode_step(64, r, dtype))
+    report("p 64, N' 96, gated", decode_step(64, 96, torch.float32, gate=True))
     report("p 80, N' 80", decode_step(80, 80, torch.float32))
     report("p 128, N' 256", decode_step(128, 256, torch.float32))
     report("projected 128 to 48", decode_step(64, 48, torch.float32, maps=True))
     y = torch.zeros(2, 5120)
-    report("5120", lambda: gpu.step_kernels().norm_step(y, None, y[0], 1e-5, 1, torch.bfloat16))
+    report("5120", lambda: gpu.step_kernels().norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
     kernels = gpu.scan_kernels()
     for n in (128, 96, 64, 16):
         x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)

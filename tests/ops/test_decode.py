@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
-from ghostssm.ops.decode import StepWeights, decode_step_, decode_step_reference, norm_step
-from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, decode_step_reference, norm_step
+from ghostssm.ops.norm import gated_rms_norm, rms_norm
 
 BFLOAT16_STEP = torch.finfo(torch.bfloat16).eps
 GUARD = 64
@@ -87,7 +87,7 @@ def check(
 def fused(triton_device: str, fresh_seed: int, _poisoned: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device; the test fails if the call is not served by the kernels."""
     monkeypatch.setattr("ghostssm.ops.decode.ssd_step_", None)
-    monkeypatch.setattr("ghostssm.ops.decode.group_rms_norm", None)
+    monkeypatch.setattr("ghostssm.ops.decode.gated_rms_norm", None)
     return triton_device
 
 
@@ -126,15 +126,23 @@ def test_convolutions_of_other_widths_without_bias_and_gate(fused: str, width: i
     check(fused, n=8, groups=2, b=2, heads=4, width=width, bias=False, gate=False)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate_first", [True, False])
 @pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
-def test_norm(fused: str, gated: bool, groups: int, dtype: torch.dtype) -> None:
+def test_norm(fused: str, gate_first: bool, groups: int, dtype: torch.dtype) -> None:
     y, z, weight = torch.randn(3, 60), torch.randn(3, 130)[:, 7:67].to(dtype), torch.randn(60).to(dtype)
-    gate = z.double() if gated else torch.full((3, 60), 1.2784645427610738, dtype=torch.float64)  # whose SiLU is 1
-    expected = gated_rms_norm(y.double(), gate, weight.double(), 1e-5, groups, gate_first=False)
-    given = [tensor.to(fused) for tensor in (y, z, weight)]
-    found = norm_step(given[0], given[1] if gated else None, given[2], 1e-5, groups, dtype)
+    expected = gated_rms_norm(y.double(), z.double(), weight.double(), 1e-5, groups, gate_first=gate_first)
+    found = norm_step(y.to(fused), z.to(fused), weight.to(fused), 1e-5, groups, dtype, gate_first=gate_first)
     assert found.dtype == dtype
+    assert (in_float64(found) - expected).norm() < (1e-6 if dtype == torch.float32 else 5e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_between_blocks(fused: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 3, 60).to(fused, dtype), torch.randn(60).to(fused, dtype)
+    found = block_norm(x, weight, 1e-5)
+    assert found is not None
+    assert found.dtype == dtype
+    expected = rms_norm(in_float64(x), in_float64(weight), 1e-5)
     assert (in_float64(found) - expected).norm() < (1e-6 if dtype == torch.float32 else 5e-3) * expected.norm()
 
 

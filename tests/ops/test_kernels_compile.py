@@ -1,5 +1,5 @@
 """The kernels compile for a Hopper GPU, here and without one: no register is spilled, and the state moves 16 bytes at
-a time. The interpreter, in which the other tests run them, takes much that the compiler does not."""
+a time, all of it under way before anything waits. The interpreter, in which the other tests run them, takes much that the compiler does not."""
 
 from __future__ import annotations
 
@@ -26,5 +26,4 @@ def test_kernels_compile() -> None:
     for line in found:
         assert line["spilled"] == 0, line
         if line["kernel"] == "step_state" and "p 64" in line["shape"]:
-            assert line["wide_loads"] > 0, line
-            assert line["wide_stores"] > 0, line
+            assert 0 < line["wide_stores"] <= line["early_wide_loads"], line

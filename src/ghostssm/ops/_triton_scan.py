@@ -80,8 +80,8 @@ def energy_scan(
     total_output = tl.zeros((LANES,), tl.float64)
     total_stored = tl.zeros((LANES,), tl.float64)
     for first in range(0, length, STRETCH):
-        out = tl.zeros((ROWS, LANES), tl.float32)
-        kept = tl.zeros((ROWS, LANES), tl.float32)
+        out = tl.zeros((LANES,), tl.float32)
+        kept = tl.zeros((LANES,), tl.float32)
         for t in range(first, tl.minimum(first + STRETCH, length)):
             ahead = tl.minimum(t + 1, length - 1).to(tl.int64)
             next_x = tl.load(x + ahead * x_token, mask=rows < P, other=0.0)
@@ -89,12 +89,12 @@ def energy_scan(
             next_C = tl.load(C + ahead * C_token, mask=columns < N, other=0.0)
             next_dt = tl.load(dt + ahead * dt_token)
             H = H * tl.exp(now_dt * rate) + (now_x * now_dt)[:, None] * now_B[None, :]
-            read = H * now_C[None, :]
-            kept += H * H
-            out += read * read
+            energy = tl.sum(H * H, axis=0)
+            kept += energy
+            out += energy * (now_C * now_C)
             now_x, now_B, now_C, now_dt = next_x, next_B, next_C, next_dt
-        total_output += tl.sum(out, axis=0).to(tl.float64)
-        total_stored += tl.sum(kept, axis=0).to(tl.float64)
+        total_output += out.to(tl.float64)
+        total_stored += kept.to(tl.float64)
     place_out = ((sequence * HEADS + head) * ROW_BLOCKS + block) * N + columns
     tl.store(output + place_out, total_output, mask=columns < N)
     tl.store(stored + place_out, total_stored, mask=columns < N)
@@ -147,9 +147,10 @@ def ssd_scan(
     skip = 0.0
     if D is not None:
         skip = tl.load(D + head)
-    cells = (sequence * HEADS + head) * P * N + rows[:, None] * N + columns[None, :]
-    inside = (rows[:, None] < P) & (columns[None, :] < N)
-    H = tl.zeros((ROWS, LANES), tl.float32)
+    # Columns first: the sum over them then stays within threads but for one exchange.
+    cells = (sequence * HEADS + head) * P * N + rows[None, :] * N + columns[:, None]
+    inside = (rows[None, :] < P) & (columns[:, None] < N)
+    H = tl.zeros((LANES, ROWS), tl.float32)
     if state is not None:
         H += tl.load(state + cells, mask=inside, other=0.0)
 
@@ -163,8 +164,8 @@ def ssd_scan(
         next_B = tl.load(B + ahead * B_token, mask=columns < N, other=0.0)
         next_C = tl.load(C + ahead * C_token, mask=columns < N, other=0.0)
         next_dt = tl.load(dt + ahead * dt_token)
-        H = H * tl.exp(now_dt * rate) + (now_x * now_dt)[:, None] * now_B[None, :]
-        out = tl.sum(H * now_C[None, :], axis=1) + skip * now_x
+        H = H * tl.exp(now_dt * rate) + (now_x * now_dt)[None, :] * now_B[:, None]
+        out = tl.sum(H * now_C[:, None], axis=0) + skip * now_x
         tl.store(y + tl.cast(t, tl.int64) * (HEADS * P), out, mask=rows < P)
         now_x, now_B, now_C, now_dt = next_x, next_B, next_C, next_dt
     tl.store(final + cells, H, mask=inside)

@@ -1,7 +1,8 @@
 """The decode step's kernels. Importing this needs triton; `ghostssm.ops.decode` is what to call.
 
-Every kernel issues all its loads before its first store, so that no load waits for a store that may alias it. Where it
-updates in place, a barrier stands between the two: a value that several threads hold is loaded by each of them.
+Every kernel issues all its loads before it works on the first, so that they are on their way together, and before its
+first store, which they might alias. Where it updates in place, a barrier stands between the two: a value that several
+threads hold is loaded by each of them.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _softplus(x):
 
 
 @triton.jit
-def _shifted_conv(x, window, weight, bias, channels, inside, WIDTH: tl.constexpr, TAPS: tl.constexpr):
-    """SiLU of the convolution at the new inputs of some channels; and their shifted window, (channels, TAPS), to store.
+def _load_conv(x, window, weight, bias, channels, inside, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """What the convolution of some channels needs: new inputs, older ones and filters (channels, TAPS), and the bias.
 
     x, window, weight and bias point to the numbers of channel 0; a window and a filter have WIDTH numbers per channel.
     """
@@ -56,12 +57,18 @@ def _shifted_conv(x, window, weight, bias, channels, inside, WIDTH: tl.constexpr
     taps = tl.arange(0, TAPS)[None, :]
     cells = channels[:, None] * WIDTH + taps
     older = tl.load(window + cells + 1, mask=inside[:, None] & (taps < WIDTH - 1), other=0.0)
-    shifted = tl.where(taps == WIDTH - 1, new[:, None], older)
-    filters = tl.load(weight + cells, mask=inside[:, None] & (taps < WIDTH), other=0.0).to(tl.float32)
-    total = tl.sum(shifted.to(tl.float32) * filters, axis=1)
+    filters = tl.load(weight + cells, mask=inside[:, None] & (taps < WIDTH), other=0.0)
+    offset = 0.0
     if bias is not None:
-        total += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
-    return _silu(total), shifted
+        offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return new, older, filters, offset
+
+
+@triton.jit
+def _conv(new, older, filters, offset, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """SiLU of the convolution at the new inputs; and the shifted window, (channels, TAPS), to store."""
+    shifted = tl.where(tl.arange(0, TAPS)[None, :] == WIDTH - 1, new[:, None], older)
+    return _silu(tl.sum(shifted.to(tl.float32) * filters.to(tl.float32), axis=1) + offset), shifted
 
 
 @triton.jit
@@ -79,8 +86,14 @@ def prepare_streams(
     bias,
     B_maps,
     C_maps,
+    dt,
+    dt_stride,
+    dt_bias,
+    A_log,
     out,
+    steps,
     INNER: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -88,23 +101,35 @@ def prepare_streams(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     LANES: tl.constexpr,
+    HEAD_LANES: tl.constexpr,
     MAP_COLUMNS: tl.constexpr,
 ):
-    """B or C of one group and one sequence: convolution, SiLU, projection. Program (2 * g, b), B of all groups first.
+    """B or C of one group and one sequence: convolution, SiLU, projection; and step and decay of some of the heads.
 
-    xBC (b, INNER + 2 g n) with a row stride, window (b, channels, WIDTH) in place, weight (channels, WIDTH), bias
-    (channels,) or None, maps (GROUPS * MAPS, N, R) or None, out (b, 2, GROUPS * MAPS, R) float32.
+    Program (2 * g, b), B of all groups first. xBC (b, INNER + 2 g n) and dt (b, HEADS) with row strides, window (b,
+    channels, WIDTH) in place, weight (channels, WIDTH), bias (channels,) or None, maps (GROUPS * MAPS, N, R) or None,
+    dt_bias and A_log (HEADS,), out (b, 2, GROUPS * MAPS, R) and steps (b, 2, HEADS) float32.
     """
+    SHARE: tl.constexpr = (HEADS + 2 * GROUPS - 1) // (2 * GROUPS)
     part = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     group = part % GROUPS
     lanes = tl.arange(0, LANES)
     channels = INNER + part * N + lanes
     own_window = window + sequence * (INNER + 2 * GROUPS * N) * WIDTH
-    stream, shifted = _shifted_conv(
+    new, older, filters, offset = _load_conv(
         xBC + sequence * row_stride, own_window, weight, bias, channels, lanes < N, WIDTH, TAPS
     )
+    heads = part * SHARE + tl.arange(0, HEAD_LANES)
+    own = (tl.arange(0, HEAD_LANES) < SHARE) & (heads < HEADS)
+    step = tl.load(dt + sequence * dt_stride + heads, mask=own, other=0.0).to(tl.float32)
+    step += tl.load(dt_bias + heads, mask=own, other=0.0).to(tl.float32)
+    log_rate = tl.load(A_log + heads, mask=own, other=0.0).to(tl.float32)
+    stream, shifted = _conv(new, older, filters, offset, WIDTH, TAPS)
+    step = _softplus(step)
     tl.debug_barrier()
+    tl.store(steps + sequence * 2 * HEADS + heads, step, mask=own)
+    tl.store(steps + sequence * 2 * HEADS + HEADS + heads, tl.exp(-step * tl.exp(log_rate)), mask=own)
     _store_window(own_window, shifted, channels, lanes < N, WIDTH, TAPS)
     stream = tl.where(lanes < N, stream, 0.0)
     if B_maps is None:
@@ -128,14 +153,14 @@ def prepare_streams(
 
 @triton.jit
 def _load_columns(state, rows, FIRST: tl.constexpr, LANES: tl.constexpr, P, R: tl.constexpr, EXACT: tl.constexpr):
-    """The columns from FIRST on of some rows of a head's state, (rows, LANES), float32."""
+    """The columns from FIRST on of some rows of a head's state, (rows, LANES), as they are stored."""
     columns = FIRST + tl.arange(0, LANES)
     cells = state + rows[:, None] * R + columns[None, :]
     if EXACT:
         tile = tl.load(cells)
     else:
         tile = tl.load(cells, mask=(rows[:, None] < P) & (columns[None, :] < R), other=0.0)
-    return tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -160,17 +185,14 @@ def _store_columns(
 def step_state(
     xBC,
     row_stride,
-    dt,
-    dt_stride,
     z,
     z_stride,
     window,
     weight,
     bias,
-    dt_bias,
-    A_log,
     D,
     BC,
+    steps,
     state,
     out,
     CHANNELS: tl.constexpr,
@@ -185,9 +207,9 @@ def step_state(
 ):
     """ROWS rows of one head's state, for one sequence. Program (h * blocks, b), the blocks of a head beside each other.
 
-    xBC (b, CHANNELS), dt (b, h) and z (b, h * p) or None with row strides; window (b, CHANNELS, WIDTH) in place;
-    dt_bias, A_log and D (h,); BC (b, 2, PARTS, R) float32; state (b, h, p, R) in place; out (b, h * p) float32.
-    SPANS cuts the state's columns: pairs of a first column and a power of two.
+    xBC (b, CHANNELS) and z (b, h * p) or None with row strides; window (b, CHANNELS, WIDTH) in place; D (h,); BC
+    (b, 2, PARTS, R) and steps (b, 2, h), of which the second is the decay, from `prepare_streams`; state (b, h, p, R)
+    in place; out (b, h * p) float32. SPANS cuts the state's columns: pairs of a first column and a power of two.
     """
     BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
     EXACT_ROWS: tl.constexpr = P % ROWS == 0
@@ -197,57 +219,87 @@ def step_state(
     inside = rows < P
     channels = head * P + rows
 
+    # The convolution's loads come first: behind the state's, triton gives it a layout that takes shared memory.
     own_window = window + sequence * CHANNELS * WIDTH
-    x, shifted = _shifted_conv(xBC + sequence * row_stride, own_window, weight, bias, channels, inside, WIDTH, TAPS)
-    step = _softplus(tl.load(dt + sequence * dt_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
-    decay = tl.exp(-step * tl.exp(tl.load(A_log + head).to(tl.float32)))
-    y = x * tl.load(D + head).to(tl.float32)
-    u = (x * step)[:, None]
-    gate = y
-    if z is not None:
-        gate = _silu(tl.load(z + sequence * z_stride + channels, mask=inside, other=0.0).to(tl.float32))
-
+    new, older, filters, offset = _load_conv(
+        xBC + sequence * row_stride, own_window, weight, bias, channels, inside, WIDTH, TAPS
+    )
     part = head // (HEADS // PARTS)
     B = BC + (sequence * 2 * PARTS + part) * R
     C = B + PARTS * R
     own = state + (sequence * HEADS + head) * P * R
-    tiles = ()
+    before = ()
     for k in tl.static_range(len(SPANS)):
-        tile = _load_columns(own, rows, SPANS[k][0], SPANS[k][1], P, R, EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R)
-        tile = tile * decay + u * _load_stream(B, SPANS[k][0], SPANS[k][1], R)
-        y += tl.sum(tile * _load_stream(C, SPANS[k][0], SPANS[k][1], R), axis=1)
-        tiles = tiles + (tile,)  # type: ignore[assignment]
+        exact = EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R
+        before = before + (_load_columns(own, rows, SPANS[k][0], SPANS[k][1], P, R, exact),)
+    step = tl.load(steps + sequence * 2 * HEADS + head)
+    decay = tl.load(steps + sequence * 2 * HEADS + HEADS + head)
+    skip = tl.load(D + head).to(tl.float32)
+    gate = skip
     if z is not None:
-        y *= gate
+        gate = tl.load(z + sequence * z_stride + channels, mask=inside, other=0.0).to(tl.float32)
+    written = ()
+    read = ()
+    for k in tl.static_range(len(SPANS)):
+        written = written + (_load_stream(B, SPANS[k][0], SPANS[k][1], R),)
+        read = read + (_load_stream(C, SPANS[k][0], SPANS[k][1], R),)
+
+    x, shifted = _conv(new, older, filters, offset, WIDTH, TAPS)
+    u = (x * step)[:, None]
+    y = x * skip
+    after = ()
+    for k in tl.static_range(len(SPANS)):
+        tile = before[k].to(tl.float32) * decay + u * written[k]
+        y += tl.sum(tile * read[k], axis=1)
+        after = after + (tile,)
+    if z is not None:
+        y *= _silu(gate)
 
     tl.debug_barrier()
     for k in tl.static_range(len(SPANS)):
         _store_columns(
-            own, tiles[k], rows, SPANS[k][0], SPANS[k][1], P, R, EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R
+            own, after[k], rows, SPANS[k][0], SPANS[k][1], P, R, EXACT_ROWS and SPANS[k][0] + SPANS[k][1] <= R
         )
     _store_window(own_window, shifted, channels, inside, WIDTH, TAPS)
     tl.store(out + sequence * HEADS * P + channels, y, mask=inside)
 
 
 @triton.jit
-def group_norm(y, z, z_stride, weight, out, eps, GROUPS: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
-    """RMS norm of one group and one sequence; where z is given, its gate SiLU(z) acts afterwards. Program (g, b).
+def group_norm(
+    y,
+    z,
+    z_stride,
+    weight,
+    out,
+    eps,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """RMS norm of one group and one sequence, and the gate SiLU(z) before or after it. Program (g, b).
 
-    y (b, GROUPS * SIZE) float32, z (b, GROUPS * SIZE) with a row stride or None, weight (GROUPS * SIZE,).
+    y (b, GROUPS * SIZE), z (b, GROUPS * SIZE) with a row stride or None for no gate, weight (GROUPS * SIZE,).
     """
     sequence = tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, LANES)
     inside = lanes < SIZE
     cells = tl.program_id(0) * SIZE + lanes
-    value = tl.load(y + sequence * GROUPS * SIZE + cells, mask=inside, other=0.0)
-    normed = value * tl.rsqrt(tl.sum(value * value) / SIZE + eps)
-    normed *= tl.load(weight + cells, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(y + sequence * GROUPS * SIZE + cells, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + cells, mask=inside, other=0.0).to(tl.float32)
     if z is not None:
-        normed *= _silu(tl.load(z + sequence * z_stride + cells, mask=inside, other=0.0).to(tl.float32))
+        gate = _silu(tl.load(z + sequence * z_stride + cells, mask=inside, other=0.0).to(tl.float32))
+        if GATE_FIRST:
+            value *= gate
+        else:
+            scale *= gate
+    normed = value * tl.rsqrt(tl.sum(value * value) / SIZE + eps) * scale
     tl.store(out + sequence * GROUPS * SIZE + cells, normed.to(out.dtype.element_ty), mask=inside)
 
 
-def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
+def norm_step(
+    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype, gate_first: bool
+) -> Tensor:
     """`ghostssm.ops.decode.norm_step`."""
     batch, width = y.shape
     out = torch.empty(batch, width, dtype=dtype, device=y.device)
@@ -256,7 +308,17 @@ def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: i
     z, warps = None if z is None else _rows(z), min(16, max(1, lanes // 512))
     with gpu.on_device_of(y):
         group_norm[(groups, batch)](
-            y.contiguous(), z, _stride(z), weight, out, eps, groups, size, lanes, num_warps=warps
+            y.contiguous(),
+            z,
+            _stride(z),
+            weight,
+            out,
+            eps,
+            GROUPS=groups,
+            SIZE=size,
+            GATE_FIRST=gate_first,
+            LANES=lanes,
+            num_warps=warps,
         )
     return out
 
@@ -267,12 +329,13 @@ def decode_step_(
     """`ghostssm.ops.decode.decode_step_`; window and state are contiguous."""
     heads, p, r = state.shape[1:]
     batch, channels, width = window.shape
-    xBC, dt, taps = (_rows(tensor) for tensor in (xBC, dt, weights.taps))
+    xBC, dt, taps = _rows(xBC), _rows(dt), weights.taps.contiguous()
     z = None if z is None else _rows(z)
     n = (channels - heads * p) // (2 * weights.groups)
     maps = (weights.B_maps, weights.C_maps)
     parts = weights.groups if maps[0] is None else len(maps[0])
     streams = torch.empty(batch, 2, parts, r, dtype=torch.float32, device=state.device)
+    steps = torch.empty(batch, 2, heads, dtype=torch.float32, device=state.device)
     out = torch.empty(batch, heads * p, dtype=torch.float32, device=state.device)
     shape = StepShape.of(p, r, TILE)
     with gpu.on_device_of(state):
@@ -283,8 +346,14 @@ def decode_step_(
             taps,
             weights.bias,
             *(None if part is None else part.contiguous() for part in maps),
+            dt,
+            _stride(dt),
+            weights.dt_bias,
+            weights.A_log,
             streams,
+            steps,
             INNER=heads * p,
+            HEADS=heads,
             GROUPS=weights.groups,
             N=n,
             R=r,
@@ -292,23 +361,21 @@ def decode_step_(
             WIDTH=width,
             TAPS=triton.next_power_of_2(width),
             LANES=triton.next_power_of_2(n),
+            HEAD_LANES=triton.next_power_of_2(-(-heads // (2 * weights.groups))),
             MAP_COLUMNS=_MAP_COLUMNS,
             num_warps=WARPS,
         )
         step_state[(heads * -(-p // shape.rows), batch)](
             xBC,
             _stride(xBC),
-            dt,
-            _stride(dt),
             z,
             _stride(z),
             window,
             taps,
             weights.bias,
-            weights.dt_bias,
-            weights.A_log,
             weights.D,
             streams,
+            steps,
             state,
             out,
             CHANNELS=channels,

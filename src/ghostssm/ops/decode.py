@@ -1,8 +1,8 @@
 """One token of a mixer between its two projections, in place: convolution, recurrence, skip, gate and norm.
 
 On a GPU with triton these are three kernels: one for B and C, which all heads of a group share, one for everything else
-up to the gate, which reads the state once, writes it once and keeps all between in registers, and the norm. Elsewhere
-`ghostssm.ops.step` does it step by step.
+up to y, which reads the state once, writes it once and keeps all between in registers, and one for norm and gate.
+Elsewhere `ghostssm.ops.step` does it step by step.
 
 Shape letters as in `ghostssm.ops.ssd`; c is the number of the convolution's channels, j is g or h, the number of
 projections, and r the size of the state: n without a projection.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import gpu
-from ghostssm.ops.norm import group_rms_norm
+from ghostssm.ops.norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd_step
 from ghostssm.ops.step import at_least_float32, conv_step_, project_streams, ssd_step_
 
@@ -99,14 +99,24 @@ def decode_step_(
     return y if z is None else y * F.silu(at_least_float32(z))
 
 
-def norm_step(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
-    """RMS norm of each of ``groups`` equal parts of y; where z is given, the gate SiLU(z) acts afterwards.
+def block_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """RMS norm over the last axis in one kernel, in x's dtype; None where there is no kernel for it."""
+    rows = x.flatten(0, -2)
+    if not gpu.usable(rows, weight):
+        return None
+    fused: Tensor = gpu.step_kernels().norm_step(rows, None, weight, eps, 1, x.dtype, gate_first=False)
+    return fused.view_as(x)
+
+
+def norm_step(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, dtype: torch.dtype, *, gate_first: bool
+) -> Tensor:
+    """RMS norm of each of ``groups`` equal parts of y, and the gate SiLU(z) before or after it.
 
     Args:
         y, z: (b, h * p). weight: (h * p,). dtype: of the result.
     """
-    if gpu.usable(y, z, weight) and y.dtype == torch.float32:
-        fused: Tensor = gpu.step_kernels().norm_step(y, z, weight, eps, groups, dtype)
+    if gpu.usable(y, z, weight):
+        fused: Tensor = gpu.step_kernels().norm_step(y, z, weight, eps, groups, dtype, gate_first)
         return fused
-    normed = group_rms_norm(y, weight, eps, groups)
-    return (normed if z is None else normed * F.silu(at_least_float32(z))).to(dtype)
+    return gated_rms_norm(y, at_least_float32(z), weight, eps, groups, gate_first=gate_first).to(dtype)
