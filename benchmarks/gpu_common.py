@@ -12,9 +12,12 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ class Shape:
             num_heads=self.heads,
             head_dim=self.head_dim,
             n_groups=1,
+            chunk_size=16,  # prompts are of two tokens, which transformers pads to a chunk
             state_size=state_size or self.state,
             tie_word_embeddings=True,
             bos_token_id=0,
@@ -71,6 +75,10 @@ SHAPES = {
     "2.7b": Shape(64, 2560, 80),
 }
 """Of the published mamba2 models."""
+_WARM_UP = 0.5
+"""Seconds of work before anything is timed."""
+_SLEEP = 200_000
+"""Cycles of the GPU, about a tenth of a millisecond."""
 TINY = Shape(2, 16, 2, head_dim=16, state=16, vocabulary=64)
 
 
@@ -121,6 +129,22 @@ def report(args: argparse.Namespace, device: str, rows: list[Any], table: Callab
     table()
 
 
+def say(line: str) -> None:
+    """Tell at once what is done, on standard error: a run that is ended has shown it then."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def mamba_ssm_kernel(folder: Path) -> Callable[..., torch.Tensor]:
+    """``selective_state_update`` from mamba_ssm's sources, without the package's compiled parts."""
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        package = ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+    kernel: Callable[..., torch.Tensor] = module.selective_state_update
+    return kernel
+
+
 def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
     """A replay of the CUDA graph of a call, which leaves no gaps between its kernels; on a CPU the call itself."""
     if device != "cuda":
@@ -141,6 +165,11 @@ def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
 def seconds_by_side(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Times of every side, by CUDA events on a GPU; the sides take turns, so that a drift falls on all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    until = time.perf_counter() + (_WARM_UP if device == "cuda" else 0)
+    while time.perf_counter() < until:  # the GPU's clocks rise with work
+        for run in sides.values():
+            run()
+        torch.cuda.synchronize()
     for turn in range(rounds + 1):  # the first is dropped
         for name, run in sides.items():
             taken = _seconds(run, device)
@@ -156,6 +185,7 @@ def _seconds(run: Callable[[], object], device: str) -> float:
         return time.perf_counter() - begun
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(_SLEEP)  # what is timed is launched meanwhile
     begin.record()
     run()
     end.record()
@@ -167,9 +197,15 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def copy_bandwidth(device: str, bytes_copied: int) -> float:
-    """Bytes read and bytes written per second, by a large copy."""
-    source = torch.randn(bytes_copied // 4, device=device)
-    target = torch.empty_like(source)
-    times = seconds_by_side({"copy": lambda: target.copy_(source)}, 20 if device == "cuda" else 1, device)
-    return 2 * source.nbytes / statistics.median(times["copy"])
+class Copy:
+    """A large copy, whose bandwidth, bytes read and written per second, is the most that the GPU's memory gives."""
+
+    def __init__(self, size: int, device: str):
+        self._source = torch.randn(size // 4, device=device)
+        self._target = torch.empty_like(self._source)
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+    def bandwidth(self, seconds: float) -> float:
+        return 2 * self._source.nbytes / seconds

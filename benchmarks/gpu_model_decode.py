@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_model_decode.py
     python benchmarks/gpu_model_decode.py --models 1.3b --batch 1 128
+    python benchmarks/gpu_model_decode.py --mamba-ssm FOLDER  # FOLDER has mamba_ssm/ops/triton
     TRITON_INTERPRET=1 python benchmarks/gpu_model_decode.py --dry-run
 
 Models of published sizes with random weights in bfloat16. A step is one token for every sequence of the batch, greedy,
-as one CUDA graph: transformers' own forward pass, ours on the same weights, and ours with states of N' channels. The
-largest batch in 80 GB follows from the bytes of weights, states and a step's working memory; a step at that batch then
-runs under a limit of 80 GB.
+as one CUDA graph: transformers' own forward pass in PyTorch, the same with mamba_ssm's kernel where its sources are
+given, ours on the same weights, and ours with states of N' channels. The largest batch in 80 GB follows from the bytes
+of weights, states and a step's working memory; a step at that batch then runs under a limit of 80 GB.
 """
 
 from __future__ import annotations
@@ -16,11 +17,25 @@ import copy
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import SHAPES, TINY, Shape, captured, device_of, medians, parser, report, seconds_by_side
+from gpu_common import (
+    SHAPES,
+    TINY,
+    Shape,
+    captured,
+    device_of,
+    mamba_ssm_kernel,
+    medians,
+    parser,
+    report,
+    say,
+    seconds_by_side,
+)
 from transformers import PreTrainedModel
+from transformers.models.mamba2 import modeling_mamba2
 
 import ghostssm
 from ghostssm.bench.decode import first_channels
@@ -62,12 +77,18 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Side:
-    """A model, and whether its mixers run ours."""
+    """A model, and what runs it.
+
+    Attributes:
+        own: its mixers run ours, otherwise transformers'.
+        kernel: mamba_ssm's, in place of the PyTorch code that transformers has for a step of the recurrence.
+    """
 
     name: str
     model: PreTrainedModel
     own: bool
     state_size: int
+    kernel: Callable[..., torch.Tensor] | None = None
 
     def begun(self, batch: int, state_dtype: torch.dtype) -> Callable[[], object]:
         """A decode step on a cache of its own, which a prompt of two tokens has filled."""
@@ -84,18 +105,21 @@ class Side:
             logits = self.model(input_ids=token, cache_params=cache, use_cache=True).logits
             token.copy_(logits.argmax(-1))
 
-        return captured(step, device.type)
+        before = modeling_mamba2.mamba2_selective_state_update
+        if self.kernel is not None:
+            modeling_mamba2.mamba2_selective_state_update = self.kernel
+        try:
+            return captured(step, device.type)
+        finally:
+            modeling_mamba2.mamba2_selective_state_update = before
 
     def bytes_per_sequence(self, state_dtype: torch.dtype) -> int:
-        """Of the recurrent states and the convolutions' windows of all layers."""
+        """Of the recurrent states and the convolutions' windows of all layers; transformers' states are float32."""
         numbers = [mixer.layout for mixer in mixers_of(self.model)]
         state, window = (
             sum(getattr(part, name) for part in numbers) for name in ("state_numbers", "conv_state_numbers")
         )
-        return (
-            state * (state_dtype.itemsize if self.own else self.model.dtype.itemsize)
-            + window * self.model.dtype.itemsize
-        )
+        return state * (state_dtype if self.own else torch.float32).itemsize + window * self.model.dtype.itemsize
 
 
 def main() -> None:
@@ -105,6 +129,7 @@ def main() -> None:
     options.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
     options.add_argument("--state-dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--mamba-ssm", type=Path, help="a folder with mamba_ssm's sources")
     args = options.parse_args()
     device = device_of(args)
     shapes: dict[str, Shape] = {"tiny": TINY} if args.dry_run else {name: SHAPES[name] for name in args.models}
@@ -112,10 +137,11 @@ def main() -> None:
         args.batch, args.state_size, args.rounds = [1, 2], [8], 1
     dtype = getattr(torch, args.state_dtype)
 
+    kernel = mamba_ssm_kernel(args.mamba_ssm) if args.mamba_ssm else None
     rows: list[Row] = []
     capacities: list[Capacity] = []
     for name, shape in shapes.items():
-        sides = sides_of(shape, args.state_size, device)
+        sides = sides_of(shape, args.state_size, kernel, device)
         for batch in args.batch:
             seconds = step_seconds(sides, batch, dtype, args.rounds, device)
             dense = seconds.get("ours, dense")
@@ -126,15 +152,23 @@ def main() -> None:
                 rows.append(
                     Row(name, side.name, side.state_size, batch, taken, speed, times, side.bytes_per_sequence(dtype))
                 )
-        capacities += [capacity(name, side, dtype, device) for side in sides if side.own]
+                say(line(rows[-1]))
+        for side in sides:
+            if side.own:
+                capacities.append(capacity(name, side, dtype, device))
+                say(capacity_line(capacities[-1]))
         del sides
         _free(device)
     report(args, device, rows, lambda: table(rows, capacities), capacities=[vars(part) for part in capacities])
 
 
-def sides_of(shape: Shape, state_sizes: list[int], device: str) -> list[Side]:
+def sides_of(
+    shape: Shape, state_sizes: list[int], kernel: Callable[..., torch.Tensor] | None, device: str
+) -> list[Side]:
     dense = shape.model(device, torch.bfloat16)
     sides = [Side("transformers", dense, False, shape.state), Side("ours, dense", dense, True, shape.state)]
+    if kernel is not None:
+        sides.insert(1, Side("with mamba_ssm's", dense, False, shape.state, kernel))
     for size in state_sizes:
         smaller = ghostssm.apply_plan(copy.deepcopy(dense), first_channels(dense, size))
         sides.append(Side(f"ours, N' = {size}", smaller, True, size))
@@ -142,16 +176,19 @@ def sides_of(shape: Shape, state_sizes: list[int], device: str) -> list[Side]:
 
 
 def step_seconds(sides: list[Side], batch: int, dtype: torch.dtype, rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of a step, by side; without the sides that do not fit in memory."""
+    """Median seconds of a step, by side; without the sides that do not fit in memory even alone."""
     wanted = sum(batch * side.bytes_per_sequence(torch.float32) for side in sides)
     together = device != "cuda" or wanted < _SHARE_OF_FREE * torch.cuda.mem_get_info()[0]
+    left = [sides] if together else [[side] for side in sides]
     seconds: dict[str, float] = {}
-    for group in [sides] if together else [[side] for side in sides]:
+    while left:
+        group = left.pop(0)
         try:
             steps = {side.name: side.begun(batch, dtype) for side in group}
             seconds |= medians(seconds_by_side(steps, rounds, device))
         except torch.cuda.OutOfMemoryError:
-            pass
+            if len(group) > 1:
+                left = [[side] for side in group]
         steps = {}
         _free(device)
     return seconds
@@ -205,11 +242,7 @@ def _free(device: str) -> None:
 def table(rows: list[Row], capacities: list[Capacity]) -> None:
     print("model  batch  side                  ms per step     tokens/s  times dense  state MB per sequence")
     for row in rows:
-        numbers = "  does not fit"
-        if row.seconds is not None and row.tokens_per_second is not None:
-            times = "" if row.times_dense is None else f"{row.times_dense:.2f}"
-            numbers = f"{row.seconds * 1e3:13.3f}{row.tokens_per_second:13,.0f}{times:>13}"
-        print(f"{row.model:6}{row.batch:6}  {row.side:20}{numbers}{row.state_bytes_per_sequence / 1e6:23.2f}")
+        print(line(row))
     print(f"\nsmallest batch at which a state of N' gives {_PAYS:.2f} times the tokens of the dense one")
     for model, size in dict.fromkeys((row.model, row.state_size) for row in rows if row.side.startswith("ours, N'")):
         paying = [
@@ -220,9 +253,21 @@ def table(rows: list[Row], capacities: list[Capacity]) -> None:
         print(f"{model:6} N' = {size:<4} {min(paying) if paying else 'none of these'}")
     print("\nmodel     N  largest batch in 80 GB  a step at this batch")
     for part in capacities:
-        tried = {None: "not tried", True: "fits", False: "DOES NOT FIT"}[part.fitted]
-        peak = "" if part.peak_bytes is None else f", peak {part.peak_bytes / 1e9:.1f} GB"
-        print(f"{part.model:6}{part.state_size:5}{part.batch:24}  {tried}{peak}")
+        print(capacity_line(part))
+
+
+def line(row: Row) -> str:
+    numbers = "  does not fit"
+    if row.seconds is not None and row.tokens_per_second is not None:
+        times = "" if row.times_dense is None else f"{row.times_dense:.2f}"
+        numbers = f"{row.seconds * 1e3:13.3f}{row.tokens_per_second:13,.0f}{times:>13}"
+    return f"{row.model:6}{row.batch:6}  {row.side:20}{numbers}{row.state_bytes_per_sequence / 1e6:23.2f}"
+
+
+def capacity_line(part: Capacity) -> str:
+    tried = {None: "not tried", True: "fits", False: "DOES NOT FIT"}[part.fitted]
+    peak = "" if part.peak_bytes is None else f", peak {part.peak_bytes / 1e9:.1f} GB"
+    return f"{part.model:6}{part.state_size:5}{part.batch:24}  {tried}{peak}"
 
 
 if __name__ == "__main__":

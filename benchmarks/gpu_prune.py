@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from gpu_common import SHAPES, TINY, Shape, device_of, parser, report
+from gpu_common import SHAPES, TINY, Shape, device_of, parser, report, say
 
 import ghostssm
 from ghostssm.bench.memory import peak_bytes, reset_peak
@@ -61,6 +61,7 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             sizes = (args.windows, args.window_length, model.get_memory_footprint())
             rows.append(Row(name, *sizes, run + 1, seconds, peak_bytes(model.device)))
+            say(line(rows[-1]))
         del model
     report(args, device, rows, lambda: table(rows), recipe=args.recipe)
 
@@ -68,10 +69,14 @@ def main() -> None:
 def table(rows: list[Row]) -> None:
     print("model  windows x tokens    run   seconds   peak memory   of it the model")
     for row in rows:
-        print(
-            f"{row.model:7}{row.windows:7} x {row.window_length:<6}{row.run:6}{row.seconds:10.1f}"
-            f"{row.peak_bytes / 1e9:11.2f} GB{row.model_bytes / 1e9:15.2f} GB"
-        )
+        print(line(row))
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row.model:7}{row.windows:7} x {row.window_length:<6}{row.run:6}{row.seconds:10.1f}"
+        f"{row.peak_bytes / 1e9:11.2f} GB{row.model_bytes / 1e9:15.2f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The kernels compile for a Hopper GPU, here and without one: no register is spilled, and the state moves 16 bytes at
-a time, all of it under way before anything waits. The interpreter, in which the other tests run them, takes much that the compiler does not."""
+"""The kernels compile for a Hopper GPU, here and without one: no register is spilled, and the state moves 16 bytes at a
+time, all of it under way before anything waits. The interpreter, in which the other tests run them, takes much that the
+compiler does not."""
 
 from __future__ import annotations
 
