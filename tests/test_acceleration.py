@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ghostssm import accelerate, restore
+from ghostssm import accelerate, load, restore
 from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
@@ -174,3 +175,9 @@ def test_packed_weights_follow_the_weights() -> None:
 def test_an_impossible_state_dtype() -> None:
     with pytest.raises(InputError, match="float16"):
         accelerate(tiny_model(), state_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("call", [accelerate, lambda given: Calibration(given, random_windows(1, 8))])
+def test_a_checkpoint_in_place_of_its_model_is_named(call: Any, small: Path) -> None:
+    with pytest.raises(InputError, match=r"Found a Checkpoint in place of a model; .* the \.model"):
+        call(load(str(small)))

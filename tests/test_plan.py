@@ -40,6 +40,12 @@ def test_round_trip(tmp_path: Path) -> None:
         assert all(torch.equal(read.scores[name], PLAN.scores[name]) for name in PLAN.scores)
 
 
+def test_places_may_be_strings_and_folders_are_made(tmp_path: Path) -> None:
+    place = str(tmp_path / "plans" / "first")
+    PLAN.save(place)
+    assert Plan.read(place).selections == Plan.read(place + "/plan.json").selections == PLAN.selections
+
+
 def test_sizes() -> None:
     assert PLAN.kept_state_size == 3
     assert PLAN.kept_channels == 8

@@ -14,6 +14,12 @@ assert AutoModelForCausalLM._model_mapping[type(config)].__name__ == "GhostMamba
 """
 
 
+def test_public_names_are_there_for_completion_before_their_first_use() -> None:
+    code = "import ghostssm, sys; assert 'load' in dir(ghostssm); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "order",
     [

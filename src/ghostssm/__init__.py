@@ -90,4 +90,9 @@ def __getattr__(name: str) -> Any:
     return getattr(_api, name)
 
 
+def __dir__() -> list[str]:
+    """The public names, also before their first use: for completion."""
+    return __all__
+
+
 register_with_transformers()

@@ -156,12 +156,14 @@ class Plan:
                 "The plan does not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
             )
 
-    def save(self, folder: Path, *, changes: bool = True) -> None:
-        """Write ``plan.json`` and ``plan.tensors`` into a folder.
+    def save(self, folder: Path | str, *, changes: bool = True) -> None:
+        """Write ``plan.json`` and ``plan.tensors`` into a folder, which is made if it is not there.
 
         Without ``changes`` the repaired parameters and projections are only named: enough beside a checkpoint, which
         holds them, but such a plan can't be applied.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -188,7 +190,7 @@ class Plan:
             safetensors.torch.save_file(whole, folder / TENSORS_FILE)
 
     @classmethod
-    def read(cls, path: Path, *, changes: bool = True) -> Plan:
+    def read(cls, path: Path | str, *, changes: bool = True) -> Plan:
         """Read a plan from its folder or from its ``plan.json``.
 
         Without ``changes`` repaired parameters are left out, and projections have shapes but no values (they are on
@@ -197,7 +199,7 @@ class Plan:
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.
         """
-        file = path / PLAN_FILE if path.is_dir() else path.resolve()
+        file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path).resolve()
         document = read_description(file)
         tensors = _read_tensors(file.with_name(TENSORS_FILE), document)
         return cls(
@@ -231,7 +233,7 @@ def _named(tensors: Mapping[str, Tensor], key: str, file: Path) -> Tensor:
     if key not in tensors:
         raise PlanError(
             f"{file} names {key!r}, which {TENSORS_FILE} beside it does not hold; a plan that was written with a "
-            "checkpoint only describes it. Prune again to get a plan to apply."
+            "checkpoint only describes it. Prune again, and keep the plan with Plan.save, to apply it elsewhere."
         )
     return tensors[key]
 

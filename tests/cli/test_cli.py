@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from ghostssm.cli.arguments import _repeat
@@ -54,6 +55,16 @@ def test_prune_writes_a_checkpoint_a_plan_and_a_manifest(
     assert json.loads(out)["state_size"] == {"before": 16, "after": 4}
     assert (output / "pytorch_model.bin").exists()
     assert not (output / "model.safetensors").exists()
+
+
+def test_a_gpu_that_is_left_idle_is_named(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    assert code == 0
+    assert "computing on the CPU; --device cuda would take the Some GPU" in err
 
 
 def test_prune_by_share_and_per_layer(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ghostssm.families import family_of
+from ghostssm.families import check_model, family_of
 
 
 class Blocks(Protocol):
@@ -64,5 +64,10 @@ class LoadedBlocks:
 
 
 def blocks_of(model: PreTrainedModel | Blocks) -> Blocks:
-    """The blocks of a model, or what stands for them already."""
+    """The blocks of a model, or what stands for them already.
+
+    Raises:
+        InputError: neither.
+    """
+    check_model(model.model if hasattr(model, "opened") else model)
     return LoadedBlocks(model) if isinstance(model, PreTrainedModel) else model

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note, note_idle_gpu, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable, write_page
 
 
@@ -73,6 +73,7 @@ def compare(
     limit = described.layout.state_size
     for size in state_size:
         check_state_size(size, limit)
+    note_idle_gpu(device)
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     calibration_windows = ghostssm.cut_windows(

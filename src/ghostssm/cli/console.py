@@ -24,6 +24,7 @@ __all__ = [
     "bytes_text",
     "is_first_process",
     "note",
+    "note_idle_gpu",
     "print_error",
     "print_facts",
     "print_json",
@@ -97,6 +98,14 @@ def note(message: str) -> None:
     """A line for the person at the terminal, kept out of standard output."""
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
+
+
+def note_idle_gpu(device: str) -> None:
+    """Say that a GPU is there where the work is about to be done without it."""
+    import torch
+
+    if device == "cpu" and torch.cuda.is_available():
+        note(f"computing on the CPU; --device cuda would take the {torch.cuda.get_device_name()}")
 
 
 @contextmanager

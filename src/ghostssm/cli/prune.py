@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import is_first_process
+from ghostssm.cli.console import is_first_process, note_idle_gpu
 
 
 def prune(
@@ -234,6 +234,7 @@ def prune(
         output=output,
         overwrite=overwrite,
     )
+    note_idle_gpu(device)
     if stream:
         outcome = streamed.prune_streamed(job, resume, offload)
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ghostssm.errors import ModelError
+from ghostssm.errors import InputError, ModelError
 from ghostssm.layout import SSDLayout
 from ghostssm.mixer import Mixer
 
@@ -90,12 +90,23 @@ def family_named(model_type: str) -> Family:
         ) from None
 
 
+def check_model(model: object) -> None:
+    """Raise InputError unless something is a transformers model."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"Found a {type(model).__name__} in place of a model; expected a transformers model, such as the .model of "
+            "what ghostssm.load returns."
+        )
+
+
 def mixers_of(model: nn.Module) -> list[Mixer]:
     """Every Mamba-2 mixer of a model, front to back.
 
     Raises:
+        InputError: it is no transformers model.
         ModelError: no family here has the model's type, there is no mixer in it, or one of an unknown kind.
     """
+    check_model(model)
     family = family_of(model.config)
     found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
     mixers = [mixer for mixer in found if mixer is not None]
