@@ -216,19 +216,18 @@ def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: 
     words = ["ghostssm", "prune", str(base), "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
     again = shlex.join(words)
     if calibration := plan.provenance.get("calibration"):
-        again += f" --calibration TEXT --windows {calibration.get('windows')}"
+        again += f" --calibration {shlex.quote(str(calibration.get('text')))} --windows {calibration.get('windows')}"
         again += f" --window-length {calibration.get('window_length')}"
     if plan.provenance.get("groups") == "pooled":
         again += " --groups pooled"
     missing = []
-    if record.observations is None:
-        missing.append(("phantom plot and Hankel singular values", f"{again} --report"))
-    if not record.decode:
-        missing.append(("decode speed", f"{again} --report"))
+    reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
+    if unreported := [what for what, found in reported.items() if not found]:
+        missing.append((", ".join(unreported), f"{again} --report"))
     if record.losses is None or measured is None:
         missing.append(("excess loss and its windows", f"{again} --evaluate TEXT"))
     if not has_scores(plan):
-        missing.append(("scores", f"{again}"))
+        missing.append(("scores", again))
     if not manifest:
         missing.append(("what produced the checkpoint (ghostssm.json)", again))
     return missing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.plan import Plan
-from ghostssm.report.figure import RULE, Figure, quantity, selector, shown_groups, tooltip
+from ghostssm.report.figure import RULE, Figure, LegendColumns, quantity, selector, shown_groups, tooltip
 from ghostssm.report.record import Observations
 from ghostssm.units import text_name
 
@@ -84,6 +84,7 @@ def phantom_figure(seen: Observations, plan: Plan | None = None) -> Figure:
 
 def _phantom_spec(layers: int, with_kept: bool) -> dict[str, Any]:
     titles = {"layer": "layer", "group": "group", "channel": "channel", "norm": "weight norm", "energy": "energy"}
+    half = LegendColumns(180)  # two legends share a line
     point: dict[str, Any] = {
         "x": quantity(
             "norm", "weight norm |B row| |C row|", {"type": "log", "nice": False, "padding": 12}, format="~g"
@@ -94,14 +95,15 @@ def _phantom_spec(layers: int, with_kept: bool) -> dict[str, Any]:
             "type": "nominal",
             "title": None,
             "scale": {"domain": list(_KINDS), "range": list(_KIND_COLOURS)},
-            "legend": {"values": list(_KINDS[:2])},
+            "legend": {"values": list(_KINDS[:2]), "columns": half},
         },
         "tooltip": tooltip(**titles, kind="quadrant", **({"kept": "in the plan"} if with_kept else {})),
     }
     if with_kept:
         ink = {"symbolFillColor": {"expr": "ink"}, "symbolStrokeColor": {"expr": "ink"}}
         shapes = {"domain": ["kept", "removed"], "range": ["circle", "cross"]}
-        point["shape"] = {"field": "kept", "type": "nominal", "title": None, "scale": shapes, "legend": ink}
+        legend = {**ink, "columns": half}
+        point["shape"] = {"field": "kept", "type": "nominal", "title": None, "scale": shapes, "legend": legend}
     medians = [
         {
             "data": {"name": "layers"},
