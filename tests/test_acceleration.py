@@ -177,6 +177,13 @@ def test_an_impossible_state_dtype() -> None:
         accelerate(tiny_model(), state_dtype=torch.float16)
 
 
+def test_a_model_over_several_devices_is_refused() -> None:
+    model = tiny_model()
+    model.hf_device_map = {"backbone": 0, "lm_head": "cpu"}
+    with pytest.raises(InputError, match=r"several devices \(0, cpu\)"):
+        accelerate(model)
+
+
 @pytest.mark.parametrize("call", [accelerate, lambda given: Calibration(given, random_windows(1, 8))])
 def test_a_checkpoint_in_place_of_its_model_is_named(call: Any, small: Path) -> None:
     with pytest.raises(InputError, match=r"Found a Checkpoint in place of a model; .* the \.model"):

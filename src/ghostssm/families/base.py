@@ -91,11 +91,17 @@ def family_named(model_type: str) -> Family:
 
 
 def check_model(model: object) -> None:
-    """Raise InputError unless something is a transformers model."""
+    """Raise InputError unless something is a transformers model, on one device."""
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"Found a {type(model).__name__} in place of a model; expected a transformers model, such as the .model of "
             "what ghostssm.load returns."
+        )
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise InputError(
+            f"The model lies on several devices ({', '.join(sorted(devices))}); expected one, as ghostssm.load puts it. "
+            "What is larger than that can be pruned in parts: ghostssm.prune_streamed."
         )
 
 
