@@ -100,7 +100,7 @@ def check_model(model: object) -> None:
     devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
     if len(devices) > 1:
         raise InputError(
-            f"The model lies on several devices ({', '.join(sorted(devices))}); expected one, as ghostssm.load puts it. "
+            f"The model lies on several devices ({', '.join(sorted(devices))}); expected one, as ghostssm.load has it. "
             "What is larger than that can be pruned in parts: ghostssm.prune_streamed."
         )
 
