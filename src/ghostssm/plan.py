@@ -1,7 +1,7 @@
 """A plan: what becomes of every mixer's state. A frozen value that is made, saved, read and applied apart.
 
-On disk a plan is ``plan.json`` and its tensors, ``plan.tensors``: the scores that led to it, one float64 tensor
-(g, n) per mixer; projections; and the parameters that were repaired. The reader reports every fault of a file at once.
+On disk a plan is ``plan.json`` and its tensors, ``plan.tensors``: the method's scores, one float64 tensor (g, n) per
+mixer; projections; and the parameters that were repaired. The reader reports every fault of a file at once.
 """
 
 from __future__ import annotations

@@ -38,3 +38,9 @@ def test_a_copy_of_a_channel_is_not_kept_twice() -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_degenerate_grams_are_fine(count: int) -> None:
     assert len(strong_pivots(np.zeros((5, 5)), count)) == count
+
+
+def test_rounding_may_make_eigenvalues_negative() -> None:
+    factor = np.random.default_rng(0).normal(size=(2, 6))
+    gram = factor.T @ factor - 1e-7 * np.eye(6)
+    assert len(strong_pivots(gram, 4)) == 4

@@ -2,9 +2,10 @@
 
 At one token, what state channel n of group g adds to the mixer's output is
 
-    C[g, n] * M[g, :, n],      M[g] = P W diag(after) (1 - share * v v^T / |v|^2) diag(before / rms) H[g]
+    C[g, n] * M[g, :, n],      M[g] = P W diag(after) (1 - share * v v^T / (k p rms^2)) diag(before / rms) H[g]
 
-H[g] is the state of the group's heads as a matrix (k * p, n), v what the norm normalises, W the columns of out_proj,
+H[g] is the state of the group's heads as a matrix (k * p, n), v what the norm normalises and rms^2 = |v|^2 / (k p) +
+eps, W the columns of out_proj,
 `before` and `after` what multiplies the output on either side of the norm (the gate silu(z) on one of them, the norm's
 weight after it), and P a random map of the output's directions to a few (Johnson & Lindenstrauss 1984), with
 E[P^T P] = 1: inner products keep their expectation, and a sample takes little memory. So the channels' output errors,
@@ -44,8 +45,8 @@ class OutputSamples:
     Attributes:
         maps: (s, g, d, n), M above for share = 0.
         readouts: (s, g, n), C.
-        directions: (s, g, d), P W diag(after) v / rms. along: (s, g, n), v^T diag(before / rms) H / |v| in units of the
-            rms, 0 without a norm; their outer product is what a share of 1 takes off the maps.
+        directions: (s, g, d), P W diag(after) v / rms. along: (s, g, n), v^T diag(before / rms) H / (k p rms), 0
+            without a norm; their outer product is what a share of 1 takes off the maps.
     """
 
     maps: Tensor
@@ -65,7 +66,8 @@ class OutputSamples:
     def output_gram(self) -> Tensor:
         """(g * n, g * n), float64: mean inner products of the channels' contributions.
 
-        For a set R of channels, 1_R^T G 1_R is the mean squared change of the output from removing all of R.
+        For a set R of channels, 1_R^T G 1_R is the mean squared change of the output from removing all of R, with the
+        norm linearised; G is an unbiased estimate of its mean over tokens and directions.
         """
         contributions = (self.maps * self.readouts[:, :, None]).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
         return _gram(contributions) / len(self)

@@ -7,9 +7,18 @@ R^T L = U S V^T, the square-root method (Moore 1981; Laub et al. 1987; Antoulas 
 
     T_B = R U_r S_r^-1/2        T_C = L V_r S_r^-1/2,
 
-which is best for states and readouts that are uncorrelated, and exact for r = n. S are the empirical Hankel singular
-values; W_c is weighted by how states reach the block's output. States and readouts are correlated, so both maps are
-then refined together on samples of the output itself.
+which is exact for r = n. If the products C C^T and h h^T are uncorrelated, as for independent states and readouts,
+
+    E (C^T (1 - T_C T_B^T) h)^2 = |R^T (1 - T_C T_B^T) L|_F^2 = sum of S_i^2 over i > r,
+
+and no maps of rank r do better. h is a row of the state, weighted by how it reaches the block's output.
+
+These are time averages in place of Gramians (empirical Gramians: Lall, Marsden & Glavaski 2002; balanced proper
+orthogonal decomposition: Rowley 2005). The observability Gramian proper sums C_s C_s^T over all later tokens s, each
+times the squared decay up to it; where decay is independent of the readout, its mean is a multiple of W_o = E[C C^T].
+So S are called empirical Hankel singular values here; the bound 2 sum of S_i on the error of a time-invariant system
+does not apply. States and readouts are correlated, so both maps are then refined together on samples of the output
+itself; T_C T_B^T is a map of rank r afterwards, no projection any more.
 """
 
 from __future__ import annotations

@@ -45,12 +45,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Method:
-    """A named way to score state channels; higher is kept.
+    """A named way to decide what stays of a mixer's state.
 
     Attributes:
         summary: one line for the command line's help.
         needs: what must be gathered before it can score.
-        score: evidence on one mixer to (g, n).
+        score: evidence on one mixer to (g, n): the highest are kept, or where there is a ``decide``, what people are
+            shown of it, such as singular values.
         scope: channels compete within their layer, or over the whole model.
         decide: the decision, where it is more than the highest scores: evidence, state size and how groups share it.
         stock: whether the result stays in the stock model class.

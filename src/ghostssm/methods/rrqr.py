@@ -1,9 +1,10 @@
 """Strong rank-revealing QR: the channels whose contributions are the most independent and the largest.
 
-With states and readouts uncorrelated, the channels' contributions to the output have the Gram matrix W_c o W_o
-(elementwise), whose factor is the row-wise product of the factors that balanced truncation works on. A pivoted QR of
-that factor is a pivoted Cholesky decomposition of the Gram matrix; exchanges that enlarge the kept volume make it
-strong (Gu & Eisenstat 1996). State reduction by rank-revealing QR: arXiv 2602.04852, there for linear attention.
+With states and readouts independent, the channels' contributions to the output have the Gram matrix W_c o W_o
+(elementwise). It is (L . R)(L . R)^T of the row-wise Khatri-Rao product of the factors that balanced truncation works
+on, W_c = L L^T and W_o = R R^T, whose rows are the channels. A pivoted QR of that factor is a pivoted Cholesky
+decomposition of the Gram matrix; exchanges that enlarge the kept volume make it strong (Gu & Eisenstat 1996). State
+reduction by rank-revealing QR: arXiv 2602.04852, there for linear attention.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ghostssm.methods.base import Evidence, Method, register, samples_of
 from ghostssm.methods.selection import Groups
 from ghostssm.plan import Decision, Selection
 
+_LEAST = 1e-10
+"""Added to the eigenvalues, in multiples of the mean diagonal, so that every set of channels has a volume."""
 _GROWTH = 1.01
 """An exchange is made while it enlarges the volume by this factor."""
 
@@ -27,8 +30,11 @@ def strong_pivots(gram: NDArray[np.float64], count: int) -> list[int]:
     Args:
         gram: (n, n), symmetric, positive semidefinite.
     """
-    gram = gram + 1e-10 * (float(gram.diagonal().mean()) or 1.0) * np.eye(len(gram))
-    root = scipy.linalg.cholesky(gram)
+    # From eigenvalues, since a matrix without full rank, of float32 sums, may have negative ones.
+    values, vectors = np.linalg.eigh(gram)
+    least = _LEAST * (float(gram.diagonal().mean()) or 1.0)
+    root = np.sqrt(values.clip(min=0) + least)[:, None] * vectors.T
+    gram = root.T @ root
     kept = [int(pivot) for pivot in scipy.linalg.qr(root, mode="r", pivoting=True)[1][:count]]
     rest = [channel for channel in range(len(gram)) if channel not in set(kept)]
     while rest:
