@@ -242,6 +242,10 @@ def test_evaluate_last_words(run: Run, small: Path, tmp_path: Path) -> None:
     assert json.loads(out)["passages"] == 2
     code, out, _ = run("evaluate", small, "--last-words", passages)
     assert "accuracy" in out
+    first, *_ = passages.read_text().splitlines()
+    _, out, _ = run("evaluate", small, "--last-words", passages, "--limit", 1, "--json")
+    passages.write_text(first)
+    assert out == run("evaluate", small, "--last-words", passages, "--json")[1]
     passages.write_text("word\n")
     code, _, err = run("evaluate", small, "--last-words", passages)
     assert code == 2
@@ -399,7 +403,7 @@ def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, devi
         ("prune m --state-size 4 --output o --private", "--private works with --push-to-hub only"),
         ("prune m --state-size 4 --output o --multiple 4", "--multiple works with --per-layer or --max-excess-loss"),
         ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
-        ("evaluate m --limit 3", "--limit works with --tasks only"),
+        ("evaluate m --limit 3", "--limit works with --tasks or --last-words only"),
         ("evaluate m --tasks piqa --text a.txt", "--text has no effect with --tasks"),
         ("evaluate m --last-words a.txt --window-length 64", "--window-length has no effect with --last-words"),
     ],

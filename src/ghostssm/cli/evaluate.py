@@ -56,7 +56,10 @@ def evaluate(
         str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.", metavar="N")
+        int | None,
+        typer.Option(
+            "--limit", help="With --tasks: documents per task, at most. With --last-words: passages.", metavar="N"
+        ),
     ] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -84,7 +87,8 @@ def evaluate(
 
     if sum((last_words is not None, copying, bool(tasks))) > 1:
         raise InputError("Give at most one of --last-words, --copying and --tasks.")
-    arguments.check_needed(context, "--tasks", bool(tasks), "include_path", "limit")
+    arguments.check_needed(context, "--tasks", bool(tasks), "include_path")
+    arguments.check_needed(context, "--tasks or --last-words", bool(tasks) or last_words is not None, "limit")
     arguments.check_needed(context, "--stream", stream, "offload")
     arguments.check_unread(context, "--tasks", bool(tasks), "text", "text_windows", "against")
     arguments.check_unread(
@@ -92,7 +96,7 @@ def evaluate(
     )
     arguments.check_unread(context, "--copying", copying, "against")
     if limit is not None and limit < 1:
-        raise InputError(f"--limit is {limit}; expected at least 1 document.")
+        raise InputError(f"--limit is {limit}; expected at least 1 document or passage.")
     if stream and (last_words is not None or copying or tasks):
         raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
     if tasks:
@@ -101,7 +105,7 @@ def evaluate(
         return
     if last_words is not None:
         checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
-        _evaluate_last_words(checkpoint, last_words, as_json)
+        _evaluate_last_words(checkpoint, last_words, limit, as_json)
         return
     how = Measuring(text, text_windows, window_length, tokenizer, device, stream, offload)
     if copying:
@@ -166,11 +170,11 @@ def _evaluate_tasks(
     )
 
 
-def _evaluate_last_words(checkpoint: Checkpoint, text: str, as_json: bool) -> None:
+def _evaluate_last_words(checkpoint: Checkpoint, text: str, limit: int | None, as_json: bool) -> None:
     import ghostssm
     from ghostssm.evaluation.recall import last_words
 
-    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()]
+    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()][:limit]
     with progress_reporter() as progress:
         found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
     if as_json:
