@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ghostssm.cli.arguments import _repeat
+from ghostssm.units import plus_minus
 from tests.conftest import Run, tiny_model
 
 
@@ -77,10 +78,32 @@ def test_prune_by_share_and_per_layer(run: Run, small: Path, text_file: Path, tm
 
 def test_prune_to_a_bound_on_the_loss(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
-    code, out, _ = run("prune", small, "--max-excess-loss", 100, "--method", "ghost", "--json", *common)
+    options = ["--max-excess-loss", 100, "--method", "ghost"]
+    code, out, err = run("prune", small, *options, "--json", *common)
     assert code == 0
-    assert json.loads(out)["state_size"]["after"] == 8
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["method"] == "ghost"
+    assert "calibrating on 8 windows" in err
+    assert "2 of these windows are held out to measure the excess loss on; so few make the bound uncertain" in err
+    found = json.loads(out)
+    assert found["state_size"]["after"] == 8
+    searched = found["searched"]
+    assert (searched["max_excess_loss"], searched["held_out_windows"]) == (100, 2)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["method"] == "ghost"
+    assert plan["provenance"]["search"] == searched
+    told = f"{plus_minus(searched['excess_loss'], searched['standard_error'])} nats per token, on 2 held-out"
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    _, out, _ = run("prune", small, *options, *common, "--overwrite")
+    assert f"excess loss               {told} calibration windows" in out
+
+
+@pytest.mark.parametrize(("windows", "few"), [(29, True), (30, False)])
+def test_few_held_out_windows_are_told(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, windows: int, few: bool
+) -> None:
+    common = ["--calibration", text_file, "--windows", windows, "--window-length", 64, "--output", tmp_path / "out"]
+    code, _, err = run("prune", small, "--max-excess-loss", 100, "--method", "magnitude", *common)
+    assert code == 0
+    assert ("uncertain" in err) == few
 
 
 @pytest.mark.parametrize(
