@@ -298,20 +298,6 @@ def test_generate(run: Run, small: Path) -> None:
     assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
 
 
-def test_bench(run: Run, small: Path) -> None:
-    sizes = ["--batch", 1, 3, "--state-size", 8, 4, "--prompt-length", 5]
-    code, out, _ = run("bench", small, *sizes, "--json")
-    found = json.loads(out)
-    assert code == 0
-    assert [(row["batch"], row["state_size"]) for row in found["rows"]] == [(b, r) for b in (1, 3) for r in (16, 8, 4)]
-    assert all(row["decode_tokens_per_second"] > 0 for row in found["rows"])
-    assert found["rows"][0]["predicted_speedup"] == 1 < found["rows"][1]["predicted_speedup"]
-    code, out, _ = run("bench", small, *sizes)
-    assert code == 0
-    assert "N' = 4" in out
-    assert run("bench", small, "--batch", 0)[0] == 2
-
-
 def test_inspect_predicts(run: Run, small: Path) -> None:
     code, out, _ = run("inspect", small, "--state-size", 4, "--batch", 2, "--json")
     assert code == 0
