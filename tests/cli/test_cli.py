@@ -110,7 +110,11 @@ def test_few_held_out_windows_are_told(
     ("options", "message"),
     [
         ([], "give one of --state-size, --budget and --max-excess-loss"),
-        (["--state-size", 4, "--budget", 0.5], "give one of"),
+        (["--state-size", 4, "--budget", 0.5], "--state-size and --budget each say how much to keep"),
+        (["--state-size", 16], "The state size would be 16, which is the model's own N"),
+        (["--state-size", 16, "--method", "sparsegpt"], "which is the model's own N"),
+        (["--budget", 1], "Expected a smaller --state-size, or a --budget that leaves less"),
+        (["--budget", 0.99, "--per-layer"], "which is the model's own N"),
         (["--budget", 1.5], "--budget is 1.5"),
         (["--max-excess-loss", -1], "--max-excess-loss is -1"),
         (["--state-size", 4, "--per-layer", "--dialect", "mamba_ssm"], "mamba_ssm dialect"),
