@@ -79,6 +79,7 @@ def reproduce(
     from ghostssm.recipe import Recipe
 
     check_device(device)
+    arguments.check_separated("--methods", methods)
     tables = tables_named(table)
     recipes = [str(Recipe.parse(method)) for method in methods] if methods else None
     settings = library.Settings(calibration, text, windows, text_windows, window_length, seed)
