@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ghostssm
 from ghostssm.evaluation import evaluate
+from ghostssm.evaluation.measurement import Searched
 from ghostssm.families import mixers_of
 from ghostssm.mixer import Projection
 from ghostssm.modeling import GhostMamba2ForCausalLM
@@ -171,6 +173,21 @@ class TestSmallestPlan:
         size = plan.kept_state_size
         assert size % 4 == 0
         assert excess(size) <= bound
+        searched = Searched.of(plan.provenance)
+        assert searched is not None
+        assert (searched.max_excess_loss, searched.windows) == (bound, 2)
+        assert searched.excess.mean == pytest.approx(excess(size), abs=1e-6)
+
+    def test_a_search_without_a_standard_error(self) -> None:
+        plan = smallest_plan(tiny_model(), random_windows(4, 60), "random", 100.0)
+        assert plan.provenance["search"]["standard_error"] is None
+        searched = Searched.of(plan.provenance)
+        assert searched is not None
+        assert "±" not in searched.text
+
+    @pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}])
+    def test_a_provenance_without_a_search(self, foreign: dict[str, Any]) -> None:
+        assert Searched.of(foreign) is None
 
     def test_too_tight_a_bound_is_refused(self) -> None:
         with pytest.raises(ghostssm.InputError, match="allow more"):

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError
-from ghostssm.evaluation import evaluate
+from ghostssm.evaluation import Difference, evaluate
+from ghostssm.evaluation.measurement import Searched
 from ghostssm.families import family_of
 from ghostssm.feasibility import check_recipe
 from ghostssm.methods.selection import Groups
@@ -37,7 +39,8 @@ def smallest_plan(
 ) -> Plan:
     """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
 
-    Every fourth window is held out; the others calibrate.
+    Every fourth window is held out; the others calibrate. The plan's provenance has the excess loss that was measured,
+    with its standard error, as ``search``.
 
     Args:
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
@@ -51,7 +54,7 @@ def smallest_plan(
     check_recipe(recipe, model.config.model_type)
     if not recipe.how.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
-    apart = torch.arange(len(windows)) % _HELD_OUT_ONE_IN == 1
+    apart = held_out_rows(len(windows))
     if len(windows) < _HELD_OUT_ONE_IN:
         raise InputError(
             f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
@@ -64,14 +67,15 @@ def smallest_plan(
         )
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
     dense = evaluate(model, held_out)
-    low, high, best = -1, len(sizes), None  # places in sizes: low is too small or -1, high is large enough
+    low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
+    best: tuple[Plan, Difference] | None = None
     while high - low > 1:
         middle = (low + high) // 2
         plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
         with pruned(model, plan) as smaller:
-            excess = evaluate(smaller, held_out).excess_over(dense).mean
-        if excess <= max_excess_loss:
-            high, best = middle, plan
+            excess = evaluate(smaller, held_out).excess_over(dense)
+        if excess.mean <= max_excess_loss:
+            high, best = middle, (plan, excess)
         else:
             low = middle
     if best is None:
@@ -80,5 +84,11 @@ def smallest_plan(
             f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
             "nats per token; allow more, or try another method."
         )
-    searched = {"max_excess_loss": max_excess_loss, "held_out_windows": len(held_out)}
-    return dataclasses.replace(best, provenance={**best.provenance, **searched})
+    plan, excess = best
+    searched = Searched(max_excess_loss, len(held_out), excess)
+    return dataclasses.replace(plan, provenance={**plan.provenance, "search": searched.as_json()})
+
+
+def held_out_rows(count: int) -> Tensor:
+    """Which of so many calibration windows a search holds out: (count,), bool."""
+    return torch.arange(count) % _HELD_OUT_ONE_IN == 1

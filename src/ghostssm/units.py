@@ -12,8 +12,8 @@ def text_name(name: str) -> str:
 
 
 def plus_minus(mean: float, error: float) -> str:
-    """A mean with its standard error, which is NaN where there is none."""
-    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
+    """A mean with its standard error, which is NaN where there is none; what rounds to zero has no sign."""
+    return f"{mean:z.4f}" if math.isnan(error) else f"{mean:z.4f} ± {error:.4f}"
 
 
 def bytes_text(count: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ghostssm.cli.arguments import _repeat
+from ghostssm.units import plus_minus
 from tests.conftest import Run, tiny_model
 
 
@@ -88,17 +89,43 @@ def test_prune_by_share_and_per_layer(run: Run, small: Path, text_file: Path, tm
 
 def test_prune_to_a_bound_on_the_loss(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
     common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
-    code, out, _ = run("prune", small, "--max-excess-loss", 100, "--method", "ghost", "--json", *common)
+    options = ["--max-excess-loss", 100, "--method", "ghost"]
+    code, out, err = run("prune", small, *options, "--json", *common)
     assert code == 0
-    assert json.loads(out)["state_size"]["after"] == 8
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["method"] == "ghost"
+    assert "calibrating on 8 windows" in err
+    assert "2 of these windows are held out to measure the excess loss on; so few make the bound uncertain" in err
+    found = json.loads(out)
+    assert found["state_size"]["after"] == 8
+    searched = found["searched"]
+    assert (searched["max_excess_loss"], searched["held_out_windows"]) == (100, 2)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["method"] == "ghost"
+    assert plan["provenance"]["search"] == searched
+    told = f"{plus_minus(searched['excess_loss'], searched['standard_error'])} nats per token, on 2 held-out"
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    _, out, _ = run("prune", small, *options, *common, "--overwrite")
+    assert f"excess loss               {told} calibration windows" in out
+
+
+@pytest.mark.parametrize(("windows", "few"), [(29, True), (30, False)])
+def test_few_held_out_windows_are_told(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, windows: int, few: bool
+) -> None:
+    common = ["--calibration", text_file, "--windows", windows, "--window-length", 64, "--output", tmp_path / "out"]
+    code, _, err = run("prune", small, "--max-excess-loss", 100, "--method", "magnitude", *common)
+    assert code == 0
+    assert ("uncertain" in err) == few
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "give one of --state-size, --budget and --max-excess-loss"),
-        (["--state-size", 4, "--budget", 0.5], "give one of"),
+        (["--state-size", 4, "--budget", 0.5], "--state-size and --budget each say how much to keep"),
+        (["--state-size", 16], "The state size would be 16, which is the model's own N"),
+        (["--state-size", 16, "--method", "sparsegpt"], "which is the model's own N"),
+        (["--budget", 1], "Expected a smaller --state-size, or a --budget that leaves less"),
+        (["--budget", 0.99, "--per-layer"], "which is the model's own N"),
         (["--budget", 1.5], "--budget is 1.5"),
         (["--max-excess-loss", -1], "--max-excess-loss is -1"),
         (["--state-size", 4, "--per-layer", "--dialect", "mamba_ssm"], "mamba_ssm dialect"),
@@ -253,6 +280,10 @@ def test_evaluate_last_words(run: Run, small: Path, tmp_path: Path) -> None:
     assert json.loads(out)["passages"] == 2
     code, out, _ = run("evaluate", small, "--last-words", passages)
     assert "accuracy" in out
+    first, *_ = passages.read_text().splitlines()
+    _, out, _ = run("evaluate", small, "--last-words", passages, "--limit", 1, "--json")
+    passages.write_text(first)
+    assert out == run("evaluate", small, "--last-words", passages, "--json")[1]
     passages.write_text("word\n")
     code, _, err = run("evaluate", small, "--last-words", passages)
     assert code == 2
@@ -280,20 +311,6 @@ def test_generate(run: Run, small: Path) -> None:
     assert first[0] == 0
     assert first == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
     assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
-
-
-def test_bench(run: Run, small: Path) -> None:
-    sizes = ["--batch", 1, 3, "--state-size", 8, 4, "--prompt-length", 5]
-    code, out, _ = run("bench", small, *sizes, "--json")
-    found = json.loads(out)
-    assert code == 0
-    assert [(row["batch"], row["state_size"]) for row in found["rows"]] == [(b, r) for b in (1, 3) for r in (16, 8, 4)]
-    assert all(row["decode_tokens_per_second"] > 0 for row in found["rows"])
-    assert found["rows"][0]["predicted_speedup"] == 1 < found["rows"][1]["predicted_speedup"]
-    code, out, _ = run("bench", small, *sizes)
-    assert code == 0
-    assert "N' = 4" in out
-    assert run("bench", small, "--batch", 0)[0] == 2
 
 
 def test_inspect_predicts(run: Run, small: Path) -> None:
@@ -410,7 +427,9 @@ def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, devi
         ("prune m --state-size 4 --output o --private", "--private works with --push-to-hub only"),
         ("prune m --state-size 4 --output o --multiple 4", "--multiple works with --per-layer or --max-excess-loss"),
         ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
-        ("evaluate m --limit 3", "--limit works with --tasks only"),
+        ("compare m --state-size 4 --methods ghost,random", "separated by spaces: --methods ghost random"),
+        ("reproduce --output o --methods ghost,random", "separated by spaces: --methods ghost random"),
+        ("evaluate m --limit 3", "--limit works with --tasks or --last-words only"),
         ("evaluate m --tasks piqa --text a.txt", "--text has no effect with --tasks"),
         ("evaluate m --last-words a.txt --window-length 64", "--window-length has no effect with --last-words"),
     ],

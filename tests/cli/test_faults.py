@@ -377,7 +377,7 @@ def test_the_input_and_what_is_no_checkpoint_are_not_replaced(
         (["--seed", 2**70], "--seed"),
         (["--seed", -1], "--seed"),
         (["--device", "meta"], "The device 'meta' can't be used"),
-        (["--max-excess-loss", 0.1, "--multiple", 32], "give one of --state-size"),
+        (["--max-excess-loss", 0.1, "--multiple", 32], "--state-size and --max-excess-loss each say how much to keep"),
     ],
 )
 def test_options_out_of_range(

@@ -39,6 +39,12 @@ def test_the_guide_names_every_verb_by_task() -> None:
     assert all(re.search(rf"^│ {verb} ", text, re.MULTILINE) for verb in VERBS)
 
 
+def test_the_seed_of_generate_draws_no_windows() -> None:
+    text = " ".join(help_text("generate").replace("│", " ").split())
+    assert "Of the random draws" in text
+    assert "calibration" not in text
+
+
 def test_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"{ghostssm.__version__}\n"
 

@@ -32,8 +32,11 @@ ROWS_OF_PAPER = {
 
 
 @pytest.fixture
-def models(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder that holds two of the five, as the hub's cache or a mirror would."""
+def models(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds two of the five, as the hub's cache or a mirror would; of the stand-ins' sizes."""
+    document = published._document()
+    sizes = {model: {"layers": 3, "hidden_size": 32, "state_size": 16} for model in document["models"]}
+    monkeypatch.setattr(published, "_document", lambda: {**document, "models": sizes})
     folder = tmp_path / "models"
     for place in ("state-spaces/mamba2-1.3b", "mamba2-130m"):
         scratch = tmp_path / "scratch"
@@ -243,10 +246,35 @@ def test_what_can_not_be_is_said_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", published.published_models())
+def test_another_model_under_a_published_name(run: Run, small: Path, options: list[object], name: str) -> None:
+    code, out, err = run(*options, "--models", f"{name}={small}")
+    assert (code, out) == (2, "")
+    expected = {
+        "state-spaces/mamba2-130m": "24 layers, hidden size 768",
+        "state-spaces/mamba2-370m": "48 layers, hidden size 1024",
+        "state-spaces/mamba2-780m": "48 layers, hidden size 1536",
+        "state-spaces/mamba2-1.3b": "48 layers, hidden size 2048",
+        "state-spaces/mamba2-2.7b": "64 layers, hidden size 2560",
+    }[name]
+    assert f"{small} has 3 layers, hidden size 32 and N = 16; expected {expected} and N = 128, as {name} has" in err
+
+
+@pytest.mark.parametrize("field", ["layers", "hidden_size", "state_size"])
+def test_each_size_tells_another_model(models: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = reproduction.find_models([str(models / "mamba2-130m")])
+    reproduction.check_models(chosen)
+    document = published._document()
+    sizes = {model: {**own, field: own[field] + 1} for model, own in document["models"].items()}
+    monkeypatch.setattr(published, "_document", lambda: {**document, "models": sizes})
+    with pytest.raises(ghostssm.ModelError, match="as state-spaces/mamba2-130m has"):
+        reproduction.check_models(chosen)
+
+
 def test_a_model_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any) -> Any:
         raise ghostssm.ModelError("state-spaces/mamba2-130m could not be fetched.")
 
     monkeypatch.setattr(reproduction, "describe", unreachable)
     with pytest.raises(ghostssm.ModelError, match="--models state-spaces/mamba2-130m=FOLDER"):
-        reproduction.own_state_sizes(reproduction.find_models(["mamba2-130m"]))
+        reproduction.check_models(reproduction.find_models(["mamba2-130m"]))

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +27,40 @@ _STEPS = 6
 
 @dataclass
 class Timings:
-    """One plan at one batch size: wall times of whole prefills and of single decode steps, and peak memory."""
+    """One plan at one batch size: wall times of whole prefills, of single decode steps by round, and peak memory."""
 
     prefill: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
     peak_bytes: int = 0
+
+    @property
+    def steps(self) -> list[float]:
+        """Decode steps of all rounds."""
+        return list(chain.from_iterable(self.rounds))
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one plan decodes than another: the median over rounds, and the range.
+
+    Rounds are compared in pairs, since what slows the machine for a while slows both plans of a round.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, slower: Timings, faster: Timings) -> Speedup:
+        """From timings that `measure` took in the same rounds."""
+        pairs = zip(slower.rounds, faster.rounds, strict=True)
+        ratios = [statistics.median(before) / statistics.median(after) for before, after in pairs]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    @property
+    def decided(self) -> bool:
+        """Whether all rounds agree which plan is the faster."""
+        return not self.low <= 1 <= self.high
 
 
 def decode_speeds(
@@ -48,13 +77,15 @@ def measure(
     batches: Sequence[int],
     prompt: int,
     progress: Progress = silent,
+    rounds: int = _ROUNDS,
 ) -> dict[tuple[Key, int], Timings]:
     """Time the accelerated model under several plans; keyed by the plan's key and the batch size.
 
     The plans take turns, several rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
+    At one batch size they follow right after one another.
     """
-    timings = {(key, batch): Timings() for key in plans for batch in batches}
-    turns = [turn for _ in range(_ROUNDS) for turn in timings]
+    timings = {(key, batch): Timings() for batch in batches for key in plans}
+    turns = [turn for _ in range(rounds) for turn in timings]
     for index, (key, batch) in enumerate(turns):
         progress("decode", index, len(turns))
         with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller)):
@@ -79,7 +110,7 @@ def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> N
             clock.append(_now(model))
     prefill, _, *steps = (after - before for before, after in pairwise(clock))
     timings.prefill.append(prefill)
-    timings.steps.extend(steps)
+    timings.rounds.append(steps)
 
 
 def _now(model: PreTrainedModel) -> float:

@@ -14,7 +14,7 @@ from ghostssm.checkpoint.loading import Checkpoint, empty_model
 from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.engines import ENGINES, advise
-from ghostssm.evaluation.measurement import Measurement
+from ghostssm.evaluation.measurement import Measurement, Searched
 from ghostssm.families import family_of
 from ghostssm.plan import Plan
 from ghostssm.units import text_name
@@ -53,7 +53,7 @@ def model_card(
     sections = [
         _summary(checkpoint, plan),
         _origin(plan),
-        _measured(measured),
+        _measured(measured, Searched.of(plan.provenance)),
         _loading(plan, dialect),
         _engines(checkpoint, plan, dialect, tied_head),
         _licence(inherited),
@@ -117,17 +117,26 @@ def _origin(plan: Plan) -> str:
     return "## How it was made\n\n" + "\n".join(lines)
 
 
-def _measured(measured: Measurement | None) -> str:
-    if measured is None:
-        return "## Measured loss\n\nNot measured when it was written; `ghostssm evaluate` does."
-    return (
-        f"## Measured loss\n\n{measured.windows} windows of {measured.window_length} tokens of "
-        f"{text_name(measured.text)}, in float32; nats per token, with the standard error of the paired "
-        "difference.\n\n"
-        "| | loss | excess over the base model |\n|---|---:|---:|\n"
-        f"| base model | {measured.dense_loss:.4f} | |\n"
-        f"| this model | {measured.pruned_loss:.4f} | {measured.excess_text} |"
-    )
+def _measured(measured: Measurement | None, searched: Searched | None) -> str:
+    parts = ["## Measured loss"]
+    if searched is not None:
+        parts.append(
+            f"The smallest state that a search found within an excess loss of {searched.max_excess_loss:g} nats per "
+            f"token. Its excess loss: {searched.text}."
+        )
+    if measured is not None:
+        parts.append(
+            f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}, in float32; "
+            "nats per token, with the standard error of the paired difference."
+        )
+        parts.append(
+            "| | loss | excess over the base model |\n|---|---:|---:|\n"
+            f"| base model | {measured.dense_loss:.4f} | |\n"
+            f"| this model | {measured.pruned_loss:.4f} | {measured.excess_text} |"
+        )
+    if len(parts) == 1:
+        parts.append("Not measured when it was written; `ghostssm evaluate --against` does.")
+    return "\n\n".join(parts)
 
 
 def _loading(plan: Plan, dialect: Dialect) -> str:

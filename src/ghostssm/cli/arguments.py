@@ -141,6 +141,14 @@ def check_unread(context: typer.Context, option: str, given: bool, *others: str)
         _refuse_given(context, others, f"has no effect with {option}; leave out that")
 
 
+def check_separated(option: str, values: Sequence[str] | None) -> None:
+    """Raise InputError for a value that joins several names by commas."""
+    for value in values or ():
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if "," in value:
+            raise InputError(f"{option} is {value!r}; expected names separated by spaces: {option} {' '.join(names)}.")
+
+
 def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
 
+if TYPE_CHECKING:
+    from ghostssm.bench.decode import Speedup
+
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
+_ROUNDS = 5
+"""Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
 
 
 def bench(
@@ -34,7 +40,7 @@ def bench(
     import torch
 
     import ghostssm
-    from ghostssm.bench.decode import first_channels, measure
+    from ghostssm.bench.decode import Speedup, first_channels, measure
     from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
     from ghostssm.feasibility import check_state_size
@@ -52,43 +58,44 @@ def bench(
     machine = measure_machine(batch, device)
     plans = {size: first_channels(loaded, size) for size in sizes}
     with progress_reporter() as progress:
-        timings = measure(loaded, plans, batch, prompt, progress)
+        timings = measure(loaded, plans, batch, prompt, progress, _ROUNDS)
 
     rows: list[dict[str, Any]] = []
     for count in batch:
-        dense_step = statistics.median(timings[dense, count].steps)
         dense_predicted = predicted_step_seconds(described, machine, count, dense)
         for size in sizes:
-            step = statistics.median(timings[size, count].steps)
+            timing = timings[size, count]
             predicted = predicted_step_seconds(described, machine, count, size)
+            speedup = Speedup.of(timings[dense, count], timing)
             rows.append(
                 {
                     "batch": count,
                     "state_size": size,
                     "state_bytes": count * described.state_bytes(size),
-                    "prefill_tokens_per_second": count * prompt / statistics.median(timings[size, count].prefill),
-                    "decode_tokens_per_second": count / step,
+                    "prefill_tokens_per_second": count * prompt / statistics.median(timing.prefill),
+                    "decode_tokens_per_second": count / statistics.median(timing.steps),
                     "predicted_tokens_per_second": count / predicted,
-                    "peak_memory_bytes": timings[size, count].peak_bytes,
-                    "speedup": dense_step / step,
+                    "peak_memory_bytes": timing.peak_bytes,
+                    "speedup": speedup.median,
+                    "speedup_range": [speedup.low, speedup.high],
                     "predicted_speedup": dense_predicted / predicted,
                 }
             )
     if as_json:
         print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "rows": rows})
         return
+    _print_rows(rows, dense)
+    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
+    for size in sizes[1:]:
+        speedups = {count: Speedup.of(timings[dense, count], timings[size, count]) for count in batch}
+        print(f"N' = {size} {_verdict(speedups)}")
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], dense: int) -> None:
+    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
+    headers += ["times dense", "predicted", "peak memory"]
     print_table(
-        (
-            "batch",
-            "N'",
-            "state",
-            "prefill tok/s",
-            "decode tok/s",
-            "predicted",
-            "times dense",
-            "predicted",
-            "peak memory",
-        ),
+        headers,
         [
             (
                 str(row["batch"]),
@@ -97,7 +104,8 @@ def bench(
                 f"{row['prefill_tokens_per_second']:,.0f}",
                 f"{row['decode_tokens_per_second']:,.0f}",
                 f"{row['predicted_tokens_per_second']:,.0f}",
-                f"{row['speedup']:.2f}",
+                f"{row['speedup']:.2f}"
+                + ("" if row["state_size"] == dense else " ({:.2f} to {:.2f})".format(*row["speedup_range"])),
                 f"{row['predicted_speedup']:.2f}",
                 bytes_text(row["peak_memory_bytes"]),
             )
@@ -105,11 +113,17 @@ def bench(
         ],
         text_columns=0,
     )
-    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
-    for size in sizes[1:]:
-        paying = [row["batch"] for row in rows if row["state_size"] == size and row["speedup"] >= _WORTH_IT]
-        print(
-            f"N' = {size} decodes at least {_WORTH_IT} times faster from batch {min(paying)} on"
-            if paying
-            else f"N' = {size} does not pay at these batch sizes: the weights are the traffic, not the state"
+
+
+def _verdict(speedups: Mapping[int, Speedup]) -> str:
+    """What to make of the measured speedups of one state size, by batch size."""
+    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided]
+    paying = [batch for batch, speedup in speedups.items() if speedup.decided and speedup.median >= _WORTH_IT]
+    if paying and min(paying) > max(undecided, default=0):
+        return f"decodes at least {_WORTH_IT} times faster from batch {min(paying)} on"
+    if undecided:
+        return (
+            f"is undecided at batch {' '.join(map(str, undecided))}, where the rounds disagree; measure again on a "
+            "quieter machine, or at larger batches"
         )
+    return "does not pay at these batch sizes: the weights are the traffic, not the state"

@@ -59,6 +59,7 @@ def compare(
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
 
+    arguments.check_separated("--methods", methods)
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]
     arguments.check_needed(context, "--report", report is not None, "overwrite")
     file = None

@@ -27,6 +27,15 @@ def evaluate(
     text: arguments.EvaluationText = "wikitext2",
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="BASE",
+            help="Also measure the model that MODEL was pruned from, and the difference window by window.",
+            autocompletion=completion.models,
+        ),
+    ] = None,
     last_words: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +56,10 @@ def evaluate(
         str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="With --tasks: documents per task, at most.", metavar="N")
+        int | None,
+        typer.Option(
+            "--limit", help="With --tasks: documents per task, at most. With --last-words: passages.", metavar="N"
+        ),
     ] = None,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -64,23 +76,27 @@ def evaluate(
 ) -> None:
     """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
 
-    ghostssm evaluate mamba2-130m-n64 --text wikitext2
+    ghostssm evaluate mamba2-130m-n64 --against state-spaces/mamba2-130m
     ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai,piqa
     """
     import torch
 
     import ghostssm
-    from ghostssm.calibration.scratch import Scratch
+    from ghostssm.cli.text_loss import Measuring, print_excess, print_loss
     from ghostssm.errors import InputError
 
     if sum((last_words is not None, copying, bool(tasks))) > 1:
         raise InputError("Give at most one of --last-words, --copying and --tasks.")
-    arguments.check_needed(context, "--tasks", bool(tasks), "include_path", "limit")
+    arguments.check_needed(context, "--tasks", bool(tasks), "include_path")
+    arguments.check_needed(context, "--tasks or --last-words", bool(tasks) or last_words is not None, "limit")
     arguments.check_needed(context, "--stream", stream, "offload")
-    arguments.check_unread(context, "--tasks", bool(tasks), "text", "text_windows")
-    arguments.check_unread(context, "--last-words", last_words is not None, "text", "text_windows", "window_length")
+    arguments.check_unread(context, "--tasks", bool(tasks), "text", "text_windows", "against")
+    arguments.check_unread(
+        context, "--last-words", last_words is not None, "text", "text_windows", "window_length", "against"
+    )
+    arguments.check_unread(context, "--copying", copying, "against")
     if limit is not None and limit < 1:
-        raise InputError(f"--limit is {limit}; expected at least 1 document.")
+        raise InputError(f"--limit is {limit}; expected at least 1 document or passage.")
     if stream and (last_words is not None or copying or tasks):
         raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
     if tasks:
@@ -89,42 +105,16 @@ def evaluate(
         return
     if last_words is not None:
         checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
-        _evaluate_last_words(checkpoint, last_words, as_json)
+        _evaluate_last_words(checkpoint, last_words, limit, as_json)
         return
-    opened = (ghostssm.stream if stream else ghostssm.load)(
-        model, dtype=torch.float32, device=device, tokenizer=tokenizer
-    )
-    cut = ghostssm.cut_windows(
-        ghostssm.read_text(text, "evaluation"), opened.require_tokenizer(), window_length, text_windows
-    )
+    how = Measuring(text, text_windows, window_length, tokenizer, device, stream, offload)
     if copying:
-        assert isinstance(opened, ghostssm.Checkpoint)
-        _evaluate_copying(opened, cut, as_json)
-        return
-    with progress_reporter() as progress:
-        result = ghostssm.evaluate(
-            opened.model if isinstance(opened, ghostssm.Checkpoint) else opened.blocks, cut, progress, Scratch(offload)
-        )
-    if as_json:
-        print_json(
-            {
-                "text": cut.text_name,
-                "window_length": cut.length,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "window_losses": result.losses.tolist(),
-            }
-        )
-        return
-    print_facts(
-        [
-            ("text", f"{cut.text_name}, {len(cut)} windows of {cut.length} tokens"),
-            ("loss", f"{result.loss:.4f} nats per token"),
-            ("perplexity", f"{result.perplexity:.3f}"),
-            ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ]
-    )
+        checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
+        _evaluate_copying(checkpoint, how.windows(checkpoint.require_tokenizer()), as_json)
+    elif against is not None:
+        print_excess(model, against, how, as_json)
+    else:
+        print_loss(model, how, as_json)
 
 
 def _evaluate_tasks(
@@ -180,11 +170,11 @@ def _evaluate_tasks(
     )
 
 
-def _evaluate_last_words(checkpoint: Checkpoint, text: str, as_json: bool) -> None:
+def _evaluate_last_words(checkpoint: Checkpoint, text: str, limit: int | None, as_json: bool) -> None:
     import ghostssm
     from ghostssm.evaluation.recall import last_words
 
-    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()]
+    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()][:limit]
     with progress_reporter() as progress:
         found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
     if as_json:

@@ -18,7 +18,17 @@ def generate(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.", metavar="T")
     ] = 0.0,
-    seed: arguments.Seed = 42,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            max=2**63 - 1,
+            help="Of the random draws; with --temperature above 0.",
+            rich_help_panel=arguments.OTHER_PANEL,
+        ),
+    ] = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
 ) -> None:

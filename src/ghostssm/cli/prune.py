@@ -216,6 +216,7 @@ def prune(
         target = sizes.suited_target(
             target, described, recipe, groups, engine, described.tied_head and not untie, multiple
         )
+    sizes.check_smaller(target, described.layout.state_size)
     job = Job(
         model=model,
         tokenizer=tokenizer,

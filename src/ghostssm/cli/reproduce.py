@@ -79,14 +79,15 @@ def reproduce(
     from ghostssm.recipe import Recipe
 
     check_device(device)
+    arguments.check_separated("--methods", methods)
     tables = tables_named(table)
     recipes = [str(Recipe.parse(method)) for method in methods] if methods else None
     settings = library.Settings(calibration, text, windows, text_windows, window_length, seed)
     found = library.find_models(models or published_models(tables))
     if not table:  # of both tables, those that the models at hand stand in
         tables = tuple(name for name in tables if found.keys() & set(published_models([name])))
-    own = library.own_state_sizes(found)
-    wanted = [cell for name in tables for cell in cells(name, recipes, state_size, own)]
+    library.check_models(found)
+    wanted = [cell for name in tables for cell in cells(name, recipes, state_size)]
     if not any(cell.model in found for cell in wanted):
         raise InputError(f"None of the named models is in the table {' or '.join(tables)}; name others, or no --table.")
     texts = library.read_texts(settings)

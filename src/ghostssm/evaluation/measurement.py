@@ -1,9 +1,10 @@
-"""What a pruned model loses on a text: measured once, written into its manifest and model card."""
+"""What a pruned model loses: measured once on a text, or in a search; written into its manifest and model card."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,16 +45,58 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""
-        error = self.excess.standard_error
         return {
             "text": self.text,
             "windows": self.windows,
             "window_length": self.window_length,
             "dense_loss": self.dense_loss,
             "pruned_loss": self.pruned_loss,
-            "excess_loss": self.excess.mean,
-            "standard_error": None if math.isnan(error) else error,
+            **_as_json(self.excess),
         }
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the search for the smallest state within a bound on the loss measured of the state that it found.
+
+    Attributes:
+        max_excess_loss: the bound, nats per token. windows: those held out of the calibration windows.
+        excess: the mean difference on them, and its standard error (NaN for one window).
+    """
+
+    max_excess_loss: float
+    windows: int
+    excess: Difference
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> Searched | None:
+        """What a plan's provenance, which may be anybody's, says of it; None where nothing was searched."""
+        try:
+            found = provenance["search"]
+            error = math.nan if found["standard_error"] is None else float(found["standard_error"])
+            excess = Difference(float(found["excess_loss"]), error)
+            return cls(float(found["max_excess_loss"]), int(found["held_out_windows"]), excess)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def text(self) -> str:
+        """The excess with its standard error, and what it was measured on."""
+        excess = plus_minus(self.excess.mean, self.excess.standard_error)
+        return f"{excess} nats per token, on {self.windows} held-out calibration windows"
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; the standard error is None where there is none."""
+        return {
+            "max_excess_loss": self.max_excess_loss,
+            "held_out_windows": self.windows,
+            **_as_json(self.excess),
+        }
+
+
+def _as_json(excess: Difference) -> dict[str, float | None]:
+    error = excess.standard_error
+    return {"excess_loss": excess.mean, "standard_error": None if math.isnan(error) else error}
 
 
 def evaluate_in_float32(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:

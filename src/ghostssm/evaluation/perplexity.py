@@ -60,6 +60,11 @@ class Evaluation:
         return self.losses.mean().item()
 
     @property
+    def standard_error(self) -> float:
+        """Of the loss, over windows; NaN when there is one window only."""
+        return _standard_error(self.losses)
+
+    @property
     def perplexity(self) -> float:
         return perplexity_of(self.loss)
 
@@ -70,8 +75,12 @@ class Evaluation:
     def excess_over(self, dense: Evaluation) -> Difference:
         """This loss minus the dense model's on the same windows; NaN as error when there is one window only."""
         differences = self.losses - dense.losses
-        error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.tensor(math.nan)
-        return Difference(differences.mean().item(), error.item())
+        return Difference(differences.mean().item(), _standard_error(differences))
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean of values (count,); NaN for one value."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def evaluate(

@@ -42,6 +42,18 @@ class Wanted:
         return self.model, self.method, self.state_size
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What tells the published checkpoints apart."""
+
+    layers: int
+    hidden_size: int
+    state_size: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, hidden size {self.hidden_size} and N = {self.state_size}"
+
+
 @cache
 def _document() -> Mapping[str, Any]:
     path = resources.files("ghostssm.evaluation") / "published.json"
@@ -54,9 +66,9 @@ def source() -> str:
     return str(_document()["source"])
 
 
-def published_state_size() -> int:
-    """N of the published checkpoints."""
-    return int(_document()["state_size"])
+def published_sizes(model: str) -> Sizes:
+    """Of a published checkpoint, by its hub id."""
+    return Sizes(**_document()["models"][model])
 
 
 def table_names() -> tuple[TableName, ...]:
@@ -79,20 +91,16 @@ def published_models(tables: Sequence[TableName] | None = None) -> tuple[str, ..
 
 
 def cells(
-    table: TableName,
-    methods: Sequence[str] | None = None,
-    state_sizes: Sequence[int] | None = None,
-    own_sizes: Mapping[str, int] | None = None,
+    table: TableName, methods: Sequence[str] | None = None, state_sizes: Sequence[int] | None = None
 ) -> list[Wanted]:
     """The cells of a table, dense ones first, then method by method.
 
     Args:
         methods: recipes; the paper's if not given. state_sizes: N' in place of the table's sparsities.
-        own_sizes: N by model, where it is not that of the published checkpoints.
     """
     found = _document()["tables"][table]
     models, sparsities = found["models"], found["sparsities"]
-    own = {model: (own_sizes or {}).get(model, published_state_size()) for model in models}
+    own = {model: published_sizes(model).state_size for model in models}
     wanted = [
         Wanted(table, model, DENSE, own[model], None, dense)
         for model, dense in zip(models, found["dense"], strict=True)

@@ -21,7 +21,7 @@ from ghostssm.data.sources import Text, read_text
 from ghostssm.data.windows import cut_windows
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
-from ghostssm.evaluation.published import DENSE, Wanted, published_models
+from ghostssm.evaluation.published import DENSE, Sizes, Wanted, published_models, published_sizes
 from ghostssm.feasibility import check_recipe, check_state_size
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning import DEFAULT_SEED, Calibration
@@ -218,13 +218,12 @@ def _models_inside(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
     return {names[name]: str(folder / name) for name in names if (folder / name / "config.json").exists()}
 
 
-def own_state_sizes(models: Mapping[str, str]) -> dict[str, int]:
-    """N of every model; reads configs only.
+def check_models(models: Mapping[str, str]) -> None:
+    """Check that each model has the sizes of the published one whose row it is to fill; reads configs only.
 
     Raises:
-        ModelError: a model that is not there, or was pruned before.
+        ModelError: a model that is not there, was pruned before, or is another one.
     """
-    sizes = {}
     for name, spec in models.items():
         try:
             described = describe(spec)
@@ -232,9 +231,13 @@ def own_state_sizes(models: Mapping[str, str]) -> dict[str, int]:
             hint = f" Here: --models {name}=FOLDER." if spec == name else ""
             raise ModelError(f"{error}{hint}") from error
         if not described.is_stock or described.family != "mamba2":
-            raise ModelError(f"{spec} is no stock Mamba-2 model; expected {name}, or one of the same format.")
-        sizes[name] = described.layout.state_size
-    return sizes
+            raise ModelError(f"{spec} is no stock Mamba-2 model; expected {name}.")
+        found = Sizes(described.layers, described.layout.hidden_size, described.layout.state_size)
+        if found != published_sizes(name):
+            raise ModelError(
+                f"{spec} has {found}; expected {published_sizes(name)}, as {name} has. Name that model's folder, or "
+                "prune and measure your own with 'ghostssm compare'."
+            )
 
 
 def measure(
@@ -259,11 +262,10 @@ def measure(
         InputError: a method or size that a model can't have, a model that can't be loaded, text that is too short.
         OutputError: results of another model under this name, or a folder that can't be written.
     """
-    own = own_state_sizes(models)
     for cell in wanted:
         if cell.model in models and cell.method != DENSE:
             check_recipe(Recipe.parse(cell.method), "mamba2")
-            check_state_size(cell.state_size, own[cell.model])
+            check_state_size(cell.state_size, published_sizes(cell.model).state_size)
     # By model, so that each is loaded once; a cell may stand in both tables.
     keys = {name: list(dict.fromkeys(cell.key for cell in wanted if cell.model == name)) for name in models}
     missing = {name: [key for key in keys[name] if key not in results.cells] for name in models}

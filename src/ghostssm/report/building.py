@@ -184,7 +184,7 @@ def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
     error = _number(measured.get("standard_error"))
     if dense is None or pruned is None or excess is None:
         return []
-    text = f"{excess:.4f}" if error is None else plus_minus(excess, error)
+    text = plus_minus(excess, math.nan if error is None else error)
     where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of "
     where += text_name(str(measured.get("text")))
     return [

@@ -11,6 +11,10 @@ import ghostssm
 from ghostssm.cli.console import note
 from ghostssm.methods.selection import Groups
 from ghostssm.recipe import DEFAULT_RECIPE, Recipe
+from ghostssm.smallest import held_out_rows
+
+_SURE_WINDOWS = 8
+"""On fewer, the standard error of an excess loss is itself a guess."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Job:
             "" if len(cut) == self.calibration_windows else f" (not {self.calibration_windows}: the text has no more)"
         )
         note(f"{self.recipe}: calibrating on {len(cut)} windows{fewer} of {cut.length} tokens of {cut.text_name}")
+        if self.target.max_excess_loss is not None:
+            _tell_held_out(len(cut))
         return cut
 
     def held_out(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows | None:
@@ -70,6 +76,13 @@ class Job:
             return None
         text = ghostssm.read_text(self.evaluation, "evaluation")
         return ghostssm.cut_windows(text, vocabulary, self.window_length, self.evaluation_windows)
+
+
+def _tell_held_out(windows: int) -> None:
+    """Say how many of so many calibration windows a bound on the loss is measured on, and whether these are few."""
+    held_out = int(held_out_rows(windows).sum())
+    few = "" if held_out >= _SURE_WINDOWS else "; so few make the bound uncertain, 32 windows hold out 8 (--windows 32)"
+    note(f"{held_out} of these windows are held out to measure the excess loss on{few}")
 
 
 def wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.cli.console import bytes_text, print_facts, print_json
-from ghostssm.evaluation.measurement import Measurement
+from ghostssm.evaluation.measurement import Measurement, Searched
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Outcome:
 def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json: bool) -> None:
     """Tell where the result is and what it is; ``address`` is that of the upload, if there was one."""
     plan, measured = outcome.plan, outcome.measured
+    searched = Searched.of(plan.provenance)
     found = ghostssm.describe(str(outcome.written))
     before = found.state_bytes(plan.state_size)
     sizes = list(found.state_sizes) if plan.needs_own_class else [plan.kept_state_size]
@@ -38,6 +39,7 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
+                "searched": None if searched is None else searched.as_json(),
                 "report": None if outcome.page is None else str(outcome.page),
                 "hub": address,
                 "seconds": seconds,
@@ -49,6 +51,8 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
         ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
     ]
+    if searched is not None:
+        facts.append(("excess loss", searched.text))
     if measured is not None:
         facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
     if outcome.page is not None:

@@ -20,8 +20,12 @@ def wanted_target(limit: int, state_size: int | None, budget: float | None, max_
     Raises:
         InputError: none of them is given, or several, or one out of range.
     """
-    if sum(option is not None for option in (state_size, budget, max_excess_loss)) != 1:
+    options = {"--state-size": state_size, "--budget": budget, "--max-excess-loss": max_excess_loss}
+    given = [option for option, value in options.items() if value is not None]
+    if not given:
         raise InputError("Say how much to keep: give one of --state-size, --budget and --max-excess-loss.")
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} each say how much to keep; give one of them.")
     if max_excess_loss is not None:
         if not max_excess_loss >= 0:
             raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
@@ -33,6 +37,15 @@ def wanted_target(limit: int, state_size: int | None, budget: float | None, max_
     assert state_size is not None
     check_state_size(state_size, limit)
     return Target(state_size)
+
+
+def check_smaller(target: Target, limit: int) -> None:
+    """Raise InputError for a state size that is the model's own, ``limit``: the result would be a copy."""
+    if target.size == limit:
+        raise InputError(
+            f"The state size would be {limit}, which is the model's own N: nothing would change. Expected a smaller "
+            "--state-size, or a --budget that leaves less."
+        )
 
 
 def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
