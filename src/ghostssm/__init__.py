@@ -60,6 +60,7 @@ __all__ = [
     "describe",
     "engine_names",
     "evaluate",
+    "evaluation_windows",
     "export_checkpoint",
     "export_gguf",
     "find_source",

@@ -19,7 +19,7 @@ from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.checkpoint.streaming import StreamedCheckpoint, stream
 from ghostssm.data.sources import Text, read_text
-from ghostssm.data.windows import Windows, cut_windows
+from ghostssm.data.windows import Windows, cut_windows, evaluation_windows
 from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
@@ -89,6 +89,7 @@ __all__ = [
     "describe",
     "engine_names",
     "evaluate",
+    "evaluation_windows",
     "export_checkpoint",
     "export_gguf",
     "find_source",

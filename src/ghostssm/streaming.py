@@ -103,7 +103,7 @@ def prune_streamed(
             return _shared_losses(blocks, held_out, processes, Scratch(offload), progress)
 
         found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
-        return Evaluation(found, held_out.bytes_per_token)
+        return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
 
     with RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes) as run:
         try:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ghostssm.data.sources import Text
-from ghostssm.data.windows import cut_windows
+from ghostssm.data.windows import cut_windows, evaluation_windows
 from ghostssm.errors import InputError, TextError
 from tests.conftest import random_windows
 
@@ -31,6 +31,17 @@ def test_a_seeded_draw_repeats_and_does_not_overlap(tokenizer: PreTrainedTokeniz
     places = [int((everything == row).all(1).nonzero()[0]) for row in drawn]
     assert len(set(places)) == 10
     assert places != sorted(places)
+
+
+def test_windows_to_measure_on_are_drawn_from_all_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = cut_windows(TEXT, tokenizer, 50)
+    for count in (None, len(whole), 1000):
+        windows = evaluation_windows(TEXT, tokenizer, 50, count)
+        assert torch.equal(windows.ids, whole.ids)
+        assert windows.seed is None
+    drawn = evaluation_windows(TEXT, tokenizer, 50, 8)
+    assert drawn.seed is not None
+    assert torch.equal(drawn.ids, cut_windows(TEXT, tokenizer, 50, 8, drawn.seed).ids)
 
 
 def test_more_windows_than_there_are_gives_all(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -35,6 +35,23 @@ def test_excess_is_paired() -> None:
     assert excess.standard_error == pytest.approx(0.1 / math.sqrt(3))
 
 
+def test_the_error_of_correlated_windows_is_that_of_repeated_draws() -> None:
+    """An autoregressive series, whose mean's deviation over many draws is known."""
+    draws, count, memory = 400, 256, 0.6
+    generator = torch.Generator().manual_seed(0)
+    values = torch.zeros(draws, count, dtype=torch.float64)
+    for place in range(1, count):
+        fresh = torch.randn(draws, generator=generator, dtype=torch.float64)
+        values[:, place] = memory * values[:, place - 1] + fresh
+    true = values.mean(1).std().item()
+    mean_error = {
+        consecutive: sum(Evaluation(row, 1.0, consecutive).standard_error for row in values) / draws
+        for consecutive in (True, False)
+    }
+    assert mean_error[True] == pytest.approx(true, rel=0.2)
+    assert mean_error[False] < 0.6 * true
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model = tiny_model()
     model.backbone.norm_f.weight.data.fill_(float("inf"))

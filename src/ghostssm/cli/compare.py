@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note, note_idle_gpu, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note, note_idle_gpu, note_same_text, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable, write_page
 
 
@@ -80,7 +80,9 @@ def compare(
     calibration_windows = ghostssm.cut_windows(
         ghostssm.read_text(calibration, "calibration"), vocabulary, window_length, windows, seed
     )
-    test_windows = ghostssm.cut_windows(ghostssm.read_text(text, "evaluation"), vocabulary, window_length, text_windows)
+    test_text = ghostssm.read_text(text, "evaluation")
+    test_windows = ghostssm.evaluation_windows(test_text, vocabulary, window_length, text_windows)
+    note_same_text(calibration_windows, test_windows)
     note(
         f"windows of {window_length} tokens: calibrating on {len(calibration_windows)} of "
         f"{calibration_windows.text_name}, measuring on {len(test_windows)} of {test_windows.text_name}"

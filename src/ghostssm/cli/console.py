@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,11 +20,15 @@ from rich.table import Table
 from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
+if TYPE_CHECKING:
+    from ghostssm.data.windows import Windows
+
 __all__ = [
     "bytes_text",
     "is_first_process",
     "note",
     "note_idle_gpu",
+    "note_same_text",
     "print_error",
     "print_facts",
     "print_json",
@@ -106,6 +110,12 @@ def note_idle_gpu(device: str) -> None:
 
     if device == "cpu" and torch.cuda.is_available():
         note(f"computing on the CPU; --device cuda would take the {torch.cuda.get_device_name()}")
+
+
+def note_same_text(calibration: Windows, evaluation: Windows) -> None:
+    """Say so where the loss is measured on what the state was cut for."""
+    if calibration.text_fingerprint == evaluation.text_fingerprint:
+        note(f"calibrating and measuring on the same text, {evaluation.text_name}: other text will lose more")
 
 
 @contextmanager

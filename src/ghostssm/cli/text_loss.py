@@ -22,7 +22,7 @@ class Measuring:
     """What a loss is measured on, and how models are opened for it.
 
     Attributes:
-        text: TEXT, of which the first ``text_windows`` windows are taken; None for all.
+        text: TEXT, of which ``text_windows`` windows are drawn; None for all.
         stream: hold one block of weights at a time; ``offload`` is where what grows with the windows goes then.
     """
 
@@ -42,7 +42,7 @@ class Measuring:
     def windows(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows:
         """The windows that a tokenizer makes of the text."""
         text = ghostssm.read_text(self.text, "evaluation")
-        return ghostssm.cut_windows(text, vocabulary, self.window_length, self.text_windows)
+        return ghostssm.evaluation_windows(text, vocabulary, self.window_length, self.text_windows)
 
     def evaluation(
         self, opened: ghostssm.Checkpoint | ghostssm.StreamedCheckpoint, windows: ghostssm.Windows

@@ -15,6 +15,7 @@ from ghostssm.errors import InputError, ModelError, TextError
 
 _TOKENS_PER_BATCH = 2048
 _TOKENS_PER_GPU_BATCH = 8192
+_EVALUATION_SEED = 1
 _STRETCH = 1 << 24
 """Characters that are tokenised in one go. A tokenizer takes about 200 bytes of memory for each."""
 
@@ -27,7 +28,7 @@ class Windows:
         ids: (count, length), int64.
         text_name, text_fingerprint: the `ghostssm.data.sources.Text` they were cut from.
         bytes_per_token: of that whole text in UTF-8; turns nats per token into bits per byte.
-        seed: of the draw, or None when the windows are the text's first.
+        seed: of the draw, or None when the windows are the text's first, in their order.
     """
 
     ids: Tensor
@@ -93,11 +94,29 @@ def cut_windows(
             f"The text {text.name!r} has {len(ids)} tokens, fewer than one window of {length}. "
             "Give a longer text or a shorter window."
         )
-    chosen = torch.arange(available)
-    if seed is not None:
-        chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.arange(available) if seed is None else _drawn(available, seed)
     rows = ids[: available * length].view(available, length)[chosen[:count]]
     return Windows(rows.contiguous(), text.name, text.fingerprint, len(joined.encode()) / len(ids), seed)
+
+
+def _drawn(available: int, seed: int) -> Tensor:
+    """All numbers below ``available``, in random order."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+
+
+def evaluation_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None
+) -> Windows:
+    """The windows to measure a loss on: all of a text in its order, or ``count`` of them, drawn at random but the same
+    in every run. The first ones would tell of the text's beginning only.
+
+    Args, raises: as `cut_windows`.
+    """
+    whole = cut_windows(text, tokenizer, length)
+    if count is None or count >= len(whole):
+        return whole
+    chosen = _drawn(len(whole), _EVALUATION_SEED)[:count]
+    return replace(whole.part(chosen), seed=_EVALUATION_SEED)
 
 
 def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:

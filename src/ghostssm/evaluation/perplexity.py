@@ -49,10 +49,12 @@ class Evaluation:
     Attributes:
         losses: (count,), float64: mean negative log likelihood of each window's tokens but the first, nats per token.
         bytes_per_token: of the text, to turn nats per token into bits per byte.
+        consecutive: the windows follow one another in the text, so that their losses are alike (`_standard_error`).
     """
 
     losses: Tensor
     bytes_per_token: float
+    consecutive: bool = False
 
     @property
     def loss(self) -> float:
@@ -62,7 +64,7 @@ class Evaluation:
     @property
     def standard_error(self) -> float:
         """Of the loss, over windows; NaN when there is one window only."""
-        return _standard_error(self.losses)
+        return _standard_error(self.losses, self.consecutive)
 
     @property
     def perplexity(self) -> float:
@@ -75,11 +77,17 @@ class Evaluation:
     def excess_over(self, dense: Evaluation) -> Difference:
         """This loss minus the dense model's on the same windows; NaN as error when there is one window only."""
         differences = self.losses - dense.losses
-        return Difference(differences.mean().item(), _standard_error(differences))
+        return Difference(differences.mean().item(), _standard_error(differences, self.consecutive))
 
 
-def _standard_error(values: Tensor) -> float:
-    """Of the mean of values (count,); NaN for one value."""
+def _standard_error(values: Tensor, consecutive: bool) -> float:
+    """Of the mean of values (count,); NaN for one value.
+
+    Neighbours in a text are alike, so that what follows one another is first averaged over about sqrt(count) blocks
+    (batch means: Glynn & Whitt 1991); values drawn at random are independent.
+    """
+    if consecutive and len(values) > 3:
+        values = torch.stack([block.mean() for block in values.tensor_split(math.isqrt(len(values)))])
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -100,7 +108,7 @@ def evaluate(
         NumericalError: a loss that is not finite.
     """
     by_token = token_losses(model, windows, progress, scratch)
-    return Evaluation(by_token.double().mean(1), windows.bytes_per_token)
+    return Evaluation(by_token.double().mean(1), windows.bytes_per_token, windows.seed is None)
 
 
 def token_losses(

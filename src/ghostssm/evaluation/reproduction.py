@@ -18,7 +18,7 @@ from ghostssm.checkpoint.loading import load
 from ghostssm.checkpoint.output_file import OutputFile
 from ghostssm.checkpoint.source import find_source
 from ghostssm.data.sources import Text, read_text
-from ghostssm.data.windows import cut_windows
+from ghostssm.data.windows import cut_windows, evaluation_windows
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
 from ghostssm.evaluation.published import DENSE, Sizes, Wanted, published_models, published_sizes
@@ -301,7 +301,7 @@ def _measured(
     checkpoint = load(spec, dtype=torch.float32, device=device, tokenizer=tokenizer)
     vocabulary, length = checkpoint.require_tokenizer(), settings.window_length
     cut = cut_windows(texts["calibration"], vocabulary, length, settings.windows, settings.seed)
-    held_out = cut_windows(texts["evaluation"], vocabulary, length, settings.text_windows)
+    held_out = evaluation_windows(texts["evaluation"], vocabulary, length, settings.text_windows)
     calibration = Calibration(checkpoint.model, cut)
     made_with = {
         "ghostssm": __version__,

@@ -75,7 +75,7 @@ class Job:
         if self.evaluation is None:
             return None
         text = ghostssm.read_text(self.evaluation, "evaluation")
-        return ghostssm.cut_windows(text, vocabulary, self.window_length, self.evaluation_windows)
+        return ghostssm.evaluation_windows(text, vocabulary, self.window_length, self.evaluation_windows)
 
 
 def _tell_held_out(windows: int) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import ghostssm
-from ghostssm.cli.console import progress_reporter
+from ghostssm.cli.console import note_same_text, progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import InputError
@@ -49,6 +49,8 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
     vocabulary = checkpoint.require_tokenizer()
     held_out = job.held_out(vocabulary)
     windows = job.windows(vocabulary)
+    if held_out is not None:
+        note_same_text(windows, held_out)
     with progress_reporter() as progress:
         run = ghostssm.prune_streamed(
             checkpoint,
