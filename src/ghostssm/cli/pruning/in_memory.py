@@ -39,6 +39,7 @@ def prune_in_memory(
     held_out = job.held_out(vocabulary)
     dense = None if held_out is None else _evaluated(checkpoint, held_out)
     windows = job.windows(vocabulary)
+    job.announce(windows)
     plan = _decide(job, checkpoint, windows)
     record = _recorded(job, checkpoint, windows, plan, report_batches) if report_batches else Record()
     smaller = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
