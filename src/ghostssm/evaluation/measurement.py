@@ -38,6 +38,19 @@ class Measurement:
         """Of two evaluations on these windows."""
         return cls(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measurement:
+        """What `as_json` wrote; raises KeyError or TypeError for something else."""
+        error = values["standard_error"]
+        return cls(
+            values["text"],
+            values["windows"],
+            values["window_length"],
+            values["dense_loss"],
+            values["pruned_loss"],
+            Difference(values["excess_loss"], math.nan if error is None else error),
+        )
+
     @property
     def excess_text(self) -> str:
         """The excess and, where there is one, its standard error."""

@@ -10,7 +10,7 @@ import ghostssm
 from ghostssm.checkpoint.output_file import OutputFile
 from ghostssm.checkpoint.output_folder import OutputFolder
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.cli.console import note_same_text, progress_reporter
+from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.cli.report import write_page
@@ -39,8 +39,7 @@ def prune_in_memory(
     held_out = job.held_out(vocabulary)
     dense = None if held_out is None else _evaluated(checkpoint, held_out)
     windows = job.windows(vocabulary)
-    if held_out is not None:
-        note_same_text(windows, held_out)
+    job.announce(windows, held_out)
     plan = _decide(job, checkpoint, windows)
     record = _recorded(job, checkpoint, windows, plan, report_batches) if report_batches else Record()
     smaller = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 import ghostssm
-from ghostssm.cli.console import note
+from ghostssm.cli.console import note, note_same_text
 from ghostssm.methods.selection import Groups
 from ghostssm.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.smallest import held_out_rows
@@ -61,14 +61,17 @@ class Job:
     def windows(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows:
         """The windows to calibrate on."""
         text = ghostssm.read_text(self.calibration, "calibration")
-        cut = ghostssm.cut_windows(text, vocabulary, self.window_length, self.calibration_windows, self.seed)
-        fewer = (
-            "" if len(cut) == self.calibration_windows else f" (not {self.calibration_windows}: the text has no more)"
-        )
-        note(f"{self.recipe}: calibrating on {len(cut)} windows{fewer} of {cut.length} tokens of {cut.text_name}")
+        return ghostssm.cut_windows(text, vocabulary, self.window_length, self.calibration_windows, self.seed)
+
+    def announce(self, windows: ghostssm.Windows, held_out: ghostssm.Windows | None) -> None:
+        """Say what is about to be done with the windows to calibrate on, and what to think of those to measure on."""
+        count, wanted = len(windows), self.calibration_windows
+        fewer = "" if count == wanted else f" (not {wanted}: the text has no more)"
+        note(f"{self.recipe}: calibrating on {count} windows{fewer} of {windows.length} tokens of {windows.text_name}")
         if self.target.max_excess_loss is not None:
-            _tell_held_out(len(cut))
-        return cut
+            _tell_held_out(count)
+        if held_out is not None:
+            note_same_text(windows, held_out)
 
     def held_out(self, vocabulary: PreTrainedTokenizerBase) -> ghostssm.Windows | None:
         """The windows to measure the loss on, if it is wanted."""

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import ghostssm
-from ghostssm.cli.console import note_same_text, progress_reporter
+from ghostssm.cli.console import note, progress_reporter
+from ghostssm.cli.pruning.finished import finished_outcome, may_be_finished
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import InputError
@@ -43,21 +44,34 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
     assert job.target.size is not None
     device = own_device(job.device)
     processes = Processes.join(device)
-    processes.from_first(lambda: check_run_folder(Path(job.output), resume=resume, overwrite=job.overwrite))
+    output = Path(job.output)
+
+    def check_output() -> None:
+        processes.from_first(lambda: check_run_folder(output, resume=resume, overwrite=job.overwrite))
+
+    finished = resume and processes.from_first(lambda: may_be_finished(output))
+    if not finished:
+        check_output()
     check_streamable(job.recipe, job.description.family)
     checkpoint = ghostssm.stream(job.model, device=device, tokenizer=job.tokenizer, head=False)
     vocabulary = checkpoint.require_tokenizer()
     held_out = job.held_out(vocabulary)
     windows = job.windows(vocabulary)
-    if held_out is not None:
-        note_same_text(windows, held_out)
+    if finished:
+        outcome = finished_outcome(job, processes.from_first(checkpoint.source.fingerprint), windows, held_out)
+        if outcome is not None:
+            note(f"{output} is finished: this run wrote it before")
+            processes.leave()
+            return outcome
+        check_output()
+    job.announce(windows, held_out)
     with progress_reporter() as progress:
         run = ghostssm.prune_streamed(
             checkpoint,
             windows,
             job.recipe,
             job.target.size,
-            job.output,
+            output,
             groups=job.groups,
             seed=job.seed,
             overwrite=job.overwrite,
@@ -68,4 +82,4 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
             progress=progress,
         )
     processes.leave()
-    return Outcome(Path(job.output), run.plan, run.measured)
+    return Outcome(output, run.plan, run.measured)
