@@ -37,6 +37,20 @@ class Measurement:
         """Of two evaluations on these windows."""
         return cls(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
 
+    @classmethod
+    def from_json(cls, found: Any) -> Measurement | None:
+        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
+        try:
+            losses = [float(found[key]) for key in ("dense_loss", "pruned_loss", "excess_loss")]
+            error = found["standard_error"]
+            dense, pruned, excess = losses
+            difference = Difference(excess, math.nan if error is None else float(error))
+            return cls(
+                str(found["text"]), int(found["windows"]), int(found["window_length"]), dense, pruned, difference
+            )
+        except (TypeError, ValueError, KeyError, OverflowError):
+            return None
+
     @property
     def excess_text(self) -> str:
         """The excess and, where there is one, its standard error."""
