@@ -124,8 +124,8 @@ def test_inspect_knows_the_dialect_of_the_files(run: Run, small: Path, tmp_path:
     assert code == 0
     table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith(("runs", "no"))}
     assert table == {"transformers-cpu": ["no", "runs"], "mamba_ssm": ["runs", "runs"], "sglang": ["no", "no"]}
-    assert "transformers-cpu: ghostssm export --format transformers writes what it reads." in out
-    assert "sglang: ghostssm export --format transformers --untie writes what it reads." in out
+    assert "transformers-cpu: first ghostssm export --format transformers." in out
+    assert "sglang: first ghostssm export --format transformers --untie." in out
     assert "mamba_ssm, N' = 8: runs: write with --dialect mamba_ssm." in out
 
 
@@ -528,6 +528,8 @@ def test_export(run: Run, small: Path, tmp_path: Path) -> None:
     [
         (["--format", "transformers", "--dtype", "q8_0"], "number format of GGUF"),
         (["--pad-to", 8], "16 channels already"),
+        (["--untie"], "--untie is for --format transformers"),
+        (["--format", "mamba_ssm", "--untie"], "always stores lm_head.weight"),
         (["--format", "onnx"], "onnx"),
     ],
 )

@@ -157,4 +157,4 @@ def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> N
         for options in dict.fromkeys(entry.export for entry in entries if entry.export):
             exports.setdefault(options, []).append(entries[0].engine)
     for options, names in exports.items():
-        print(f"{', '.join(names)}: ghostssm export {options} writes what it reads.")
+        print(f"{', '.join(names)}: first ghostssm export {options}.")
