@@ -125,6 +125,28 @@ def test_a_tied_head_matters_where_it_is_not_known() -> None:
     assert nearest_state_size(64, SMALL, "mamba2", ["sglang"]) == 64
 
 
+def test_files_in_another_dialect_are_not_read() -> None:
+    for dialect, other in (("transformers", "mamba_ssm"), ("mamba_ssm", "transformers")):
+        whole = advise(SMALL, "mamba2")
+        for engine, found, at_best in zip(ENGINES, advise(SMALL, "mamba2", dialect=dialect), whole, strict=True):
+            if engine.dialect == other:
+                assert (found.level, found.export) == ("no", f"--format {other}")
+                assert f"reads the {other} dialect" in found.reason
+            else:
+                assert found.level == at_best.level
+                assert "--dialect" not in found.reason
+                assert found.export == ("" if engine.dialect else "--format gguf")
+
+
+def test_no_export_is_named_that_would_not_help() -> None:
+    (found,) = advise(SMALL.with_state_size(30), "mamba2", engines=["mamba_ssm"], dialect="transformers")
+    assert (found.level, found.export) == ("no", "")
+    assert "no multiple of 8" in found.reason
+    for dialect in ("transformers", "mamba_ssm"):
+        (found,) = advise(SMALL, "mamba2", engines=["sglang"], dialect=dialect, tied_head=True)
+        assert (found.level, found.export) == ("no", "--format transformers --untie")
+
+
 def test_every_engine_has_a_source() -> None:
     assert all(engine.source and engine.version for engine in ENGINES)
     assert len(set(engine_names())) == len(ENGINES)

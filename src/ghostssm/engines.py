@@ -45,10 +45,9 @@ class Engine:
         version: the version whose source was read.
         rules: what a mixer has to meet.
         model_types: transformers model types that it has a class for; None for all.
-        dialect: whose config.json and tensor names it reads.
+        dialect: whose config.json and tensor names it reads; None for llama.cpp, which reads neither.
         cannot_tie: model types whose head it does not tie to the embeddings.
         own_class: what becomes of models whose state is projected or differs between layers.
-        remark: what else its users have to know; may be empty.
         source: where the rules come from.
     """
 
@@ -58,15 +57,23 @@ class Engine:
     model_types: frozenset[str] | None
     source: str
     own_class: Level = "no"
-    remark: str = ""
-    dialect: Literal["transformers", "mamba_ssm"] = "transformers"
+    dialect: Literal["transformers", "mamba_ssm"] | None = "transformers"
     cannot_tie: frozenset[str] = frozenset()
 
-    def advise(self, layout: SSDLayout, model_type: str, *, own_class: bool = False, tied_head: bool = False) -> Advice:
+    def advise(
+        self,
+        layout: SSDLayout,
+        model_type: str,
+        *,
+        dialect: str | None = None,
+        own_class: bool = False,
+        tied_head: bool = False,
+    ) -> Advice:
         """Whether a model with mixers of this layout runs.
 
         Args:
             model_type: the transformers name of the family, such as ``mamba2``.
+            dialect: of its files; None for files yet to be written, in whichever dialect the engine reads.
             own_class: whether its state is projected, or differs between layers.
             tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
         """
@@ -74,17 +81,32 @@ class Engine:
             return Advice(self.name, layout.state_size, self.own_class, _OWN_CLASS[self.own_class])
         if self.model_types is not None and model_type not in self.model_types:
             return Advice(self.name, layout.state_size, "no", f"has no class for model type {model_type!r}")
-        if tied_head and model_type in self.cannot_tie:
-            reason = f"knows no tied head for {model_type}, and leaves the head uninitialised; write it with --untie"
-            return Advice(self.name, layout.state_size, "no", reason)
         broken = [rule for rule in self.rules if not rule.holds(layout, model_type)]
         levels: list[Level] = ["runs", *(rule.otherwise for rule in broken)]
-        level = max(levels, key=_LEVELS.index)
         lanes = 1 << (layout.state_size - 1).bit_length()
         reasons = [rule.reason.format(layout=layout, lanes=lanes) for rule in broken]
-        if self.remark and level != "no":
-            reasons.append(self.remark)
-        return Advice(self.name, layout.state_size, level, "; ".join(reasons))
+        export = ""
+        if "no" not in levels:  # else no other files help
+            of_files, reason, export = self._files(model_type, dialect, tied_head)
+            levels.append(of_files)
+            reasons += [reason] * bool(reason)
+        level = max(levels, key=_LEVELS.index)
+        return Advice(self.name, layout.state_size, level, "; ".join(reasons), export)
+
+    def _files(self, model_type: str, dialect: str | None, tied_head: bool) -> tuple[Level, str, str]:
+        """What it means that a model's files are in a dialect, why, and `Advice.export`."""
+        if self.dialect is None:
+            return "runs", "", "--format gguf"
+        if tied_head and model_type in self.cannot_tie:
+            reason = f"knows no tied head for {model_type}, and leaves the head uninitialised"
+            if dialect is None:
+                return "no", f"{reason}; write it with --untie", ""
+            return "no", reason, f"--format {self.dialect} --untie"
+        if dialect is None:
+            return "runs", "" if self.dialect == "transformers" else f"write with --dialect {self.dialect}", ""
+        if dialect != self.dialect:
+            return "no", f"reads the {self.dialect} dialect", f"--format {self.dialect}"
+        return "runs", "", ""
 
     @property
     def rule_text(self) -> str:
@@ -94,12 +116,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether an engine runs a model at a state size, and why not, or what else to know."""
+    """Whether an engine runs a model at a state size, and why not, or what else to know.
+
+    Attributes:
+        export: options with which ``ghostssm export`` writes files that the engine reads, where these are not.
+    """
 
     engine: str
     state_size: int
     level: Level
     reason: str
+    export: str = ""
 
 
 _OWN_CLASS: dict[Level, str] = {
@@ -166,7 +193,6 @@ ENGINES: tuple[Engine, ...] = (
         version="mamba_ssm 2.3.2",
         rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
         model_types=frozenset({"mamba2"}),
-        remark="write with --dialect mamba_ssm",
         source="modules/mamba2.py (one ssm_cfg for all layers), ops/triton/ssd_combined.py; causal-conv1d",
         dialect="mamba_ssm",
     ),
@@ -198,6 +224,7 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
     ),
     Engine(
@@ -213,6 +240,7 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-cuda/ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
     ),
     Engine(
@@ -220,6 +248,7 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-vulkan/ggml-vulkan.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -227,6 +256,7 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-sycl/ggml-sycl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -234,6 +264,7 @@ ENGINES: tuple[Engine, ...] = (
         version=_LLAMA_CPP,
         rules=(_scan_in(*_POWERS_OF_TWO),),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-opencl/ggml-opencl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -248,6 +279,7 @@ ENGINES: tuple[Engine, ...] = (
             ),
         ),
         model_types=_LLAMA_CPP_TYPES,
+        dialect=None,
         source="ggml/src/ggml-metal/ggml-metal-ops.cpp, SSM_SCAN: use_mma",
     ),
     Engine(
@@ -292,6 +324,7 @@ def advise(
     model_type: str,
     *,
     engines: Sequence[str] | None = None,
+    dialect: str | None = None,
     own_class: bool = False,
     tied_head: bool = False,
 ) -> tuple[Advice, ...]:
@@ -300,6 +333,7 @@ def advise(
     Args:
         model_type: the transformers name of the model's family, such as ``mamba2``.
         engines: names; None for all that are known.
+        dialect: of the model's files; None for files yet to be written, in whichever dialect an engine reads.
         own_class: whether the state is projected, or differs between layers.
         tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
 
@@ -307,7 +341,10 @@ def advise(
         InputError: no engine of that name.
     """
     chosen = ENGINES if engines is None else engines_named(engines)
-    return tuple(engine.advise(layout, model_type, own_class=own_class, tied_head=tied_head) for engine in chosen)
+    return tuple(
+        engine.advise(layout, model_type, dialect=dialect, own_class=own_class, tied_head=tied_head)
+        for engine in chosen
+    )
 
 
 def good_state_sizes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation import Difference, Evaluation
 from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
 from tests.checkpoint.test_round_trip import pruned_checkpoint
-from tests.conftest import random_windows, tiny_model
+from tests.conftest import VOCABULARY, random_windows, tiny_model
 
 BASE_CARD = """---
 license: other
@@ -107,7 +108,55 @@ def test_the_other_dialect_and_the_tied_head(folder_of: Callable[..., Path], tmp
     card = card_of(folder_of(), tmp_path, dialect="mamba_ssm")
     assert card.data.to_dict()["library_name"] == "mamba-ssm"
     assert "MambaLMHeadModel" in card.text
-    assert "vllm" not in card.text
-    for options, line in (({}, "- does not run in"), ({"untie": True}, "- runs in")):
+    assert "mamba_ssm before" not in card.text
+    assert re.search("does not run in transformers-cpu, vllm before `ghostssm export PATH --format transf", card.text)
+    for options, line in (
+        ({}, "- does not run in sglang before `ghostssm export PATH --format transformers --untie`"),
+        ({"untie": True}, "- runs in transformers-cpu, vllm, sglang"),
+    ):
         text = card_of(folder_of(f"base{len(options)}"), tmp_path, overwrite=True, **options).text
-        assert [found.partition(" sglang")[1] for found in text.splitlines() if found.startswith(line)] == [" sglang"]
+        assert line in text
+        assert "after `ghostssm export PATH --format gguf`" in text
+
+
+def parameters_row(folder: Path) -> list[int]:
+    """Numbers of parameters before and after, as the card has them."""
+    (row,) = (line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| parameters "))
+    return [int(cell.replace(",", "")) for cell in row.split("|")[2:4]]
+
+
+def count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wording"),
+    [
+        ("ghost", "rows of in_proj and conv1d that made the removed channels are gone"),
+        ("ghost+per-layer", "rows of in_proj and conv1d that made the removed channels are gone"),
+        ("balanced", "No weight became smaller"),
+        ("balanced+per-layer", "No weight became smaller"),
+    ],
+)
+def test_parameters_before_and_after(folder_of: Callable[..., Path], tmp_path: Path, recipe: str, wording: str) -> None:
+    checkpoint = ghostssm.load(str(folder_of(n_groups=2)))
+    before = count(checkpoint.model)
+    plan = ghostssm.Calibration(checkpoint.model, random_windows(4, 64)).plan(recipe, 6, multiple=1)
+    model = ghostssm.apply_plan(checkpoint.model, plan)
+    smaller = ghostssm.Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
+    written = ghostssm.save(smaller, plan, tmp_path / "out")
+    assert parameters_row(written) == [before, count(model)]
+    assert (count(model) > before) == recipe.startswith("balanced")
+    assert wording in (written / "README.md").read_text()
+
+
+def test_a_head_stored_apart_is_counted(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    card_of(folder_of(), tmp_path)
+    before, tied = parameters_row(tmp_path / "out")
+    card = card_of(tmp_path / "model", tmp_path, overwrite=True, untie=True)
+    after = tied + VOCABULARY * 32
+    assert parameters_row(tmp_path / "out") == [before, after]
+    assert "is stored as a weight of its own" in card.text
+    exported = ghostssm.export_checkpoint(ghostssm.load(str(tmp_path / "out")), tmp_path / "again")
+    assert parameters_row(exported) == [before, after]
+    assert "is stored as a weight of its own" in (exported / "README.md").read_text()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.errors import InputError, OutputError
+from ghostssm.errors import InputError, OutputError, PlanError
+from ghostssm.evaluation import Evaluation
+from ghostssm.evaluation.measurement import Measurement
+from ghostssm.plan import Plan
 from tests.conftest import random_windows, tiny_model
 
 FolderOf = Callable[..., Path]
@@ -102,5 +108,87 @@ def test_there_and_back_again(folder_of: FolderOf, tmp_path: Path) -> None:
     assert not (ours / "tokenizer.json").exists()
     again = AutoModelForCausalLM.from_pretrained(ours)
     assert torch.equal(logits_of(again), logits_of(tiny_model(n_groups=2)))
+    assert (ours / "README.md").read_text() == "# Card\n"
     with pytest.raises(OutputError, match="not empty"):
         ghostssm.export_checkpoint(checkpoint, tmp_path / "ours")
+
+
+def pruned_folder(folder_of: FolderOf, tmp_path: Path, recipe: str = "ghost") -> Path:
+    """Pruned from N = 16, of a base model with a card and a place on the hub, with a measured loss."""
+    base = folder_of()
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
+    checkpoint = ghostssm.load(str(base))
+    plan = ghostssm.Calibration(checkpoint.model, random_windows(4, 64)).plan(recipe, 4, multiple=1)
+    model = ghostssm.apply_plan(checkpoint.model, plan)
+    source = dataclasses.replace(checkpoint.source, name="someone/base", hub_id="someone/base")
+    dense, pruned = (Evaluation(torch.tensor([2.0, loss], dtype=torch.float64), 1.0) for loss in (3.0, 3.5))
+    measured = Measurement.of(random_windows(2, 40), dense, pruned)
+    smaller = Checkpoint(model, checkpoint.tokenizer, source)
+    return ghostssm.save(smaller, plan, tmp_path / "pruned", measured=measured)
+
+
+def test_the_card_tells_what_is_written(folder_of: FolderOf, tmp_path: Path) -> None:
+    pruned = pruned_folder(folder_of, tmp_path)
+    first = ModelCard.load(pruned / "README.md")
+    assert "- does not run in mamba_ssm before `ghostssm export PATH --format mamba_ssm`" in first.text
+    theirs = ghostssm.export_checkpoint(ghostssm.load(str(pruned)), tmp_path / "theirs", dialect="mamba_ssm")
+    card = ModelCard.load(theirs / "README.md")
+    assert "MambaLMHeadModel" in card.text
+    assert "AutoModelForCausalLM" not in card.text
+    assert "- runs in mamba_ssm\n" in card.text
+    assert card.data.library_name == "mamba-ssm"
+    back = ghostssm.export_checkpoint(ghostssm.load(str(theirs)), tmp_path / "back")
+    assert ModelCard.load(back / "README.md").content == first.content
+    for kept in (
+        "base_model: someone/base",
+        "license: mit",
+        "language: en",
+        "| this model | 2.7500 | 0.2500 ± 0.2500 |",
+    ):
+        assert kept in card.content
+    assert "mit, as the base model's" in card.text
+    assert "# someone/base with a state size of 4\n" in card.text
+    assert ghostssm.verify(theirs).passed
+
+
+@pytest.mark.parametrize("recipe", ["ghost", "ghost+per-layer"])
+def test_the_card_tells_padding_from_what_was_kept(folder_of: FolderOf, tmp_path: Path, recipe: str) -> None:
+    checkpoint = ghostssm.load(str(pruned_folder(folder_of, tmp_path, recipe)))
+    padded = Checkpoint(ghostssm.pad_state(checkpoint.model, 16), checkpoint.tokenizer, checkpoint.source)
+    card = ModelCard.load(ghostssm.export_checkpoint(padded, tmp_path / "padded") / "README.md").text
+    plan = Plan.read(tmp_path / "pruned", changes=False)
+    least, most = min(plan.state_sizes), max(plan.state_sizes)
+    size = "4" if recipe == "ghost" else f"{least} to {most}"
+    assert f"| state size | 16 | {size}, padded to 16 |" in card
+    assert "| state per sequence, float32 | 12,288 bytes | 12,288 bytes |" in card
+    parameters = f"{padded.model.num_parameters():,}"
+    assert f"| parameters | {parameters} | {parameters} |" in card
+    assert "Channels of zeros" in card
+    assert "less state" not in card
+    assert "trust_remote_code" not in card
+
+
+def test_a_broken_plan_is_not_carried_on(folder_of: FolderOf, tmp_path: Path) -> None:
+    pruned = pruned_folder(folder_of, tmp_path)
+    (pruned / "plan.json").write_text("{}")
+    with pytest.raises(PlanError, match="not a valid plan"):
+        ghostssm.export_checkpoint(ghostssm.load(str(pruned)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_untying_a_finished_model(folder_of: FolderOf, tmp_path: Path, pruned: bool) -> None:
+    checkpoint = ghostssm.load(str(pruned_folder(folder_of, tmp_path) if pruned else folder_of()))
+    written = ghostssm.export_checkpoint(checkpoint, tmp_path / "out", untie=True)
+    tensors = safetensors.torch.load_file(written / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["backbone.embeddings.weight"])
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is False
+    assert checkpoint.model.config.tie_word_embeddings
+    stock = AutoModelForCausalLM.from_pretrained(written)
+    assert torch.equal(logits_of(stock), logits_of(checkpoint.model))
+    if pruned:
+        assert "vllm, sglang" in (written / "README.md").read_text()
+        assert ghostssm.verify(written).passed
+    with pytest.raises(InputError, match=r"always stores lm_head\.weight"):
+        ghostssm.export_checkpoint(checkpoint, tmp_path / "theirs", dialect="mamba_ssm", untie=True)
+    assert not (tmp_path / "theirs").exists()

@@ -28,6 +28,10 @@ def outcome(folder: Path) -> dict[str, bool]:
     return {check.name: check.passed for check in ghostssm.verify(folder).checks}
 
 
+def found_by(folder: Path) -> dict[str, str]:
+    return {check.name: check.found for check in ghostssm.verify(folder).checks}
+
+
 @pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])
 def test_what_was_written_passes(folder_of: FolderOf, tmp_path: Path, dialect: Any) -> None:
     result = ghostssm.verify(written(folder_of, tmp_path, dialect=dialect))
@@ -60,6 +64,22 @@ def test_an_exported_copy_passes_padded_or_not(folder_of: FolderOf, tmp_path: Pa
             ghostssm.export_checkpoint(checkpoint, tmp_path / "copy", dialect=dialect, overwrite=True)
         )
         assert result.passed, result
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shared_numbers_are_counted_once(folder_of: FolderOf, tmp_path: Path, tied: bool) -> None:
+    checkpoint, plan = pruned_checkpoint(folder_of(tie_word_embeddings=tied))
+    folder = ghostssm.save(checkpoint, plan, tmp_path / "out")
+    assert found_by(folder)["weights"] == f"{ghostssm.describe(str(folder)).parameters:,} numbers, all finite"
+
+
+def test_padding_is_told_apart_from_what_was_kept(folder_of: FolderOf, tmp_path: Path) -> None:
+    pruned = written(folder_of, tmp_path)
+    assert found_by(pruned)["plan"] == "3 mixers, state size 16 to 5"
+    checkpoint = ghostssm.load(str(pruned))
+    ghostssm.pad_state(checkpoint.model, 12)
+    padded = ghostssm.export_checkpoint(checkpoint, tmp_path / "padded")
+    assert found_by(padded)["plan"] == "3 mixers, state size 16 to 5, stored as 12"
 
 
 def change_weight(folder: Path) -> None:

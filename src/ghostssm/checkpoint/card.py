@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from ghostssm._version import __version__
-from ghostssm.checkpoint.loading import Checkpoint, empty_model
+from ghostssm.checkpoint.loading import empty_model
 from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
-from ghostssm.checkpoint.streaming import StreamedCheckpoint
-from ghostssm.engines import ENGINES, advise
+from ghostssm.engines import advise
 from ghostssm.evaluation.measurement import Measurement, Searched
-from ghostssm.families import family_of
+from ghostssm.families import family_of, mixers_of
+from ghostssm.modeling import GhostMamba2Config
 from ghostssm.plan import Plan
 from ghostssm.units import text_name
 
@@ -24,81 +28,136 @@ _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 _LIBRARIES: dict[Dialect, str] = {"transformers": "transformers", "mamba_ssm": "mamba-ssm"}
 
 
+@dataclass(frozen=True)
+class Base:
+    """What a card says of the model that was pruned.
+
+    Attributes:
+        name: for people to read: not where on somebody's disk it lay.
+        hub_id: its name on the hub, if it came from there.
+        inherited: what of its metadata holds for the pruned model too.
+    """
+
+    name: str
+    hub_id: str | None
+    inherited: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Source) -> Base:
+        """Of the model that is to be pruned: licence and language are its own card's, or the licence its config's."""
+        name = source.hub_id or source.folder.absolute().name
+        return cls(_readable(source.name, name), source.hub_id, _inherited(source, _metadata(source)))
+
+    @classmethod
+    def of_pruned(cls, source: Source, facts: Mapping[str, Any]) -> Base:
+        """Of a checkpoint that ghostssm wrote: from its manifest's facts, and its card, which inherited the rest."""
+        metadata, named = _metadata(source), str(facts.get("base_model"))
+        hub_id = metadata.get("base_model")
+        hub_id = hub_id if isinstance(hub_id, str) else None
+        return cls(_readable(named, hub_id or Path(named).name), hub_id, _inherited(source, metadata))
+
+
+def _readable(spec: str, name: str) -> str:
+    return "ghostssm's reference model" if spec == REFERENCE else name
+
+
+def _metadata(source: Source) -> dict[str, Any]:
+    """The metadata of a folder's card; empty if there is none that can be read."""
+    path = source.folder / CARD_FILE
+    try:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+        found = ModelCard(content, ignore_metadata_errors=True).data.to_dict() if content.startswith("---") else {}
+        return dict(found)
+    except Exception:  # a broken card, whose faults share no class, is no reason to fail
+        return {}
+
+
+def _inherited(source: Source, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    licence = source.config.get("license")
+    found = ({"license": licence} if isinstance(licence, str) else {}) | dict(metadata)
+    return {key: found[key] for key in _INHERITED if found.get(key)}
+
+
 def model_card(
-    checkpoint: Checkpoint | StreamedCheckpoint,
+    base: Base,
+    config: PreTrainedConfig,
     plan: Plan,
     dialect: Dialect,
     measured: Measurement | None,
     *,
-    tied_head: bool,
+    untied: bool,
 ) -> ModelCard:
     """The card of a checkpoint whose model a plan was applied to.
 
-    Its metadata has the base model where that came from the hub, and takes licence and language from the base model's
-    own card, or the licence from its config.
-
     Args:
-        tied_head: whether the head is stored with the embeddings only.
+        config: as it is stored: the state may be padded since, and the head be tied no more.
+        untied: whether the base model ties the head that the config does not.
     """
-    inherited = _inherited(checkpoint.source)
     data = ModelCardData(
-        **inherited,
-        base_model=checkpoint.source.hub_id,
+        **base.inherited,
+        base_model=base.hub_id,
         # Of the relations that the Hub knows the one that fits: changed weights in full.
-        base_model_relation="finetune" if checkpoint.source.hub_id else None,
+        base_model_relation="finetune" if base.hub_id else None,
         library_name=_LIBRARIES[dialect],
         pipeline_tag="text-generation",
         tags=["mamba2", "state-space-model", "pruned", "ghostssm"],
     )
+    own_class = config.model_type == GhostMamba2Config.model_type
     sections = [
-        _summary(checkpoint, plan),
+        _summary(base, config, plan, untied),
         _origin(plan),
         _measured(measured, Searched.of(plan.provenance)),
-        _loading(plan, dialect),
-        _engines(checkpoint, plan, dialect, tied_head),
-        _licence(inherited),
+        _loading(own_class, dialect),
+        _engines(config, own_class, dialect),
+        _licence(base.inherited),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _inherited(source: Source) -> dict[str, Any]:
-    """What of the base model's metadata holds for the pruned model too."""
-    found: dict[str, Any] = {}
-    path = source.folder / CARD_FILE
-    try:
-        content = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if content.startswith("---"):
-            found = ModelCard(content, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a broken card of the base model, whose faults share no class, is no reason to fail
-        found = {}
-    if "license" not in found and isinstance(source.config.get("license"), str):
-        found["license"] = source.config["license"]
-    return {key: found[key] for key in _INHERITED if found.get(key)}
-
-
-def _base_name(source: Source) -> str:
-    """The base model for people to read: not where on somebody's disk it lay."""
-    if source.name == REFERENCE:
-        return "ghostssm's reference model"
-    return source.hub_id or source.folder.absolute().name
-
-
-def _summary(checkpoint: Checkpoint | StreamedCheckpoint, plan: Plan) -> str:
-    layout = family_of(checkpoint.model.config).layout(checkpoint.model.config)
-    base = _base_name(checkpoint.source)
-    sizes = plan.state_sizes if plan.needs_own_class else (plan.kept_state_size,) * len(plan.selections)
-    size = f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-    by_layer = "" if len(set(sizes)) == 1 else f"| by layer | | {' '.join(map(str, sizes))} |\n"
-    before, after = (4 * layout.intermediate_size * total for total in (plan.state_size * len(sizes), sum(sizes)))
+def _summary(base: Base, config: PreTrainedConfig, plan: Plan, untied: bool) -> str:
+    model = empty_model(config)
+    stored = [mixer.state_size for mixer in mixers_of(model)]
+    kept = list(plan.state_sizes) if plan.needs_own_class else [plan.kept_state_size] * len(stored)
+    size = _sizes_text(kept)
+    padding = "" if stored == kept else f", padded to {_sizes_text(stored)}"
+    by_layer = "" if len(set(kept)) == 1 else f"| by layer | | {' '.join(map(str, kept))} |\n"
+    width = family_of(config).layout(config).intermediate_size
+    before, after = (4 * width * total for total in (plan.state_size * len(stored), sum(stored)))
+    original = copy.deepcopy(config)
+    family_of(config).set_state_size(original, plan.state_size)
+    original.tie_word_embeddings = config.tie_word_embeddings or untied
+    head = " The head, which the base model ties to the embeddings, is stored as a weight of its own." if untied else ""
     return (
-        f"# {base} with a state size of {size}\n\n"
-        f"This is {base}, whose recurrent state was cut from N = {plan.state_size} to N' = {size} by ghostssm. Every "
-        "sequence that is decoded keeps, reads and writes less state; weights outside the state stay as wide as they "
-        "were.\n\n"
+        f"# {base.name} with a state size of {size}{padding}\n\n"
+        f"This is {base.name}, whose recurrent state was cut from N = {plan.state_size} to N' = {size} by ghostssm. "
+        f"{_consequences(plan, padding)}{head}\n\n"
         "| | before | after |\n|---|---:|---:|\n"
-        f"| state size | {plan.state_size} | {size} |\n{by_layer}"
+        f"| state size | {plan.state_size} | {size}{padding} |\n{by_layer}"
         f"| state per sequence, float32 | {before:,} bytes | {after:,} bytes |\n"
-        f"| parameters | | {empty_model(checkpoint.model.config).num_parameters():,} |"
+        f"| parameters | {empty_model(original).num_parameters():,} | {model.num_parameters():,} |"
+    )
+
+
+def _sizes_text(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+
+
+def _consequences(plan: Plan, padding: str) -> str:
+    """What a cut means for memory and weights."""
+    if padding:
+        return (
+            "Channels of zeros fill it up again, for engines that know few sizes: the logits are those of N', memory, "
+            "work and number of parameters those of the padded state."
+        )
+    less = "Every sequence that is decoded keeps, reads and writes less state"
+    if plan.projections:
+        return (
+            f"{less}. No weight became smaller: B and C are computed as wide as they were, and two matrices per layer, "
+            "which are new, project them to the smaller state."
+        )
+    return (
+        f"{less}. The rows of in_proj and conv1d that made the removed channels are gone; all other weights stay as "
+        "wide as they were."
     )
 
 
@@ -111,7 +170,7 @@ def _origin(plan: Plan) -> str:
             f"{text_name(str(calibration.get('text')))}, seed {calibration.get('seed')}"
         )
     lines.append(
-        f"- made with ghostssm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"- written with ghostssm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
     lines.append("- `plan.json` says which channels each layer kept, `ghostssm.json` what produced it")
     return "## How it was made\n\n" + "\n".join(lines)
@@ -139,43 +198,50 @@ def _measured(measured: Measurement | None, searched: Searched | None) -> str:
     return "\n\n".join(parts)
 
 
-def _loading(plan: Plan, dialect: Dialect) -> str:
+def _loading(own_class: bool, dialect: Dialect) -> str:
     if dialect == "mamba_ssm":
         return (
             "## How to load\n\n```python\n"
             "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
             'model = MambaLMHeadModel.from_pretrained("PATH")\n```'
         )
-    trust = ", trust_remote_code=True" if plan.needs_own_class else ""
+    trust = ", trust_remote_code=True" if own_class else ""
     return (
         "## How to load\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})\n```\n\n'
         "PATH is this folder or the name of its repository."
-        + (" The model class comes with it." if plan.needs_own_class else " ghostssm is not needed.")
+        + (" The model class comes with it." if own_class else " ghostssm is not needed.")
     )
 
 
-def _engines(checkpoint: Checkpoint | StreamedCheckpoint, plan: Plan, dialect: Dialect, tied_head: bool) -> str:
-    config = checkpoint.model.config
+def _engines(config: PreTrainedConfig, own_class: bool, dialect: Dialect) -> str:
     family = family_of(config)
     advice = advise(
         family.layout(config),
         family.model_type,
-        engines=[engine.name for engine in ENGINES if engine.dialect == dialect],
-        own_class=plan.needs_own_class,
-        tied_head=tied_head,
+        dialect=dialect,
+        own_class=own_class,
+        tied_head=config.tie_word_embeddings,
     )
     lines = []
-    for level, words in (("runs", "runs in"), ("slow", "runs slowly in"), ("no", "does not run in")):
-        names = [entry.engine for entry in advice if entry.level == level]
-        if names:
-            lines.append(f"- {words} {', '.join(names)}")
+    for level, words, when in (
+        ("runs", "runs in", "after"),
+        ("slow", "runs slowly in", "after"),
+        ("no", "does not run in", "before"),
+    ):
+        engines: dict[str, list[str]] = {}
+        for entry in advice:
+            if entry.level == level:
+                engines.setdefault(entry.export, []).append(entry.engine)
+        for export, names in engines.items():
+            remedy = f" {when} `ghostssm export PATH {export}`" if export else ""
+            lines.append(f"- {words} {', '.join(names)}{remedy}")
     return "## Engines\n\nBy what their source accepts; `ghostssm inspect` says why.\n\n" + "\n".join(lines)
 
 
-def _licence(inherited: dict[str, Any]) -> str:
+def _licence(inherited: Mapping[str, Any]) -> str:
     name = inherited.get("license_name") or inherited.get("license")
     if name is None:
         return "## Licence\n\nThe base model's files name no licence; whatever holds for it holds for this model."

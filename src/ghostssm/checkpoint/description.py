@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ghostssm.checkpoint.loading import empty_model, model_config
+from ghostssm.checkpoint.manifest import read_manifest
 from ghostssm.checkpoint.source import find_source
+from ghostssm.errors import ModelError
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_of, mixers_of
 from ghostssm.layout import SSDLayout
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a pruned checkpoint's manifest says of its making.
+
+    Attributes:
+        state_size: N, before. kept: N' of every mixer, front to back, padding not counted.
+        measured: the loss before and after, if it was measured.
+    """
+
+    method: str
+    state_size: int
+    kept: tuple[int, ...]
+    measured: Measurement | None
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,7 @@ class Description:
         parameters: of the whole model, shared ones counted once.
         tied_head: whether the output head shares the embeddings' weight.
         channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
+        pruning: of a checkpoint that ghostssm pruned; None for others.
     """
 
     name: str
@@ -31,6 +52,7 @@ class Description:
     parameters: int
     tied_head: bool
     channel_biases: int = 0
+    pruning: Pruning | None = None
 
     @property
     def layers(self) -> int:
@@ -71,4 +93,26 @@ def describe(spec: str) -> Description:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=config.tie_word_embeddings,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
+        pruning=_pruning(source.folder, len(mixers)),
     )
+
+
+def _pruning(folder: Path, layers: int) -> Pruning | None:
+    """What a folder's manifest says; None if there is none, or one that does not: it may be anybody's."""
+    try:
+        facts = read_manifest(folder)
+    except ModelError:
+        return None
+    method, sizes = facts.get("method"), facts.get("state_size")
+    if not isinstance(sizes, dict):
+        return None
+    before: Any = sizes.get("before")
+    after: Any = sizes.get("after")
+    kept = after if isinstance(after, list) else [after] * layers
+    if not isinstance(method, str) or len(kept) != layers or not all(_is_size(size) for size in (before, *kept)):
+        return None
+    return Pruning(method, before, tuple(kept), Measurement.from_json(facts.get("measured")))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

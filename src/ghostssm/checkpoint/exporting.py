@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ghostssm.checkpoint import saving
+from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError
+from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import mixers_of
 from ghostssm.modeling import GhostMamba2Config
-from ghostssm.plan import PLAN_FILE, TENSORS_FILE
+from ghostssm.plan import PLAN_FILE, TENSORS_FILE, Plan
 
-_CARRIED = ("README.md", PLAN_FILE, TENSORS_FILE)
-"""What was written about a model when it was pruned."""
+_CARRIED = (PLAN_FILE, TENSORS_FILE)
+"""What holds of a pruned model however it is written."""
 
 
 def export_checkpoint(
@@ -25,30 +28,39 @@ def export_checkpoint(
     output: Path | str | OutputFolder,
     *,
     dialect: Dialect = "transformers",
+    untie: bool = False,
     with_tokenizer: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint's model as it is in memory, in either dialect, with what else its folder held.
 
-    Tokenizer, generation config, model card, licence and plan go along; ``ghostssm.json`` says in which dialect and at
-    which state size the weights now are.
+    Tokenizer, generation config, licence and plan go along. Of a pruned checkpoint model card and ``ghostssm.json``
+    are written anew, for the dialect and the state size that the weights now have; others keep their card.
+
+    Args:
+        untie: as `ghostssm.save` has it.
 
     Raises:
-        InputError: the dialect has no class for the model; nothing was written.
+        InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.
+        PlanError: the folder's ``plan.json`` is broken; nothing was written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
     """
     if dialect != "transformers":
         require_stock(checkpoint, f"The {dialect} dialect")
-    saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False)
+    saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False, untie=untie)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
-        saving.write_model(checkpoint, folder.partial, dialect)
+        with saving.untied_head(checkpoint.model, untie) as untied:
+            saving.write_model(checkpoint, folder.partial, dialect)
+            facts = _facts(checkpoint, dialect, untied)
+            _write_card(checkpoint, folder.partial, dialect, facts)
         saving.carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), folder.partial)
         for name in _CARRIED:
             if (checkpoint.source.folder / name).is_file():
                 shutil.copyfile(checkpoint.source.folder / name, folder.partial / name)
-        _write_manifest(checkpoint, folder.partial, dialect)
+        if facts is not None:
+            write_manifest(folder.partial, facts, Probe.of(checkpoint.model))
         folder.commit()
     return folder.path
 
@@ -71,11 +83,27 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
     )
 
 
-def _write_manifest(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
-    """``ghostssm.json`` of a pruned checkpoint, brought up to date; others have none."""
+def _facts(checkpoint: Checkpoint, dialect: Dialect, untied: bool) -> dict[str, Any] | None:
+    """The manifest of a pruned checkpoint, brought up to date; others have none."""
     if not (checkpoint.source.folder / MANIFEST_FILE).is_file():
-        return
+        return None
     facts = read_manifest(checkpoint.source.folder)
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
-    facts |= {"dialect": dialect, "stored_state_size": sizes[0] if len(sizes) == 1 else sizes}
-    write_manifest(folder, facts, Probe.of(checkpoint.model))
+    return facts | {
+        "dialect": dialect,
+        "untied_head": untied or facts.get("untied_head") is True,
+        "stored_state_size": sizes[0] if len(sizes) == 1 else sizes,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+    }
+
+
+def _write_card(checkpoint: Checkpoint, folder: Path, dialect: Dialect, facts: dict[str, Any] | None) -> None:
+    """A card of what is written where a plan and a manifest say what it is, else the model's own."""
+    source = checkpoint.source
+    if facts is not None and (source.folder / PLAN_FILE).is_file():
+        plan = Plan.read(source.folder, changes=False)
+        measured = Measurement.from_json(facts.get("measured"))
+        base, untied = Base.of_pruned(source, facts), facts["untied_head"]
+        write_card(model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied), folder)
+    elif (source.folder / CARD_FILE).is_file():
+        shutil.copyfile(source.folder / CARD_FILE, folder / CARD_FILE)

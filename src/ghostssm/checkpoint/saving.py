@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
-from ghostssm.checkpoint.card import model_card, write_card
+from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
@@ -66,11 +66,11 @@ def save(
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
-        with _untied(checkpoint.model) if untie else nullcontext():
+        with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
-        tied = checkpoint.model.config.tie_word_embeddings and not untie
-        card = model_card(checkpoint, plan, dialect, measured, tied_head=tied)
-        facts = _facts(checkpoint, plan, dialect, measured, checkpoint.source.fingerprint())
+            base = Base.of(checkpoint.source)
+            card = model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied)
+        facts = _facts(checkpoint, plan, dialect, measured, checkpoint.source.fingerprint(), untied)
         write_beside_weights(folder.partial, checkpoint, plan, card, facts, Probe.of(checkpoint.model))
         folder.commit()
     return folder.path
@@ -85,9 +85,9 @@ def write_streamed(
     probe: Probe | None,
 ) -> None:
     """Write what belongs beside the weights and the config of a streamed model."""
-    tied = bool(checkpoint.model.config.tie_word_embeddings)
-    card = model_card(checkpoint, plan, "transformers", measured, tied_head=tied)
-    facts = _facts(checkpoint, plan, "transformers", measured, fingerprint)
+    base = Base.of(checkpoint.source)
+    card = model_card(base, checkpoint.model.config, plan, "transformers", measured, untied=False)
+    facts = _facts(checkpoint, plan, "transformers", measured, fingerprint, untied=False)
     write_beside_weights(folder, checkpoint, plan, card, facts, probe)
 
 
@@ -158,11 +158,15 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
 
 
 @contextmanager
-def _untied(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context the head has a weight of its own, with the embeddings' values."""
+def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
+    """Within the context a tied head has a weight of its own, with the embeddings' values; gives whether it has.
+
+    Raises:
+        InputError: the model shares other weights as well.
+    """
     config, head = model.config, model.get_output_embeddings()
-    if not config.tie_word_embeddings:
-        yield
+    if not wanted or not config.tie_word_embeddings:
+        yield False
         return
     tied = dict(model.all_tied_weights_keys)
     if len(tied) != 1 or head is None:
@@ -173,7 +177,7 @@ def _untied(model: PreTrainedModel) -> Iterator[None]:
     head.weight = torch.nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     config.tie_word_embeddings = False
     try:
-        yield
+        yield True
     finally:
         head.weight = shared
         config.tie_word_embeddings = True
@@ -201,6 +205,7 @@ def _facts(
     dialect: Dialect,
     measured: Measurement | None,
     fingerprint: str,
+    untied: bool,
 ) -> dict[str, Any]:
     source = checkpoint.source
     return {
@@ -208,6 +213,7 @@ def _facts(
         "base_model": source.name,
         "base_model_sha256": fingerprint,
         "dialect": dialect,
+        "untied_head": untied,
         "method": plan.method,
         "state_size": {
             "before": plan.state_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -140,7 +140,8 @@ def _check_shapes(folder: Path) -> str:
 def _check_weights(folder: Path, loaded: list[Checkpoint]) -> str:
     checkpoint = load(str(folder))
     loaded.append(checkpoint)
-    return f"{sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()):,} numbers, all finite"
+    tensors = set(checkpoint.model.state_dict(keep_vars=True).values())  # a tied head is the embeddings' own tensor
+    return f"{sum(tensor.numel() for tensor in tensors):,} numbers, all finite"
 
 
 def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
@@ -189,7 +190,13 @@ def _check_plan(folder: Path, checkpoint: Checkpoint) -> str:
         elif not _padding_is_zero(mixer, selections[mixer.name]):
             faults.append(f"{mixer.name} has weights in channels that the plan does not keep")
     _raise(faults)
-    return f"{len(mixers)} mixers, state size {document['state_size']} to {'/'.join(map(str, sorted(set(sizes))))}"
+    stored = [mixer.state_size for mixer in mixers]
+    padding = "" if stored == sizes else f", stored as {_sizes_text(stored)}"
+    return f"{len(mixers)} mixers, state size {document['state_size']} to {_sizes_text(sizes)}{padding}"
+
+
+def _sizes_text(sizes: Iterable[int]) -> str:
+    return "/".join(map(str, sorted(set(sizes))))
 
 
 def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:

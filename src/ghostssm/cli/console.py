@@ -47,10 +47,14 @@ def is_first_process() -> bool:
 
 def print_error(message: str) -> None:
     """An error for the person at the terminal; control characters, which names in files may hold, are spelled out."""
-    message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    message = _spelled_out(message)
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
     told = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
+
+
+def _spelled_out(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def print_json(value: Any) -> None:
@@ -91,11 +95,11 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_colu
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Aligned lines of name and value."""
+    """Aligned lines of name and value; control characters, which files may hold, are spelled out."""
     width = max(len(name) for name, _ in facts)
     if is_first_process():
         for name, value in facts:
-            print(f"{name.ljust(width)}  {value}")
+            print(f"{name.ljust(width)}  {_spelled_out(value)}")
 
 
 def note(message: str) -> None:

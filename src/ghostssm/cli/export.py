@@ -39,6 +39,10 @@ def export(
             "--pad-to", metavar="R", min=1, help="Pad the state with zeros to R channels; the logits stay the same."
         ),
     ] = None,
+    untie: Annotated[
+        bool,
+        typer.Option("--untie", help="Store a tied head as lm_head.weight of its own, as SGLang needs it."),
+    ] = False,
     tokenizer: arguments.Tokenizer = None,
     no_tokenizer: Annotated[
         bool,
@@ -65,6 +69,8 @@ def export(
 
     if dtype == "q8_0" and format != "gguf":
         raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {format}.")
+    if untie and format == "gguf":
+        raise InputError("--untie is for --format transformers; llama.cpp knows tied heads, so leave it out for GGUF.")
     check_apart(output, model)
     place = OutputFile(output, overwrite) if format == "gguf" else ghostssm.OutputFolder(output, overwrite)
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -78,7 +84,9 @@ def export(
         _report(written.path, format, written.dtype, checkpoint, written.notes, as_json)
     else:
         assert format != "gguf"
-        path = ghostssm.export_checkpoint(checkpoint, place, dialect=format, with_tokenizer=not no_tokenizer)
+        path = ghostssm.export_checkpoint(
+            checkpoint, place, dialect=format, untie=untie, with_tokenizer=not no_tokenizer
+        )
         stored = str(checkpoint.model.dtype).removeprefix("torch.")
         _report(path, format, stored, checkpoint, (), as_json)
 

@@ -12,7 +12,7 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
-    from ghostssm import Advice
+    from ghostssm import Advice, Description
 
 
 def inspect(
@@ -54,18 +54,20 @@ def inspect(
             layout if size is None else layout.with_state_size(size),
             found.family,
             engines=engine,
+            dialect=found.dialect if size is None else None,  # what prune writes is in the dialect that is wanted
             own_class=not found.is_stock,
             tied_head=found.tied_head,
         )
         for size in sizes
     ]
+    before = found.state_bytes(layout.state_size if found.pruning is None else found.pruning.state_size)
     machine = measure_machine(batches) if batches else None
     cuts: list[dict[str, Any]] = [
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
             "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
-            "saved_fraction": 1 - found.state_bytes(size) / found.state_bytes(layout.state_size),
+            "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": {
                 count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
@@ -84,12 +86,14 @@ def inspect(
             ("Mamba-2 layers", str(found.layers)),
             ("heads", f"{layout.num_heads} of {layout.head_dim}"),
             ("groups", str(layout.n_groups)),
-            ("state size N", str(layout.state_size)),
+            *_state_facts(found),
             ("hidden size", str(layout.hidden_size)),
             ("vocabulary", str(found.vocab_size)),
             ("parameters", f"{found.parameters:,}"),
         ]
     )
+    least, most = min(found.state_sizes), max(found.state_sizes)
+    labels = [str(most) if least == most else f"{least} to {most}", *map(str, state_size or [])]
     print()
     print_table(
         [
@@ -98,30 +102,59 @@ def inspect(
         ],
         [
             (
-                f"{cut['state_size']:g}",
+                label,
                 bytes_text(cut["state_bytes_float32"]),
                 bytes_text(cut["state_bytes_bfloat16"]),
                 f"{cut['saved_fraction']:.0%}",
                 f"{cut['parameters']:,}",
                 *(f"{speed:,.0f}" for speed in cut["predicted_tokens_per_second"].values()),
             )
-            for cut in cuts
+            for label, cut in zip(labels, cuts, strict=True)
         ],
     )
     print()
-    _print_advice([f"{cut['state_size']:g}" for cut in cuts], advice)
+    _print_advice(labels, advice)
+
+
+def _state_facts(found: Description) -> list[tuple[str, str]]:
+    """The state size, and how it came about in a pruned checkpoint."""
+    stored, pruning = _sizes_text(found.state_sizes), found.pruning
+    if pruning is None:
+        return [("state size N", stored)]
+    padding = "" if pruning.kept == found.state_sizes else f", padded to {stored}"
+    facts = [
+        ("state size", f"{pruning.state_size} -> {_sizes_text(pruning.kept)}{padding}"),
+        ("pruned by", pruning.method),
+    ]
+    if pruning.measured is not None:
+        facts.append(("excess loss", f"{pruning.measured.excess_text} nats per token, on {pruning.measured.text}"))
+    return facts
+
+
+def _sizes_text(sizes: Sequence[int]) -> str:
+    """One size, or those of all layers."""
+    return " ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
 
 
 def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> None:
-    """Engines by state sizes, then the reasons: of all sizes at once where they agree."""
+    """Engines by state sizes, then reasons and exports: of all engines and sizes at once where they agree."""
     by_engine = list(zip(*advice, strict=True))
     rows = [(entries[0].engine, *(entry.level for entry in entries)) for entries in by_engine]
     print_table(["engine", *(f"N' = {size}" for size in sizes)], rows)
     print()
+    alike: dict[tuple[str, str], list[str]] = {}
     for entries in by_engine:
         reasons: dict[str, list[str]] = {}
         for size, entry in zip(sizes, entries, strict=True):
             if entry.reason:
                 reasons.setdefault(f"{entry.level}: {entry.reason}", []).append(size)
-        for reason, where in reasons.items():
-            print(f"{entries[0].engine}, N' = {', '.join(where)}: {reason}.")
+        for reason, places in reasons.items():
+            alike.setdefault((reason, ", ".join(places)), []).append(entries[0].engine)
+    for (reason, where), names in alike.items():
+        print(f"{', '.join(names)}, N' = {where}: {reason}.")
+    exports: dict[str, list[str]] = {}
+    for entries in by_engine:
+        for options in dict.fromkeys(entry.export for entry in entries if entry.export):
+            exports.setdefault(options, []).append(entries[0].engine)
+    for options, names in exports.items():
+        print(f"{', '.join(names)}: first ghostssm export {options}.")

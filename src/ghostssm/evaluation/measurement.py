@@ -39,17 +39,18 @@ class Measurement:
         return cls(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Measurement:
-        """What `as_json` wrote; raises KeyError or TypeError for something else."""
-        error = values["standard_error"]
-        return cls(
-            values["text"],
-            values["windows"],
-            values["window_length"],
-            values["dense_loss"],
-            values["pruned_loss"],
-            Difference(values["excess_loss"], math.nan if error is None else error),
-        )
+    def from_json(cls, found: Any) -> Measurement | None:
+        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
+        try:
+            losses = [float(found[key]) for key in ("dense_loss", "pruned_loss", "excess_loss")]
+            error = found["standard_error"]
+            dense, pruned, excess = losses
+            difference = Difference(excess, math.nan if error is None else float(error))
+            return cls(
+                str(found["text"]), int(found["windows"]), int(found["window_length"]), dense, pruned, difference
+            )
+        except (TypeError, ValueError, KeyError, OverflowError):
+            return None
 
     @property
     def excess_text(self) -> str:

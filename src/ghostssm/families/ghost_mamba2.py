@@ -25,6 +25,11 @@ class GhostMamba2Family(StockFamily):
         sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
         return super().layout(config).with_state_size(max(sizes))
 
+    def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
+        """The same in every layer, and not projected."""
+        super().set_state_size(config, state_size)
+        config.state_sizes = config.projected_state_sizes = None
+
     def mixer(self, block: nn.Module, index: int) -> Mixer | None:
         stock = super().mixer(block, index)
         if stock is None:

@@ -40,7 +40,7 @@ def finished_outcome(
             "seed": manifest["options"]["seed"],
             "tokens": manifest["options"]["calibration"]["tokens_sha256"],
         }
-        measured = Measurement.from_json(manifest["measured"]) if "measured" in manifest else None
+        measured = Measurement.from_json(manifest.get("measured"))
         plan = ghostssm.Plan.read(folder, changes=False)
     except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
         return None

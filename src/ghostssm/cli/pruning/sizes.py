@@ -51,7 +51,7 @@ def check_smaller(target: Target, limit: int) -> None:
 def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
     """Raise InputError for an engine that reads another dialect."""
     for engine in engines_named(engines):
-        if engine.dialect != dialect:
+        if engine.dialect not in (None, dialect):
             raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
 
 
