@@ -250,7 +250,7 @@ def test_data_out_of_reach(harness: Any, task_folder: Path, monkeypatch: pytest.
     ("options", "message"),
     [
         (["--tasks", "x", "--copying"], "at most one of"),
-        (["--limit", 5], "expected --tasks"),
+        (["--limit", 5], "works with --tasks or --last-words only"),
         (["--tasks", "x", "--limit", 0], "--limit is 0"),
         (["--tasks", "x", "--device", "cuda:99"], "'cuda:99'"),
     ],
