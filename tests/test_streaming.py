@@ -294,8 +294,8 @@ def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 def test_a_model_of_twice_the_memory(tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    libraries = bytes_of("VmData", in_child("import ghostssm.streaming; from transformers import Mamba2ForCausalLM"))
-    limit = libraries + ROOM
+    libraries = in_child("import ghostssm.streaming; from transformers import Mamba2ForCausalLM")
+    limit = bytes_of("VmData", libraries) + ROOM
     blocks = 2 * limit // BLOCK_BYTES + 1
     assert write_model(tmp_path / "model", blocks, 1024, torch.float32, one_block=True) >= 2 * limit
     tokenizer.save_pretrained(tmp_path / "model")
@@ -306,4 +306,5 @@ def test_a_model_of_twice_the_memory(tmp_path: Path, text_file: Path, tokenizer:
     for command in (prune, ["evaluate", tmp_path / "out", "--text", text_file, "--text-windows", 2, *windows]):
         done = limited(limit, *command, "--stream")
         assert done.returncode == 0, done.stderr[-2000:]
-        assert bytes_of("VmHWM", done) < 1.1 * limit  # mapped libraries are no allocations
+        # Libraries that are mapped from files are no allocations; of the model's files only a part is resident.
+        assert bytes_of("VmHWM", done) < limit + bytes_of("RssFile", libraries)

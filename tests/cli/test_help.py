@@ -62,7 +62,7 @@ def test_help_is_readable_at_80_columns_and_plain_when_piped(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_examples_parse_and_fit_on_a_line(verb: str) -> None:
-    text = help_text(*([verb] if verb else []))
+    text = re.sub(r"\\ *\n", " ", help_text(*([verb] if verb else [])))  # a line that goes on
     examples = [shlex.split(line.strip()[2:])[1:] for line in text.splitlines() if line.startswith(" $ ghostssm ")]
     assert len(examples) == (2 if verb else 3)
     for name, *rest in examples:

@@ -24,7 +24,8 @@ _GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent sta
 
 \bThe shortest way, with the built-in model:
 $ ghostssm inspect reference --state-size 64 32
-$ ghostssm prune reference --state-size 64 --calibration stdlib --windows 8 --output small
+$ ghostssm prune reference --state-size 64 --calibration stdlib \\
+    --windows 8 --output small
 $ ghostssm generate small --prompt "def main("
 
 \bEach verb's --help has examples. --install-completion lets the shell complete
