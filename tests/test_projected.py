@@ -241,3 +241,14 @@ def test_sizes_per_layer_do_not_depend_on_what_was_planned_before() -> None:
     ):
         alone = Calibration(model, windows).plan(recipe, 4, multiple=1, **options)
         assert shared.plan(recipe, 4, multiple=1, **options).state_sizes == alone.state_sizes
+
+
+def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(model: Any, windows: Any) -> Any:
+        if model.config.state_size < 12:
+            raise ghostssm.NumericalError("overflow")
+        return evaluate(model, windows)
+
+    monkeypatch.setattr("ghostssm.smallest.evaluate_in_float32", measured)
+    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, multiple=4)
+    assert plan.kept_state_size == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.data.windows import Windows
-from ghostssm.errors import InputError
-from ghostssm.evaluation import Difference, evaluate
-from ghostssm.evaluation.measurement import Searched
+from ghostssm.errors import InputError, NumericalError
+from ghostssm.evaluation import Difference, Evaluation
+from ghostssm.evaluation.measurement import Searched, evaluate_in_float32
 from ghostssm.families import family_of
 from ghostssm.feasibility import check_recipe
 from ghostssm.methods.selection import Groups
@@ -39,8 +40,8 @@ def smallest_plan(
 ) -> Plan:
     """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
 
-    Every fourth window is held out; the others calibrate. The plan's provenance has the excess loss that was measured,
-    with its standard error, as ``search``.
+    Every fourth window is held out, where the loss is measured in float32; the others calibrate. The plan's provenance
+    has the excess loss that was measured, with its standard error, as ``search``.
 
     Args:
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
@@ -66,14 +67,14 @@ def smallest_plan(
             f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
         )
     calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
-    dense = evaluate(model, held_out)
+    dense = evaluate_in_float32(model, held_out)
     low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
     best: tuple[Plan, Difference] | None = None
     while high - low > 1:
         middle = (low + high) // 2
         plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
         with pruned(model, plan) as smaller:
-            excess = evaluate(smaller, held_out).excess_over(dense)
+            excess = _excess(smaller, held_out, dense)
         if excess.mean <= max_excess_loss:
             high, best = middle, (plan, excess)
         else:
@@ -87,6 +88,14 @@ def smallest_plan(
     plan, excess = best
     searched = Searched(max_excess_loss, len(held_out), excess)
     return dataclasses.replace(plan, provenance={**plan.provenance, "search": searched.as_json()})
+
+
+def _excess(model: PreTrainedModel, windows: Windows, dense: Evaluation) -> Difference:
+    """Over the dense loss; infinite where the model overflows, which a state that is too small may cause."""
+    try:
+        return evaluate_in_float32(model, windows).excess_over(dense)
+    except NumericalError:
+        return Difference(math.inf, math.nan)
 
 
 def held_out_rows(count: int) -> Tensor:
