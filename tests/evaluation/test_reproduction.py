@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ghostssm
+from ghostssm.data.sources import read_text
+from ghostssm.data.windows import evaluation_windows
 from ghostssm.evaluation import published, reproduction
 from ghostssm.evaluation.reproduction_table import perplexity_text
 from tests.checkpoint.test_round_trip import mamba_ssm_folder
@@ -82,8 +84,7 @@ def test_stated_sizes_keep_the_published_number_where_there_is_one() -> None:
 
 def stock_perplexity(folder: Path, text: Path, tokenizer: PreTrainedTokenizerFast) -> float:
     """By transformers' own forward pass on the text's first windows."""
-    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
-    ids = ids[: COUNT * LENGTH].view(COUNT, LENGTH)
+    ids = evaluation_windows(read_text(str(text), "evaluation"), tokenizer, LENGTH, COUNT).ids
     with torch.inference_mode():
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits[:, :-1]
     return math.exp(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
