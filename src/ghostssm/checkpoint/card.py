@@ -212,7 +212,7 @@ def _loading(own_class: bool, dialect: Dialect) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})\n```\n\n'
         "PATH is this folder or the name of its repository."
-        + (" The model class comes with it." if own_class else " ghostssm is not needed.")
+        " transformers 5 is needed, ghostssm is not." + (" The model class comes with it." if own_class else "")
     )
 
 

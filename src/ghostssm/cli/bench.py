@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note, note_idle_gpu, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
     from ghostssm.bench.decode import Speedup
@@ -54,6 +54,7 @@ def bench(
         check_state_size(size, described.layout.state_size)
     dense = described.layout.state_size
     sizes = [dense, *(size for size in state_size if size != dense)]
+    note_idle_gpu(device)
     loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
     machine = measure_machine(batch, device)
     plans = {size: first_channels(loaded, size) for size in sizes}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import print_facts, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note_idle_gpu, print_facts, print_json, print_table, progress_reporter
 from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def evaluate(
         names = [name for value in tasks for name in value.split(",") if name]
         _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
         return
+    note_idle_gpu(device)
     if last_words is not None:
         checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
         _evaluate_last_words(checkpoint, last_words, limit, as_json)
