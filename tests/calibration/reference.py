@@ -1,13 +1,18 @@
-"""What calibration measures, from its definition: every state in hand, token by token, in float64."""
+"""What calibration measures, from its definition: every state in hand, token by token, in float64, and
+decisions by being applied."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
 
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, Streams, mixer_streams
+import torch
+from torch import Tensor, nn
+
+from ghostssm.calibration import LayerWalk
+from ghostssm.families import family_named, mixers_of
+from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
+from ghostssm.plan import Decision
 from tests.conftest import tiny_model
 from tests.families.tiny import tiny_hybrid
 
@@ -49,3 +54,16 @@ def reference_maps(mixer: Mixer, s: Streams) -> Tensor:
             columns = mixer.out_proj.weight.view(-1, *y.shape)
             maps.append(torch.einsum("dgkp,gkp,gkpn->gdn", columns, scale, heads))
     return torch.stack(maps)
+
+
+def change_when_applied(walk: LayerWalk, block: nn.Module, decision: Decision) -> float:
+    """Mean squared change of the output of a Mamba-2 block's mixer, from copies of the block with and without it."""
+    whole, sliced = copy.deepcopy(block), copy.deepcopy(block)
+    before, view = (family_named("mamba2").mixer(each, walk.index) for each in (whole, sliced))
+    assert before is not None
+    assert view is not None
+    after = walk.apply(sliced, view, decision)
+    with torch.inference_mode():
+        inputs = torch.cat(list(walk.inputs(whole, before)))
+        changes = mixer_forward(after, inputs) - mixer_forward(before, inputs)
+    return changes.square().sum(-1).mean().item()
