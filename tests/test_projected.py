@@ -17,7 +17,6 @@ from ghostssm.mixer import Projection
 from ghostssm.modeling import GhostMamba2ForCausalLM
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
-from ghostssm.smallest import smallest_plan
 from ghostssm.surgery import apply_plan, pruned
 from tests.conftest import random_windows, tiny_model
 
@@ -153,36 +152,6 @@ def test_a_plan_beside_a_checkpoint_says_that_it_only_describes(folder_of: Calla
     written = ghostssm.save(checkpoint, plan, tmp_path / "out")
     with pytest.raises(ghostssm.PlanError, match="only describes it"):
         Plan.read(written)
-
-
-class TestSmallestPlan:
-    def test_the_bound_holds_and_the_next_size_breaks_it(self) -> None:
-        model, windows = tiny_model(), random_windows(8, 60)
-        apart = torch.arange(8) % 4 == 1
-        calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
-        dense = evaluate(model, held_out)
-
-        def excess(size: int) -> float:
-            with pruned(model, calibration.plan("ghost", size)) as smaller:
-                return evaluate(smaller, held_out).excess_over(dense).mean
-
-        bound = excess(8) + 1e-6
-        plan = smallest_plan(model, windows, "ghost", bound, multiple=4)
-        size = plan.kept_state_size
-        assert size % 4 == 0
-        assert excess(size) <= bound
-
-    def test_too_tight_a_bound_is_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="allow more"):
-            smallest_plan(tiny_model(), random_windows(8, 60), "random", -10.0)
-
-    def test_a_method_that_leaves_the_state_whole_is_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="leaves the state whole"):
-            smallest_plan(tiny_model(), random_windows(8, 60), "sparsegpt", 1.0)
-
-    def test_too_few_windows_are_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="at least 4"):
-            smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)
 
 
 def test_refitted_layers_of_uneven_groups_are_padded_exactly() -> None:
