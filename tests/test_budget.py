@@ -41,3 +41,29 @@ def test_multiples() -> None:
     curves = [convex_curve([10.0] * 20), convex_curve([1.0] * 20), convex_curve([0.1] * 20)]
     assert allocate(curves, 36, 8) == (20, 8, 8)
     assert allocate(curves, 60, 8) == (20, 20, 20)
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 10), min_size=13, max_size=13), min_size=1, max_size=4),
+    st.integers(1, 60),
+    st.integers(1, 8),
+)
+def test_of_any_curves_all_of_the_total_is_spent_and_no_more(
+    errors: list[list[float]], total: int, multiple: int
+) -> None:
+    """Curves that are not convex, nor even falling."""
+    curves = [torch.tensor(layer, dtype=torch.float64) for layer in errors]
+    sizes = allocate(curves, total, multiple)
+    assert all(multiple <= size <= 12 and (size % multiple == 0 or size == 12) for size in sizes)
+    assert sum(sizes) <= max(total, multiple * len(curves))
+    steps = [min(multiple, 12 - size) for size in sizes if size < 12]
+    assert all(sum(sizes) + step > total for step in steps)
+
+
+def test_a_step_that_pays_only_later_is_not_seen() -> None:
+    """A curve that is flat at first gets what the others have no use for, and the total is spent all the same."""
+    hidden = torch.tensor([9.0, 9.0, 9.0, 0.0, 0.0])
+    plain = convex_curve([4.0, 3.0, 2.0, 1.0])
+    assert allocate([hidden, plain], 4, 1) == (1, 3)
+    assert allocate([hidden, plain], 6, 1) == (2, 4)
+    assert allocate([hidden, plain], 7, 1) == (3, 4)

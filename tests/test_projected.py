@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import ghostssm
 from ghostssm.evaluation import evaluate
-from ghostssm.evaluation.measurement import Searched
 from ghostssm.families import mixers_of
 from ghostssm.mixer import Projection
 from ghostssm.modeling import GhostMamba2ForCausalLM
 from ghostssm.plan import Plan, Selection
 from ghostssm.pruning import Calibration
-from ghostssm.smallest import smallest_plan
 from ghostssm.surgery import apply_plan, pruned
 from tests.conftest import random_windows, tiny_model
 
@@ -157,51 +154,6 @@ def test_a_plan_beside_a_checkpoint_says_that_it_only_describes(folder_of: Calla
         Plan.read(written)
 
 
-class TestSmallestPlan:
-    def test_the_bound_holds_and_the_next_size_breaks_it(self) -> None:
-        model, windows = tiny_model(), random_windows(8, 60)
-        apart = torch.arange(8) % 4 == 1
-        calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
-        dense = evaluate(model, held_out)
-
-        def excess(size: int) -> float:
-            with pruned(model, calibration.plan("ghost", size)) as smaller:
-                return evaluate(smaller, held_out).excess_over(dense).mean
-
-        bound = excess(8) + 1e-6
-        plan = smallest_plan(model, windows, "ghost", bound, multiple=4)
-        size = plan.kept_state_size
-        assert size % 4 == 0
-        assert excess(size) <= bound
-        searched = Searched.of(plan.provenance)
-        assert searched is not None
-        assert (searched.max_excess_loss, searched.windows) == (bound, 2)
-        assert searched.excess.mean == pytest.approx(excess(size), abs=1e-6)
-
-    def test_a_search_without_a_standard_error(self) -> None:
-        plan = smallest_plan(tiny_model(), random_windows(4, 60), "random", 100.0)
-        assert plan.provenance["search"]["standard_error"] is None
-        searched = Searched.of(plan.provenance)
-        assert searched is not None
-        assert "±" not in searched.text
-
-    @pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}])
-    def test_a_provenance_without_a_search(self, foreign: dict[str, Any]) -> None:
-        assert Searched.of(foreign) is None
-
-    def test_too_tight_a_bound_is_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="allow more"):
-            smallest_plan(tiny_model(), random_windows(8, 60), "random", -10.0)
-
-    def test_a_method_that_leaves_the_state_whole_is_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="leaves the state whole"):
-            smallest_plan(tiny_model(), random_windows(8, 60), "sparsegpt", 1.0)
-
-    def test_too_few_windows_are_refused(self) -> None:
-        with pytest.raises(ghostssm.InputError, match="at least 4"):
-            smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)
-
-
 def test_refitted_layers_of_uneven_groups_are_padded_exactly() -> None:
     model, windows = tiny_model(n_groups=2), random_windows(9, 60)
     for mixer, factor in zip(mixers_of(model), (1.0, 30.0, 3.0), strict=True):  # one group speaks up
@@ -241,14 +193,3 @@ def test_sizes_per_layer_do_not_depend_on_what_was_planned_before() -> None:
     ):
         alone = Calibration(model, windows).plan(recipe, 4, multiple=1, **options)
         assert shared.plan(recipe, 4, multiple=1, **options).state_sizes == alone.state_sizes
-
-
-def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(model: Any, windows: Any) -> Any:
-        if model.config.state_size < 12:
-            raise ghostssm.NumericalError("overflow")
-        return evaluate(model, windows)
-
-    monkeypatch.setattr("ghostssm.smallest.evaluate_in_float32", measured)
-    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, multiple=4)
-    assert plan.kept_state_size == 12

@@ -35,39 +35,63 @@ def test_a_weight_that_explains_the_target_is_found(use_bias: bool) -> None:
     torch.testing.assert_close(weight.detach(), right, rtol=0, atol=5e-3)
 
 
-def test_the_same_fit_as_ridge_regression() -> None:
-    """With noise in the target: the solution of the normal equations, pulled towards the weight as it was."""
+def with_noise(targets: list[Tensor], amount: float, seed: int = 2) -> list[Tensor]:
+    """The amount is in units of the targets' standard deviation."""
+    draw = torch.Generator().manual_seed(seed)
+    return [target + amount * target.std() * torch.randn(target.shape, generator=draw) for target in targets]
+
+
+def ridge_regression(features: Tensor, missing: Tensor, ridge: float) -> Tensor:
+    """(d, k), the change of the weight that the normal equations give."""
+    features, missing = features.flatten(0, 1), missing.flatten(0, 1)
+    gram = features.T @ features
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram + penalty, features.T @ missing).T
+
+
+@pytest.mark.parametrize(("noise", "best"), [(0.01, 1e-4), (0.1, 1e-2), (0.3, 1e-1), (0.5, 1.0), (2.0, 10.0)])
+def test_ridge_regression_with_the_ridge_that_does_best_on_held_out_windows(noise: float, best: float) -> None:
+    """The more noise, the more the weight is pulled towards what it was; the fit itself is to all windows."""
     mixer, batches = prepared()
     before = mixer.out_proj.weight.detach().double().clone()
-    draw = torch.Generator().manual_seed(2)
-    wanted = [
-        target + 0.5 * torch.randn(target.shape, generator=draw) * target.std() for target in outputs(mixer, batches)
-    ]
-    wanted = [target * 1.3 for target in wanted]
-    assert repair_output(mixer, batches, wanted) < 1
+    wanted = with_noise([1.3 * target for target in outputs(mixer, batches)], noise)
     with torch.inference_mode():
-        features = torch.cat([normed_output(mixer, s) for s in batches]).flatten(0, 1).double()
-    missing = torch.cat(wanted).flatten(0, 1).double() - features @ before.T
-    gram = features.T @ features
-    candidates = [
-        torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(64), features.T @ missing).T
-        for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    ]
+        features = torch.cat([normed_output(mixer, s) for s in batches]).double()
+    missing = torch.cat(wanted).double() - features @ before.T
+    apart = torch.arange(16) % 8 == 1
+
+    def left(ridge: float) -> float:
+        change = ridge_regression(features[~apart], missing[~apart], ridge)
+        return ((missing - features @ change.T)[apart].square().sum() / missing[apart].square().sum()).item()
+
+    errors = {ridge: left(ridge) for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)}
+    assert min(errors, key=lambda ridge: errors[ridge]) == best
+    assert repair_output(mixer, batches, wanted) == pytest.approx(errors[best], rel=1e-4)
     change = mixer.out_proj.weight.detach().double() - before
-    assert min((change - candidate).abs().max().item() for candidate in candidates) < 1e-4
+    torch.testing.assert_close(change, ridge_regression(features, missing, best), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
+def test_windows_that_no_fit_has_seen_gain_too(noise: float) -> None:
+    mixer, batches = prepared()
+    fresh = mixer_streams(mixer, torch.randn(32, 40, 32, generator=torch.Generator().manual_seed(9)))
+    right = [1.3 * target for target in outputs(mixer, [*batches, fresh])]
+
+    def error() -> float:
+        return (outputs(mixer, [fresh])[0] - right[-1]).square().mean().item()
+
+    before = error()
+    repair_output(mixer, batches, with_noise(right[:-1], noise))
+    assert error() < before
 
 
 @pytest.mark.parametrize("windows", [1, 16])
-def test_what_can_only_get_worse_is_left_alone(windows: int) -> None:
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_noise_is_not_learnt_and_one_window_teaches_nothing(windows: int, seed: int) -> None:
     mixer, batches = prepared(windows)
-    wanted = outputs(mixer, batches)
-    if windows > 1:  # noise has nothing to be learnt
-        wanted = [target + torch.randn(target.shape, generator=torch.Generator().manual_seed(5)) for target in wanted]
     before = mixer.out_proj.weight.detach().clone()
-    change = repair_output(mixer, batches, wanted)
-    assert change <= 1
-    if windows == 1:
-        assert torch.equal(mixer.out_proj.weight, before)
+    assert repair_output(mixer, batches, with_noise(outputs(mixer, batches), 5.0, seed)) == 1
+    assert torch.equal(mixer.out_proj.weight, before)
 
 
 def test_a_skip_that_explains_the_target_is_found() -> None:

@@ -9,30 +9,12 @@ import torch
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples, sample_outputs, states_at
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, Streams, mixer_output, mixer_streams
+from ghostssm.mixer import mixer_output
 from ghostssm.ops.ssd import ssd_reference
-from tests.conftest import tiny_model
-from tests.families.tiny import tiny_hybrid
+from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
 
 NORMS = ["falcon_h1", "falcon_h1-norm", "falcon_h1-norm-first"]
 """No norm, gate first, norm first; each with two groups."""
-
-
-def mixer_and_streams(n_groups: int = 2, length: int = 24, case: str | None = None) -> tuple[Mixer, Streams]:
-    model = tiny_hybrid(case) if case else tiny_model(n_groups=n_groups)
-    mixer = mixers_of(model.double().requires_grad_(False))[1]
-    hidden = torch.randn(2, length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return mixer, mixer_streams(mixer, hidden)
-
-
-def reference_states(mixer: Mixer, s: Streams) -> Tensor:
-    """(l, b, h, p, n), token by token."""
-    states = []
-    for t in range(s.dt.shape[1]):
-        span = slice(0, t + 1)
-        states.append(ssd_reference(s.x[:, span], s.dt[:, span], mixer.A, s.B[:, span], s.C[:, span])[1])
-    return torch.stack(states)
 
 
 @pytest.mark.parametrize("n_groups", [1, 2])
@@ -96,8 +78,8 @@ def test_gramians_are_those_of_the_definition() -> None:
     readouts = s.C.flatten(0, 1)
     expected = torch.einsum("tgn,tgm->gnm", readouts, readouts) / 48
     torch.testing.assert_close(samples.observability(), expected)
-    pair = samples.maps[:, 0].flatten(0, 1)
-    torch.testing.assert_close(samples.controllability()[0], pair.T @ pair / 48)
+    maps = reference_maps(mixer, s)
+    torch.testing.assert_close(samples.controllability(), torch.einsum("tgdn,tgdm->gnm", maps, maps) / 48)
 
 
 def test_split_keeps_every_sample_once() -> None:

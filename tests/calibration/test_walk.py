@@ -14,9 +14,11 @@ from ghostssm.calibration import LayerWalk, gather_statistics
 from ghostssm.calibration import walk as walk_module
 from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
+from ghostssm.mixer import Projection
 from ghostssm.plan import Decision, Selection
 from ghostssm.pruning import Calibration
 from ghostssm.surgery import pruned
+from tests.calibration.reference import change_when_applied
 from tests.conftest import random_windows, tiny_model
 
 
@@ -125,3 +127,25 @@ def test_a_pruned_walk_ends_where_the_pruned_model_ends() -> None:
         expected = model.backbone(windows.ids, use_cache=False).last_hidden_state
         error = (model.backbone.norm_f(walk.hidden) - expected).square().mean().sqrt()
     assert error < 1e-5 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_measured_changes_are_those_of_the_decisions_when_applied(kept: bool) -> None:
+    """Each its own, also from streams that scoring left behind."""
+    maps = torch.randn(2, 2, 16, 5, generator=torch.Generator().manual_seed(0)) / 4
+    everything = Selection((tuple(range(16)),) * 2)
+    decisions = [
+        Decision(Selection(((), ()))),
+        Decision(Selection(((0, 3, 5), (2,)))),
+        Decision(everything, Projection(*maps)),
+        Decision(everything),
+    ]
+    walk = LayerWalk(tiny_model(n_groups=2), random_windows(3, 700))  # in two batches
+    for block, mixer in walk.blocks():
+        assert mixer is not None
+        expected = [change_when_applied(walk, block, decision) for decision in decisions]
+        if kept:
+            assert len(list(walk.streams(block, mixer))) == 2
+        assert walk.changes(block, mixer, decisions) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert len(set(expected)) == len(decisions)
+        walk.advance(block, mixer)

@@ -118,9 +118,16 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("recipe", [*method_names(), "output+refit3+repair", "balanced+refit3+repair+per-layer"])
 def test_a_mixer_that_does_nothing_can_be_pruned(recipe: str) -> None:
-    """All that is solved for it is singular."""
-    model = tiny_model(n_groups=2)
+    """All that is solved for it is singular. It goes on doing nothing, whatever is decided and fitted for it."""
+    model, windows = tiny_model(n_groups=2), random_windows(4, 40)
+    idle = mixers_of(model)[1]
     with torch.no_grad():
-        mixers_of(model)[1].in_proj.weight.zero_()
-    plan = Calibration(model, random_windows(4, 40)).plan(recipe, 4)
+        idle.in_proj.weight.zero_()
+    plan = Calibration(model, windows).plan(recipe, 4)
     assert len(plan.selections) == 3
+    outputs: list[torch.Tensor] = []
+    with pruned(model, plan) as smaller:
+        mixers_of(smaller)[1].module.register_forward_hook(lambda _, args, output: outputs.append(output))
+        assert torch.isfinite(evaluate(smaller, windows).losses).all()
+    assert outputs
+    assert not any(output.any() for output in outputs)

@@ -1,0 +1,69 @@
+"""What calibration measures, from its definition: every state in hand, token by token, in float64, and
+decisions by being applied."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ghostssm.calibration import LayerWalk
+from ghostssm.families import family_named, mixers_of
+from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams
+from ghostssm.ops.ssd import ssd_reference
+from ghostssm.plan import Decision
+from tests.conftest import tiny_model
+from tests.families.tiny import tiny_hybrid
+
+
+def mixer_and_streams(n_groups: int = 2, length: int = 24, case: str | None = None) -> tuple[Mixer, Streams]:
+    model = tiny_hybrid(case) if case else tiny_model(n_groups=n_groups)
+    mixer = mixers_of(model.double().requires_grad_(False))[1]
+    hidden = torch.randn(2, length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return mixer, mixer_streams(mixer, hidden)
+
+
+def reference_states(mixer: Mixer, s: Streams) -> Tensor:
+    """(l, b, h, p, n), token by token."""
+    states = []
+    for t in range(s.dt.shape[1]):
+        span = slice(0, t + 1)
+        states.append(ssd_reference(s.x[:, span], s.dt[:, span], mixer.A, s.B[:, span], s.C[:, span])[1])
+    return torch.stack(states)
+
+
+def reference_maps(mixer: Mixer, s: Streams) -> Tensor:
+    """(l * b, g, d, n): what each state channel adds to the output when it is read with 1, the norm's rms held fixed.
+
+    For mixers whose gate comes before the norm.
+    """
+    assert mixer.norm is not None
+    assert mixer.norm.gate_first
+    groups = mixer.layout.n_groups
+    maps = []
+    for t, state in enumerate(reference_states(mixer, s)):
+        for window, by_head in enumerate(state):
+            heads = by_head.unflatten(0, (groups, -1))  # (g, k, p, n)
+            y = torch.einsum("gkpn,gn->gkp", heads, s.C[window, t]) + (mixer.D[:, None] * s.x[window, t]).view(
+                heads.shape[:3]
+            )
+            gate = torch.nn.functional.silu(s.z[window, t]).view_as(y)
+            rms = ((y * gate).square().mean((1, 2), keepdim=True) + mixer.norm.eps).sqrt()
+            scale = gate / rms * mixer.norm.weight.view_as(y)
+            columns = mixer.out_proj.weight.view(-1, *y.shape)
+            maps.append(torch.einsum("dgkp,gkp,gkpn->gdn", columns, scale, heads))
+    return torch.stack(maps)
+
+
+def change_when_applied(walk: LayerWalk, block: nn.Module, decision: Decision) -> float:
+    """Mean squared change of the output of a Mamba-2 block's mixer, from copies of the block with and without it."""
+    whole, sliced = copy.deepcopy(block), copy.deepcopy(block)
+    before, view = (family_named("mamba2").mixer(each, walk.index) for each in (whole, sliced))
+    assert before is not None
+    assert view is not None
+    after = walk.apply(sliced, view, decision)
+    with torch.inference_mode():
+        inputs = torch.cat(list(walk.inputs(whole, before)))
+        changes = mixer_forward(after, inputs) - mixer_forward(before, inputs)
+    return changes.square().sum(-1).mean().item()

@@ -1,0 +1,118 @@
+"""The search for the smallest state within a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from ghostssm import smallest
+from ghostssm.errors import InputError, NumericalError
+from ghostssm.evaluation import evaluate
+from ghostssm.evaluation.measurement import Searched
+from ghostssm.evaluation.perplexity import Difference
+from ghostssm.pruning import Calibration
+from ghostssm.smallest import smallest_plan
+from ghostssm.surgery import pruned
+from tests.conftest import random_windows, tiny_model
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A loss that falls by 1 with every channel of the state, from 16."""
+
+    loss: float
+
+    def excess_over(self, dense: MadeUp) -> Difference:
+        return Difference(self.loss - dense.loss, 0.0)
+
+
+@pytest.fixture
+def _losses_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(model: Any, windows: object) -> MadeUp:
+        return MadeUp(16.0 - model.config.state_size)
+
+    monkeypatch.setattr(smallest, "evaluate_in_float32", made_up)
+
+
+@pytest.mark.usefixtures("_losses_by_size")
+@pytest.mark.parametrize(
+    ("multiple", "state_sizes"), [(1, None), (2, None), (3, None), (5, None), (8, None), (1, (1, 2, 7, 11)), (1, (9,))]
+)
+def test_the_smallest_size_within_every_bound_is_found(multiple: int, state_sizes: Sequence[int] | None) -> None:
+    """Also where the bound is met exactly, and none where no size meets it."""
+    model, windows = tiny_model(num_hidden_layers=1), random_windows(4, 10)
+    sizes = range(multiple, 16, multiple) if state_sizes is None else state_sizes
+    for bound in torch.arange(0, 17, 0.5).tolist():
+        enough = [size for size in sizes if 16 - size <= bound]
+        if enough:
+            plan = smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
+            assert plan.kept_state_size == enough[0]
+            assert plan.provenance["search"]["max_excess_loss"] == bound
+        else:
+            with pytest.raises(InputError, match="allow more"):
+                smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
+    assert model.config.state_size == 16
+
+
+def test_the_bound_holds_on_windows_that_calibrated_nothing() -> None:
+    model, windows = tiny_model(), random_windows(8, 60)
+    apart = torch.arange(8) % 4 == 1
+    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    dense = evaluate(model, held_out)
+
+    def excess(size: int) -> float:
+        with pruned(model, calibration.plan("ghost", size)) as smaller:
+            return evaluate(smaller, held_out).excess_over(dense).mean
+
+    bound = excess(8) + 1e-6
+    plan = smallest_plan(model, windows, "ghost", bound, multiple=4)
+    size = plan.kept_state_size
+    assert size % 4 == 0
+    assert excess(size) <= bound
+    searched = Searched.of(plan.provenance)
+    assert searched is not None
+    assert (searched.max_excess_loss, searched.windows) == (bound, 2)
+    assert searched.excess.mean == pytest.approx(excess(size), abs=1e-6)
+
+
+def test_a_search_without_a_standard_error() -> None:
+    plan = smallest_plan(tiny_model(), random_windows(4, 60), "random", 100.0)
+    assert plan.provenance["search"]["standard_error"] is None
+    searched = Searched.of(plan.provenance)
+    assert searched is not None
+    assert "±" not in searched.text
+
+
+@pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}])
+def test_a_provenance_without_a_search(foreign: dict[str, Any]) -> None:
+    assert Searched.of(foreign) is None
+
+
+def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(model: Any, windows: Any) -> Any:
+        if model.config.state_size < 12:
+            raise NumericalError("overflow")
+        return evaluate(model, windows)
+
+    monkeypatch.setattr(smallest, "evaluate_in_float32", measured)
+    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, multiple=4)
+    assert plan.kept_state_size == 12
+
+
+def test_too_tight_a_bound_is_refused() -> None:
+    with pytest.raises(InputError, match="allow more"):
+        smallest_plan(tiny_model(), random_windows(8, 60), "random", -10.0)
+
+
+def test_a_method_that_leaves_the_state_whole_is_refused() -> None:
+    with pytest.raises(InputError, match="leaves the state whole"):
+        smallest_plan(tiny_model(), random_windows(8, 60), "sparsegpt", 1.0)
+
+
+def test_too_few_windows_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 4"):
+        smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)
