@@ -115,7 +115,7 @@ def main() -> None:
     report("p 128, N' 256", decode_step(128, 256, torch.float32))
     report("projected 128 to 48", decode_step(64, 48, torch.float32, maps=True))
     y = torch.zeros(2, 5120)
-    report("5120", lambda: gpu.step_kernels().norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
+    report("5120", lambda: gpu.norm_kernels().norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
     kernels = gpu.scan_kernels()
     for n in (128, 96, 64, 16):
         x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)

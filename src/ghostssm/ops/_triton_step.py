@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostssm.ops import gpu
+from ghostssm.ops._triton_norm import silu, stride_of, with_dense_rows
 
 if TYPE_CHECKING:
     from ghostssm.ops.decode import StepWeights
@@ -28,11 +29,6 @@ LEAST_COLUMNS = 16
 MOST_COLUMNS = 128
 WARPS = 4
 _MAP_COLUMNS = 32
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -68,7 +64,7 @@ def _load_conv(x, window, weight, bias, channels, inside, WIDTH: tl.constexpr, T
 def _conv(new, older, filters, offset, WIDTH: tl.constexpr, TAPS: tl.constexpr):
     """SiLU of the convolution at the new inputs; and the shifted window, (channels, TAPS), to store."""
     shifted = tl.where(tl.arange(0, TAPS)[None, :] == WIDTH - 1, new[:, None], older)
-    return _silu(tl.sum(shifted.to(tl.float32) * filters.to(tl.float32), axis=1) + offset), shifted
+    return silu(tl.sum(shifted.to(tl.float32) * filters.to(tl.float32), axis=1) + offset), shifted
 
 
 @triton.jit
@@ -253,7 +249,7 @@ def step_state(
         y += tl.sum(tile * read[k], axis=1)
         after = after + (tile,)
     if z is not None:
-        y *= _silu(gate)
+        y *= silu(gate)
 
     tl.debug_barrier()
     for k in tl.static_range(len(SPANS)):
@@ -264,73 +260,14 @@ def step_state(
     tl.store(out + sequence * HEADS * P + channels, y, mask=inside)
 
 
-@triton.jit
-def group_norm(
-    y,
-    z,
-    z_stride,
-    weight,
-    out,
-    eps,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """RMS norm of one group and one sequence, and the gate SiLU(z) before or after it. Program (g, b).
-
-    y (b, GROUPS * SIZE), z (b, GROUPS * SIZE) with a row stride or None for no gate, weight (GROUPS * SIZE,).
-    """
-    sequence = tl.program_id(1).to(tl.int64)
-    lanes = tl.arange(0, LANES)
-    inside = lanes < SIZE
-    cells = tl.program_id(0) * SIZE + lanes
-    value = tl.load(y + sequence * GROUPS * SIZE + cells, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + cells, mask=inside, other=0.0).to(tl.float32)
-    if z is not None:
-        gate = _silu(tl.load(z + sequence * z_stride + cells, mask=inside, other=0.0).to(tl.float32))
-        if GATE_FIRST:
-            value *= gate
-        else:
-            scale *= gate
-    normed = value * tl.rsqrt(tl.sum(value * value) / SIZE + eps) * scale
-    tl.store(out + sequence * GROUPS * SIZE + cells, normed.to(out.dtype.element_ty), mask=inside)
-
-
-def norm_step(
-    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype, gate_first: bool
-) -> Tensor:
-    """`ghostssm.ops.decode.norm_step`."""
-    batch, width = y.shape
-    out = torch.empty(batch, width, dtype=dtype, device=y.device)
-    size = width // groups
-    lanes = triton.next_power_of_2(size)
-    z, warps = None if z is None else _rows(z), min(16, max(1, lanes // 512))
-    with gpu.on_device_of(y):
-        group_norm[(groups, batch)](
-            y.contiguous(),
-            z,
-            _stride(z),
-            weight,
-            out,
-            eps,
-            GROUPS=groups,
-            SIZE=size,
-            GATE_FIRST=gate_first,
-            LANES=lanes,
-            num_warps=warps,
-        )
-    return out
-
-
 def decode_step_(
     window: Tensor, state: Tensor, xBC: Tensor, dt: Tensor, z: Tensor | None, weights: StepWeights
 ) -> Tensor:
     """`ghostssm.ops.decode.decode_step_`; window and state are contiguous."""
     heads, p, r = state.shape[1:]
     batch, channels, width = window.shape
-    xBC, dt, taps = _rows(xBC), _rows(dt), weights.taps.contiguous()
-    z = None if z is None else _rows(z)
+    xBC, dt, taps = with_dense_rows(xBC), with_dense_rows(dt), weights.taps.contiguous()
+    z = None if z is None else with_dense_rows(z)
     n = (channels - heads * p) // (2 * weights.groups)
     maps = (weights.B_maps, weights.C_maps)
     parts = weights.groups if maps[0] is None else len(maps[0])
@@ -341,13 +278,13 @@ def decode_step_(
     with gpu.on_device_of(state):
         prepare_streams[(2 * weights.groups, batch)](
             xBC,
-            _stride(xBC),
+            stride_of(xBC),
             window,
             taps,
             weights.bias,
             *(None if part is None else part.contiguous() for part in maps),
             dt,
-            _stride(dt),
+            stride_of(dt),
             weights.dt_bias,
             weights.A_log,
             streams,
@@ -367,9 +304,9 @@ def decode_step_(
         )
         step_state[(heads * -(-p // shape.rows), batch)](
             xBC,
-            _stride(xBC),
+            stride_of(xBC),
             z,
-            _stride(z),
+            stride_of(z),
             window,
             taps,
             weights.bias,
@@ -416,12 +353,3 @@ class StepShape:
         rows = exact if exact >= LEAST_ROWS else max(LEAST_ROWS, triton.next_power_of_2(p))
         most = max(LEAST_ROWS, 1 << (tile // first).bit_length() - 1)
         return cls(min(rows, most), tuple(spans))
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """A tensor whose last axis is dense."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)

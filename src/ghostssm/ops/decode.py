@@ -104,7 +104,7 @@ def block_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     rows = x.flatten(0, -2)
     if not gpu.usable(rows, weight):
         return None
-    fused: Tensor = gpu.step_kernels().norm_step(rows, None, weight, eps, 1, x.dtype, gate_first=False)
+    fused: Tensor = gpu.norm_kernels().norm_step(rows, None, weight, eps, 1, x.dtype, gate_first=False)
     return fused.view_as(x)
 
 
@@ -117,6 +117,6 @@ def norm_step(
         y, z: (b, h * p). weight: (h * p,). dtype: of the result.
     """
     if gpu.usable(y, z, weight):
-        fused: Tensor = gpu.step_kernels().norm_step(y, z, weight, eps, groups, dtype, gate_first)
+        fused: Tensor = gpu.norm_kernels().norm_step(y, z, weight, eps, groups, dtype, gate_first)
         return fused
     return gated_rms_norm(y, at_least_float32(z), weight, eps, groups, gate_first=gate_first).to(dtype)

@@ -33,6 +33,13 @@ def step_kernels() -> Any:
     return _triton_step
 
 
+def norm_kernels() -> Any:
+    """The module of the norm's kernel."""
+    from ghostssm.ops import _triton_norm
+
+    return _triton_norm
+
+
 def scan_kernels() -> Any:
     """The module of the kernels over whole sequences."""
     from ghostssm.ops import _triton_scan
