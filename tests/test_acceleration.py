@@ -14,7 +14,7 @@ from ghostssm import accelerate, load, restore
 from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
 from ghostssm.families import mixers_of
-from ghostssm.ops import compiled
+from ghostssm.ops import compiled, gpu
 from ghostssm.pruning import Calibration
 from ghostssm.surgery import apply_plan, pruned
 from tests.conftest import VOCABULARY, random_windows, tiny_model
@@ -175,6 +175,17 @@ def test_packed_weights_follow_the_weights() -> None:
 def test_an_impossible_state_dtype() -> None:
     with pytest.raises(InputError, match="float16"):
         accelerate(tiny_model(), state_dtype=torch.float16)
+
+
+def test_the_cached_state_is_dense_whatever_computed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the kernels of the decode step would not take it."""
+    monkeypatch.setattr(compiled, "kernels", None)
+    monkeypatch.setattr(gpu, "device_types", set())
+    model = tiny_model()
+    accelerate(model)
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(1, 9)[None], use_cache=True).cache_params
+    assert cache.get_recurrent_state(0, state_idx=0).is_contiguous()
 
 
 def test_a_model_over_several_devices_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ghostssm import accelerate, acceleration
+from ghostssm import accelerate, acceleration, restore
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.statistics import gather_statistics
 from ghostssm.families import mixers_of
@@ -44,6 +44,21 @@ def check(model: Any, device: str, tolerance: float = 1e-4, **options: Any) -> N
 def test_families(case: str, device: str) -> None:
     """A norm or none, before the gate or after it, multipliers, no bias of the convolution, up to 8 groups."""
     check(tiny_hybrid(case, **({"num_hidden_layers": 1} if case == "codestral-mamba" else {})), device)
+
+
+def test_the_norms_between_blocks_are_one_kernel_each(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_hidden_layers=1).to(device)
+    ids = torch.randint(1, 288, (1, 4)).to(device)
+    with torch.inference_mode():
+        expected = stepwise(model, ids, [3, 1])
+        accelerate(model)
+        monkeypatch.setattr(type(model.backbone.norm_f), "forward", None)  # the stock one fails
+        found = stepwise(model, ids, [3, 1])
+        monkeypatch.undo()
+        restore(model)
+        again = stepwise(model, ids, [3, 1])
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert torch.equal(again, expected)
 
 
 def test_uneven_state_sizes(device: str) -> None:

@@ -136,7 +136,10 @@ def test_the_card_tells_what_is_written(folder_of: FolderOf, tmp_path: Path) -> 
     assert "MambaLMHeadModel" in card.text
     assert "AutoModelForCausalLM" not in card.text
     assert "- runs in mamba_ssm\n" in card.text
-    assert card.data.library_name == "mamba-ssm"
+    plan = Plan.read(pruned, changes=False)
+    at_once = ghostssm.save(ghostssm.load(str(pruned)), plan, tmp_path / "at-once", dialect="mamba_ssm")
+    saved = ModelCard.load(at_once / "README.md")
+    assert card.data.library_name == saved.data.library_name != first.data.library_name
     back = ghostssm.export_checkpoint(ghostssm.load(str(theirs)), tmp_path / "back")
     assert ModelCard.load(back / "README.md").content == first.content
     for kept in (

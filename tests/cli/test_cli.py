@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ghostssm.cli.arguments import _repeat
 from ghostssm.units import plus_minus
-from tests.conftest import Run, tiny_model
+from tests.conftest import Run
 
 
 def prune_arguments(model: Path, text: Path, output: Path) -> list[object]:
@@ -24,18 +24,6 @@ def test_help_lists_the_verbs(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert all(verb in out for verb in ("inspect", "prune", "compare", "evaluate", "generate"))
-
-
-def test_inspect(run: Run, small: Path) -> None:
-    code, out, _ = run("inspect", small, "--state-size", 8, 4)
-    assert code == 0
-    assert "8 of 8" in out
-    assert "50%" in out
-    assert "75%" in out
-    code, out, _ = run("inspect", small, "--state-size", 4, "--json")
-    found = json.loads(out)
-    assert (found["layers"], found["layout"]["state_size"]) == (3, 16)
-    assert found["cuts"][1]["state_bytes_float32"] == 3 * 8 * 8 * 4 * 4
 
 
 def test_prune_writes_a_checkpoint_a_plan_and_a_manifest(
@@ -115,93 +103,6 @@ def test_few_held_out_windows_are_told(
     code, _, err = run("prune", small, "--max-excess-loss", 100, "--method", "magnitude", *common)
     assert code == 0
     assert ("uncertain" in err) == few
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "give one of --state-size, --budget and --max-excess-loss"),
-        (["--state-size", 4, "--budget", 0.5], "--state-size and --budget each say how much to keep"),
-        (["--state-size", 16], "The state size would be 16, which is the model's own N"),
-        (["--state-size", 16, "--method", "sparsegpt"], "which is the model's own N"),
-        (["--budget", 1], "Expected a smaller --state-size, or a --budget that leaves less"),
-        (["--budget", 0.99, "--per-layer"], "which is the model's own N"),
-        (["--budget", 1.5], "--budget is 1.5"),
-        (["--max-excess-loss", -1], "--max-excess-loss is -1"),
-        (["--state-size", 4, "--per-layer", "--dialect", "mamba_ssm"], "mamba_ssm dialect"),
-        (["--state-size", 4, "--method", "output+mend"], "'mend'"),
-    ],
-)
-def test_prune_options_that_contradict(
-    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
-) -> None:
-    code, _, err = run("prune", small, "--calibration", text_file, "--output", tmp_path / "out", *options)
-    assert code == 2
-    assert message in " ".join(err.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_inspect_lists_engines(run: Run, small: Path) -> None:
-    code, out, _ = run("inspect", small, "--state-size", 8, 3)
-    assert code == 0
-    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("vllm ", "mlx-lm "))}
-    assert table["vllm"] == ["runs", "runs", "runs"]
-    assert "computes as for 4" in out
-    code, out, _ = run("inspect", small, "--state-size", 8, "--json", "--engine", "mlx-lm", "vllm")
-    found = [(advice["engine"], advice["level"]) for advice in json.loads(out)["cuts"][1]["engines"]]
-    assert found == [("mlx-lm", "no"), ("vllm", "runs")]
-    code, _, err = run("inspect", small, "--engine", "vlm")
-    assert code == 2
-    assert "'vlm' is known; expected one of: transformers-cpu" in err
-
-
-def test_inspect_knows_the_dialect_of_the_files(run: Run, small: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    assert run("export", small, "--format", "mamba_ssm", "--output", theirs)[0] == 0
-    code, out, _ = run("inspect", theirs, "--state-size", 8, "--engine", "transformers-cpu", "mamba_ssm", "sglang")
-    assert code == 0
-    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith(("runs", "no"))}
-    assert table == {"transformers-cpu": ["no", "runs"], "mamba_ssm": ["runs", "runs"], "sglang": ["no", "no"]}
-    assert "transformers-cpu: first ghostssm export --format transformers." in out
-    assert "sglang: first ghostssm export --format transformers --untie." in out
-    assert "mamba_ssm, N' = 8: runs: write with --dialect mamba_ssm." in out
-
-
-@pytest.mark.parametrize(("method", "multiple"), [("ghost+per-layer", ["--multiple", 2]), ("balanced", [])])
-def test_inspect_tells_how_a_checkpoint_was_pruned(
-    run: Run, small: Path, text_file: Path, tmp_path: Path, method: str, multiple: list[object]
-) -> None:
-    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
-    options = ["--budget", 0.5, "--method", method, "--evaluate", text_file, "--text-windows", 2, "--json"]
-    code, out, _ = run("prune", small, *options, *multiple, *common)
-    assert code == 0
-    outcome = json.loads(out)
-    after = outcome["state_size"]["after"]
-    sizes = after if multiple else [after] * 3
-    told, label = (" ".join(map(str, sizes)), f"{min(sizes)} to {max(sizes)}") if multiple else ("8", "8")
-    code, out, _ = run("inspect", tmp_path / "out")
-    assert code == 0
-    facts = {line[:14].strip(): line[14:].strip() for line in out.splitlines()[:12]}
-    assert facts["state size"] == f"16 -> {told}"
-    assert facts["pruned by"] == method
-    assert facts["excess loss"].startswith(f"{outcome['measured']['excess_loss']:.4f} ± ")
-    assert f"\n{label}  " in out
-    assert "50%" in out
-    assert out.count("has no class for") == 1
-    found = json.loads(run("inspect", tmp_path / "out", "--json")[1])["pruning"]
-    assert (found["method"], found["state_size"], found["kept"]) == (method, 16, sizes)
-    assert found["measured"]["pruned_loss"] == outcome["measured"]["pruned_loss"]
-
-
-def test_inspect_tells_padding_from_what_was_kept(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
-    assert run(*prune_arguments(small, text_file, tmp_path / "out"))[0] == 0
-    padded = ["--format", "transformers", "--pad-to", 12, "--output", tmp_path / "padded"]
-    assert run("export", tmp_path / "out", *padded)[0] == 0
-    out = run("inspect", tmp_path / "padded")[1]
-    assert "state size      16 -> 4, padded to 12\n" in out
-    assert "25%" in out  # of the state of 16, not of what the cut left
-    (tmp_path / "padded" / "ghostssm.json").write_text('{"method": 3, "state_size": {"before": "x"}}')
-    assert "state size N    12\n" in run("inspect", tmp_path / "padded")[1]
 
 
 def test_prune_for_engines_takes_the_nearest_size_that_suits(
@@ -362,152 +263,10 @@ def test_generate(run: Run, small: Path) -> None:
     assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
 
 
-def test_inspect_predicts(run: Run, small: Path) -> None:
-    code, out, _ = run("inspect", small, "--state-size", 4, "--batch", 2, "--json")
-    assert code == 0
-    dense, cut = (cut["predicted_tokens_per_second"]["2"] for cut in json.loads(out)["cuts"])
-    assert cut > dense > 0
-
-
-def break_weights(model: Path, _: Path) -> None:
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def drop_tokenizer(model: Path, _: Path) -> None:
-    for path in model.glob("tokenizer*"):
-        path.unlink()
-
-
-def wrong_shape(model: Path, _: Path) -> None:
-    tiny_model(state_size=8).save_pretrained(model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"state_size": 16}))
-
-
-def not_finite(model: Path, _: Path) -> None:
-    broken = tiny_model()
-    broken.backbone.layers[0].mixer.D.data[0] = float("nan")
-    broken.save_pretrained(model)
-
-
-def overflowing(model: Path, _: Path) -> None:
-    broken = tiny_model()
-    broken.backbone.layers[1].mixer.out_proj.weight.data.fill_(3e38)
-    broken.save_pretrained(model)
-
-
-def other_model(model: Path, _: Path) -> None:
-    (model / "config.json").write_text('{"model_type": "gpt2"}')
-
-
-def short_text(_: Path, text: Path) -> None:
-    text.write_text("short")
-
-
-def empty_text(_: Path, text: Path) -> None:
-    text.write_text("")
-
-
-def binary_text(_: Path, text: Path) -> None:
-    text.write_bytes(b"\0" * 1000)
-
-
-@pytest.mark.parametrize(
-    ("breakage", "message"),
-    [
-        (break_weights, "truncated"),
-        (drop_tokenizer, "no tokenizer"),
-        (wrong_shape, "(80, 1, 4) in model.safetensors, but the config implies (96, 1, 4)"),
-        (not_finite, "backbone.layers.0.mixer.D"),
-        (overflowing, "backbone.layers.1.mixer"),
-        (other_model, "'gpt2'"),
-        (short_text, "fewer than one window of 64"),
-        (empty_text, "empty"),
-        (binary_text, "binary"),
-    ],
-)
-def test_bad_input_ends_in_one_line_and_nothing_written(
-    run: Run, small: Path, text_file: Path, tmp_path: Path, breakage: Callable[[Path, Path], None], message: str
-) -> None:
-    breakage(small, text_file)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    code, out, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
-    assert code == 2
-    assert out == ""
-    assert "error:" in err
-    assert message in err
-    assert "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("state_size", ["0", "17", "-3", "3.5", "many"])
-def test_impossible_state_sizes(run: Run, small: Path, text_file: Path, tmp_path: Path, state_size: str) -> None:
-    arguments = prune_arguments(small, text_file, tmp_path / "out")
-    arguments[arguments.index("--state-size") + 1] = state_size
-    code, _, err = run(*arguments)
-    assert code == 2
-    assert "Traceback" not in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_folder_with_something_in_it(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
-    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
-    assert code == 2
-    assert "--overwrite" in err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
-
-
-@pytest.mark.parametrize("device", ["meta:x", "nonsense", "cuda:99"])
-def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, device: str) -> None:
-    code, _, err = run("evaluate", small, "--text", text_file, "--window-length", 64, "--device", device)
-    assert code == 2
-    assert repr(device) in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("prune m --state-size 4 --output o --text-windows 3", "--text-windows works with --evaluate only"),
-        ("prune m --state-size 4 --output o --batch 1", "--batch works with --report only"),
-        ("prune m --state-size 4 --output o --private", "--private works with --push-to-hub only"),
-        ("prune m --state-size 4 --output o --multiple 4", "--multiple works with --per-layer or --max-excess-loss"),
-        ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
-        ("compare m --state-size 4 --methods ghost,random", "separated by spaces: --methods ghost random"),
-        ("reproduce --output o --methods ghost,random", "separated by spaces: --methods ghost random"),
-        ("evaluate m --limit 3", "--limit works with --tasks or --last-words only"),
-        ("evaluate m --tasks piqa --text a.txt", "--text has no effect with --tasks"),
-        ("evaluate m --last-words a.txt --window-length 64", "--window-length has no effect with --last-words"),
-    ],
-)
-def test_options_that_nothing_would_read(run: Run, arguments: str, message: str) -> None:
-    code, _, err = run(*arguments.split())
-    assert code == 2
-    assert message in " ".join(err.split())
-
-
 def test_values_that_are_given_twice_count_once(run: Run, small: Path) -> None:
     code, out, _ = run("inspect", small, "--state-size", 8, 4, "--state-size", 8, "--json")
     assert code == 0
     assert [cut["state_size"] for cut in json.loads(out)["cuts"]] == [16, 8, 4]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("prune", "m", "--method", "gost", "--state-size", "4", "--output", "o"),
-        ("prune", "m", "--groups", "some", "--state-size", "4", "--output", "o"),
-        ("compare", "m"),
-        ("nonsense",),
-    ],
-)
-def test_bad_usage(run: Run, arguments: tuple[str, ...]) -> None:
-    code, _, err = run(*arguments)
-    assert code == 2
-    assert "Traceback" not in err
 
 
 def test_an_interrupt_leaves_nothing(

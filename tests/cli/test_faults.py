@@ -371,40 +371,6 @@ def test_the_input_and_what_is_no_checkpoint_are_not_replaced(
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "x"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--seed", 2**70], "--seed"),
-        (["--seed", -1], "--seed"),
-        (["--device", "meta"], "The device 'meta' can't be used"),
-        (["--max-excess-loss", 0.1, "--multiple", 32], "--state-size and --max-excess-loss each say how much to keep"),
-    ],
-)
-def test_options_out_of_range(
-    run: Run, small: Path, text_file: Path, tmp_path: Path, options: list[object], message: str
-) -> None:
-    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), *options)
-    assert code == 2
-    assert message in err
-
-
-def test_no_size_is_such_a_multiple(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
-    texts = ["--calibration", text_file, "--windows", 4, "--window-length", 64]
-    bound = ["--max-excess-loss", 9, "--method", "random", "--output", tmp_path / "out"]
-    code, _, err = run("prune", small, *bound, "--multiple", 200, *texts)
-    assert code == 2
-    assert "is a multiple of 200" in err
-    code, _, err = run("prune", small, *bound, "--multiple", 4, "--engine", "transformers-cpu", *texts)
-    assert code == 0, err
-    assert ghostssm.describe(str(tmp_path / "out")).layout.state_size == 4
-
-
-def test_a_prompt_that_is_not_utf8(run: Run, small: Path) -> None:
-    code, _, err = run("generate", small, "--prompt", os.fsdecode(b"a\xff\xfe"))
-    assert code == 2
-    assert "The prompt is not UTF-8" in err
-
-
 def test_standard_output_that_can_not_be_written(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

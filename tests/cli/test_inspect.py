@@ -1,0 +1,93 @@
+"""``ghostssm inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import prune_arguments
+from tests.conftest import Run
+
+
+def test_inspect(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 4)
+    assert code == 0
+    assert "8 of 8" in out
+    assert "50%" in out
+    assert "75%" in out
+    code, out, _ = run("inspect", small, "--state-size", 4, "--json")
+    found = json.loads(out)
+    assert (found["layers"], found["layout"]["state_size"]) == (3, 16)
+    assert found["cuts"][1]["state_bytes_float32"] == 3 * 8 * 8 * 4 * 4
+
+
+def test_inspect_lists_engines(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 8, 3)
+    assert code == 0
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("vllm ", "mlx-lm "))}
+    assert table["vllm"] == ["runs", "runs", "runs"]
+    assert "computes as for 4" in out
+    code, out, _ = run("inspect", small, "--state-size", 8, "--json", "--engine", "mlx-lm", "vllm")
+    found = [(advice["engine"], advice["level"]) for advice in json.loads(out)["cuts"][1]["engines"]]
+    assert found == [("mlx-lm", "no"), ("vllm", "runs")]
+    code, _, err = run("inspect", small, "--engine", "vlm")
+    assert code == 2
+    assert "'vlm' is known; expected one of: transformers-cpu" in err
+
+
+def test_inspect_knows_the_dialect_of_the_files(run: Run, small: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    assert run("export", small, "--format", "mamba_ssm", "--output", theirs)[0] == 0
+    code, out, _ = run("inspect", theirs, "--state-size", 8, "--engine", "transformers-cpu", "mamba_ssm", "sglang")
+    assert code == 0
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.endswith(("runs", "no"))}
+    assert table == {"transformers-cpu": ["no", "runs"], "mamba_ssm": ["runs", "runs"], "sglang": ["no", "no"]}
+    assert "transformers-cpu: first ghostssm export --format transformers." in out
+    assert "sglang: first ghostssm export --format transformers --untie." in out
+    assert "mamba_ssm, N' = 8: runs: write with --dialect mamba_ssm." in out
+
+
+@pytest.mark.parametrize(("method", "multiple"), [("ghost+per-layer", ["--multiple", 2]), ("balanced", [])])
+def test_inspect_tells_how_a_checkpoint_was_pruned(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, method: str, multiple: list[object]
+) -> None:
+    common = ["--calibration", text_file, "--windows", 8, "--window-length", 64, "--output", tmp_path / "out"]
+    options = ["--budget", 0.5, "--method", method, "--evaluate", text_file, "--text-windows", 2, "--json"]
+    code, out, _ = run("prune", small, *options, *multiple, *common)
+    assert code == 0
+    outcome = json.loads(out)
+    after = outcome["state_size"]["after"]
+    sizes = after if multiple else [after] * 3
+    told, label = (" ".join(map(str, sizes)), f"{min(sizes)} to {max(sizes)}") if multiple else ("8", "8")
+    code, out, _ = run("inspect", tmp_path / "out")
+    assert code == 0
+    facts = {line[:14].strip(): line[14:].strip() for line in out.splitlines()[:12]}
+    assert facts["state size"] == f"16 -> {told}"
+    assert facts["pruned by"] == method
+    assert facts["excess loss"].startswith(f"{outcome['measured']['excess_loss']:.4f} ± ")
+    assert f"\n{label}  " in out
+    assert "50%" in out
+    assert out.count("has no class for") == 1
+    found = json.loads(run("inspect", tmp_path / "out", "--json")[1])["pruning"]
+    assert (found["method"], found["state_size"], found["kept"]) == (method, 16, sizes)
+    assert found["measured"]["pruned_loss"] == outcome["measured"]["pruned_loss"]
+
+
+def test_inspect_tells_padding_from_what_was_kept(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    assert run(*prune_arguments(small, text_file, tmp_path / "out"))[0] == 0
+    padded = ["--format", "transformers", "--pad-to", 12, "--output", tmp_path / "padded"]
+    assert run("export", tmp_path / "out", *padded)[0] == 0
+    out = run("inspect", tmp_path / "padded")[1]
+    assert "state size      16 -> 4, padded to 12\n" in out
+    assert "25%" in out  # of the state of 16, not of what the cut left
+    (tmp_path / "padded" / "ghostssm.json").write_text('{"method": 3, "state_size": {"before": "x"}}')
+    assert "state size N    12\n" in run("inspect", tmp_path / "padded")[1]
+
+
+def test_inspect_predicts(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--state-size", 4, "--batch", 2, "--json")
+    assert code == 0
+    dense, cut = (cut["predicted_tokens_per_second"]["2"] for cut in json.loads(out)["cuts"])
+    assert cut > dense > 0
