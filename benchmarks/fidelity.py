@@ -22,8 +22,8 @@ import torch
 from interleaved import print_machine
 
 import ghostssm
-from ghostssm.bench.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.copying import copying, copying_in_reach
+from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
 
 RECIPES = (

@@ -38,8 +38,8 @@ from transformers import PreTrainedModel
 from transformers.models.mamba2 import modeling_mamba2
 
 import ghostssm
-from ghostssm.bench.decode import first_channels
-from ghostssm.families import mixers_of
+from ghostssm.evaluation.speed import first_channels
+from ghostssm.models.families import mixers_of
 
 _LIMIT_BYTES = 80 * 10**9
 _PAYS = 1.05

@@ -17,8 +17,8 @@ import torch
 from gpu_common import SHAPES, TINY, Shape, device_of, parser, report, say
 
 import ghostssm
-from ghostssm.bench.memory import peak_bytes, reset_peak
-from ghostssm.data.windows import Windows
+from ghostssm.evaluation.memory import peak_bytes, reset_peak
+from ghostssm.text.windows import Windows
 
 
 @dataclass(frozen=True)

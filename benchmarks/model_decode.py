@@ -16,8 +16,8 @@ import torch
 from interleaved import model_130m, print_machine
 
 import ghostssm
-from ghostssm.bench.decode import first_channels
-from ghostssm.surgery import pruned
+from ghostssm.evaluation.speed import first_channels
+from ghostssm.plan.surgery import pruned
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from interleaved import model_130m, print_machine, print_sides, seconds_by_side
 
 import ghostssm
-from ghostssm.data.windows import Windows
+from ghostssm.text.windows import Windows
 
 
 def peak_bytes() -> int:

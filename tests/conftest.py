@@ -15,8 +15,8 @@ import transformers
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
 
 from ghostssm.cli import main
-from ghostssm.data.windows import Windows
 from ghostssm.ops import gpu
+from ghostssm.text.windows import Windows
 
 VOCABULARY = 288
 Run = Callable[..., tuple[int, str, str]]

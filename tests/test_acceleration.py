@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ghostssm import accelerate, load, restore
-from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
-from ghostssm.families import mixers_of
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
 from ghostssm.ops import compiled, gpu
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.plan.surgery import apply_plan, pruned
+from ghostssm.pruning.run import Calibration
 from tests.conftest import VOCABULARY, random_windows, tiny_model
 
 SHAPES: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostssm.budget import allocate
+from ghostssm.pruning.budget import allocate
 
 
 def convex_curve(gains: list[float]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ghostssm.engines import ENGINES, advise, engine_names, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
-from ghostssm.layout import SSDLayout
+from ghostssm.models.layout import SSDLayout
 
 MODEL_TYPES = ("mamba2", "bamba", "zamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
 layouts = st.builds(

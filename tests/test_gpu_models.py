@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from ghostssm import accelerate, acceleration, restore
+from ghostssm import accelerate, restore
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.statistics import gather_statistics
-from ghostssm.families import mixers_of
-from ghostssm.mixer import mixer_streams
+from ghostssm.models import forward as acceleration
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import mixer_streams
 from ghostssm.ops import decode, energy, gpu, ssd
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import apply_plan
+from ghostssm.plan.surgery import apply_plan
+from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import stepwise, tiny_hybrid
 from tests.modeling.test_ghost_mamba2 import tiny_ghost

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostssm.errors import LayoutError
-from ghostssm.layout import SSDLayout
+from ghostssm.models.layout import SSDLayout
 
 layouts = st.builds(
     lambda groups, per_group, head_dim, state, kernel: SSDLayout(

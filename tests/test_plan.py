@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghostssm.errors import PlanError
-from ghostssm.plan import Plan, Selection
+from ghostssm.plan.plan import Plan, Selection
 
 PLAN = Plan(
     method="ghost",

@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 
 import ghostssm
-from ghostssm.data import windows
+from ghostssm.calibration.processes import Processes
 from ghostssm.errors import ProcessError
-from ghostssm.plan import PLAN_FILE, TENSORS_FILE
-from ghostssm.processes import Processes
-from ghostssm.run_folder import RunFolder
+from ghostssm.plan.plan import PLAN_FILE, TENSORS_FILE
+from ghostssm.streaming.run_folder import RunFolder
+from ghostssm.text import windows
 from tests.conftest import random_windows
 from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 

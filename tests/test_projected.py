@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import ghostssm
 from ghostssm.evaluation import evaluate
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Projection
-from ghostssm.modeling import GhostMamba2ForCausalLM
-from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Projection
+from ghostssm.models.own_class import GhostMamba2ForCausalLM
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import apply_plan, pruned
+from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
 
 RECIPES = ["balanced", "balanced+per-layer", "output+per-layer", "balanced+refit5+repair+per-layer"]

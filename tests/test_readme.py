@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
 from ghostssm.cli.main import app
-from ghostssm.data import sources
-from ghostssm.data.stdlib import stdlib_texts
 from ghostssm.methods import base
+from ghostssm.text import sources
+from ghostssm.text.stdlib import stdlib_texts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

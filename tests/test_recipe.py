@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ghostssm.errors import InputError
-from ghostssm.recipe import DEFAULT_RECIPE, DEFAULT_REFIT_STEPS, Recipe
+from ghostssm.pruning.recipe import DEFAULT_RECIPE, DEFAULT_REFIT_STEPS, Recipe
 
 
 @pytest.mark.parametrize(

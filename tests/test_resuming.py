@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import ghostssm
-from ghostssm import run_folder
-from ghostssm.checkpoint import durable
-from ghostssm.data import windows
-from ghostssm.run_folder import RunFolder, run_folder_of
+from ghostssm.files import durable
+from ghostssm.streaming import run_folder
+from ghostssm.streaming.run_folder import RunFolder, run_folder_of
+from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model
 from tests.test_streaming import assert_same_checkpoint, saved
@@ -34,7 +34,7 @@ class _Died(BaseException):
 
 @pytest.fixture(autouse=True)
 def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghostssm.data.windows._TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr("ghostssm.text.windows._TOKENS_PER_BATCH", 80)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_run_is_not_taken_for_another(spec: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(ghostssm.OutputError, match=r"differs in model: it was '[0-9a-f]{64}'"):
         prune(other, output, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr("ghostssm.streaming.__version__", "9.9")
+        patch.setattr("ghostssm.streaming.run.__version__", "9.9")
         with pytest.raises(ghostssm.OutputError, match=r"differs in ghostssm: .*'9\.9'"):
             prune(spec, output, resume=True)
     checkpoint = ghostssm.stream(spec)

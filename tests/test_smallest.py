@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from ghostssm import smallest
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation import evaluate
-from ghostssm.evaluation.measurement import Searched
-from ghostssm.evaluation.perplexity import Difference
-from ghostssm.pruning import Calibration
-from ghostssm.smallest import smallest_plan
-from ghostssm.surgery import pruned
+from ghostssm.plan.measurement import Difference, Searched
+from ghostssm.plan.surgery import pruned
+from ghostssm.pruning import smallest
+from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.smallest import smallest_plan
 from tests.conftest import random_windows, tiny_model
 
 

@@ -22,8 +22,8 @@ import ghostssm
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.manifest import MANIFEST_FILE
 from ghostssm.checkpoint.weights import stored_tensors
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.run_folder import run_folder_of
+from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.streaming.run_folder import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 
@@ -72,7 +72,7 @@ def pruned_in_memory(spec: str, output: Path, recipe: str, **options: Any) -> Pa
     dense, after = (
         ghostssm.evaluate(ghostssm.load(str(where), dtype=torch.float32).model, HELD_OUT) for where in (spec, output)
     )
-    measured = Measurement.of(HELD_OUT, dense, after)
+    measured = measurement_of(HELD_OUT, dense, after)
     return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True)
 
 
@@ -294,7 +294,7 @@ def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 def test_a_model_of_twice_the_memory(tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    libraries = in_child("import ghostssm.streaming; from transformers import Mamba2ForCausalLM")
+    libraries = in_child("import ghostssm.streaming.run; from transformers import Mamba2ForCausalLM")
     limit = bytes_of("VmData", libraries) + ROOM
     blocks = 2 * limit // BLOCK_BYTES + 1
     assert write_model(tmp_path / "model", blocks, 1024, torch.float32, one_block=True) >= 2 * limit

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from ghostssm.errors import PlanError
-from ghostssm.families import mixers_of
-from ghostssm.plan import Plan, Selection
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import apply_plan, pruned
 from tests.conftest import VOCABULARY, tiny_model
 
 SHAPES: list[dict[str, Any]] = [

@@ -15,8 +15,8 @@ from transformers.models.mamba2 import modeling_mamba2
 import ghostssm
 from ghostssm.calibration import LayerWalk, gather_statistics
 from ghostssm.checkpoint import Checkpoint
-from ghostssm.data.windows import Windows
 from ghostssm.ops.ssd import ssd_chunked
+from ghostssm.text.windows import Windows
 
 SHARED = Path(os.environ.get("GHOSTSSM_TEST_DATA", Path(__file__).parents[2] / "shared"))
 ENGLISH, WIKITEXT = SHARED / "models" / "english-4m", SHARED / "data" / "wikitext-2"

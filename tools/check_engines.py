@@ -214,7 +214,7 @@ def faults(folder: Path, tied: bool, held: Mapping[str, torch.Tensor], sizes: Ma
 def write_checkpoints(folder: Path) -> Iterator[tuple[str, Path, bool]]:
     """Name, folder and whether the head is tied, of four pruned checkpoints."""
     import ghostssm
-    from ghostssm.data.windows import Windows
+    from ghostssm.text.windows import Windows
 
     torch.manual_seed(0)
     config = transformers.Mamba2Config(

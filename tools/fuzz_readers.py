@@ -34,8 +34,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import ghostssm
 from ghostssm.checkpoint.loading import stored_tensors
-from ghostssm.mixer import Projection
-from ghostssm.plan import Plan, Selection
+from ghostssm.models.mixer import Projection
+from ghostssm.plan.plan import Plan, Selection
 
 EXTRA_MEMORY = 3 << 30
 _WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pty.spawn")

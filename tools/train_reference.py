@@ -3,7 +3,7 @@
     python tools/train_reference.py --output runs/reference
     python tools/train_reference.py --output runs/headers --text FOLDER --groups 2 --head-dim 32 --hidden-size 192
 
-Modules are held out by a hash of their name (``ghostssm.data.stdlib``), files of another text by a hash of what they
+Modules are held out by a hash of their name (``ghostssm.text.stdlib``), files of another text by a hash of what they
 say. The folder gets the weights in bfloat16, the tokenizer, ``training.json`` with every choice and the losses,
 ``checkpoint.pt`` to go on from with ``--resume``, and, with ``--text``, ``calibration.txt`` (a part of the text that it
 was trained on) and ``held_out.txt``.
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ghostssm.data.sources import read_text
-from ghostssm.data.stdlib import stdlib_texts
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, mixer_forward
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Mixer, mixer_forward
 from ghostssm.ops.norm import rms_norm
+from ghostssm.text.sources import read_text
+from ghostssm.text.stdlib import stdlib_texts
 
 END = "<|endoftext|>"
 SAMPLE_BYTES = 4_000_000

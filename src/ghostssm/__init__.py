@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ghostssm._registration import register_with_transformers
+from ghostssm.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from ghostssm._api import *

@@ -1,7 +1,8 @@
 """Where the public names live; imported when the first of them is used."""
 
+import sys
+
 from ghostssm._version import __version__
-from ghostssm.acceleration import accelerate, restore
 from ghostssm.checkpoint import (
     Checkpoint,
     Description,
@@ -17,9 +18,7 @@ from ghostssm.checkpoint import (
 from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.gguf import ExportedGGUF, export_gguf
 from ghostssm.checkpoint.hub import push_to_hub
-from ghostssm.checkpoint.streaming import StreamedCheckpoint, stream
-from ghostssm.data.sources import Text, read_text
-from ghostssm.data.windows import Windows, cut_windows, evaluation_windows
+from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
@@ -33,18 +32,21 @@ from ghostssm.errors import (
     StorageError,
     TextError,
 )
-from ghostssm.evaluation import Difference, Evaluation, evaluate
-from ghostssm.evaluation.compare import Comparison, Row, compare
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.layout import SSDLayout
+from ghostssm.evaluation import Evaluation, evaluate
 from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.methods.base import register as register_method
-from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
-from ghostssm.recipe import Recipe
-from ghostssm.smallest import smallest_plan
-from ghostssm.streaming import StreamedRun, prune_streamed
-from ghostssm.surgery import apply_plan, pad_state, pruned
+from ghostssm.models.forward import accelerate, restore
+from ghostssm.models.layout import SSDLayout
+from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import apply_plan, pad_state, pruned
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.smallest import smallest_plan
+from ghostssm.streaming.run import StreamedRun, prune_streamed
+from ghostssm.text.sources import Text, read_text
+from ghostssm.text.windows import Windows, cut_windows, evaluation_windows
+from ghostssm.workflows.compare import Comparison, Row, compare
 
 __all__ = [
     "Advice",
@@ -109,3 +111,8 @@ __all__ = [
     "stream",
     "verify",
 ]
+
+if "IPython" in sys.modules:
+    from ghostssm.report.notebook import register_with_ipython
+
+    register_with_ipython()

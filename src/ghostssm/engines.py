@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ghostssm.errors import InputError
-from ghostssm.layout import SSDLayout
+from ghostssm.models.layout import SSDLayout
 
 Level = Literal["runs", "slow", "no"]
 """How well an engine runs a model, best first."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ghostssm.calibration import LayerWalk
-from ghostssm.families import family_named, mixers_of
-from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams
+from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
-from ghostssm.plan import Decision
+from ghostssm.plan.plan import Decision
 from tests.conftest import tiny_model
 from tests.families.tiny import tiny_hybrid
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ghostssm.acceleration import replaced_forward
 from ghostssm.calibration import gate_saliency
-from ghostssm.families import mixers_of
-from ghostssm.mixer import mixer_forward
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.mixer import mixer_forward
 from tests.conftest import random_windows, tiny_model
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ghostssm.calibration.refit import RefitData, joined, refit
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, Projection, mixer_forward
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Mixer, Projection, mixer_forward
+from ghostssm.recovery.refit import RefitData, joined, refit
 from tests.conftest import tiny_model
 
 

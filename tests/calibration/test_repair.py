@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.calibration.repair import _slopes, repair_output, repair_skip
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, Streams, mixer_output, mixer_streams, normed_output, output_of_streams
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams, normed_output, output_of_streams
+from ghostssm.recovery.repair import _slopes, repair_output, repair_skip
 from tests.conftest import tiny_model
 
 

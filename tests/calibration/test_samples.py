@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples, sample_outputs, states_at
-from ghostssm.mixer import mixer_output
+from ghostssm.models.mixer import mixer_output
 from ghostssm.ops.ssd import ssd_reference
 from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
 

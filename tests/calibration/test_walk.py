@@ -12,12 +12,12 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ghostssm.calibration import LayerWalk, gather_statistics
 from ghostssm.calibration import walk as walk_module
-from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
-from ghostssm.mixer import Projection
-from ghostssm.plan import Decision, Selection
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import pruned
+from ghostssm.models.mixer import Projection
+from ghostssm.plan.plan import Decision, Selection
+from ghostssm.plan.surgery import pruned
+from ghostssm.pruning.run import Calibration
+from ghostssm.text.windows import Windows
 from tests.calibration.reference import change_when_applied
 from tests.conftest import random_windows, tiny_model
 

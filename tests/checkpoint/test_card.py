@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 
 import ghostssm
 from ghostssm.checkpoint.source import Source
-from ghostssm.evaluation import Difference, Evaluation
-from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
+from ghostssm.evaluation import Evaluation
+from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
+from ghostssm.plan.measurement import Difference
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.conftest import VOCABULARY, random_windows, tiny_model
 
@@ -84,14 +85,14 @@ def test_a_licence_in_the_config(folder_of: Callable[..., Path], tmp_path: Path)
 def test_the_measured_table(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     dense = Evaluation(torch.tensor([2.0, 3.0], dtype=torch.float64), 1.0)
     pruned = Evaluation(torch.tensor([2.5, 3.1], dtype=torch.float64), 1.0)
-    measured = Measurement.of(random_windows(2, 40), dense, pruned)
+    measured = measurement_of(random_windows(2, 40), dense, pruned)
     assert measured.excess == Difference(pytest.approx(0.3), pytest.approx(0.2))
     card = card_of(folder_of(), tmp_path, measured=measured)
     assert "| base model | 2.5000 | |" in card.text
     assert "| this model | 2.8000 | 0.3000 ± 0.2000 |" in card.text
     manifest = json.loads((tmp_path / "out" / "ghostssm.json").read_text())
     assert manifest["measured"]["excess_loss"] == pytest.approx(0.3)
-    one = Measurement.of(random_windows(1, 40), Evaluation(dense.losses[:1], 1.0), Evaluation(pruned.losses[:1], 1.0))
+    one = measurement_of(random_windows(1, 40), Evaluation(dense.losses[:1], 1.0), Evaluation(pruned.losses[:1], 1.0))
     assert one.excess_text == "0.5000"
     assert one.as_json()["standard_error"] is None
 

@@ -18,8 +18,8 @@ import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.errors import InputError, OutputError, PlanError
 from ghostssm.evaluation import Evaluation
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.plan import Plan
+from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows, tiny_model
 
 FolderOf = Callable[..., Path]
@@ -122,7 +122,7 @@ def pruned_folder(folder_of: FolderOf, tmp_path: Path, recipe: str = "ghost") ->
     model = ghostssm.apply_plan(checkpoint.model, plan)
     source = dataclasses.replace(checkpoint.source, name="someone/base", hub_id="someone/base")
     dense, pruned = (Evaluation(torch.tensor([2.0, loss], dtype=torch.float64), 1.0) for loss in (3.0, 3.5))
-    measured = Measurement.of(random_windows(2, 40), dense, pruned)
+    measured = measurement_of(random_windows(2, 40), dense, pruned)
     smaller = Checkpoint(model, checkpoint.tokenizer, source)
     return ghostssm.save(smaller, plan, tmp_path / "pruned", measured=measured)
 

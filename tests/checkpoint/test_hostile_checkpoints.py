@@ -20,7 +20,7 @@ import torch
 
 import ghostssm
 from ghostssm.errors import ModelError
-from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
+from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 from tests.checkpoint.test_bad_checkpoints import edit_config
 from tests.checkpoint.test_round_trip import logits_of, mamba_ssm_folder
 from tests.conftest import tiny_model

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.plan import Plan
+from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows, tiny_model
 
 IDS = torch.arange(1, 30)[None]

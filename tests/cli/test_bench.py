@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ghostssm.bench.decode import Speedup, Timings
 from ghostssm.cli.bench import _verdict
+from ghostssm.evaluation.speed import Speedup, Timings
 from tests.conftest import Run
 
 

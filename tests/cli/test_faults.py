@@ -24,7 +24,7 @@ from ghostssm.checkpoint.saving import save
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
-from ghostssm.interrupts import Terminated, terminable, uninterrupted
+from ghostssm.files.interrupts import Terminated, terminable, uninterrupted
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.cli.test_cli import prune_arguments
 from tests.conftest import Run
@@ -126,7 +126,7 @@ SHORT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", SHORT_OF_MEMORY, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["ghostssm.pruning.LayerWalk", "ghostssm.checkpoint.loading._build"])
+@pytest.mark.parametrize("where", ["ghostssm.pruning.run.LayerWalk", "ghostssm.checkpoint.loading._build"])
 def test_out_of_memory_names_the_options(
     run: Run,
     small: Path,
@@ -183,14 +183,14 @@ def test_nan_in_the_middle_of_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    apply = ghostssm.pruning.LayerWalk.apply
+    apply = ghostssm.pruning.run.LayerWalk.apply
 
     def broken(self: Any, block: Any, mixer: Any, decision: Any) -> Any:
         if self.index == 1:
             mixer.out_proj.weight.data[0] = float("nan")
         return apply(self, block, mixer, decision)
 
-    monkeypatch.setattr(ghostssm.pruning.LayerWalk, "apply", broken)
+    monkeypatch.setattr(ghostssm.pruning.run.LayerWalk, "apply", broken)
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
     assert code == 2
     assert "NaN or Inf in the activations after backbone.layers.1.mixer" in " ".join(err.split())
@@ -334,7 +334,7 @@ def test_a_streamed_run_that_is_short_of_memory_can_go_on(
     def short(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("ghostssm.pruning.LayerWalk.advance", short)
+    monkeypatch.setattr("ghostssm.pruning.run.LayerWalk.advance", short)
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--stream", "--method", "ghost")
     assert code == 1
     assert "what is done is kept for --resume" in err

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import ghostssm
 from ghostssm.cli import completion, console
 from ghostssm.cli.main import _VERBS, app
-from ghostssm.evaluation import published
+from ghostssm.workflows import published
 
 GROUP: Any = get_command(app)
 VERBS = list(GROUP.commands)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ghostssm.data import sources, windows
-from ghostssm.data.sources import Text, read_text
-from ghostssm.data.windows import cut_windows
 from ghostssm.errors import TextError
+from ghostssm.text import sources, windows
+from ghostssm.text.sources import Text, read_text
+from ghostssm.text.windows import cut_windows
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ghostssm.data.sources import read_text
-from ghostssm.data.stdlib import is_held_out, stdlib_texts
 from ghostssm.errors import TextError
+from ghostssm.text.sources import read_text
+from ghostssm.text.stdlib import is_held_out, stdlib_texts
 
 
 def test_plain_jsonl_parquet_and_folder(tmp_path: Path) -> None:

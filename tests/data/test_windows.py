@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ghostssm.data.sources import Text
-from ghostssm.data.windows import cut_windows, evaluation_windows
 from ghostssm.errors import InputError, TextError
+from ghostssm.text.sources import Text
+from ghostssm.text.windows import cut_windows, evaluation_windows
 from tests.conftest import random_windows
 
 TEXT = Text("numbers", tuple(str(n) for n in range(500)))

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.data.sources import read_text
+from ghostssm.text.sources import read_text
 from tests.conftest import random_windows, tiny_model
 from tests.engines.hybrids import HYBRIDS, hybrid_model
 from tests.test_trained_models import ENGLISH, WIKITEXT

@@ -30,7 +30,7 @@ MAX_LENGTH = 100
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Any]:
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
-    from ghostssm.evaluation import harness
+    from ghostssm.workflows import harness
 
     with pytest.MonkeyPatch.context() as patch:
         # Without its own thousands of task files, which take seconds to find.
@@ -269,7 +269,7 @@ def test_a_model_that_is_not_there(run: Run) -> None:
 
 def test_without_the_package(run: Run, folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ghostssm.evaluation, "harness", raising=False)
-    monkeypatch.delitem(sys.modules, "ghostssm.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "ghostssm.workflows.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, err = run("evaluate", folder_of(), "--tasks", "lambada_openai")
     assert code == 2
@@ -281,7 +281,7 @@ def test_without_the_package(run: Run, folder_of: Callable[..., Path], monkeypat
 def test_the_command_of_the_harness(folder_of: Callable[..., Path], task_folder: Path) -> None:
     options = ["--model", "ghostssm", "--model_args", f"pretrained={folder_of()}", "--include_path", str(task_folder)]
     done = subprocess.run(
-        [sys.executable, "-m", "ghostssm.evaluation.harness", *options, "--tasks", "local_choices"],
+        [sys.executable, "-m", "ghostssm.workflows.harness", *options, "--tasks", "local_choices"],
         capture_output=True,
         text=True,
         check=False,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.data.sources import read_text
-from ghostssm.data.windows import evaluation_windows
-from ghostssm.evaluation import published, reproduction
-from ghostssm.evaluation.reproduction_table import perplexity_text
+from ghostssm.text.sources import read_text
+from ghostssm.text.windows import evaluation_windows
+from ghostssm.workflows import published, reproduction
+from ghostssm.workflows.reproduction_table import perplexity_text
 from tests.checkpoint.test_round_trip import mamba_ssm_folder
 from tests.conftest import Run
 

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import ghostssm
 from ghostssm.calibration import LayerWalk
 from ghostssm.checkpoint.weights import stored_tensors
-from ghostssm.families import mixers_of
 from ghostssm.methods import stock_method_names
-from ghostssm.mixer import Projection
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Projection
 from tests.conftest import random_windows
 from tests.families.test_stock_models import last_hidden_states, padding, tokens
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
@@ -128,7 +128,7 @@ def test_every_method_that_keeps_the_stock_class(case: str, groups: Any) -> None
 @pytest.mark.parametrize("case", HYBRIDS)
 def test_a_pruned_walk_ends_where_the_pruned_model_ends(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the next mixer is scored on what attention, experts and MLPs make of the pruned ones before it."""
-    monkeypatch.setattr("ghostssm.data.windows._TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr("ghostssm.text.windows._TOKENS_PER_BATCH", 80)
     model, windows = tiny_hybrid(case).double(), random_windows(5, 40)
     plan = random_plan(model, [3, 2])
     with float64_throughout():

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ghostssm import accelerate, restore
-from ghostssm.acceleration import fast_forward
 from ghostssm.calibration import LayerWalk, gate_saliency
-from ghostssm.calibration.refit import RefitData, refit
-from ghostssm.families import family_of, mixers_of
-from ghostssm.mixer import mixer_forward
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.forward import fast_forward
+from ghostssm.models.mixer import mixer_forward
 from ghostssm.ops import compiled
+from ghostssm.recovery.refit import RefitData, refit
 from tests.conftest import VOCABULARY, random_windows
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
 
@@ -77,7 +77,7 @@ def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", [case for case in CASES if case != "codestral-mamba"])
 def test_an_unpruned_walk_ends_where_the_model_ends(case: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_hybrid(case, attn_implementation=attention).double()
-    monkeypatch.setattr("ghostssm.data.windows._TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr("ghostssm.text.windows._TOKENS_PER_BATCH", 80)
     windows = random_windows(5, 40)  # two windows in a batch, one left over
     with float64_throughout():
         expected = last_hidden_states(model, windows.ids)

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.families import family_of, mixers_of
+from ghostssm.models.families import family_of, mixers_of
 from ghostssm.ops import compiled
 from tests.conftest import VOCABULARY
 

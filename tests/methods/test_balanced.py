@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.methods.balanced import balanced_maps, projection_error, refined
-from ghostssm.mixer import Projection
+from ghostssm.models.mixer import Projection
 
 
 def gramian(n: int, rank: int, seed: int) -> Tensor:

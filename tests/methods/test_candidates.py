@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.samples import sample_outputs
-from ghostssm.families import mixers_of
 from ghostssm.methods import Evidence, balanced, joint
 from ghostssm.methods.base import least_change
-from ghostssm.plan import Decision, Selection
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.plan import Decision, Selection
 from tests.calibration.reference import change_when_applied
 from tests.conftest import random_windows, tiny_model
 

@@ -7,11 +7,11 @@ import torch
 
 from ghostssm.errors import InputError
 from ghostssm.evaluation import evaluate
-from ghostssm.families import mixers_of
 from ghostssm.methods import method_named, method_names
-from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import apply_plan, pruned
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import apply_plan, pruned
+from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.calibration import mending
-from ghostssm.families import mixers_of
 from ghostssm.methods import balanced
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import pruned
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.surgery import pruned
+from ghostssm.pruning.run import Calibration
+from ghostssm.recovery import mending
 from tests.conftest import random_windows, tiny_model
 
 

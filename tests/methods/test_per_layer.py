@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm import pruning
-from ghostssm.budget import allocate
-from ghostssm.data.windows import Windows
-from ghostssm.families import mixers_of
-from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
-from ghostssm.surgery import apply_plan
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import apply_plan
+from ghostssm.pruning import run as pruning
+from ghostssm.pruning.budget import allocate
+from ghostssm.pruning.run import Calibration
+from ghostssm.text.windows import Windows
 from tests.conftest import random_windows, tiny_model
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.acceleration import replaced_forward
 from ghostssm.calibration import gate_saliency, gather_statistics
 from ghostssm.calibration.samples import sample_outputs
-from ghostssm.families import mixers_of
 from ghostssm.methods import Evidence, method_named, method_names
-from ghostssm.mixer import Mixer, Streams, mixer_output, mixer_streams
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
 from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
 from tests.conftest import random_windows, tiny_model

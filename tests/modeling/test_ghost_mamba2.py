@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from ghostssm.layout import SSDLayout
-from ghostssm.modeling import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
+from ghostssm.models.layout import SSDLayout
+from ghostssm.models.own_class import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
 from tests.conftest import VOCABULARY, draw_weights, tiny_model
 
 LAYERS = 3
@@ -374,7 +374,7 @@ def test_importing_ghostssm_is_enough_for_the_auto_classes(imports: str, tmp_pat
     tiny_ghost(**MIXED).save_pretrained(tmp_path)
     load = f"import sys; {imports}; model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}); print(type(model))"
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
-    assert "ghostssm.modeling" in done.stdout, done.stderr
+    assert "ghostssm.models.own_class" in done.stdout, done.stderr
 
 
 def test_weights_may_be_offloaded() -> None:

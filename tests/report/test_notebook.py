@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ghostssm.evaluation.compare import Comparison, Row
-from ghostssm.plan import Plan
+from ghostssm.plan.plan import Plan
+from ghostssm.report.notebook import comparison_html, plan_html
+from ghostssm.workflows.compare import Comparison, Row
 
 _CELLS = """
 import ghostssm
-from ghostssm.evaluation.compare import Comparison, Row
+from ghostssm.workflows.compare import Comparison, Row
 plan = ghostssm.Plan.read(__import__("pathlib").Path({folder!r}))
 plan
 ---
@@ -43,9 +44,9 @@ def test_a_notebook_shows_tables_and_figures(pages: dict[str, Path]) -> None:
 
 def test_without_the_plotting_library_there_are_tables(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    html = Plan.read(pages["folder"])._repr_html_()
+    html = plan_html(Plan.read(pages["folder"]))
     assert "<table>" in html
     assert "<svg" not in html
     assert "pip install vl-convert-python" in html
     row = Row("<dense>", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)
-    assert "&lt;dense&gt;" in Comparison((row,), {})._repr_html_()
+    assert "&lt;dense&gt;" in comparison_html(Comparison((row,), {}))

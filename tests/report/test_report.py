@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 import torch
 
+from ghostssm.checkpoint.manifest import RECORD_FILE
 from ghostssm.errors import InputError
-from ghostssm.evaluation.compare import Row
-from ghostssm.families import mixers_of
-from ghostssm.plan import Plan, Selection
-from ghostssm.pruning import Calibration
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.pruning.run import Calibration
 from ghostssm.report.building import checkpoint_report
 from ghostssm.report.cost_figures import size_figure
 from ghostssm.report.figure import MOST_CHANNELS
 from ghostssm.report.measuring import observe
 from ghostssm.report.page import Report, html_page
-from ghostssm.report.record import RECORD_FILE, Observations, Record
+from ghostssm.report.record import Observations, Record
 from ghostssm.report.state_figures import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
+from ghostssm.workflows.compare import Row
 from tests.conftest import random_windows, tiny_model
 
 _LIMIT = 2_000_000

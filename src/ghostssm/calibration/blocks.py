@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ghostssm.families import check_model, family_of
+from ghostssm.models.families import check_model, family_of
 
 
 class Blocks(Protocol):

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.data.windows import Windows
+from ghostssm.text.windows import Windows
 
 _SHAPE_TOKENS = 2
 """Of the first window, so many tokens run through the real blocks, to see what their outputs look like."""

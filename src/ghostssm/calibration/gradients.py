@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ghostssm.acceleration import replaced_forward
-from ghostssm.families import mixers_of
-from ghostssm.mixer import Mixer, mixer_forward
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.mixer import Mixer, mixer_forward
 from ghostssm.progress import Progress, silent
 
 

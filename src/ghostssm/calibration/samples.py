@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, Streams
+from ghostssm.models.mixer import Mixer, Streams
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
 

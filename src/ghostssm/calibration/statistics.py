@@ -10,9 +10,9 @@ from operator import add
 import torch
 from torch import Tensor
 
-from ghostssm.mixer import Mixer, Streams
+from ghostssm.calibration.processes import Processes
+from ghostssm.models.mixer import Mixer, Streams
 from ghostssm.ops.energy import ChannelEnergies, channel_energies
-from ghostssm.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostssm.acceleration import replaced_forward
 from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.capture import Call, block_calls, captured_input
+from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
-from ghostssm.families import family_of
-from ghostssm.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
-from ghostssm.plan import Decision
-from ghostssm.processes import Processes
-from ghostssm.surgery import change_parameters, prune_mixer
+from ghostssm.models.families import family_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
+from ghostssm.plan.plan import Decision
+from ghostssm.plan.surgery import change_parameters, prune_mixer
+from ghostssm.text.windows import Windows
 
 _KEPT_STREAM_BYTES = 256 << 20
 """So much of what scoring computed is kept for carrying the hidden states on; the rest is computed again."""

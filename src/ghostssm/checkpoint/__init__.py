@@ -2,10 +2,10 @@
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.checkpoint.output_folder import OutputFolder
 from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.verification import Check, Verification, verify
+from ghostssm.files.output_folder import OutputFolder
 
 __all__ = [
     "Check",

@@ -17,10 +17,10 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint.loading import empty_model
 from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
 from ghostssm.engines import advise
-from ghostssm.evaluation.measurement import Measurement, Searched
-from ghostssm.families import family_of, mixers_of
-from ghostssm.modeling import GhostMamba2Config
-from ghostssm.plan import Plan
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.plan.measurement import Measurement, Searched
+from ghostssm.plan.plan import Plan
 from ghostssm.units import text_name
 
 CARD_FILE = "README.md"

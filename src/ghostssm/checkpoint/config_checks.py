@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ghostssm.errors import ModelError
-from ghostssm.files import number_faults
+from ghostssm.files.reading import number_faults
 
 MOST_LAYERS = 4096
 MOST_MODULES = 100_000

@@ -10,9 +10,9 @@ from ghostssm.checkpoint.loading import empty_model, model_config
 from ghostssm.checkpoint.manifest import read_manifest
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import ModelError
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.families import family_of, mixers_of
-from ghostssm.layout import SSDLayout
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.layout import SSDLayout
+from ghostssm.plan.measurement import Measurement
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
-from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.errors import InputError
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.families import mixers_of
-from ghostssm.modeling import GhostMamba2Config
-from ghostssm.plan import PLAN_FILE, TENSORS_FILE, Plan
+from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.models.families import mixers_of
+from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.plan.measurement import Measurement
+from ghostssm.plan.plan import PLAN_FILE, TENSORS_FILE, Plan
 
 _CARRIED = (PLAN_FILE, TENSORS_FILE)
 """What holds of a pruned model however it is written."""

@@ -27,8 +27,8 @@ from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
-from ghostssm.families import family_named, mixers_of
-from ghostssm.files import is_plain_name, read_json_object
+from ghostssm.files.reading import is_plain_name, read_json_object
+from ghostssm.models.families import family_named, mixers_of
 
 _LISTED_FAULTS = 8
 _MODULES_PER_TENSOR = 16

@@ -19,9 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.errors import ModelError
-from ghostssm.files import confined, read_json_object
+from ghostssm.files.reading import confined, read_json_object
 
 MANIFEST_FILE = "ghostssm.json"
+PAGE_FILE = "report.html"
+"""A report in a checkpoint's folder; it may be written after the manifest, which does not list it."""
+RECORD_FILE = "report.json"
+"""What the report shows besides the plan and the manifest."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "numba")
 """Whose versions a result may depend on."""
 _PROBE_TOKENS = 16

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.errors import ModelError
-from ghostssm.files import confined
+from ghostssm.files.reading import confined
 
 _STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _NAMES = frozenset(

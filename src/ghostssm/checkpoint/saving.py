@@ -19,14 +19,14 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
-from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
-from ghostssm.checkpoint.streaming import StreamedCheckpoint
+from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import InputError
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.families import family_named, family_of, mixers_of
-from ghostssm.plan import Plan
+from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.models.families import family_named, family_of, mixers_of
+from ghostssm.plan.measurement import Measurement
+from ghostssm.plan.plan import Plan
 
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
 # Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.

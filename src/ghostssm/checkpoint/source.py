@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghostssm.errors import ModelError
-from ghostssm.files import confined, read_json_object
+from ghostssm.files.reading import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, file_hash, read_manifest
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Probe, file_hash, read_manifest
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
-from ghostssm.families import mixers_of
-from ghostssm.files import is_plain_name
-from ghostssm.mixer import Mixer
-from ghostssm.plan import PLAN_FILE, Selection, read_description, selections_of
-from ghostssm.report import PAGE_FILE, RECORD_FILE
+from ghostssm.files.reading import is_plain_name
+from ghostssm.models.families import mixers_of
+from ghostssm.models.mixer import Mixer
+from ghostssm.plan.plan import PLAN_FILE, Selection, read_description, selections_of
 
 _CARD = "README.md"
 # What loaders read, so that a file more is not the same checkpoint.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
-from ghostssm.files import confined, is_plain_name, read_json_object
-from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
+from ghostssm.files.reading import confined, is_plain_name, read_json_object
+from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 
 _LISTED_FAULTS = 3
 _QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})

@@ -12,7 +12,7 @@ from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, note_idle_gpu, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
-    from ghostssm.bench.decode import Speedup
+    from ghostssm.evaluation.speed import Speedup
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
@@ -40,10 +40,10 @@ def bench(
     import torch
 
     import ghostssm
-    from ghostssm.bench.decode import Speedup, first_channels, measure
-    from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
-    from ghostssm.feasibility import check_state_size
+    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.evaluation.speed import Speedup, first_channels, measure
+    from ghostssm.pruning.feasibility import check_state_size
 
     if min(batch) < 1:
         raise InputError(f"The batch size is {min(batch)}; expected at least 1.")

@@ -52,12 +52,12 @@ def compare(
     import torch
 
     import ghostssm
-    from ghostssm.bench.roofline import measure_machine
-    from ghostssm.checkpoint.output_file import OutputFile
-    from ghostssm.evaluation.comparison_table import comparison_cells
-    from ghostssm.feasibility import check_original, check_recipe, check_state_size, methods_for
+    from ghostssm.evaluation.roofline import measure_machine
+    from ghostssm.files.output_file import OutputFile
+    from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
+    from ghostssm.workflows.comparison_table import comparison_cells
 
     arguments.check_separated("--methods", methods)
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]

@@ -21,7 +21,7 @@ from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
 if TYPE_CHECKING:
-    from ghostssm.data.windows import Windows
+    from ghostssm.text.windows import Windows
 
 __all__ = [
     "bytes_text",

@@ -16,7 +16,7 @@ from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint import Checkpoint
-    from ghostssm.data.windows import Windows
+    from ghostssm.text.windows import Windows
 
 _HARNESS_BATCH = 8
 
@@ -137,7 +137,7 @@ def _evaluate_tasks(
     for library in ("datasets", "huggingface_hub", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        from ghostssm.evaluation import harness
+        from ghostssm.workflows import harness
     except ModuleNotFoundError as error:
         raise InputError(
             f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "

@@ -63,9 +63,9 @@ def export(
     import torch
 
     import ghostssm
-    from ghostssm.checkpoint.output_file import OutputFile
-    from ghostssm.checkpoint.output_folder import check_apart
     from ghostssm.errors import InputError
+    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.output_folder import check_apart
 
     if dtype == "q8_0" and format != "gguf":
         raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {format}.")
@@ -94,7 +94,7 @@ def export(
 def _report(
     path: Path, format: Format, stored: str, checkpoint: Checkpoint, notes: tuple[str, ...], as_json: bool
 ) -> None:
-    from ghostssm.families import mixers_of
+    from ghostssm.models.families import mixers_of
 
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())

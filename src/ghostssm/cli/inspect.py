@@ -33,9 +33,9 @@ def inspect(
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
     """
     from ghostssm import advise, describe
-    from ghostssm.bench.roofline import measure_machine, predicted_step_seconds
     from ghostssm.errors import InputError
-    from ghostssm.feasibility import check_state_size
+    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.pruning.feasibility import check_state_size
 
     batches = batch or []
     if any(count < 1 for count in batches):

@@ -16,7 +16,7 @@ from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
-from ghostssm.interrupts import EXIT_TERMINATED, Terminated, terminable
+from ghostssm.files.interrupts import EXIT_TERMINATED, Terminated, terminable
 
 _EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 

@@ -180,13 +180,13 @@ def prune(
     """
     import ghostssm
     from ghostssm.checkpoint.hub import check_hub_target
-    from ghostssm.checkpoint.output_folder import check_apart
     from ghostssm.checkpoint.saving import check_dialect
     from ghostssm.cli.pruning import in_memory, sizes, streamed
     from ghostssm.cli.pruning.job import Job, wanted_recipe
     from ghostssm.cli.pruning.outcome import print_outcome
     from ghostssm.cli.report import check_drawable
-    from ghostssm.feasibility import check_original, check_recipe
+    from ghostssm.files.output_folder import check_apart
+    from ghostssm.pruning.feasibility import check_original, check_recipe
 
     begun = time.perf_counter()
     check_apart(output, model)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ghostssm.checkpoint.manifest import PAGE_FILE
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
-from ghostssm.report import PAGE_FILE
 
 if TYPE_CHECKING:
-    from ghostssm.checkpoint.output_file import OutputFile
+    from ghostssm.files.output_file import OutputFile
     from ghostssm.report.page import Report
 
 
@@ -29,9 +29,9 @@ def report(
     ghostssm report mamba2-130m-n64
     ghostssm report mamba2-130m-n64 --output n64.html --overwrite
     """
-    from ghostssm.checkpoint.output_file import OutputFile
     from ghostssm.errors import InputError
-    from ghostssm.plan import PLAN_FILE
+    from ghostssm.files.output_file import OutputFile
+    from ghostssm.plan.plan import PLAN_FILE
     from ghostssm.report.building import checkpoint_report
 
     where = Path(folder)
@@ -68,7 +68,7 @@ def check_drawable() -> None:
 
 def write_page(file: OutputFile, report: Report) -> None:
     """Write a report's page, whole or not at all."""
-    from ghostssm.checkpoint.output_folder import storing
+    from ghostssm.files.output_folder import storing
     from ghostssm.report.page import html_page
 
     page = html_page(report)

@@ -9,13 +9,13 @@ import typer
 
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_json, print_table, progress_reporter
-from ghostssm.interrupts import Terminated
+from ghostssm.files.interrupts import Terminated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghostssm.evaluation.published import Wanted
-    from ghostssm.evaluation.reproduction import Results
+    from ghostssm.workflows.published import Wanted
+    from ghostssm.workflows.reproduction import Results
 
 MARKDOWN_FILE = "results.md"
 
@@ -73,10 +73,10 @@ def reproduce(
     """
     from ghostssm.checkpoint.loading import check_device
     from ghostssm.errors import GhostError, InputError
-    from ghostssm.evaluation import reproduction as library
-    from ghostssm.evaluation.published import cells, published_models, source, tables_named
-    from ghostssm.evaluation.reproduction_table import markdown_page, printed_tables
-    from ghostssm.recipe import Recipe
+    from ghostssm.pruning.recipe import Recipe
+    from ghostssm.workflows import reproduction as library
+    from ghostssm.workflows.published import cells, published_models, source, tables_named
+    from ghostssm.workflows.reproduction_table import markdown_page, printed_tables
 
     check_device(device)
     arguments.check_separated("--methods", methods)

@@ -13,7 +13,7 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.loading import check_device, load_tokenizer, model_config, required
 from ghostssm.cli.console import note, print_facts, print_json, progress_reporter
 from ghostssm.errors import InputError
-from ghostssm.evaluation.measurement import Measurement
+from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.units import plus_minus
 
 
@@ -93,7 +93,7 @@ def print_excess(model: str, base: str, how: Measuring, as_json: bool) -> None:
     found = how.evaluation(how.opened(model), windows)
     note(f"measuring {base}")
     dense = how.evaluation(how.opened(base), windows)
-    measured = Measurement.of(windows, dense, found)
+    measured = measurement_of(windows, dense, found)
     if as_json:
         print_json(
             {

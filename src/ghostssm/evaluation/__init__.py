@@ -1,5 +1,6 @@
 """How good a model is: loss per window, and differences between models with their standard errors."""
 
-from ghostssm.evaluation.perplexity import Difference, Evaluation, evaluate
+from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.plan.measurement import Difference
 
-__all__ = ["Difference", "Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate"]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, TextError
-from ghostssm.evaluation.perplexity import Difference, token_losses
+from ghostssm.evaluation.perplexity import token_losses
+from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Progress, silent
+from ghostssm.text.windows import Windows
 
 CONTEXT = 3
 """Tokens that must be the same before a copied token; with itself a 4-gram."""

@@ -13,25 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.acceleration import replaced_forward
 from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.capture import captured_output, logits_after, outputs_besides_hidden
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.walk import LayerWalk
-from ghostssm.data.windows import Windows
 from ghostssm.errors import NumericalError
-from ghostssm.families import mixers_of
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Progress, silent
+from ghostssm.text.windows import Windows
 
 _TOKENS_OF_LOGITS = 512
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean difference over paired windows, with its standard error; nats per token."""
-
-    mean: float
-    standard_error: float
 
 
 def perplexity_of(loss: float) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostssm.acceleration import replaced_forward
 from ghostssm.errors import InputError
-from ghostssm.families import mixers_of
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
 from ghostssm.progress import Progress, silent
 
 IGNORED = -100

@@ -29,8 +29,8 @@ from torch import Tensor
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
 from ghostssm.methods.selection import Groups
-from ghostssm.mixer import Projection
-from ghostssm.plan import Decision, Selection
+from ghostssm.models.mixer import Projection
+from ghostssm.plan.plan import Decision, Selection
 
 _HELD_OUT = 0.2
 SHARES = (0.0, 1.0)

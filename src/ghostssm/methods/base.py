@@ -11,9 +11,9 @@ from torch import Tensor
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.statistics import LayerStatistics
 from ghostssm.errors import InputError
-from ghostssm.layout import SSDLayout
 from ghostssm.methods.selection import Groups
-from ghostssm.plan import Decision
+from ghostssm.models.layout import SSDLayout
+from ghostssm.plan.plan import Decision
 
 
 @dataclass(frozen=True)

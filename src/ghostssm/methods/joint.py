@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
 from ghostssm.methods.selection import Groups
-from ghostssm.plan import Decision, Selection
+from ghostssm.plan.plan import Decision, Selection
 
 SHARES = (0.0, 0.7, 1.0)
 """Of the norm's derivative (`ghostssm.calibration.samples`)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, register, samples_of
 from ghostssm.methods.selection import Groups
-from ghostssm.plan import Decision, Selection
+from ghostssm.plan.plan import Decision, Selection
 
 _LEAST = 1e-10
 """Added to the eigenvalues, in multiples of the mean diagonal, so that every set of channels has a volume."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.errors import NumericalError
-from ghostssm.plan import Selection
+from ghostssm.plan.plan import Selection
 
 Groups = Literal["equal", "pooled"]
 """equal: every group keeps the same number of channels. pooled: the groups of a layer compete (the paper's rule)."""

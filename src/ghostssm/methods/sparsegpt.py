@@ -9,7 +9,7 @@ from torch import Tensor
 from ghostssm.methods.base import Evidence, Method, register
 from ghostssm.methods.selection import Groups
 from ghostssm.ops.step import at_least_float32
-from ghostssm.plan import Decision, Selection
+from ghostssm.plan.plan import Decision, Selection
 
 _BLOCK = 128
 _DAMPING = 0.01

@@ -9,21 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghostssm.bench.roofline import Machine
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import MANIFEST_FILE
-from ghostssm.data.windows import Windows
 from ghostssm.errors import InputError, ModelError
-from ghostssm.evaluation.compare import Comparison, Row
-from ghostssm.evaluation.comparison_table import comparison_cells
-from ghostssm.plan import Plan
+from ghostssm.evaluation.roofline import Machine
+from ghostssm.plan.plan import Plan
 from ghostssm.report.cost_figures import decode_figure, size_figure, window_figure
 from ghostssm.report.figure import MOST_CHANNELS, Figure
 from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
 from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure, sizes_text
+from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, text_name
+from ghostssm.workflows.compare import Comparison, Row
+from ghostssm.workflows.comparison_table import comparison_cells
 
 
 def checkpoint_report(folder: Path) -> Report:

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ghostssm.evaluation.compare import DENSE, Row
 from ghostssm.report.figure import RULE, Figure, legend_of, quantity, selector, tooltip
 from ghostssm.report.record import DecodeSpeed, WindowLosses
 from ghostssm.units import text_name
+from ghostssm.workflows.compare import DENSE, Row
 
 _COLOURS = ("#1F86C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 """After Okabe & Ito (2008), which colour-blind readers can tell apart, without its yellow and black."""

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.bench.decode import first_channels, measure
-from ghostssm.bench.roofline import Machine, measure_machine, predicted_step_seconds
 from ghostssm.calibration import LayerWalk, gather_statistics
 from ghostssm.calibration.samples import sample_outputs
 from ghostssm.checkpoint.description import Description
-from ghostssm.data.windows import Windows
+from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
+from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods import Evidence, magnitude
 from ghostssm.methods.balanced import hankel_values
-from ghostssm.plan import Plan
+from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, silent
 from ghostssm.report.record import DecodeSpeed, Observations
+from ghostssm.text.windows import Windows
 
 _OBSERVED_TOKENS = 16384
 """A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from html import escape
 
 from ghostssm.errors import InputError
-from ghostssm.evaluation.compare import Comparison
-from ghostssm.plan import Plan
+from ghostssm.plan.plan import Plan
 from ghostssm.report.building import comparison_table
 from ghostssm.report.cost_figures import size_figure
 from ghostssm.report.figure import Figure
 from ghostssm.report.page import Table, table_html
 from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure, sizes_text
 from ghostssm.units import text_name
+from ghostssm.workflows.compare import Comparison
+
+
+def register_with_ipython() -> None:
+    """Have the notebook or the IPython shell that runs us, if one does, show plans and comparisons with these functions."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        formatter = shell.display_formatter.formatters["text/html"]
+        formatter.for_type(Plan, plan_html)
+        formatter.for_type(Comparison, comparison_html)
 
 
 def plan_html(plan: Plan) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostssm.checkpoint.output_file import OutputFile
-from ghostssm.checkpoint.output_folder import storing
-from ghostssm.data.windows import Windows
+from ghostssm.checkpoint.manifest import RECORD_FILE
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.report import RECORD_FILE
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import storing
+from ghostssm.text.windows import Windows
 
 _FORMAT, _VERSION = "ghostssm-report", 1
 

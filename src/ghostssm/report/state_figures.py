@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostssm.plan import Plan
+from ghostssm.plan.plan import Plan
 from ghostssm.report.figure import RULE, Figure, LegendColumns, quantity, selector, shown_groups, tooltip
 from ghostssm.report.record import Observations
 from ghostssm.units import text_name

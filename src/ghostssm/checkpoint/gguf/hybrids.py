@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.gguf.architecture import NO_LIMIT, Architecture, unless_tied
-from ghostssm.families import family_of
+from ghostssm.models.families import family_of
 
 
 def _head_dim(config: Any) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ghostssm.checkpoint.gguf.architecture import Architecture
 from ghostssm.errors import ModelError
-from ghostssm.families import family_of
-from ghostssm.layout import SSDLayout
+from ghostssm.models.families import family_of
+from ghostssm.models.layout import SSDLayout
 
 
 def gguf_tensors(architecture: Architecture, model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -17,10 +17,10 @@ from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
 from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.output_file import OutputFile
-from ghostssm.checkpoint.output_folder import storing
 from ghostssm.errors import InputError, NumericalError
-from ghostssm.families import family_of
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import storing
+from ghostssm.models.families import family_of
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {

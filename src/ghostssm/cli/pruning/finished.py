@@ -11,8 +11,8 @@ from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import GhostError
-from ghostssm.evaluation.measurement import Measurement
-from ghostssm.run_folder import run_folder_of
+from ghostssm.plan.measurement import Measurement
+from ghostssm.streaming.run_folder import run_folder_of
 
 
 def may_be_finished(output: Path) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ghostssm
-from ghostssm.checkpoint.output_file import OutputFile
-from ghostssm.checkpoint.output_folder import OutputFolder
+from ghostssm.checkpoint.manifest import PAGE_FILE
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.cli.report import write_page
-from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
-from ghostssm.report import PAGE_FILE
+from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import OutputFolder
 from ghostssm.report.building import checkpoint_report
 from ghostssm.report.measuring import decode_speeds, observe
 from ghostssm.report.record import Record, WindowLosses
@@ -46,7 +46,7 @@ def prune_in_memory(
     measured = None
     if held_out is not None and dense is not None:
         after = _evaluated(smaller, held_out)
-        measured = Measurement.of(held_out, dense, after)
+        measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
     written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
     if report_batches or record.losses is not None:

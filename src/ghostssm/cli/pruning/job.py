@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 import ghostssm
 from ghostssm.cli.console import note, note_same_text
 from ghostssm.methods.selection import Groups
-from ghostssm.recipe import DEFAULT_RECIPE, Recipe
-from ghostssm.smallest import held_out_rows
+from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
+from ghostssm.pruning.smallest import held_out_rows
 
 _SURE_WINDOWS = 8
 """On fewer, the standard error of an excess loss is itself a guess."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.cli.console import bytes_text, print_facts, print_json
-from ghostssm.evaluation.measurement import Measurement, Searched
+from ghostssm.plan.measurement import Measurement, Searched
 
 
 @dataclass(frozen=True)

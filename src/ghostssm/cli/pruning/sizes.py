@@ -9,9 +9,9 @@ from ghostssm.cli.console import note
 from ghostssm.cli.pruning.job import Target
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
-from ghostssm.feasibility import check_state_size
 from ghostssm.methods.selection import Groups
-from ghostssm.recipe import Recipe
+from ghostssm.pruning.feasibility import check_state_size
+from ghostssm.pruning.recipe import Recipe
 
 
 def wanted_target(limit: int, state_size: int | None, budget: float | None, max_excess_loss: float | None) -> Target:

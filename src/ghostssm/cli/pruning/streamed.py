@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 import ghostssm
+from ghostssm.calibration.processes import Processes, own_device
 from ghostssm.cli.console import note, progress_reporter
 from ghostssm.cli.pruning.finished import finished_outcome, may_be_finished
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import InputError
-from ghostssm.feasibility import check_streamable
-from ghostssm.processes import Processes, own_device
-from ghostssm.run_folder import check_run_folder
+from ghostssm.pruning.feasibility import check_streamable
+from ghostssm.streaming.run_folder import check_run_folder
 
 
 def check_not_shared() -> None:

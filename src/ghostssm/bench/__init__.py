@@ -1,1 +1,0 @@
-"""Measurement of what a smaller state buys."""

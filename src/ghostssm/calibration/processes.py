@@ -1,0 +1,164 @@
+"""The processes that share a run: their windows, sums and decisions.
+
+``torchrun`` starts them and says by environment variables which of them each is. Process 0 decides and writes. What is
+summed in a fixed order (statistics, samples) is gathered window by window, so that the result does not depend on how
+many processes there are; large sums (Gram matrices) are reduced, which can change their last digits.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ghostssm.errors import GhostError, InputError, ProcessError
+from ghostssm.text.windows import Windows
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""So long a process waits for another one: far longer than the first one takes to decide on a mixer."""
+_POLL_SECONDS = 0.0005
+
+
+class Processes:
+    """This process and the others of its run; one process alone needs no communication.
+
+    Attributes:
+        rank: this process, counted from 0. size: of them all. device: where tensors from others are to be.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str | torch.device = "cpu"):
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+
+    @classmethod
+    def join(cls, device: str | torch.device = "cpu", timeout: timedelta = TIMEOUT) -> Processes:
+        """Meet the other processes that torchrun started; without torchrun there is this one alone.
+
+        Args:
+            device: of the run; sums on a CUDA device are reduced there.
+
+        Raises:
+            ProcessError: the others can't be reached.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(f"The other processes of this run can't be reached: {_reason(error)}.") from error
+        return cls(dist.get_rank(), size, device)
+
+    def leave(self) -> None:
+        """Part from the others, at the end of a run that went well."""
+        if self.size > 1:
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    def share(self, windows: Windows) -> tuple[int, Windows]:
+        """This process's windows, whole batches of them, and the number of the first.
+
+        Raises:
+            InputError: there are fewer batches than processes.
+        """
+        batches = windows.batches(self.device)
+        if len(batches) < self.size:
+            raise InputError(
+                f"{len(windows)} windows of {windows.length} tokens make {len(batches)} batches, too few for "
+                f"{self.size} processes; take more windows, or fewer processes."
+            )
+        own = batches[len(batches) * self.rank // self.size : len(batches) * (self.rank + 1) // self.size]
+        return own[0].start, windows.part(slice(own[0].start, own[-1].stop))
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """The values of all processes, in their order, on all of them."""
+        if self.size == 1:
+            return list(values)
+        packed = self._packed(list(values))
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        _finished(lambda: dist.all_gather(sizes, torch.tensor([len(packed)]), async_op=True))
+        largest = max(int(size) for size in sizes)
+        parts = [torch.empty(largest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.cat([packed, packed.new_zeros(largest - len(packed))])
+        _finished(lambda: dist.all_gather(parts, padded, async_op=True))
+        return [value for part, size in zip(parts, sizes, strict=True) for value in self._unpacked(part[: int(size)])]
+
+    def broadcast(self, value: Any = None) -> Any:
+        """The value that process 0 has."""
+        if self.size == 1:
+            return value
+        packed = self._packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(packed)])
+        _finished(lambda: dist.broadcast(size, 0, async_op=True))
+        if self.rank:
+            packed = torch.empty(int(size), dtype=torch.uint8)
+        _finished(lambda: dist.broadcast(packed, 0, async_op=True))
+        return value if self.rank == 0 else self._unpacked(packed)
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What a function gives on process 0, or the GhostError that it raises there, on all."""
+        if self.size == 1:
+            return work()
+        if self.rank:
+            failed, found = self.broadcast()
+            if failed:
+                found.told = True
+                raise found
+            result: T = found
+            return result
+        try:
+            result = work()
+        except GhostError as error:
+            self.broadcast((True, error))
+            raise
+        self.broadcast((False, result))
+        return result
+
+    def add(self, *tensors: Tensor) -> None:
+        """Sum tensors over all processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                _finished(partial(dist.all_reduce, tensor, async_op=True))
+
+    @staticmethod
+    def _packed(value: Any) -> Tensor:
+        room = io.BytesIO()
+        torch.save(value, room)
+        return torch.frombuffer(room.getbuffer(), dtype=torch.uint8)
+
+    def _unpacked(self, packed: Tensor) -> Any:
+        """What another process of this run packed: nothing from a file, so that any class may be in it."""
+        return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location=self.device, weights_only=False)
+
+
+def own_device(device: str) -> str:
+    """The device of this process: of several on one machine that are to use CUDA, each takes one."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _finished(start: Callable[[], Any]) -> None:
+    """Start a collective operation and wait for its end, open to signals meanwhile."""
+    try:
+        work = start()
+        while not work.is_completed():
+            time.sleep(_POLL_SECONDS)
+        work.wait()
+    except RuntimeError as error:
+        raise ProcessError(f"Another process of this run ended, or can't be reached any more: {_reason(error)}.") from (
+            error
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,0 +1,298 @@
+"""A model whose weights stay in their files: a block is filled when its turn comes, and emptied afterwards.
+
+The model is built from its config with parameters on the meta device. What stands before its blocks (embeddings, rotary
+tables) is read once. transformers' own loader puts the tensors of one block in place, so that names of older or merged
+layouts, experts that are stored one by one, and precisions come out as if the whole model were loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ghostssm.checkpoint.loading import (
+    check_device,
+    check_finite,
+    checked_tensors,
+    load_tokenizer,
+    model_config,
+    required,
+    stored_dtype,
+)
+from ghostssm.checkpoint.quiet import quiet_transformers
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.models.families import family_of
+
+
+@dataclass(frozen=True)
+class StreamedCheckpoint:
+    """A model whose weights stay in their files, with its tokenizer; as `ghostssm.Checkpoint` otherwise."""
+
+    blocks: StreamedBlocks
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Source
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Without weights in its blocks."""
+        return self.blocks.model
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        return required(self.tokenizer, self.source)
+
+
+def stream(
+    spec: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: str | None = None,
+    head: bool = True,
+) -> StreamedCheckpoint:
+    """Open a model without loading it; arguments and errors as `ghostssm.load`.
+
+    NaN and Inf are found when a block is read.
+
+    Args:
+        head: whether what comes after the blocks is wanted too, for logits.
+    """
+    check_device(device)
+    source = find_source(spec)
+    blocks = open_blocks(source, dtype, device, head)
+    return StreamedCheckpoint(blocks, load_tokenizer(source, blocks.model.config, tokenizer), source)
+
+
+def open_blocks(
+    source: Source, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", head: bool = True
+) -> StreamedBlocks:
+    """The blocks of a model, without its tokenizer; otherwise as `stream`."""
+    config = model_config(source)
+    blocks = StreamedBlocks(source, config, checked_tensors(source, config), dtype, torch.device(device))
+    blocks.fill_outside(head)
+    return blocks
+
+
+class StreamedBlocks:
+    """The blocks of a model in files (`ghostssm.calibration.blocks.Blocks`).
+
+    Attributes:
+        model: with parameters on the meta device, but for those that `fill_outside` read.
+        modules: its blocks, without weights.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: PreTrainedConfig,
+        stored: dict[str, StoredTensor],
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ):
+        self._source, self._stored, self.device = source, stored, device
+        self._dtype = dtype or stored_dtype(stored)
+        self.model = _without_weights(config, self._dtype, source.folder)
+        self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self._block_names = [names[id(module)] for module in self.modules]
+        self._expected = list(self.model.state_dict())
+        self._places = self._places_of_parameters()
+        self._tied = self._resolved_ties()
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        name, idle = self._block_names[index], self.modules[index]
+        block = copy.deepcopy(idle)
+        self.model.set_submodule(name, block)
+        try:
+            self._fill(self._names_below(name))
+            yield block.to(self.device)
+        finally:
+            self.model.set_submodule(name, idle)
+
+    @contextmanager
+    def runnable(self) -> Iterator[None]:
+        for module in self.modules:
+            module.__dict__["forward"] = partial(_run_on_zeros, module, self.device)
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                module.__dict__.pop("forward")
+
+    def outside(self) -> list[str]:
+        """The names of the parameters and buffers outside the blocks, without second names of the same tensor."""
+        below = {name for block in self._block_names for name in self._names_below(block)}
+        return [name for name in self._expected if name not in below and name not in self.model.all_tied_weights_keys]
+
+    def fill_outside(self, head: bool) -> None:
+        """Read what stands outside the blocks; the output head only if it is wanted, or is the embedding as well."""
+        first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        unwanted = set() if head else set(map(id, last.parameters())) - set(map(id, first.parameters()))
+        wanted = [name for name in self.outside() if id(self.model.get_parameter_or_buffer(name)) not in unwanted]
+        self._fill(wanted)
+        for name in wanted:
+            _put(self.model, name, self.model.get_parameter_or_buffer(name).to(self.device))
+        for name, source in self.model.all_tied_weights_keys.items():
+            if source in wanted:
+                _put(self.model, name, self.model.get_parameter_or_buffer(source))
+        for name, buffer in list(self.model.named_buffers()):
+            if not any(name.startswith(f"{block}.") for block in self._block_names):
+                _put(self.model, name, buffer.to(self.device))
+
+    def stored_outside(self, name: str) -> dict[str, Tensor]:
+        """One tensor outside the blocks, under the names that files have."""
+        idle = self.model.get_parameter_or_buffer(name)
+        self._fill([name])
+        filled = self.model.get_parameter_or_buffer(name)
+        _put(self.model, name, idle)
+        return self._as_stored({name: filled})
+
+    def load_into_opened(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors with the names that files have into the block that is open, and has their shapes."""
+        self._convert_and_load(tensors)
+
+    def stored_block(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """The tensors of an opened block, whatever was done to it, under the names that files have.
+
+        Tensors that another block has too are left to that one.
+        """
+        prefix = self._block_names[index]
+        named = {f"{prefix}.{name}": value for name, value in block.state_dict().items()}
+        own = {name: value for name, value in named.items() if name not in self.model.all_tied_weights_keys}
+        return self._as_stored(own)
+
+    def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        reverted = revert_weight_conversion(self.model, tensors)
+        return {name: value.detach().cpu().contiguous() for name, value in reverted.items()}
+
+    def _names_below(self, block: str) -> list[str]:
+        return [name for name in self._expected if name.startswith(f"{block}.")]
+
+    def _places_of_parameters(self) -> dict[str, list[str]]:
+        """A parameter's name to the names of the stored tensors that make it.
+
+        Where stored tensors make several parameters, these are under the first of them.
+        """
+        conversions = get_model_conversion_mapping(self.model)
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        prefix, state = self.model.base_model_prefix, self.model.state_dict()
+        places: dict[str, list[str]] = {}
+        for name in self._stored:
+            place, _ = rename_source_key(name, renamings, converters, prefix, state)
+            if place not in state and name in state:
+                place, _ = rename_source_key(name, [], [], prefix, state)
+            places.setdefault(place, []).append(name)
+        return places
+
+    def _resolved_ties(self) -> dict[str, str]:
+        """A tied parameter that is not stored to the one that is stored for it.
+
+        As in transformers, two that are both stored with different values are not tied.
+        """
+        ties, found = self.model.all_tied_weights_keys, {}
+        for name, source in list(ties.items()):
+            if name in self._places and source in self._places:
+                if not torch.equal(self._read(name), self._read(source)):
+                    ties.pop(name)
+            elif source in self._places:
+                found[name] = source
+            elif name in self._places:
+                found[source] = name
+        for name, source in ties.items():
+            if name not in self._places and source in found:
+                found[name] = found[source]
+        return found
+
+    def _read(self, name: str) -> Tensor:
+        """The stored tensor of a parameter that has one of its own."""
+        (stored,) = self._places[name]
+        return self._stored[stored].read()
+
+    def _fill(self, names: Iterable[str]) -> None:
+        """Put tensors from the files into the model."""
+        wanted = list(names)
+        tensors: dict[str, Tensor] = {}
+        for name in wanted:
+            if name in self._tied:
+                tensors[name] = self._read(self._tied[name])
+            else:
+                tensors |= {stored: self._stored[stored].read() for stored in self._places.get(name, ())}
+        self._convert_and_load(tensors)
+        filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
+        assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
+        check_finite(filled, self._source)
+
+    def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
+        how = LoadStateDictConfig(
+            dtype=self._dtype,
+            dtype_plan=self.model._get_dtype_plan(self._dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        with quiet_transformers():
+            convert_and_load_state_dict_in_model(self.model, dict(tensors), how)
+
+
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+    """The model of a config, its parameters on the meta device, its buffers in place."""
+    with torch.device("meta"), quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    for value in model.state_dict(keep_vars=True).values():
+        value._is_hf_initialized = True  # so that only what no file holds gets values
+    # The steps of from_pretrained for what is missing in the files.
+    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    model._initialize_missing_keys(is_quantized=False)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _run_on_zeros(module: nn.Module, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """A forward pass of a module without weights, as if they were zeros."""
+    run = copy.deepcopy(module)
+    run.__dict__.pop("forward")
+    for part in run.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+            part.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+    return run.to(device)(*args, **kwargs)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter or buffer in the place of the one that has its name."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if last in module._buffers:
+        module._buffers[last] = value
+    elif isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
+    else:
+        module.register_parameter(last, nn.Parameter(value, requires_grad=value.is_floating_point()))

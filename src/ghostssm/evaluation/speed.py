@@ -1,0 +1,131 @@
+"""Prefill and decode speed of a model under several plans, measured in turn in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ghostssm.evaluation.memory import peak_bytes, reset_peak
+from ghostssm.evaluation.roofline import wait_for
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import pruned
+from ghostssm.progress import Progress, silent
+
+Key = TypeVar("Key", bound=Hashable)
+_ROUNDS = 3
+_STEPS = 6
+
+
+@dataclass
+class Timings:
+    """One plan at one batch size: wall times of whole prefills, of single decode steps by round, and peak memory."""
+
+    prefill: list[float] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def steps(self) -> list[float]:
+        """Decode steps of all rounds."""
+        return list(chain.from_iterable(self.rounds))
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one plan decodes than another: the median over rounds, and the range.
+
+    Rounds are compared in pairs, since what slows the machine for a while slows both plans of a round.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, slower: Timings, faster: Timings) -> Speedup:
+        """From timings that `measure` took in the same rounds."""
+        pairs = zip(slower.rounds, faster.rounds, strict=True)
+        ratios = [statistics.median(before) / statistics.median(after) for before, after in pairs]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    @property
+    def decided(self) -> bool:
+        """Whether all rounds agree which plan is the faster."""
+        return not self.low <= 1 <= self.high
+
+
+def decode_speeds(
+    model: PreTrainedModel, plans: Mapping[Key, Plan], batches: Sequence[int], progress: Progress = silent
+) -> dict[Key, dict[int, float]]:
+    """Greedy decode speed of the accelerated model under each plan: batch size to tokens per second over the batch."""
+    timings = measure(model, plans, batches, prompt=8, progress=progress)
+    return {key: {batch: batch / statistics.median(timings[key, batch].steps) for batch in batches} for key in plans}
+
+
+def measure(
+    model: PreTrainedModel,
+    plans: Mapping[Key, Plan],
+    batches: Sequence[int],
+    prompt: int,
+    progress: Progress = silent,
+    rounds: int = _ROUNDS,
+) -> dict[tuple[Key, int], Timings]:
+    """Time the accelerated model under several plans; keyed by the plan's key and the batch size.
+
+    The plans take turns, several rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
+    At one batch size they follow right after one another.
+    """
+    timings = {(key, batch): Timings() for batch in batches for key in plans}
+    turns = [turn for _ in range(rounds) for turn in timings]
+    for index, (key, batch) in enumerate(turns):
+        progress("decode", index, len(turns))
+        with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller)):
+            reset_peak(smaller.device)
+            _run(smaller, batch, prompt, timings[key, batch])
+            timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes(smaller.device))
+    progress("decode", len(turns), len(turns))
+    return timings
+
+
+def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> None:
+    """One prefill and a few decode steps; the first step pays for warming up and is dropped."""
+    ids = torch.zeros(batch, prompt, dtype=torch.long, device=model.device)
+    cache = family_of(model.config).cache_argument
+    clock = [_now(model)]
+    with torch.inference_mode():
+        output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        clock.append(_now(model))
+        for _ in range(_STEPS):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+            clock.append(_now(model))
+    prefill, _, *steps = (after - before for before, after in pairwise(clock))
+    timings.prefill.append(prefill)
+    timings.rounds.append(steps)
+
+
+def _now(model: PreTrainedModel) -> float:
+    wait_for(model.device)
+    return time.perf_counter()
+
+
+def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
+    """The plan that keeps the first channels everywhere: which channels are kept has no influence on speed."""
+    layout = family_of(model.config).layout(model.config)
+    selection = Selection((tuple(range(state_size)),) * layout.n_groups)
+    return Plan(
+        method="first",
+        model_type=model.config.model_type,
+        n_groups=layout.n_groups,
+        state_size=layout.state_size,
+        selections={mixer.name: selection for mixer in mixers_of(model)},
+    )

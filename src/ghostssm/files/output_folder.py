@@ -1,0 +1,142 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from safetensors import SafetensorError
+
+from ghostssm.errors import OutputError, StorageError
+from ghostssm.files.durable import synchronise
+from ghostssm.files.interrupts import uninterrupted
+
+_CONFIG_FILE = "config.json"
+
+
+class OutputFolder:
+    """A folder that appears whole or not at all.
+
+    Opened before the work, so that a folder that may not be written is refused at once:
+
+        with OutputFolder(path) as folder:
+            ...                 # write into folder.partial
+            folder.commit()
+    """
+
+    def __init__(self, path: Path | str, overwrite: bool = False):
+        """
+        Raises:
+            OutputError: the path is a file, a folder with something in it (unless it is a checkpoint and
+                ``overwrite``), or not writable.
+        """
+        self.path = destination(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file; expected a folder to write.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+            raise OutputError(f"{self.path} exists and is not empty; name another folder, or pass --overwrite.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _CONFIG_FILE).is_file():
+            raise OutputError(
+                f"{self.path} holds other things than a checkpoint (there is no {_CONFIG_FILE} in it), so it is not "
+                "replaced; name another folder, or empty this one."
+            )
+        absolute = self.path.absolute()
+        self._new_parents = [parent for parent in absolute.parents if not parent.exists()]
+        place = absolute.parents[len(self._new_parents)]
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(f"{self.path} can't be written: {place} is read-only; name another folder.")
+        self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
+        self._old = _set_aside(self.partial)
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
+        return self
+
+    def commit(self) -> None:
+        """Put the finished folder in its place; an old one goes only once the new one stands and is on the disk."""
+        put_in_place(self.partial, self.path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with uninterrupted():
+            if self._old.exists() and not self.path.exists():
+                self._old.rename(self.path)
+            for folder in (self.partial, self._old):
+                shutil.rmtree(folder, ignore_errors=True)
+            for parent in self._new_parents:
+                with suppress(OSError):  # not empty: the output is there
+                    parent.rmdir()
+
+
+def destination(path: Path | str) -> Path:
+    """The folder that a path means, where a finished folder can be given its name.
+
+    Raises:
+        OutputError: the current folder, one above it, or the root of a disk, none of which can be renamed.
+    """
+    if not str(path).strip():
+        raise OutputError("The output's name is empty; expected a folder.")
+    place = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    whole = place.resolve()
+    if whole == Path.cwd() or whole in Path.cwd().parents or os.path.ismount(whole):
+        raise OutputError(f"{path} is in use and can't be replaced as a whole; name a folder in it.")
+    return place
+
+
+def check_apart(output: Path | str, model: Path | str) -> None:
+    """Raise OutputError for an output that would replace the model it is made of."""
+    source = Path(model).resolve()
+    if source.is_dir() and source.is_relative_to(Path(output).resolve()):
+        raise OutputError(f"{output} holds the model {model} itself; name another folder.")
+
+
+def put_in_place(finished: Path, path: Path) -> None:
+    """Give a finished folder its name; an old one there goes only once the new one stands and is on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in finished.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
+        synchronise(file)
+    old = _set_aside(finished)
+    with uninterrupted():
+        if path.exists():
+            path.rename(old)
+        finished.rename(path)
+    synchronise(path.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(finished: Path) -> Path:
+    """Where the old folder waits while a finished one takes its place."""
+    return finished.with_name(finished.name + ".old")
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Within the context a failure to write what becomes ``path`` is a StorageError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _write_failure(error)
+        if reason is None:
+            raise
+        raise StorageError(f"{path} could not be written: {reason}. Nothing was kept.") from error
+
+
+def _write_failure(error: Exception) -> str | None:
+    """What kept a file from being written; None if the error is of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save has no class of its own for it, and has lost the reason.
+    return "torch.save came to a halt; the disk may be full" if "inline_container" in str(error) else None

@@ -1,0 +1,131 @@
+"""safetensors files, read without mapping them into memory.
+
+The format: eight bytes, the length of the header, little-endian; the header, a JSON object from tensor names to
+``dtype``, ``shape`` and ``data_offsets``; then the data, which the offsets cover without gap or overlap. Everything
+outside it is refused before anything is allocated.
+
+A mapped file that another process truncates kills the reader with a signal; a file that is read gives an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostssm.errors import InputError
+from ghostssm.files.reading import MOST_JSON_BYTES, confined, parse_json_object
+
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_LENGTH_BYTES = 8
+_MOST_NUMBER = 2**63
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: as the format calls it. start, end: bytes from the beginning of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: Path, fault: type[InputError]) -> dict[str, Entry]:
+    """The tensors of a file by name; the data is not read.
+
+    Raises:
+        fault: not a regular file in its folder, truncated, or in any other way not a safetensors file.
+    """
+    try:
+        size = confined(file, fault).stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+                raise _broken(file, "its header is longer than the file", fault)
+            if length > MOST_JSON_BYTES:
+                raise _broken(file, f"its header takes {length} bytes", fault)
+            raw = stream.read(length)
+    except OSError as error:
+        raise _broken(file, error.strerror or str(error), fault) from None
+    document = parse_json_object(raw, f"The header of {file}", fault)
+    data = _LENGTH_BYTES + length
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(file, "its metadata are not strings", fault)
+    entries = {name: _entry(name, value, data, file, fault) for name, value in document.items()}
+    _check_cover(entries, data, size, file, fault)
+    return entries
+
+
+def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) -> Tensor:
+    """One tensor, in memory of its own.
+
+    Raises:
+        fault: the file has become shorter or can't be read any more.
+    """
+    tensor = torch.empty(entry.shape, dtype=FLOAT_DTYPES[entry.dtype])
+    room = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with file.open("rb") as stream:
+            stream.seek(entry.start)
+            done = 0
+            while done < len(room) and (count := stream.readinto(room[done:])):
+                done += count
+    except OSError as error:
+        raise fault(f"{name} in {file} can't be read: {error.strerror or error}.") from None
+    if done < len(room):
+        raise fault(
+            f"{file} was truncated while {name} was read: found {done} of {len(room)} bytes. Download it again."
+        )
+    return tensor
+
+
+def _entry(name: str, value: Any, data: int, file: Path, fault: type[InputError]) -> Entry:
+    keys = {"dtype", "shape", "data_offsets"}
+    well_formed = isinstance(value, dict) and set(value) == keys and isinstance(value["dtype"], str)
+    if not well_formed or not all(_are_counts(value[key]) for key in ("shape", "data_offsets")):
+        raise _broken(file, f"its entry {name!r} has no dtype, shape and data_offsets", fault)
+    if len(value["data_offsets"]) != 2:
+        raise _broken(file, f"its entry {name!r} has {len(value['data_offsets'])} data_offsets", fault)
+    start, end = value["data_offsets"]
+    if value["dtype"] in FLOAT_DTYPES:
+        needed = math.prod(value["shape"]) * FLOAT_DTYPES[value["dtype"]].itemsize
+        if end - start != needed:
+            raise _broken(file, f"{name!r} of shape {value['shape']} has {end - start} bytes, expected {needed}", fault)
+    return Entry(value["dtype"], tuple(value["shape"]), data + start, data + end)
+
+
+def _check_cover(entries: dict[str, Entry], data: int, size: int, file: Path, fault: type[InputError]) -> None:
+    """The entries cover the data once."""
+    ordered = sorted((entry.start, entry.end, name) for name, entry in entries.items())
+    for before, after in pairwise([(data, data, ""), *ordered]):
+        if after[0] != before[1] or after[1] < after[0]:
+            raise _broken(file, f"the data of {after[2]!r} overlap others or leave a gap", fault)
+    end = ordered[-1][1] if ordered else data
+    if end != size:
+        raise _broken(file, f"its tensors end at byte {end} of {size}", fault)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(count, int) and not isinstance(count, bool) and 0 <= count < _MOST_NUMBER for count in value
+    )
+
+
+def _broken(file: Path, reason: str, fault: type[InputError]) -> InputError:
+    return fault(f"{file} is truncated or not a safetensors file ({reason}). Download it again.")

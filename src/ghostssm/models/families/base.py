@@ -1,0 +1,124 @@
+"""What the rest of the project needs to know of a model family, and the registry of families."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ghostssm.errors import InputError, ModelError
+from ghostssm.models.layout import SSDLayout
+from ghostssm.models.mixer import Mixer
+
+
+class Family(Protocol):
+    """One model family. Families are stateless; only they know transformers' class and config names."""
+
+    @property
+    def model_type(self) -> str:
+        """As config.json has it."""
+        ...
+
+    @property
+    def cache_argument(self) -> str:
+        """What the model calls the cache that it takes and returns."""
+        ...
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether layers of other kinds stand between the Mamba-2 ones.
+
+        Such a model stays in transformers' own class and dialect: `ghostssm.models.own_class` has none for a projected
+        state or a state size per layer, and neither has mamba_ssm.
+        """
+        ...
+
+    def layout(self, config: PreTrainedConfig) -> SSDLayout:
+        """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
+        ...
+
+    def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
+        """Write a new state size into a config."""
+        ...
+
+    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What other engines read in config.json and transformers does not write there, with its values."""
+        ...
+
+    def resize(self, module: nn.Module, layout: SSDLayout) -> None:
+        """Set the sizes that a mixer module keeps beside its tensors."""
+        ...
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The residual blocks of a model, front to back, with or without a mixer; raises ModelError if it has none."""
+        ...
+
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        """The Mamba-2 mixer of block number ``index``, if it has one; raises ModelError for one of an unknown kind."""
+        ...
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    _FAMILIES[family.model_type] = family
+
+
+def supported_model_types() -> tuple[str, ...]:
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a config.
+
+    Raises:
+        ModelError: no family here has that model type.
+    """
+    return family_named(config.model_type)
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a ``model_type``; raises as `family_of`."""
+    try:
+        return _FAMILIES[model_type]
+    except KeyError:
+        raise ModelError(
+            f"The model type is {model_type!r}, in which ghostssm knows no Mamba-2 layers; "
+            f"expected one of: {', '.join(supported_model_types())}."
+        ) from None
+
+
+def check_model(model: object) -> None:
+    """Raise InputError unless something is a transformers model, on one device."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"Found a {type(model).__name__} in place of a model; expected a transformers model, such as the .model of "
+            "what ghostssm.load returns."
+        )
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise InputError(
+            f"The model lies on several devices ({', '.join(sorted(devices))}); expected one, as ghostssm.load has it. "
+            "What is larger than that can be pruned in parts: ghostssm.prune_streamed."
+        )
+
+
+def mixers_of(model: nn.Module) -> list[Mixer]:
+    """Every Mamba-2 mixer of a model, front to back.
+
+    Raises:
+        InputError: it is no transformers model.
+        ModelError: no family here has the model's type, there is no mixer in it, or one of an unknown kind.
+    """
+    check_model(model)
+    family = family_of(model.config)
+    found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
+    mixers = [mixer for mixer in found if mixer is not None]
+    if not mixers:
+        raise ModelError(
+            f"None of the {len(family.blocks(model))} layers of this {family.model_type} model is a Mamba-2 layer, "
+            "so there is no state to prune; expected a layer pattern that has some."
+        )
+    return mixers

@@ -1,0 +1,67 @@
+"""Make transformers' auto classes know our model class as soon as they exist, without importing them.
+
+``import ghostssm`` alone must do, before or after transformers, and must not take the seconds that PyTorch needs. So
+where transformers' auto classes are not imported yet, `ghostssm.models.own_class` is imported right after them; or
+after the Mamba-2 classes that it builds on, where it is these that ask for the auto classes while they are being
+imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+_BASE_CLASSES = "transformers.models.mamba2.modeling_mamba2"
+
+
+def register_with_transformers() -> None:
+    """Register now if transformers' auto classes are there, else when they come."""
+    if _AUTO_CLASSES in sys.modules:
+        import ghostssm.models.own_class  # noqa: F401  (registers itself)
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds both modules, each once, where anyone would, with a loader that registers afterwards."""
+
+    def __init__(self) -> None:
+        self._awaited = {_AUTO_CLASSES, _BASE_CLASSES} - sys.modules.keys()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self._awaited:
+            return None
+        self._awaited.remove(fullname)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader):
+        self._loader = loader
+        self.running = False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        self.running = True
+        try:
+            self._loader.exec_module(module)
+        finally:
+            self.running = False
+        module.__spec__.loader = self._loader
+        base = sys.modules.get(_BASE_CLASSES)
+        loader = None if base is None or base.__spec__ is None else base.__spec__.loader
+        if not (isinstance(loader, _Loader) and loader.running):
+            import ghostssm.models.own_class  # noqa: F401

@@ -1,0 +1,258 @@
+"""Apply decisions to weights: physical slicing, with exact zero channels where groups are uneven.
+
+A padded channel has a zero row in in_proj and zero conv taps and bias, so that B and C are SiLU(0) = 0 there: its state
+stays zero and y does not change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ghostssm.errors import InputError, PlanError
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families.base import Family
+from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
+from ghostssm.models.forward import refresh
+from ghostssm.models.mixer import Mixer
+from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.plan.plan import Decision, Plan, Selection
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Prune a model and return it: in place, unless the result needs another model class.
+
+    A plan with projections, or with a state size per layer, gives a new
+    `ghostssm.models.own_class.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
+    stays as it is.
+
+    Raises:
+        PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
+    """
+    mixers = _fitting_mixers(model, plan)
+    if plan.needs_own_class:
+        return _converted(model, plan)
+    family = family_of(model.config)
+    for mixer in mixers:
+        decision = plan.decision(mixer.name)
+        prune_mixer(family, mixer, decision.selection, decision.width)
+        change_parameters(mixer.module, decision)
+        if decision.width < plan.kept_state_size:
+            narrow = mixer.with_state_size(decision.width)
+            prune_mixer(family, narrow, _everything(narrow), plan.kept_state_size)
+    family.set_state_size(model.config, plan.kept_state_size)
+    refresh(model)
+    return model
+
+
+def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
+    """Give every layer ``state_size`` channels, the new ones zero: the same logits, for engines without small kernels.
+
+    In place for a stock model; a model of our own class with a state size per layer gives a new stock model, and stays
+    as it is.
+
+    Args:
+        state_size: at least that of the widest layer.
+
+    Raises:
+        InputError: a layer is wider already, or projects its state; nothing was changed.
+    """
+    mixers = mixers_of(model)
+    widest = max(mixer.layout.state_size for mixer in mixers)
+    if state_size < widest:
+        raise InputError(
+            f"The state can't be padded to {state_size}: it has {widest} channels already; expected {widest} or more."
+        )
+    if any(mixer.projection is not None for mixer in mixers):
+        raise InputError(
+            "A projected state can't be padded: its maps after the convolution would remain. "
+            "Prune with a method that keeps the stock class, such as output or ghost."
+        )
+    family = family_of(model.config)
+    if model.config.model_type == GhostMamba2Config.model_type:
+        return _padded_stock(model, state_size)
+    for mixer in mixers:
+        prune_mixer(family, mixer, _everything(mixer), state_size)
+    family.set_state_size(model.config, state_size)
+    refresh(model)
+    return model
+
+
+def _everything(mixer: Mixer) -> Selection:
+    return Selection((tuple(range(mixer.layout.state_size)),) * mixer.layout.n_groups)
+
+
+@torch.inference_mode(False)
+def _padded_stock(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
+    """A stock model with the tensors of one of our own class, sharing those that stay as they are."""
+    family, tensors = family_of(model.config), dict(model.state_dict())
+    for index, block in enumerate(family.blocks(model)):
+        mixer = family.mixer(copy.deepcopy(block), index)
+        if mixer is not None:
+            prune_mixer(family, mixer, _everything(mixer), state_size)
+            tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
+    return stock_model(model.config, tensors, state_size)
+
+
+@contextmanager
+def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+    """Within the context, the model pruned by the plan; afterwards the model is as before.
+
+    Copies only what the plan slices or changes.
+    """
+    mixers = _fitting_mixers(model, plan)
+    if plan.needs_own_class:
+        yield _converted(model, plan)
+        return
+    family = family_of(model.config)
+    sliced = [_sliced_tensors(mixer) for mixer in mixers]
+    changed = [
+        {name: mixer.module.get_parameter(name) for name in plan.changes.get(mixer.name, {})} for mixer in mixers
+    ]
+    try:
+        yield apply_plan(model, plan)
+    finally:
+        for mixer, tensors, parameters in zip(mixers, sliced, changed, strict=True):
+            for name, parameter in parameters.items():
+                _set_parameter(mixer.module, name, parameter)
+            _install(family, mixer, mixer.layout.state_size, tensors)
+        family.set_state_size(model.config, plan.state_size)
+        refresh(model)
+
+
+@torch.inference_mode(False)  # the new weights are ordinary parameters wherever the call stands
+def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: int) -> None:
+    """Slice one mixer's module in place to the selection, every group padded to ``state_size`` channels."""
+    padded = selection.padded(state_size)
+    rows, channels = mixer.layout.in_proj_index(padded), mixer.layout.conv_index(padded)
+    before = _sliced_tensors(mixer)
+    after = _SlicedTensors(
+        in_proj_weight=_take(before.in_proj_weight, rows),
+        in_proj_bias=None if before.in_proj_bias is None else _take(before.in_proj_bias, rows),
+        conv_weight=_take(before.conv_weight, channels),
+        conv_bias=None if before.conv_bias is None else _take(before.conv_bias, channels),
+    )
+    _install(family, mixer, state_size, after)
+
+
+@torch.inference_mode(False)
+def change_parameters(module: nn.Module, decision: Decision) -> None:
+    """Give a sliced mixer's module the parameters that a decision changes, in their dtype and on their device."""
+    for name, value in decision.changes.items():
+        old = module.get_parameter(name)
+        _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
+
+
+def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
+    mixers = mixers_of(model)
+    family = family_of(model.config)
+    plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family.model_type)
+    if plan.needs_own_class and family.is_hybrid:
+        raise PlanError(
+            "The plan has projections or a state size per layer, for which "
+            f"{family.model_type} models have no class; make one with a method that keeps the stock class."
+        )
+    faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
+    if faults:
+        raise PlanError(
+            "The plan's tensors do not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
+        )
+    return mixers
+
+
+def _tensor_faults(mixer: Mixer, decision: Decision) -> list[str]:
+    """What keeps a decision's tensors from going into a mixer that is sliced by its selection."""
+    faults = []
+    layout = mixer.layout.with_state_size(decision.selection.width)
+    rows = {"in_proj": layout.in_proj_rows, "conv1d": layout.conv_dim}
+    parameters = dict(mixer.module.named_parameters())
+    for name, value in decision.changes.items():
+        if name not in parameters:
+            faults.append(f"{mixer.name} has no parameter {name!r}")
+            continue
+        first, *rest = parameters[name].shape
+        expected = (rows.get(name.partition(".")[0], first), *rest)
+        if tuple(value.shape) != expected:
+            faults.append(f"{mixer.name}.{name} has shape {tuple(value.shape)}, expected {expected}")
+    if decision.projection is not None:
+        for part in (decision.projection.B, decision.projection.C):
+            expected = (layout.n_groups, layout.state_size, decision.width)
+            if tuple(part.shape) != expected:
+                faults.append(f"a projection of {mixer.name} has shape {tuple(part.shape)}, expected {expected}")
+    return faults
+
+
+@torch.inference_mode(False)
+def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A model of our own class by the plan, sharing the tensors that stay as they are."""
+    family, tensors = family_of(model.config), dict(model.state_dict())
+    for index, block in enumerate(family.blocks(model)):
+        mixer = family.mixer(copy.deepcopy(block), index)
+        if mixer is None:
+            continue
+        decision = plan.decision(mixer.name)
+        prune_mixer(family, mixer, decision.selection, decision.selection.width)
+        change_parameters(mixer.module, decision)
+        parts = dict(mixer.module.state_dict())
+        if decision.projection is not None:
+            like = mixer.in_proj.weight
+            parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
+        tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
+    converted = projected_model(
+        model.config,
+        tensors,
+        [selection.width for selection in plan.selections.values()],
+        plan.state_sizes if plan.projections else None,
+    )
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted
+
+
+class _SlicedTensors(NamedTuple):
+    """The parameters of a mixer whose shapes depend on the state size."""
+
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+
+
+def _sliced_tensors(mixer: Mixer) -> _SlicedTensors:
+    return _SlicedTensors(mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias)
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` of a tensor, zeros where it is -1."""
+    index = index.to(tensor.device)
+    rows = tensor.detach()[index.clamp_min(0)]
+    rows[index < 0] = 0
+    return rows
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter under a dotted name."""
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(last, parameter)
+
+
+def _install(family: Family, mixer: Mixer, state_size: int, tensors: _SlicedTensors) -> None:
+    """Put tensors of a given state size into a mixer's module, and the sizes that go with them."""
+    layout = mixer.layout.with_state_size(state_size)
+    in_proj, conv1d = mixer.in_proj, mixer.conv1d
+    in_proj.register_parameter("weight", _parameter(tensors.in_proj_weight))
+    in_proj.register_parameter("bias", _parameter(tensors.in_proj_bias))
+    in_proj.out_features = layout.in_proj_rows
+    conv1d.register_parameter("weight", _parameter(tensors.conv_weight))
+    conv1d.register_parameter("bias", _parameter(tensors.conv_bias))
+    conv1d.in_channels = conv1d.out_channels = conv1d.groups = layout.conv_dim
+    family.resize(mixer.module, layout)

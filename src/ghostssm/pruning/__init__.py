@@ -1,0 +1,1 @@
+"""Pruning: a recipe carried out over a model, which gives a plan."""

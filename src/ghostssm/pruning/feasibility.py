@@ -1,0 +1,51 @@
+"""Which recipes and state sizes a model can be asked for, told before the work rather than after it."""
+
+from __future__ import annotations
+
+from ghostssm.errors import InputError, ModelError
+from ghostssm.methods import method_named, method_names, stock_method_names
+from ghostssm.models.families import family_named
+from ghostssm.pruning.recipe import Recipe
+
+
+def check_original(is_stock: bool) -> None:
+    """Raise ModelError for a model whose state is projected, or of a size of its own in some layer."""
+    if not is_stock:
+        raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
+
+
+def check_recipe(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a family has a model class for what a recipe can result in."""
+    if recipe.stock or not family_named(model_type).is_hybrid:
+        return
+    raise InputError(
+        f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
+        f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
+    )
+
+
+def check_streamable(recipe: Recipe, model_type: str) -> None:
+    """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
+    check_recipe(recipe, model_type)
+    fault = None
+    if recipe.how.needs == "gradients":
+        fault = f"{recipe.method} needs gradients through the whole model"
+    elif not recipe.stock:
+        fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
+    if fault:
+        able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
+        raise InputError(
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
+            "without +per-layer."
+        )
+
+
+def methods_for(model_type: str) -> tuple[str, ...]:
+    """The methods for which a family has a model class."""
+    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
+
+
+def check_state_size(state_size: int, limit: int) -> None:
+    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
+    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
+        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

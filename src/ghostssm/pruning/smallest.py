@@ -1,0 +1,104 @@
+"""The smallest state within a bound on the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostssm.errors import InputError, NumericalError
+from ghostssm.evaluation import Evaluation
+from ghostssm.evaluation.measurement import evaluate_in_float32
+from ghostssm.methods.selection import Groups
+from ghostssm.models.families import family_of
+from ghostssm.plan.measurement import Difference, Searched
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.surgery import pruned
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning.feasibility import check_recipe
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.text.windows import Windows
+
+_HELD_OUT_ONE_IN = 4
+
+
+def smallest_plan(
+    model: PreTrainedModel,
+    windows: Windows,
+    recipe: str | Recipe,
+    max_excess_loss: float,
+    *,
+    multiple: int = DEFAULT_MULTIPLE,
+    state_sizes: Sequence[int] | None = None,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> Plan:
+    """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
+
+    Every fourth window is held out, where the loss is measured in float32; the others calibrate. The plan's provenance
+    has the excess loss that was measured, with its standard error, as ``search``.
+
+    Args:
+        max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+        state_sizes: the sizes to try instead, ascending.
+
+    Raises:
+        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no size
+            below the model's own stays within the bound.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_recipe(recipe, model.config.model_type)
+    if not recipe.how.shrinks:
+        raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
+    apart = held_out_rows(len(windows))
+    if len(windows) < _HELD_OUT_ONE_IN:
+        raise InputError(
+            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
+        )
+    limit = family_of(model.config).layout(model.config).state_size
+    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    if not sizes:
+        raise InputError(
+            f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
+        )
+    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    dense = evaluate_in_float32(model, held_out)
+    low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
+    best: tuple[Plan, Difference] | None = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
+        with pruned(model, plan) as smaller:
+            excess = _excess(smaller, held_out, dense)
+        if excess.mean <= max_excess_loss:
+            high, best = middle, (plan, excess)
+        else:
+            low = middle
+    if best is None:
+        among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
+        raise InputError(
+            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
+            "nats per token; allow more, or try another method."
+        )
+    plan, excess = best
+    searched = Searched(max_excess_loss, len(held_out), excess)
+    return dataclasses.replace(plan, provenance={**plan.provenance, "search": searched.as_json()})
+
+
+def _excess(model: PreTrainedModel, windows: Windows, dense: Evaluation) -> Difference:
+    """Over the dense loss; infinite where the model overflows, which a state that is too small may cause."""
+    try:
+        return evaluate_in_float32(model, windows).excess_over(dense)
+    except NumericalError:
+        return Difference(math.inf, math.nan)
+
+
+def held_out_rows(count: int) -> Tensor:
+    """Which of so many calibration windows a search holds out: (count,), bool."""
+    return torch.arange(count) % _HELD_OUT_ONE_IN == 1

@@ -1,0 +1,1 @@
+"""Recovery: steps that give a pruned mixer back what its output lost."""

@@ -1,0 +1,190 @@
+"""Local refit: the small tensors of one pruned mixer, by gradient descent on the output that the whole mixer had.
+
+Only this mixer is differentiated. x and z stay as they are, so a step costs the recurrence and two small products, and
+memory holds the activations of a few windows of one mixer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghostssm.models.mixer import Mixer, gated_norm
+from ghostssm.ops.conv import causal_conv
+from ghostssm.ops.ssd import ssd, ssd_chunked
+from ghostssm.ops.step import at_least_float32, project_streams
+
+LEARNING_RATE = 0.02
+"""Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
+MOST_TOKENS = 32768
+"""Of the calibration windows, so many tokens are kept in memory for a mixer's refit."""
+_CHECK_EVERY = 20
+"""Steps between two looks at the held-out windows."""
+_CAUTION = 0.3
+"""Factor on the learning rate while no look has found an improvement."""
+_TOKENS_PER_STEP = 1024
+_HELD_OUT_ONE_IN = 8
+
+
+@dataclass(frozen=True)
+class RefitData:
+    """Windows of a mixer, and what it should make of them.
+
+    Attributes:
+        hidden: (b, l, hidden_size), the mixer's input. target: the same shape, its wanted output.
+        x: (b, l, h, p). z: (b, l, h * p). dt: (b, l, h), before bias and softplus.
+    """
+
+    hidden: Tensor
+    target: Tensor
+    x: Tensor
+    z: Tensor
+    dt: Tensor
+
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, mixer: Mixer, hidden: Tensor, target: Tensor) -> RefitData:
+        """Compute what stays fixed while a mixer is refitted."""
+        layout = mixer.layout
+        channels = slice(0, layout.intermediate_size)
+        with torch.no_grad():
+            hidden = hidden.clone()  # gradients can't flow through what inference mode made
+            z, xBC, dt = mixer.project_in(hidden)
+            bias = None if mixer.conv1d.bias is None else mixer.conv1d.bias[channels]
+            x = F.silu(causal_conv(xBC[..., channels], mixer.conv1d.weight.squeeze(1)[channels], bias))
+        return cls(
+            hidden,
+            target.to(hidden, copy=True),
+            x.unflatten(-1, (layout.num_heads, layout.head_dim)),
+            z.clone(),
+            dt.clone(),
+        )
+
+    def __getitem__(self, rows: slice | Tensor) -> RefitData:
+        return RefitData(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+def joined(parts: Sequence[RefitData]) -> RefitData:
+    """All windows in one."""
+    return RefitData(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(RefitData)))
+
+
+@torch.inference_mode(False)
+def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
+    """Refit a mixer's B and C rows, their convolution, dt_bias, A_log, D, norm and projection, in place.
+
+    Every eighth window is held out. What did best on these is kept, which may be what was there before the first step.
+    With one window only nothing changes.
+
+    Returns:
+        held-out error after over held-out error before, at most 1.
+    """
+    apart = torch.arange(len(data)) % _HELD_OUT_ONE_IN == 1
+    windows, held_out = data[~apart], data[apart]
+    if not len(held_out):
+        return 1.0
+    trial = _Trial(mixer)
+    scales = [max(leaf.detach().square().mean().sqrt().item(), 1e-3) for leaf in trial.leaves.values()]
+    optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, _TOKENS_PER_STEP // data.hidden.shape[1])
+    energy = data.target.square().mean()
+    first = best = trial.error(held_out)
+    kept, caution = trial.state(), 1.0
+    for step in range(1, steps + 1):
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = LEARNING_RATE * caution * scale * _learning_rate_factor(step, steps)
+        batch = windows[torch.randint(len(windows), (count,), generator=generator)]
+        with torch.enable_grad():
+            loss = (trial.output(batch) - batch.target).square().mean() / energy
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % _CHECK_EVERY == 0 or step == steps:
+            error = trial.error(held_out)
+            if error < best:
+                best, kept = error, trial.state()
+            elif best == first:  # too bold for a mixer that is nearly right: start again, in smaller steps
+                trial.load(kept)
+                optimizer.state.clear()
+                caution *= _CAUTION
+    trial.write(kept)
+    return best / first if first > 0 else 1.0
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    """Half a cosine, from one to nearly zero."""
+    return 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+class _Trial:
+    """The refitted tensors as leaves, and the mixer's output under them."""
+
+    def __init__(self, mixer: Mixer):
+        self.mixer = mixer
+        layout = mixer.layout
+        rows = slice(layout.in_proj_B.start, layout.in_proj_C.stop)
+        channels = slice(layout.conv_B.start, layout.conv_C.stop)
+        whole = slice(None)
+        places: dict[str, tuple[Tensor | None, slice]] = {
+            "in_proj": (mixer.in_proj.weight, rows),
+            "in_proj_bias": (mixer.in_proj.bias, rows),
+            "taps": (mixer.conv1d.weight, channels),
+            "taps_bias": (mixer.conv1d.bias, channels),
+            "dt_bias": (mixer.dt_bias, whole),
+            "A_log": (mixer.A_log, whole),
+            "D": (mixer.D, whole),
+            "norm": (mixer.norm.weight if mixer.norm else None, whole),
+            "project_B": (mixer.projection.B if mixer.projection else None, whole),
+            "project_C": (mixer.projection.C if mixer.projection else None, whole),
+        }
+        self._places = {name: (tensor, part) for name, (tensor, part) in places.items() if tensor is not None}
+        self.leaves = {
+            name: tensor.detach()[part].clone().requires_grad_() for name, (tensor, part) in self._places.items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Put tensors into the leaves."""
+        with torch.no_grad():
+            for name, leaf in self.leaves.items():
+                leaf.copy_(state[name])
+
+    def write(self, state: dict[str, Tensor]) -> None:
+        """Put tensors into the mixer."""
+        with torch.no_grad():
+            for name, (tensor, part) in self._places.items():
+                tensor[part] = state[name]
+
+    def error(self, data: RefitData) -> float:
+        """Sum of squares over all windows."""
+        with torch.no_grad():
+            windows = (data[index : index + 1] for index in range(len(data)))
+            return sum((self.output(window) - window.target).square().sum().item() for window in windows)
+
+    def output(self, data: RefitData) -> Tensor:
+        mixer, layout, leaf = self.mixer, self.mixer.layout, self.leaves
+        both = F.linear(mixer.scaled_input(data.hidden), leaf["in_proj"], leaf.get("in_proj_bias"))
+        if mixer.row_multipliers is not None:
+            both = both * mixer.row_multipliers[layout.in_proj_B.start : layout.in_proj_C.stop].to(both)
+        both = F.silu(causal_conv(both, leaf["taps"].squeeze(1), leaf.get("taps_bias")))
+        B, C = both.unflatten(-1, (2, layout.n_groups, layout.state_size)).unbind(2)
+        if mixer.projection is not None:
+            B, C = project_streams(B, leaf["project_B"]), project_streams(C, leaf["project_C"])
+        dt = F.softplus(at_least_float32(data.dt + leaf["dt_bias"])).clamp(*mixer.dt_limit)
+        scan = ssd_chunked if torch.is_grad_enabled() else ssd
+        y, _ = scan(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
+        norm = None if mixer.norm is None else replace(mixer.norm, weight=leaf["norm"])
+        normed = gated_norm(norm, y, data.z, layout.n_groups)
+        bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
+        return F.linear(normed, mixer.out_proj.weight.detach(), bias)

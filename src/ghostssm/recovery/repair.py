@@ -1,0 +1,184 @@
+"""Closed-form repair: D and out_proj by least squares, so that a pruned mixer's output comes close to what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostssm.calibration.processes import Processes
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, normed_output
+from ghostssm.ops.ssd import ssd
+from ghostssm.ops.step import at_least_float32
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates for the ridge, in multiples of the features' mean energy."""
+_HELD_OUT_ONE_IN = 8
+_SKIP_TOKENS = 4096
+"""Of the windows, so many tokens serve to fit D, which has one number per head."""
+_SKIP_STEPS = 2
+_SKIP_RIDGE = 1e-6
+_SKIP_DIFFERENCE = 1e-2
+
+
+@dataclass
+class _Normal:
+    """The normal equations of a linear fit of what is missing, E = target - out_proj(features), to the features X.
+
+    Attributes:
+        gram: (k, k), X^T X. cross: (d, k), E^T X. energy: sum of E^2. All float64.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float
+
+    @classmethod
+    def empty(cls, like: Tensor) -> _Normal:
+        d, k = like.shape
+        zeros = torch.zeros(k + d, k, dtype=torch.float64, device=like.device)
+        return cls(zeros[:k], zeros[k:], 0.0)
+
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        features, missing = features.flatten(0, 1), missing.flatten(0, 1)
+        self.gram += (features.T @ features).double()
+        self.cross += (missing.T @ features).double()
+        self.energy += missing.double().square().sum().item()
+
+    def add_up(self, processes: Processes) -> None:
+        """The sums over all processes."""
+        energy = torch.tensor([self.energy], dtype=torch.float64)
+        processes.add(self.gram, self.cross, energy)
+        self.energy = energy.item()
+
+    def solve(self, ridge: float) -> Tensor:
+        """(d, k): the change of the weight that minimises |E - X change^T|^2 + ridge |change|^2 (relative ridge)."""
+        if not self.gram.any():  # no features, nothing to fit
+            return torch.zeros_like(self.cross)
+        penalty = ridge * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64).to(self.gram)
+        change: Tensor = torch.linalg.solve(self.gram + penalty, self.cross.T).T
+        return change
+
+    def error(self, change: Tensor) -> float:
+        """Sum of squares that is left under a change of the weight."""
+        gain = 2 * (change * self.cross).sum() - (change @ self.gram * change).sum()
+        return self.energy - gain.item()
+
+
+@torch.inference_mode(False)
+def repair_skip(
+    mixer: Mixer,
+    batches: Iterable[Streams],
+    targets: Sequence[Tensor],
+    processes: Processes | None = None,
+) -> float:
+    """Fit D to the wanted outputs, in place, by Gauss-Newton steps: only the norm makes the output nonlinear in D.
+
+    A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
+
+    Args, returns: as `repair_output`; every process fits to the positions that all of them sample.
+    """
+    processes = processes or Processes()
+    D = mixer.D
+    tokens = sum(processes.gather([sum(target.shape[0] * target.shape[1] for target in targets)]))
+    stride, parts = max(1, tokens // _SKIP_TOKENS), []
+    with torch.no_grad():
+        for streams, target in zip(batches, targets, strict=True):
+            y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
+            sampled = [part[:, ::stride].clone() for part in (y, streams.x, streams.z)]
+            parts.append([*sampled, target[:, ::stride].to(y)])  # targets may be in files, which only a CPU reads
+        y, x, z, target = (torch.cat(part) for part in zip(*processes.gather(parts), strict=True))
+        apart = torch.arange(len(y)) % _HELD_OUT_ONE_IN == 1
+        if not apart.any():
+            return 1.0
+
+        def missing(skip: Tensor, rows: Tensor) -> Tensor:
+            return target[rows] - mixer_output(mixer, y[rows] + skip[:, None] * x[rows], z[rows])
+
+        skip = at_least_float32(D).clone()
+        before = error = missing(skip, apart).double().square().sum().item()
+        for _ in range(_SKIP_STEPS):
+            gram = torch.zeros(len(skip), len(skip), dtype=torch.float64, device=skip.device)
+            pull = gram[0].clone()
+            for row in torch.nonzero(~apart):  # the slopes of all windows at once would fill the memory
+                slopes = _slopes(mixer, y[row] + skip[:, None] * x[row], x[row], z[row])
+                gram += slopes.T @ slopes
+                pull += slopes.T @ missing(skip, row).flatten().double()
+            scale = gram.diagonal().mean()
+            if not scale > 0:  # nothing that D weighs reaches the output
+                break
+            ridge = _SKIP_RIDGE * scale * torch.eye(len(gram)).to(gram)
+            trial = skip + torch.linalg.solve(gram + ridge, pull).to(skip)
+            now = missing(trial, apart).double().square().sum().item()
+            if not now < error:
+                break
+            skip, error = trial, now
+        D.copy_(skip)
+    return error / before if before else 1.0
+
+
+def _slopes(mixer: Mixer, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """(b * l * hidden_size, h), float64: the output's derivative with respect to each head's D, by central differences,
+    whose step may be large since only the norm bends the output."""
+
+    def along(head: int) -> Tensor:
+        step = torch.zeros_like(x)
+        step[:, :, head] = _SKIP_DIFFERENCE * x[:, :, head]
+        return (mixer_output(mixer, y + step, z) - mixer_output(mixer, y - step, z)).flatten().double()
+
+    return torch.stack([along(head) for head in range(x.shape[2])], dim=1) / (2 * _SKIP_DIFFERENCE)
+
+
+@torch.inference_mode(False)
+def repair_output(
+    mixer: Mixer,
+    batches: Iterable[Streams],
+    targets: Sequence[Tensor],
+    processes: Processes | None = None,
+    first: int = 0,
+) -> float:
+    """Fit out_proj to the wanted outputs, in place; the weight is pulled towards what it was.
+
+    The ridge is the one that does best on every eighth window, which the fit for that choice does not see. If none does
+    better than the weight as it is, or there is one window only, nothing changes.
+
+    Args:
+        batches: of a pruned mixer. targets: (b, l, hidden_size) for each of them.
+        processes: that share the windows; the fit is to those of all. first: the number of this one's first window.
+
+    Returns:
+        held-out error after over held-out error before, at most 1.
+    """
+    weight = mixer.out_proj.weight
+    fit, held_out = _Normal.empty(weight), _Normal.empty(weight)
+    seen, others = first, processes or Processes()
+    with torch.no_grad():
+        for streams, target in zip(batches, targets, strict=True):
+            features = normed_output(mixer, streams)
+            missing = target.to(features) - torch.nn.functional.linear(
+                features, at_least_float32(weight), mixer.out_proj.bias
+            )
+            windows = torch.arange(seen, seen + len(target))
+            apart = windows % _HELD_OUT_ONE_IN == 1
+            seen += len(target)
+            for side, rows in ((fit, ~apart), (held_out, apart)):
+                side.add(features[rows], missing[rows])
+        for side in (fit, held_out):
+            side.add_up(others)
+        share, change = others.from_first(lambda: _best_change(fit, held_out))
+        if change is not None:
+            weight += change.to(weight)
+    return share
+
+
+def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]:
+    """The held-out error that is left, as a share, and the change of the weight that leaves it; None for none."""
+    if held_out.energy == 0 or fit.energy == 0:
+        return 1.0, None
+    error, ridge = min((held_out.error(fit.solve(ridge)), ridge) for ridge in RIDGES)
+    if error >= held_out.energy:
+        return 1.0, None
+    both = _Normal(fit.gram + held_out.gram, fit.cross + held_out.cross, fit.energy + held_out.energy)
+    return error / held_out.energy, both.solve(ridge)

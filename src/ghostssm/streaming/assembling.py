@@ -1,0 +1,86 @@
+"""The output of a streamed run: shards of pruned blocks, put together as one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ghostssm.checkpoint.manifest import Probe, probe_tokens
+from ghostssm.checkpoint.source import find_source
+from ghostssm.checkpoint.streamed import StreamedBlocks, open_blocks
+from ghostssm.checkpoint.weights import header_tensors
+from ghostssm.evaluation.perplexity import logits_of
+from ghostssm.files import durable
+from ghostssm.models.families import family_of
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.surgery import prune_mixer
+from ghostssm.text.windows import Windows
+
+
+def gather_shards(
+    blocks: StreamedBlocks,
+    plan: Plan,
+    outside: Sequence[Path],
+    pruned: Sequence[tuple[str | None, Path]],
+    output: Path,
+) -> None:
+    """Move shards into a folder under their final names, and write the index over them.
+
+    Mixers that are narrower than the widest are padded to it. What is in its place already stays, so that this can be
+    called again after it was ended.
+
+    Args:
+        outside: shards of the tensors outside the blocks.
+        pruned: for each block the name of its mixer, if it has one, and its shard.
+    """
+    shards = [*((None, shard) for shard in outside), *pruned]
+    for number, (name, shard) in enumerate(shards):
+        place = output / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        if place.exists():
+            continue
+        if name is None or plan.decision(name).width == plan.kept_state_size:
+            shard.rename(place)
+            continue
+        durable.write_tensors(place, _padded(blocks, number - len(outside), shard, plan, name))
+        shard.unlink()
+    _write_index(output)
+
+
+def _padded(blocks: StreamedBlocks, index: int, shard: Path, plan: Plan, name: str) -> dict[str, Tensor]:
+    """The tensors of block ``index``, pruned in ``shard``, with as many channels as the widest mixer has."""
+    family = family_of(blocks.model.config)
+    width = plan.decision(name).width
+    with blocks.opened(index) as block:
+        mixer = family.mixer(block, index)
+        assert mixer is not None
+        prune_mixer(family, mixer, plan.selections[name], width)
+        blocks.load_into_opened(safetensors.torch.load_file(shard))
+        mixer = family.mixer(block, index)
+        assert mixer is not None
+        everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
+        prune_mixer(family, mixer, everything, plan.kept_state_size)
+        return blocks.stored_block(index, block)
+
+
+def _write_index(folder: Path) -> None:
+    """model.safetensors.index.json over all shards in a folder."""
+    where: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("model-*.safetensors")):
+        stored = header_tensors(file)
+        where |= dict.fromkeys(stored, file.name)
+        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
+    durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def probe_of(folder: Path) -> Probe | None:
+    """Of the model in a folder, one block at a time."""
+    blocks = open_blocks(find_source(str(folder)), torch.float32)
+    ids = probe_tokens(blocks.model.config.vocab_size)
+    windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
+    logits = next(iter(logits_of(blocks, windows)))[1]
+    return Probe.of_logits(ids, logits[0], torch.float32)

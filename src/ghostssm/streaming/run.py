@@ -1,0 +1,153 @@
+"""Prune a model that does not fit into memory: one block at a time, from its files to the output's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ghostssm._version import __version__
+from ghostssm.calibration.blocks import Blocks
+from ghostssm.calibration.processes import Processes
+from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
+from ghostssm.errors import ProcessError
+from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.files.interrupts import Terminated
+from ghostssm.methods.selection import Groups
+from ghostssm.plan.measurement import Measurement
+from ghostssm.plan.plan import Plan
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning.feasibility import check_streamable
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.streaming.run_folder import RunFolder
+from ghostssm.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class StreamedRun:
+    """What a streamed run ended in.
+
+    Attributes:
+        plan: it names the parameters that were repaired; their values are in the output only.
+        measured: the loss before and after, where windows to measure it on were given.
+    """
+
+    plan: Plan
+    measured: Measurement | None
+
+
+def prune_streamed(
+    checkpoint: StreamedCheckpoint,
+    windows: Windows,
+    recipe: str | Recipe,
+    state_size: int,
+    output: Path | str,
+    *,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    overwrite: bool = False,
+    resume: bool = False,
+    offload: Path | None = None,
+    held_out: Windows | None = None,
+    processes: Processes | None = None,
+    progress: Progress = silent,
+) -> StreamedRun:
+    """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
+    `ghostssm.apply_plan` and `ghostssm.save` give for a loaded one, but for the division into files.
+
+    After every block its decision and weights and the windows' hidden states are on disk, in OUTPUT.run.
+
+    Args:
+        overwrite: replace an output folder that is not empty.
+        resume: go on with what OUTPUT.run holds, if there is such a folder.
+        offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
+        held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
+        processes: that share the windows; all must call this with the same arguments, and see the same files.
+
+    Raises:
+        InputError: as `Calibration.plan`; a recipe that can't be streamed.
+        OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
+        ProcessError: another process is gone; what is done can be resumed.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    check_streamable(recipe, checkpoint.blocks.model.config.model_type)
+    processes = processes or Processes()
+    fingerprint = processes.from_first(checkpoint.source.fingerprint)
+    identity = _identity(checkpoint, windows, fingerprint) | {
+        "method": str(recipe),
+        "state_size": state_size,
+        "groups": groups,
+        "seed": seed,
+        "processes": processes.size,
+        "measured on": None if held_out is None else _fingerprint(held_out),
+    }
+    for shared in (windows, held_out):
+        if shared is not None:
+            processes.share(shared)  # refused if there are too few
+    calibration = Calibration(checkpoint.blocks, windows, Scratch(offload), processes)
+
+    def losses(name: str, source: Callable[[], Source]) -> Evaluation | None:
+        if held_out is None:
+            return None
+
+        def computed() -> list[float]:
+            blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
+            return _shared_losses(blocks, held_out, processes, Scratch(offload), progress)
+
+        found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
+        return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
+
+    with RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes) as run:
+        try:
+            run.begin(checkpoint.blocks)
+            dense = losses("dense", lambda: checkpoint.source)
+            plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
+            run.assemble(plan)
+            after = losses("pruned", lambda: find_source(str(run.output)))
+            measured = measurement_of(held_out, dense, after) if held_out and dense and after else None
+            run.finish(checkpoint, plan, fingerprint, measured)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(run.how_to_go_on()) from None
+        except Terminated:
+            raise Terminated(run.how_to_go_on()) from None
+        except ProcessError as error:
+            raise ProcessError(f"{error} {run.how_to_go_on()}") from error
+    return StreamedRun(plan, measured)
+
+
+def _shared_losses(
+    blocks: Blocks, windows: Windows, processes: Processes, scratch: Scratch, progress: Progress
+) -> list[float]:
+    """The loss on every window; each process measures its own windows."""
+    _, own = processes.share(windows)
+    found: list[float] = evaluate(blocks, own, progress, scratch).losses.tolist()
+    return processes.gather(found)
+
+
+def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str) -> dict[str, Any]:
+    """What decides the numbers of a run besides its recipe."""
+    return {
+        "ghostssm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": checkpoint.blocks.device.type,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "model": fingerprint,
+        "text": windows.text_fingerprint,
+        "windows": len(windows),
+        "window_length": windows.length,
+        "tokens": _fingerprint(windows),
+    }
+
+
+def _fingerprint(windows: Windows) -> str:
+    return hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()

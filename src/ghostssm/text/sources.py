@@ -1,0 +1,215 @@
+"""TEXT as users name it: a file, a folder, ``wikitext2`` or ``stdlib``, turned into a list of strings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ghostssm.errors import TextError
+from ghostssm.text.stdlib import stdlib_texts
+
+Role = Literal["calibration", "evaluation"]
+"""Named corpora have a side to calibrate on and another to evaluate on."""
+
+
+MOST_TEXT_BYTES = 2 << 30
+"""Of one TEXT in memory; a calibration needs a thousandth of it."""
+_ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus in memory.
+
+    Attributes:
+        name: what the user called it, with the side that was taken of a named corpus.
+        parts: its texts, in order.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def joined(self) -> str:
+        """The texts joined by blank lines, as the usual perplexity protocol has it."""
+        return "\n\n".join(self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the joined text, hexadecimal."""
+        return hashlib.sha256(self.joined.encode()).hexdigest()
+
+
+def read_text(spec: str, role: Role) -> Text:
+    """Read a TEXT.
+
+    Args:
+        spec: ``stdlib``, ``wikitext2``, or the path of a .txt, .jsonl or .parquet file or of a folder of text.
+        role: which side of a named corpus to take; a path gives all of its text.
+
+    Raises:
+        TextError: missing, unreadable, binary, empty or enormous text, or a corpus that could not be fetched.
+    """
+    if spec in _CORPORA:
+        side, parts = _CORPORA[spec](role)
+        return _checked(Text(f"{spec} ({side})", tuple(parts)))
+    path = Path(spec)
+    if path.is_dir():
+        return _checked(Text(spec, tuple(_read_folder(path))))
+    if path.is_file():
+        return _checked(Text(spec, tuple(_read_file(path))))
+    raise TextError(
+        f"No text at {spec!r}; expected a .txt, .jsonl or .parquet file, a folder of text, or one of: "
+        f"{', '.join(_CORPORA)}."
+    )
+
+
+def _checked(text: Text) -> Text:
+    if not any(part.strip() for part in text.parts):
+        raise TextError(f"The text {text.name!r} is empty; expected running text.")
+    _check_size(text.name, sum(map(len, text.parts)))
+    return text
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MOST_TEXT_BYTES:
+        raise TextError(f"The text {name!r} takes more than {MOST_TEXT_BYTES >> 30} GiB; give a part of it.")
+
+
+def _stdlib(role: Role) -> tuple[str, list[str]]:
+    held_out = role == "evaluation"
+    return ("held-out modules" if held_out else "calibration modules"), stdlib_texts(held_out)
+
+
+def _wikitext2(role: Role) -> tuple[str, list[str]]:
+    from huggingface_hub import hf_hub_download
+
+    split = "train" if role == "calibration" else "test"
+    repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
+    try:
+        path = hf_hub_download(repository, file, repo_type="dataset")
+    except Exception as error:  # the hub client's faults share no base class
+        raise TextError(
+            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
+            f"{repository} here and name that file instead."
+        ) from error
+    return f"{split} split", _read_parquet(Path(path))
+
+
+_CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+
+
+def _read_folder(folder: Path) -> Iterator[str]:
+    """Every text file below a folder, in the order of the paths; hidden and binary files are passed over."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and (path.suffix == ".parquet" or not _is_binary(path)):
+            yield from _read_file(path)
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def _read_file(path: Path) -> list[str]:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        return readers.get(path.suffix, _read_plain)(path)
+    except OSError as error:
+        raise TextError(f"{path} can't be read: {error.strerror or error}.") from error
+
+
+def _read_plain(path: Path) -> list[str]:
+    _check_size(str(path), path.stat().st_size)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); convert it to UTF-8."
+        ) from None
+    if "\0" in text:
+        raise TextError(f"{path} holds NUL bytes, so it is a binary file; expected text.")
+    return [text]
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(_read_plain(path)[0].splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise TextError(f"{path}, line {number}: not JSON (nested too deeply).") from None
+        except ValueError as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error}); expected one value per line.") from None
+        texts.append(_text_field(row, f"{path}, line {number}"))
+    return texts
+
+
+def _text_field(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise TextError(f'{where}: no text; expected a string, or an object with a string under "text".')
+    if "\0" in text or not _is_encodable(text):
+        raise TextError(f"{where}: the text holds NUL or half of a surrogate pair; expected text.")
+    return text
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether UTF-8 can write a string; JSON may escape half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts: list[str] = []
+    size = 0
+    try:
+        _check_text_column(pyarrow.parquet.read_schema(path), path)
+        # As a dictionary, batch by batch: a few bytes of a parquet file can stand for gigabytes of equal strings.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=["text"]):
+                rows = batch.column(0)
+                size += _characters(rows)
+                _check_size(str(path), size)
+                texts += [value for value in rows.to_pylist() if value is not None]
+    except (pyarrow.ArrowException, ValueError, MemoryError) as error:
+        raise TextError(
+            f"{path} is not a parquet file with a column 'text' ({error}); expected one, or a .txt or .jsonl file."
+        ) from error
+    if any("\0" in text for text in texts):
+        raise TextError(f"{path} holds NUL bytes; expected text.")
+    return texts
+
+
+def _check_text_column(schema: Any, path: Path) -> None:
+    import pyarrow
+
+    if schema.names.count("text") != 1:
+        raise TextError(f"{path} has no column 'text'; found: {', '.join(schema.names[:8])}.")
+    kind = schema.field("text").type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise TextError(f"The column 'text' of {path} holds {kind}; expected strings.")
+
+
+def _characters(rows: Any) -> int:
+    """Bytes of all strings of an array, without making them."""
+    import pyarrow.compute as pc
+
+    encoded = hasattr(rows, "dictionary")
+    lengths = pc.binary_length(rows.dictionary).take(rows.indices) if encoded else pc.binary_length(rows)
+    return int(pc.sum(lengths).as_py() or 0)

@@ -1,0 +1,1 @@
+"""Workflows: the use cases, each one function from a request to an outcome."""

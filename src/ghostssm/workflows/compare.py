@@ -1,0 +1,143 @@
+"""Methods side by side: one row per method and state size, on one model and one text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.evaluation.speed import decode_speeds, first_channels
+from ghostssm.methods.selection import Groups
+from ghostssm.models.families import family_of, mixers_of
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.surgery import pruned
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning.feasibility import check_recipe, check_state_size
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.text.windows import Windows
+
+Cell = tuple[str, int]
+"""A method's name and a state size."""
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        method: `DENSE` for the unpruned model.
+        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
+            larger where uneven groups or layers are padded.
+        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
+        state_bytes: recurrent state of one sequence over all layers, float32.
+        tokens_per_second: batch size to decode speed, all sequences together.
+        seconds: to calibrate and decide.
+    """
+
+    method: str
+    state_size: int
+    stored_state_size: float
+    perplexity: float
+    bits_per_byte: float
+    excess: float
+    standard_error: float
+    state_bytes: int
+    tokens_per_second: dict[int, float]
+    seconds: float
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == DENSE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
+
+    rows: tuple[Row, ...]
+    plans: dict[Cell, Plan]
+    evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
+
+
+class _Result(NamedTuple):
+    plan: Plan
+    evaluation: Evaluation
+    seconds: float
+
+
+def compare(
+    checkpoint: Checkpoint,
+    calibration_windows: Windows,
+    windows: Windows,
+    methods: Sequence[str],
+    state_sizes: Sequence[int],
+    *,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    batches: Iterable[int] = (1, 32),
+    progress: Progress = silent,
+) -> Comparison:
+    """Prune by every method to every size, and measure loss, state and decode speed. The model is left as it was.
+
+    Args:
+        methods: recipes (`ghostssm.pruning.recipe.Recipe`), such as ``ghost`` or ``output+repair``.
+        calibration_windows: what the methods see. windows: what the losses are measured on.
+        batches: batch sizes at which to measure decoding; empty for none.
+    """
+    model = checkpoint.model
+    layout = family_of(model.config).layout(model.config)
+    for state_size in state_sizes:
+        check_state_size(state_size, layout.state_size)
+    recipes = [Recipe.parse(method) for method in methods]
+    for recipe in recipes:
+        check_recipe(recipe, model.config.model_type)
+    cells = [(str(recipe), state_size) for recipe in recipes for state_size in state_sizes]
+    calibration = Calibration(model, calibration_windows)
+    progress("models", 0, len(cells) + 1)
+    dense = evaluate(model, windows)
+    results: dict[Cell, _Result] = {}
+    for done, cell in enumerate(cells, 1):
+        progress("models", done, len(cells) + 1)
+        begun = time.perf_counter()
+        plan = calibration.plan(*cell, groups=groups, seed=seed)
+        seconds = time.perf_counter() - begun
+        with pruned(model, plan) as smaller:
+            results[cell] = _Result(plan, evaluate(smaller, windows), seconds)
+    progress("models", len(cells) + 1, len(cells) + 1)
+
+    plans = {cell: result.plan for cell, result in results.items()}
+    whole = first_channels(model, layout.state_size)
+    # Which channels a stock model keeps has no influence on its speed: each size is timed once.
+    shape: dict[Cell, Cell | int] = {
+        cell: cell if plan.needs_own_class else plan.kept_state_size for cell, plan in plans.items()
+    }
+    timed = {layout.state_size: whole} | {
+        key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
+    }
+    speeds = decode_speeds(model, timed, tuple(batches), progress)
+    numbers_per_channel = len(mixers_of(model)) * layout.intermediate_size
+
+    def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
+        excess = evaluation.excess_over(dense)
+        return Row(
+            method=cell[0],
+            state_size=cell[1],
+            stored_state_size=plan.mean_state_size,
+            perplexity=evaluation.perplexity,
+            bits_per_byte=evaluation.bits_per_byte,
+            excess=excess.mean,
+            standard_error=excess.standard_error,
+            state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
+            tokens_per_second=speeds[shape.get(cell, layout.state_size)],
+            seconds=seconds,
+        )
+
+    rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
+    rows += [row(cell, r.plan, r.evaluation, r.seconds) for cell, r in results.items()]
+    evaluations = {(DENSE, layout.state_size): dense} | {cell: result.evaluation for cell, result in results.items()}
+    return Comparison(tuple(rows), plans, evaluations)

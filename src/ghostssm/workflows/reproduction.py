@@ -1,0 +1,333 @@
+"""The paper's tables, measured: cell by cell, each on the disk as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from ghostssm._version import __version__
+from ghostssm.checkpoint.description import describe
+from ghostssm.checkpoint.loading import load
+from ghostssm.checkpoint.source import find_source
+from ghostssm.errors import GhostError, ModelError, OutputError
+from ghostssm.evaluation.perplexity import evaluate, perplexity_of
+from ghostssm.files.output_file import OutputFile
+from ghostssm.plan.surgery import pruned
+from ghostssm.progress import Progress, silent
+from ghostssm.pruning.feasibility import check_recipe, check_state_size
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.text.sources import Text, read_text
+from ghostssm.text.windows import cut_windows, evaluation_windows
+from ghostssm.workflows.published import DENSE, Sizes, Wanted, published_models, published_sizes
+
+RESULTS_FILE = "results.json"
+_FORMAT, _VERSION = "ghostssm-reproduction", 1
+Key = tuple[str, str, int]
+"""A model, a method and a state size."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the measured numbers depend on beside model and method; the defaults are the paper's.
+
+    Attributes:
+        calibration, text: TEXT to calibrate and to measure on. windows: calibration windows, drawn with ``seed``.
+        text_windows: windows to measure on; None for all of the text. window_length: tokens in each.
+    """
+
+    calibration: str = "wikitext2"
+    text: str = "wikitext2"
+    windows: int = 128
+    text_windows: int | None = None
+    window_length: int = 2048
+    seed: int = DEFAULT_SEED
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished cell.
+
+    Attributes:
+        state_size: N' as asked for. loss: nats per token. windows: how many it was measured on.
+        seconds: to calibrate, decide and measure. made_with: versions and device.
+    """
+
+    model: str
+    method: str
+    state_size: int
+    loss: float
+    windows: int
+    seconds: float
+    made_with: Mapping[str, str]
+
+    @property
+    def key(self) -> Key:
+        return self.model, self.method, self.state_size
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity_of(self.loss)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured, and why."""
+
+    key: Key
+    reason: str
+
+
+class Results:
+    """The finished cells of a folder, in ``results.json``; each is there, whole, as soon as it is added.
+
+    Raises:
+        OutputError: the folder is a file, holds something else under that name, or results with other settings.
+    """
+
+    def __init__(self, folder: Path | str, settings: Settings, texts: Mapping[str, Text]):
+        self.path = Path(folder) / RESULTS_FILE
+        self._settings = {
+            "windows": settings.windows,
+            "text_windows": settings.text_windows,
+            "window_length": settings.window_length,
+            "seed": settings.seed,
+            **{f"{role}_sha256": text.fingerprint for role, text in texts.items()},
+        }
+        self._names = {f"{role}_text": text.name for role, text in texts.items()}
+        self.models: dict[str, str] = {}
+        self.cells: dict[Key, Measured] = {}
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise OutputError(f"{folder} is a file; expected a folder for the results.")
+        self._read()
+
+    def check_model(self, model: str, fingerprint: str) -> None:
+        """Raise OutputError if the cells of a model were measured on other weights; remember these otherwise."""
+        if self.models.setdefault(model, fingerprint) != fingerprint:
+            raise OutputError(
+                f"{self.path} holds results of {model} with other weights; name another --output, or the same model."
+            )
+
+    def add(self, cell: Measured) -> None:
+        """Store a finished cell; cells that another process stored meanwhile stay."""
+        self._read()
+        self.cells[cell.key] = cell
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "settings": self._settings | self._names,
+            "models": self.models,
+            "cells": [
+                {
+                    "model": cell.model,
+                    "method": cell.method,
+                    "state_size": cell.state_size,
+                    "loss": cell.loss,
+                    "windows": cell.windows,
+                    "seconds": round(cell.seconds, 1),
+                    "made_with": dict(cell.made_with),
+                }
+                for cell in self.cells.values()
+            ],
+        }
+        write_whole(self.path, json.dumps(document, indent=1) + "\n")
+
+    def _read(self) -> None:
+        try:
+            document = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self.path} can't be read ({error}); move it away, or name another --output.") from None
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
+            raise OutputError(f"{self.path} is not what ghostssm reproduce writes; name another --output.")
+        try:
+            found, models = document["settings"], dict(document["models"])
+            cells = {cell.key: cell for cell in (Measured(**entry) for entry in document["cells"])}
+            before = {key: found.get(key) for key in self._settings}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}); move it away, or name another --output."
+            ) from None
+        others = [f"{key} {before[key]}, now {value}" for key, value in self._settings.items() if before[key] != value]
+        if others:
+            raise OutputError(
+                f"{self.path} holds results with other settings ({'; '.join(others)}); "
+                "name another --output, or the same settings."
+            )
+        self.models |= models
+        self.cells |= cells
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file at one stroke, so that whoever reads it, even after a power cut, finds the old or the new one.
+
+    Raises:
+        OutputError: it can't be written; the old one stays.
+    """
+    try:
+        with OutputFile(path, overwrite=True) as file:
+            with file.partial.open("w", encoding="utf-8") as partial:
+                partial.write(text)
+                partial.flush()
+                os.fsync(partial.fileno())
+            file.commit()
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def find_models(specs: Iterable[str]) -> dict[str, str]:
+    """MODEL by published hub id, for ``state-spaces/mamba2-130m``, ``mamba2-130m=FOLDER``, a folder of one of these
+    names, or a folder that holds folders of these names.
+
+    Raises:
+        ModelError: something else; says what was expected.
+    """
+    published = published_models()
+    by_name = {name.rsplit("/", maxsplit=1)[-1]: name for name in published}
+    names = {name: name for name in published} | by_name
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, equals, place = spec.partition("=")
+        folder = Path(spec)
+        if equals and name in names:
+            found[names[name]] = place
+        elif (folder / "config.json").exists() and folder.resolve().name in by_name:
+            found[by_name[folder.resolve().name]] = spec
+        elif inside := _models_inside(folder, names):
+            found |= inside
+        elif spec in names:
+            found[names[spec]] = names[spec]
+        else:
+            raise ModelError(
+                f"{spec!r} is none of the published models; expected {', '.join(by_name)}, one of these as "
+                "NAME=FOLDER, or a folder that holds folders of these names."
+            )
+    return {name: found[name] for name in published if name in found}
+
+
+def _models_inside(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """Folders of published names in a folder: as ``mamba2-130m`` or ``state-spaces/mamba2-130m``."""
+    return {names[name]: str(folder / name) for name in names if (folder / name / "config.json").exists()}
+
+
+def check_models(models: Mapping[str, str]) -> None:
+    """Check that each model has the sizes of the published one whose row it is to fill; reads configs only.
+
+    Raises:
+        ModelError: a model that is not there, was pruned before, or is another one.
+    """
+    for name, spec in models.items():
+        try:
+            described = describe(spec)
+        except ModelError as error:
+            hint = f" Here: --models {name}=FOLDER." if spec == name else ""
+            raise ModelError(f"{error}{hint}") from error
+        if not described.is_stock or described.family != "mamba2":
+            raise ModelError(f"{spec} is no stock Mamba-2 model; expected {name}.")
+        found = Sizes(described.layers, described.layout.hidden_size, described.layout.state_size)
+        if found != published_sizes(name):
+            raise ModelError(
+                f"{spec} has {found}; expected {published_sizes(name)}, as {name} has. Name that model's folder, or "
+                "prune and measure your own with 'ghostssm compare'."
+            )
+
+
+def measure(
+    wanted: Sequence[Wanted],
+    models: Mapping[str, str],
+    results: Results,
+    texts: Mapping[str, Text],
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    progress: Progress = silent,
+) -> list[Failure]:
+    """Measure what is wanted of the models at hand and not yet among the results; return what failed.
+
+    A cell that fails, for lack of memory or because a loss is not finite, is left out; the others go on.
+
+    Args:
+        models: MODEL by published hub id. texts: by the roles ``calibration`` and ``evaluation``.
+
+    Raises:
+        InputError: a method or size that a model can't have, a model that can't be loaded, text that is too short.
+        OutputError: results of another model under this name, or a folder that can't be written.
+    """
+    for cell in wanted:
+        if cell.model in models and cell.method != DENSE:
+            check_recipe(Recipe.parse(cell.method), "mamba2")
+            check_state_size(cell.state_size, published_sizes(cell.model).state_size)
+    # By model, so that each is loaded once; a cell may stand in both tables.
+    keys = {name: list(dict.fromkeys(cell.key for cell in wanted if cell.model == name)) for name in models}
+    missing = {name: [key for key in keys[name] if key not in results.cells] for name in models}
+    total, done = sum(map(len, missing.values())), 0
+    failures: list[Failure] = []
+    if total:
+        progress("cells", 0, total)
+    for name, spec in models.items():
+        if missing[name] or Path(spec).is_dir():  # a finished model of the hub is not fetched again to be compared
+            results.check_model(name, find_source(spec).fingerprint())
+        for outcome in _measured(spec, missing[name], texts, settings, device, tokenizer, progress):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                results.add(outcome)
+            done += 1
+            progress("cells", done, total)
+    return failures
+
+
+def _measured(
+    spec: str,
+    keys: Sequence[Key],
+    texts: Mapping[str, Text],
+    settings: Settings,
+    device: str,
+    tokenizer: str | None,
+    progress: Progress,
+) -> Iterator[Measured | Failure]:
+    """Cells of one model."""
+    if not keys:
+        return
+    checkpoint = load(spec, dtype=torch.float32, device=device, tokenizer=tokenizer)
+    vocabulary, length = checkpoint.require_tokenizer(), settings.window_length
+    cut = cut_windows(texts["calibration"], vocabulary, length, settings.windows, settings.seed)
+    held_out = evaluation_windows(texts["evaluation"], vocabulary, length, settings.text_windows)
+    calibration = Calibration(checkpoint.model, cut)
+    made_with = {
+        "ghostssm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+    }
+    for key in keys:
+        _, method, state_size = key
+        begun = time.perf_counter()
+        try:
+            if method == DENSE:
+                loss = evaluate(checkpoint.model, held_out, progress).loss
+            else:
+                plan = calibration.plan(method, state_size, "pooled", settings.seed, progress)
+                with pruned(checkpoint.model, plan) as smaller:
+                    loss = evaluate(smaller, held_out, progress).loss
+        except (GhostError, torch.OutOfMemoryError) as error:
+            yield Failure(key, str(error).splitlines()[0])
+        else:
+            yield Measured(*key, loss, len(held_out), time.perf_counter() - begun, made_with)
+
+
+def read_texts(settings: Settings) -> dict[str, Text]:
+    """The texts of the settings, by role; raises TextError."""
+    return {
+        "calibration": read_text(settings.calibration, "calibration"),
+        "evaluation": read_text(settings.text, "evaluation"),
+    }
