@@ -13,16 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghostssm.errors import PlanError
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.provenance import CalibrationText, Provenance
 
 PLAN = Plan(
     method="ghost",
     model_type="mamba2",
     n_groups=2,
     state_size=8,
-    selections={"a": Selection(((0, 3), (1, 2))), "b": Selection(((5,), (0, 1, 7)))},
+    decisions={"a": Decision(Selection(((0, 3), (1, 2)))), "b": Decision(Selection(((5,), (0, 1, 7))))},
     scores={"a": torch.rand(2, 8, dtype=torch.float64), "b": torch.rand(2, 8, dtype=torch.float64)},
-    provenance={"seed": 1},
+    provenance=Provenance(3, "pooled", 1, 8, CalibrationText("book.txt", "ab", "cd", 4, 512, 42)),
 )
 
 
@@ -36,7 +38,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "plan.json"):
         read = Plan.read(path)
         assert read.selections == PLAN.selections
-        assert (read.method, read.n_groups, read.state_size, read.provenance) == ("ghost", 2, 8, {"seed": 1})
+        assert (read.method, read.n_groups, read.state_size, read.provenance) == ("ghost", 2, 8, PLAN.provenance)
         assert all(torch.equal(read.scores[name], PLAN.scores[name]) for name in PLAN.scores)
 
 
@@ -56,7 +58,7 @@ def test_sizes() -> None:
     ("change", "message"),
     [
         ({"format": "x"}, "format is 'x'"),
-        ({"version": 2}, "version is 2"),
+        ({"version": 1}, "version is 1"),
         ({"n_groups": "2"}, "n_groups is '2'"),
         ({"selections": {}}, "selections is missing or empty"),
         ({"selections": {"a": [[0, 3]]}}, "1 groups, expected 2"),
@@ -65,7 +67,7 @@ def test_sizes() -> None:
         ({"selections": {"a": [[0.5], [True]]}}, "channel 0.5"),
         ({"selections": {"a": [[], []]}}, "keep no channel"),
         ({"projected": {"a": 2}}, "projected names some mixers"),
-        ({"changed": {"a": ["D"], "c": ["D"]}}, "changed names 'c'"),
+        ({"changed": {"a": ["D"]}}, "changed is not a list"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -15,7 +15,8 @@ from ghostssm.evaluation import evaluate
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Projection
 from ghostssm.models.own_class import GhostMamba2ForCausalLM
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
@@ -90,11 +91,10 @@ def test_selection_is_the_special_case_of_one_hot_maps() -> None:
     everything = Selection((tuple(range(16)),) * 2)
     maps = torch.stack([torch.eye(16)[:, list(channels)] for channels in kept])
     sizes = {"method": "test", "model_type": "mamba2", "n_groups": 2, "state_size": 16}
-    sliced = Plan(**sizes, selections=dict.fromkeys(names, Selection(kept)))  # type: ignore[arg-type]
+    sliced = Plan(**sizes, decisions=dict.fromkeys(names, Decision(Selection(kept))))  # type: ignore[arg-type]
     projected = Plan(
         **sizes,  # type: ignore[arg-type]
-        selections=dict.fromkeys(names, everything),
-        projections=dict.fromkeys(names, Projection(maps, maps)),
+        decisions=dict.fromkeys(names, Decision(everything, Projection(maps, maps))),
     )
     found = []
     for plan in (sliced, projected):
@@ -160,7 +160,7 @@ def test_refitted_layers_of_uneven_groups_are_padded_exactly() -> None:
         rows = mixer.layout.in_proj_C
         mixer.in_proj.weight.data[rows.start : rows.start + 16] *= factor
     plan = Calibration(model, windows).plan("output+refit5+repair", 6, groups="pooled")
-    assert len(set(plan.state_sizes)) > 1
+    assert len(set(plan.widths)) > 1
     with pruned(model, plan):
         assert model.config.state_size == max(plan.state_sizes)
         padded = logits(model, windows.ids)
@@ -172,13 +172,13 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_changes() -> None:
     model, windows = tiny_model(), random_windows(9, 40)
     plan = Calibration(model, windows).plan("output+repair", 6)
     whole = logits(model, windows.ids)
-    name = next(iter(plan.changes))
+    name = next(name for name in plan.changes if name.endswith("out_proj.weight"))
     for wrong, message in (
-        ({"out_proj.weight": torch.zeros(3, 3)}, r"has shape \(3, 3\), expected \(32, 64\)"),
+        ({name: torch.zeros(3, 3)}, r"has shape \(3, 3\), expected \(32, 64\)"),
         ({"nonsense": torch.zeros(1)}, "no parameter 'nonsense'"),
     ):
         with pytest.raises(ghostssm.PlanError, match=message):
-            apply_plan(model, replace(plan, changes={**plan.changes, name: wrong}))
+            apply_plan(model, replace(plan, changes={**plan.changes, **wrong}))
         assert torch.equal(logits(model, windows.ids), whole)
 
 

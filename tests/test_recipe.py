@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ghostssm.errors import InputError
-from ghostssm.pruning.recipe import DEFAULT_RECIPE, DEFAULT_REFIT_STEPS, Recipe
+from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
+from ghostssm.recovery import Step
 
 
 @pytest.mark.parametrize(
@@ -16,10 +17,14 @@ def test_there_and_back(text: str) -> None:
 
 
 def test_defaults() -> None:
-    assert Recipe.parse("output+repair+refit") == DEFAULT_RECIPE
-    assert Recipe.parse("ghost+refit").refit == DEFAULT_REFIT_STEPS
-    assert Recipe.parse("ghost") == Recipe("ghost", repair=False, refit=0, per_layer=False)
-    assert DEFAULT_RECIPE.how.stock
+    assert Recipe.parse("output+refit+repair") == DEFAULT_RECIPE
+    assert str(Recipe.parse("ghost+refit")) == "ghost+refit100"
+    assert Recipe.parse("ghost") == Recipe("ghost", steps=(), per_layer=False)
+    assert DEFAULT_RECIPE.stock
+
+
+def test_steps_keep_the_order_in_which_they_are_written() -> None:
+    assert [step.name for step in Recipe.parse("ghost+repair+refit9").steps] == ["repair", "refit"]
 
 
 @pytest.mark.parametrize("text", ["", "gost", "ghost+", "ghost+mend", "ghost+refitx", "+repair"])
@@ -33,6 +38,8 @@ def test_a_method_that_cuts_no_state_has_none_to_divide() -> None:
         Recipe.parse("sparsegpt+per-layer")
 
 
-def test_negative_steps_are_refused() -> None:
-    with pytest.raises(InputError, match="refit steps is -1"):
-        Recipe("ghost", refit=-1)
+def test_amounts_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match="number of refit is 0"):
+        Step("refit", 0)
+    with pytest.raises(InputError, match="takes no number"):
+        Recipe.parse("ghost+repair3")

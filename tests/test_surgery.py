@@ -11,7 +11,8 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from ghostssm.errors import PlanError
 from ghostssm.models.families import mixers_of
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -27,12 +28,12 @@ SHAPES: list[dict[str, Any]] = [
 def random_plan(model: PreTrainedModel, counts: list[int]) -> Plan:
     """Random channels; group g of every mixer keeps ``counts[g % len(counts)]`` of them."""
     draw = torch.Generator().manual_seed(7)
-    selections = {}
+    decisions = {}
     for mixer in mixers_of(model):
         groups, n = mixer.layout.n_groups, mixer.layout.state_size
         kept = [sorted(torch.randperm(n, generator=draw)[: counts[g % len(counts)]].tolist()) for g in range(groups)]
-        selections[mixer.name] = Selection(tuple(map(tuple, kept)))
-    return Plan("random", model.config.model_type, groups, n, selections)
+        decisions[mixer.name] = Decision(Selection(tuple(map(tuple, kept))))
+    return Plan("random", model.config.model_type, groups, n, decisions)
 
 
 def zero_cut_channels(model: PreTrainedModel, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.mamba2 import modeling_mamba2
 
 import ghostssm
-from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.calibration import LayerWalk
 from ghostssm.checkpoint import Checkpoint
 from ghostssm.ops.ssd import ssd_chunked
 from ghostssm.text.windows import Windows
@@ -76,9 +76,8 @@ def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Ca
     ids = case.calibration.ids[:1, :160]
     windows = Windows(ids, "one window", "", 1.0, None)
     walk = LayerWalk(model, windows)
-    for (block, mixer), recorded in zip(walk.blocks(), scan_arguments(model, ids), strict=True):
-        assert mixer is not None
-        statistics = gather_statistics(mixer, walk.streams(block, mixer))
+    for block, recorded in zip(walk.blocks(), scan_arguments(model, ids), strict=True):
+        statistics, mixer = block.statistics(), block.present_mixer
         x, dt, A, B, C = (tensor.double() for tensor in recorded)
         y, _ = ssd_chunked(x, dt, A, B, C)
         brute = torch.zeros(mixer.layout.n_groups, mixer.layout.state_size, dtype=torch.float64)
@@ -92,7 +91,7 @@ def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Ca
                 )
                 brute[group, first : first + 32] = (changed - y).square().sum((1, 2, 3))
         torch.testing.assert_close(statistics.output_energy * statistics.tokens, brute, rtol=1e-4, atol=0)
-        walk.advance(block, mixer)
+        block.advance()
 
 
 def test_ghost_loses_at_most_half_of_what_magnitude_and_random_lose(case: Case) -> None:

@@ -35,7 +35,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 import ghostssm
 from ghostssm.checkpoint.loading import stored_tensors
 from ghostssm.models.mixer import Projection
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.provenance import CalibrationText, Provenance
 
 EXTRA_MEMORY = 3 << 30
 _WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pty.spawn")
@@ -137,11 +139,13 @@ def targets(folder: Path) -> dict[str, Target]:
         model_type="mamba2",
         n_groups=2,
         state_size=4,
-        selections={name: Selection(((0, 1), (2, 3))) for name in names},
+        decisions={
+            name: Decision(Selection(((0, 1), (2, 3))), Projection(torch.rand(2, 2, 1), torch.rand(2, 2, 1)))
+            for name in names
+        },
         scores={name: torch.rand(2, 4, dtype=torch.float64) for name in names},
-        projections={name: Projection(torch.rand(2, 2, 1), torch.rand(2, 2, 1)) for name in names},
-        changes={names[0]: {"D": torch.rand(4)}},
-        provenance={"seed": 1, "calibration": {"windows": 4}},
+        changes={f"{names[0]}.D": torch.rand(4)},
+        provenance=Provenance(2, "equal", 1, 8, CalibrationText("text", "00", "00", 4, 16, 1)),
     )
     (folder / "plan").mkdir()
     plan.save(folder / "plan")

@@ -37,8 +37,9 @@ from ghostssm.methods import Evidence, Method, method_named, method_names
 from ghostssm.methods.base import register as register_method
 from ghostssm.models.forward import accelerate, restore
 from ghostssm.models.layout import SSDLayout
+from ghostssm.plan.decision import Selection
 from ghostssm.plan.measurement import Difference, Measurement
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pad_state, pruned
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration

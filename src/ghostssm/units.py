@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 
 
 def text_name(name: str) -> str:
     """A text's name: of a path the last part."""
     return PurePath(name).name or name
+
+
+def one_or_all(sizes: Sequence[int]) -> int | list[int]:
+    """State sizes for a program to read: one number where all layers have the same."""
+    return sizes[0] if len(set(sizes)) == 1 else list(sizes)
+
+
+def sizes_text(sizes: Sequence[int]) -> str:
+    """State sizes for a person: one number where all layers have the same, else the range."""
+    return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
 def plus_minus(mean: float, error: float) -> str:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghostssm.calibration import LayerWalk
-from ghostssm.models.families import family_named, mixers_of
+from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
-from ghostssm.plan.plan import Decision
+from ghostssm.plan.decision import Decision
 from tests.conftest import tiny_model
 from tests.families.tiny import tiny_hybrid
 
@@ -56,14 +56,11 @@ def reference_maps(mixer: Mixer, s: Streams) -> Tensor:
     return torch.stack(maps)
 
 
-def change_when_applied(walk: LayerWalk, block: nn.Module, decision: Decision) -> float:
-    """Mean squared change of the output of a Mamba-2 block's mixer, from copies of the block with and without it."""
-    whole, sliced = copy.deepcopy(block), copy.deepcopy(block)
-    before, view = (family_named("mamba2").mixer(each, walk.index) for each in (whole, sliced))
-    assert before is not None
-    assert view is not None
-    after = walk.apply(sliced, view, decision)
+def change_when_applied(block: OpenBlock, decision: Decision) -> float:
+    """Mean squared change of the output of a block's mixer, from copies of the block with and without it."""
+    whole, sliced = (OpenBlock(block.walk, block.index, block.original, copy.deepcopy(block._block)) for _ in range(2))
+    after = sliced.prune(decision).present_mixer
     with torch.inference_mode():
-        inputs = torch.cat(list(walk.inputs(whole, before)))
-        changes = mixer_forward(after, inputs) - mixer_forward(before, inputs)
+        inputs = torch.cat(list(whole.inputs()))
+        changes = mixer_forward(after, inputs) - mixer_forward(whole.present_mixer, inputs)
     return changes.square().sum(-1).mean().item()

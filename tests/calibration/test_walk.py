@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2
 
-from ghostssm.calibration import LayerWalk, gather_statistics
-from ghostssm.calibration import walk as walk_module
+from ghostssm.calibration import LayerWalk, open_block
 from ghostssm.errors import NumericalError
-from ghostssm.models.mixer import Projection
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.models.mixer import Projection, mixer_streams
+from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.surgery import pruned
 from ghostssm.pruning.run import Calibration
 from ghostssm.text.windows import Windows
@@ -25,8 +24,8 @@ from tests.conftest import random_windows, tiny_model
 def walked(model: Any, windows: Windows) -> Tensor:
     """Hidden states after the last block, before the final norm."""
     walk = LayerWalk(model, windows)
-    for block, mixer in walk.blocks():
-        walk.advance(block, mixer)
+    for block in walk.blocks():
+        block.advance()
     return walk.hidden
 
 
@@ -61,9 +60,8 @@ def test_statistics_are_on_what_transformers_gives_its_scan(monkeypatch: pytest.
     monkeypatch.undo()
 
     walk = LayerWalk(model, windows)
-    for (block, mixer), (x, dt, A, B, C, dt_bias) in zip(walk.blocks(), calls, strict=True):
-        assert mixer is not None
-        statistics = gather_statistics(mixer, walk.streams(block, mixer))
+    for block, (x, dt, A, B, C, dt_bias) in zip(walk.blocks(), calls, strict=True):
+        statistics = block.statistics()
         step = torch.nn.functional.softplus(dt.double() + dt_bias.double())
         state = torch.zeros(2, 8, 8, 16, dtype=torch.float64)
         expected = torch.zeros(2, 16, dtype=torch.float64)
@@ -76,16 +74,16 @@ def test_statistics_are_on_what_transformers_gives_its_scan(monkeypatch: pytest.
             expected += contribution.unflatten(0, (2, 4)).sum(1)
         torch.testing.assert_close(statistics.output_energy * statistics.tokens, expected, rtol=1e-4, atol=0)
         assert statistics.tokens == 100
-        walk.advance(block, mixer)
+        block.advance()
 
 
 def test_the_model_is_left_alone_and_half_precision_is_calibrated_in_float32() -> None:
     model = tiny_model().to(torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     walk = LayerWalk(model, random_windows(1, 40))
-    for block, mixer in walk.blocks():
-        assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
-        walk.advance(block, mixer)
+    for block in walk.blocks():
+        assert {parameter.dtype for parameter in block.present_mixer.module.parameters()} == {torch.float32}
+        block.advance()
     assert walk.hidden.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -95,9 +93,9 @@ def test_activations_that_overflow_name_their_layer() -> None:
     model.backbone.layers[1].mixer.out_proj.weight.data.fill_(3e38)
     walk = LayerWalk(model, random_windows(1, 20))
     first, second, _ = walk.blocks()
-    walk.advance(*first)
+    first.advance()
     with pytest.raises(NumericalError, match=r"layers\.1\.mixer"):
-        walk.advance(*second)
+        second.advance()
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 10**6, 10**9])
@@ -106,12 +104,11 @@ def test_kept_streams_change_nothing(monkeypatch: pytest.MonkeyPatch, kept_bytes
     decision = Decision(Selection(((0, 3, 5), (2,))))
     hidden = []
     for limit in (kept_bytes, 0):
-        monkeypatch.setattr(walk_module, "_KEPT_STREAM_BYTES", limit)
+        monkeypatch.setattr(open_block, "_KEPT_STREAM_BYTES", limit)
         walk = LayerWalk(model, windows)
-        for block, mixer in walk.blocks():
-            assert mixer is not None
-            gather_statistics(mixer, walk.streams(block, mixer))
-            walk.advance(block, walk.apply(block, mixer, decision), decision)
+        for block in walk.blocks():
+            block.statistics()
+            block.prune(decision).advance()
         hidden.append(walk.hidden)
     torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
 
@@ -120,9 +117,8 @@ def test_a_pruned_walk_ends_where_the_pruned_model_ends() -> None:
     model, windows = tiny_model(n_groups=2, use_bias=True), random_windows(3, 100)
     plan = Calibration(model, windows).plan("ghost", 3, groups="pooled")
     walk = LayerWalk(model, windows)
-    for block, mixer in walk.blocks():
-        assert mixer is not None
-        walk.advance(block, walk.apply(block, mixer, plan.decision(mixer.name)))
+    for block in walk.blocks():
+        block.prune(plan.decisions[block.present_mixer.name]).advance()
     with pruned(model, plan), torch.inference_mode():
         expected = model.backbone(windows.ids, use_cache=False).last_hidden_state
         error = (model.backbone.norm_f(walk.hidden) - expected).square().mean().sqrt()
@@ -141,11 +137,29 @@ def test_measured_changes_are_those_of_the_decisions_when_applied(kept: bool) ->
         Decision(everything),
     ]
     walk = LayerWalk(tiny_model(n_groups=2), random_windows(3, 700))  # in two batches
-    for block, mixer in walk.blocks():
-        assert mixer is not None
-        expected = [change_when_applied(walk, block, decision) for decision in decisions]
+    for block in walk.blocks():
+        expected = [change_when_applied(block, decision) for decision in decisions]
         if kept:
-            assert len(list(walk.streams(block, mixer))) == 2
-        assert walk.changes(block, mixer, decisions) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert len(list(block.streams())) == 2
+        assert block.changes(decisions) == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert len(set(expected)) == len(decisions)
-        walk.advance(block, mixer)
+        block.advance()
+
+
+@pytest.mark.parametrize("part", ["in_proj.weight", "conv1d.weight", "dt_bias", "projection"])
+def test_kept_streams_are_forgotten_when_a_recovery_step_writes_behind_them(part: str) -> None:
+    maps = Projection(*torch.randn(2, 2, 16, 5, generator=torch.Generator().manual_seed(0)) / 4)
+    walk = LayerWalk(tiny_model(n_groups=2), random_windows(3, 40))
+    block = next(walk.blocks())
+    dense = next(block.streams())
+    pruned = block.prune(Decision(Selection((tuple(range(16)),) * 2), maps), keep_outputs=True)
+    mixer = pruned.present_mixer
+    assert pruned._kept
+    torch.testing.assert_close(next(pruned.streams()).B, dense.project(maps).B)
+    with torch.no_grad():
+        written = maps.B if part == "projection" else mixer.module.get_parameter(part)
+        written += 1
+    with torch.inference_mode():
+        fresh = mixer_streams(mixer, next(pruned.inputs()))
+    found = next(pruned.streams())
+    torch.testing.assert_close((found.B, found.dt), (fresh.B, fresh.dt), rtol=0, atol=0)

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 import ghostssm
+from ghostssm.calibration.open_block import OpenBlock
 from ghostssm.checkpoint import OutputFolder
 from ghostssm.checkpoint.saving import save
 from ghostssm.cli.console import print_error
@@ -183,14 +184,14 @@ def test_nan_in_the_middle_of_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    apply = ghostssm.pruning.run.LayerWalk.apply
+    prune = OpenBlock.prune
 
-    def broken(self: Any, block: Any, mixer: Any, decision: Any) -> Any:
+    def broken(self: OpenBlock, decision: Any, **options: Any) -> Any:
         if self.index == 1:
-            mixer.out_proj.weight.data[0] = float("nan")
-        return apply(self, block, mixer, decision)
+            self.present_mixer.out_proj.weight.data[0] = float("nan")
+        return prune(self, decision, **options)
 
-    monkeypatch.setattr(ghostssm.pruning.run.LayerWalk, "apply", broken)
+    monkeypatch.setattr(OpenBlock, "prune", broken)
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
     assert code == 2
     assert "NaN or Inf in the activations after backbone.layers.1.mixer" in " ".join(err.split())
@@ -201,7 +202,7 @@ def test_nan_in_the_middle_of_a_run(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize(
-    "where", ["ghostssm.calibration.walk.LayerWalk.advance", "ghostssm.checkpoint.saving.Probe.of"]
+    "where", ["ghostssm.calibration.open_block.PrunedBlock.advance", "ghostssm.checkpoint.saving.Probe.of"]
 )
 def test_signals(
     run: Run,
@@ -334,7 +335,7 @@ def test_a_streamed_run_that_is_short_of_memory_can_go_on(
     def short(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("ghostssm.pruning.run.LayerWalk.advance", short)
+    monkeypatch.setattr("ghostssm.calibration.open_block.PrunedBlock.advance", short)
     code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--stream", "--method", "ghost")
     assert code == 1
     assert "what is done is kept for --resume" in err

@@ -20,6 +20,7 @@ from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.methods import stock_method_names
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Projection
+from ghostssm.plan.decision import Decision, Selection
 from tests.conftest import random_windows
 from tests.families.test_stock_models import last_hidden_states, padding, tokens
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
@@ -133,9 +134,8 @@ def test_a_pruned_walk_ends_where_the_pruned_model_ends(case: str, monkeypatch: 
     plan = random_plan(model, [3, 2])
     with float64_throughout():
         walk = LayerWalk(model, windows)
-        for block, mixer in walk.blocks():
-            decision = plan.decision(mixer.name) if mixer else None
-            walk.advance(block, walk.apply(block, mixer, decision) if mixer and decision else None)
+        for block in walk.blocks():
+            (block.prune(plan.decisions[block.mixer.name]) if block.mixer else block).advance()
         with ghostssm.pruned(model, plan) as smaller:
             expected = last_hidden_states(smaller, windows.ids)
     assert (walk.hidden - expected).abs().max() < 1e-10 * expected.abs().max()
@@ -220,11 +220,11 @@ class TestRefusals:
         plan = random_plan(model, [16])
         maps = Projection(torch.randn(2, 16, 4), torch.randn(2, 16, 4))
         for wrong in (
-            replace(plan, projections=dict.fromkeys(plan.selections, maps)),
+            replace(plan, decisions={name: replace(d, projection=maps) for name, d in plan.decisions.items()}),
             replace(
                 plan,
                 per_layer=True,
-                selections=plan.selections | {"model.layers.0.mamba": ghostssm.Selection(((0, 1), (2, 3)))},
+                decisions={**plan.decisions, "model.layers.0.mamba": Decision(Selection(((0, 1), (2, 3))))},
             ),
         ):
             with pytest.raises(ghostssm.PlanError, match="zamba2 models have no class"):

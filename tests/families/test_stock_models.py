@@ -82,11 +82,11 @@ def test_an_unpruned_walk_ends_where_the_model_ends(case: str, attention: str, m
     with float64_throughout():
         expected = last_hidden_states(model, windows.ids)
         walk = LayerWalk(model, windows)
-        for block, mixer in walk.blocks():
-            if mixer is not None:
-                for streams in walk.streams(block, mixer):
+        for block in walk.blocks():
+            if block.mixer is not None:
+                for streams in block.streams():
                     assert streams.x.dtype == torch.float64
-            walk.advance(block, mixer)
+            block.advance()
     error = (walk.hidden - expected).abs().max() / expected.abs().max()
     assert error < 1e-10
 
@@ -105,8 +105,8 @@ def test_the_walk_keeps_little_and_leaves_the_model_alone(case: str) -> None:
     }
     once = walk.hidden.nbytes  # Zamba2's blocks also get the embeddings
     assert sum(captured.values()) <= (1.1 * once if case.startswith("zamba2") else 0.1 * once)
-    for block, mixer in walk.blocks():
-        walk.advance(block, mixer)
+    for block in walk.blocks():
+        block.advance()
     assert {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)} == identities
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all("forward" not in block.__dict__ for block in family_of(model.config).blocks(model))

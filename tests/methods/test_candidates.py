@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
@@ -11,25 +12,34 @@ import torch
 from transformers import PreTrainedModel
 
 from ghostssm.calibration import LayerWalk
-from ghostssm.calibration.samples import sample_outputs
+from ghostssm.calibration.open_block import OpenBlock
 from ghostssm.methods import Evidence, balanced, joint
-from ghostssm.methods.base import least_change
+from ghostssm.methods.base import Known
+from ghostssm.methods.selection import Cut
 from ghostssm.models.families import mixers_of
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.plan.decision import Decision, Selection
 from tests.calibration.reference import change_when_applied
 from tests.conftest import random_windows, tiny_model
 
 
-def walked(model: PreTrainedModel) -> Iterator[tuple[LayerWalk, torch.nn.Module, Evidence]]:
+@dataclass(frozen=True)
+class Measured(Known):
+    """Known samples, and a measure of changes."""
+
+    measure: Callable[[Sequence[Decision]], list[float]] | None = None
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        assert self.measure is not None
+        return self.measure(decisions)
+
+
+def walked(model: PreTrainedModel) -> Iterator[tuple[OpenBlock, Evidence]]:
     """The blocks of a model, and what a method may look at in each."""
-    windows = random_windows(6, 60)
-    walk = LayerWalk(model, windows)
-    for block, view in walk.blocks():
-        assert view is not None
-        samples = sample_outputs(view, walk.streams(block, view), windows.ids.numel(), seed=walk.index)
-        changes = partial(walk.changes, block, view)
-        yield walk, block, Evidence(view.layout, view.in_proj.weight, 0, samples=samples, changes=changes)
-        walk.advance(block, view)
+    for block in LayerWalk(model, random_windows(6, 60)).blocks():
+        view, samples = block.present_mixer, block.samples(block.index)
+        source = Measured(known_samples=samples, measure=block.changes)
+        yield block, Evidence(view.layout, view.in_proj.weight, 0, source)
+        block.advance()
 
 
 @torch.no_grad()
@@ -67,21 +77,21 @@ def test_the_share_of_the_norms_derivative_that_does_best_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     others_win = 0
-    for walk, block, evidence in walked(make()):
+    for block, evidence in walked(make()):
         for size in sizes:
-            taken = change_when_applied(walk, block, module.decide(evidence, size, "equal"))
+            taken = change_when_applied(block, module.decide(evidence, Cut(size)))
             by_share = []
             for share in shares:
                 with monkeypatch.context() as patch:
                     patch.setattr(module, "SHARES", (share,))
-                    by_share.append(change_when_applied(walk, block, module.decide(evidence, size, "equal")))
+                    by_share.append(change_when_applied(block, module.decide(evidence, Cut(size))))
             assert taken == pytest.approx(min(by_share), rel=1e-3)
             others_win += by_share[0] > 1.05 * min(by_share)
     assert others_win
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
-def test_the_least_change_wins_and_the_first_where_nothing_is_measured(best: int) -> None:
+def test_the_least_change_wins(best: int) -> None:
     candidates = [Decision(Selection(((channel,),))) for channel in range(3)]
     layout = mixers_of(tiny_model())[0].layout
 
@@ -89,6 +99,5 @@ def test_the_least_change_wins_and_the_first_where_nothing_is_measured(best: int
         assert decisions == candidates
         return [1.0 if index == best else 2.0 for index in range(3)]
 
-    nothing = torch.zeros(0)
-    assert least_change(Evidence(layout, nothing, 0, changes=measured), candidates) is candidates[best]
-    assert least_change(Evidence(layout, nothing, 0), candidates) is candidates[0]
+    evidence = Evidence(layout, torch.zeros(0), 0, Measured(measure=measured))
+    assert evidence.least_change(candidates) is candidates[best]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostssm.methods.joint import choose_from_gram, least_error_set
+from ghostssm.methods.selection import Cut
 
 
 def random_gram(size: int, seed: int) -> np.ndarray:
@@ -57,11 +58,11 @@ def test_channels_that_cancel_go_together() -> None:
     signals = torch.tensor([[3.0, -3.0, 1.0, 0.9]]) * torch.ones(5, 1)
     signals[:, 2:] += torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     gram = (signals.T @ signals).double()
-    assert choose_from_gram(gram, 1, 2, "equal").kept == ((2, 3),)
+    assert choose_from_gram(gram, 1, Cut(2)).kept == ((2, 3),)
 
 
 @pytest.mark.parametrize("groups", ["equal", "pooled"])
 def test_groups(groups: str) -> None:
     gram = torch.diag(torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])).double()
-    kept = choose_from_gram(gram, 2, 2, groups).kept  # type: ignore[arg-type]
+    kept = choose_from_gram(gram, 2, Cut(2, groups)).kept  # type: ignore[arg-type]
     assert kept == (((0, 1), (2, 3)) if groups == "equal" else ((0, 1, 2, 3), ()))

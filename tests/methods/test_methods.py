@@ -9,7 +9,8 @@ from ghostssm.errors import InputError
 from ghostssm.evaluation import evaluate
 from ghostssm.methods import method_named, method_names
 from ghostssm.models.families import mixers_of
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
@@ -40,9 +41,11 @@ def test_any_method_takes_any_repair(recipe: str) -> None:
 def test_a_layer_that_keeps_nothing_gets_a_channel_of_zeros() -> None:
     model, windows = tiny_model(), random_windows(2, 40)
     names = [mixer.name for mixer in mixers_of(model)]
-    kept = dict(zip(names, (Selection(((),)), Selection(((1, 4),)), Selection(((0,),))), strict=True))
-    plan = Plan(method="test", model_type="mamba2", n_groups=1, state_size=16, selections=kept)
-    assert plan.state_sizes == (1, 2, 1)
+    kept = (((),), ((1, 4),), ((0,),))
+    decisions = {name: Decision(Selection(channels)) for name, channels in zip(names, kept, strict=True)}
+    plan = Plan(method="test", model_type="mamba2", n_groups=1, state_size=16, decisions=decisions)
+    assert plan.widths == (1, 2, 1)
+    assert plan.state_sizes == (2, 2, 2)
     with pruned(model, plan) as smaller:
         assert torch.isfinite(evaluate(smaller, windows).losses).all()
         assert mixers_of(smaller)[0].in_proj.weight[mixers_of(smaller)[0].layout.in_proj_B].abs().max() == 0

@@ -12,7 +12,7 @@ from ghostssm.methods import balanced
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.surgery import pruned
 from ghostssm.pruning.run import Calibration
-from ghostssm.recovery import mending
+from ghostssm.recovery import repair
 from tests.conftest import random_windows, tiny_model
 
 
@@ -56,9 +56,9 @@ def test_refining_the_projection_pays(seed: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("seed", [0, 2])
 def test_each_repair_pays_alone(part: str, other: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = Calibration(model_that_reads_what_it_writes(seed), random_windows(16, 100))
-    monkeypatch.setattr(mending, other, lambda *_: 1.0)
+    monkeypatch.setattr(repair, other, lambda *_: 1.0)
     repaired = distance(calibration, "ghost+repair")
-    monkeypatch.setattr(mending, part, lambda *_: 1.0)
+    monkeypatch.setattr(repair, part, lambda *_: 1.0)
     unrepaired = distance(calibration, "ghost+repair")
     assert repaired < 0.95 * unrepaired
     assert unrepaired == distance(calibration, "ghost")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.models.families import mixers_of
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.pruning import run as pruning
 from ghostssm.pruning.budget import allocate
@@ -74,8 +75,8 @@ def test_curves_are_what_each_layer_loses_of_the_hidden_states_after_it(
 
 def nothing_of(model: Any) -> Plan:
     names, groups = [mixer.name for mixer in mixers_of(model)], model.config.n_groups
-    kept = dict.fromkeys(names, Selection(((),) * groups))
-    return Plan(method="test", model_type="mamba2", n_groups=groups, state_size=16, selections=kept)
+    nothing = dict.fromkeys(names, Decision(Selection(((),) * groups)))
+    return Plan(method="test", model_type="mamba2", n_groups=groups, state_size=16, decisions=nothing)
 
 
 @pytest.mark.parametrize("recipe", ["ghost+per-layer", "output+per-layer", "balanced+per-layer"])

@@ -12,6 +12,8 @@ from torch import Tensor
 from ghostssm.calibration import gate_saliency, gather_statistics
 from ghostssm.calibration.samples import sample_outputs
 from ghostssm.methods import Evidence, method_named, method_names
+from ghostssm.methods.base import Known
+from ghostssm.methods.selection import Cut
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams
@@ -97,7 +99,7 @@ def case() -> tuple[Mixer, Streams, Evidence]:
     mixer, s = mixer_and_streams()
     statistics = gather_statistics(mixer, [s])
     samples = sample_outputs(mixer, [s], tokens=48, directions=None)
-    return mixer, s, Evidence(mixer.layout, mixer.in_proj.weight, 0, statistics, samples=samples)
+    return mixer, s, Evidence(mixer.layout, mixer.in_proj.weight, 0, Known(statistics, samples))
 
 
 def test_every_method_has_its_definition() -> None:
@@ -118,7 +120,7 @@ def test_rrqr_keeps_a_large_volume_of_both_gramians(case: tuple[Mixer, Streams, 
     decide = method_named("rrqr").decide
     assert decide is not None
     W_c, W_o = gramians(mixer, s)
-    for gram, kept in zip(W_c * W_o, decide(evidence, 6, "equal").selection.kept, strict=True):
+    for gram, kept in zip(W_c * W_o, decide(evidence, Cut(6)).selection.kept, strict=True):
         assert len(kept) == 6
         volume = gram[kept, :][:, kept].logdet()
         for out, new in product(kept, set(range(16)) - set(kept)):
@@ -146,7 +148,7 @@ def test_taylor_is_the_mean_squared_gradient_of_a_gate(method: str) -> None:
             for name, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 squares[name] += slope.square() / 3
     for index, mixer in enumerate(mixers):
-        evidence = Evidence(mixer.layout, mixer.in_proj.weight, index, saliency=saliency[mixer.name])
+        evidence = Evidence(mixer.layout, mixer.in_proj.weight, index, Known(known_saliency=saliency[mixer.name]))
         expected = squares[mixer.name].sqrt()
         found = method_named(method).score(evidence).float()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.max().item())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostssm.errors import NumericalError
-from ghostssm.methods.selection import select, select_together
+from ghostssm.methods.selection import Cut, select, select_together
 
 
 @given(st.integers(1, 4), st.integers(1, 12), st.data())
@@ -17,7 +17,7 @@ def test_equal_groups_keep_their_best(groups: int, n: int, data: st.DataObject) 
     scores = torch.tensor(
         data.draw(st.lists(st.lists(st.integers(0, 5), min_size=n, max_size=n), min_size=groups, max_size=groups))
     )
-    kept = select(scores.double(), r, "equal").kept
+    kept = select(scores.double(), Cut(r)).kept
     for group, channels in enumerate(kept):
         assert len(channels) == r
         assert list(channels) == sorted(set(channels))
@@ -27,8 +27,8 @@ def test_equal_groups_keep_their_best(groups: int, n: int, data: st.DataObject) 
 
 def test_pooled_groups_compete() -> None:
     scores = torch.tensor([[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]])
-    assert select(scores, 2, "pooled").kept == ((0, 1, 2, 3), ())
-    assert select(scores, 2, "equal").kept == ((0, 1), (0, 1))
+    assert select(scores, Cut(2, "pooled")).kept == ((0, 1, 2, 3), ())
+    assert select(scores, Cut(2)).kept == ((0, 1), (0, 1))
 
 
 def test_layers_compete_under_one_threshold() -> None:
@@ -38,4 +38,4 @@ def test_layers_compete_under_one_threshold() -> None:
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NumericalError):
-        select(torch.tensor([[1.0, float("nan")]]), 1, "equal")
+        select(torch.tensor([[1.0, float("nan")]]), Cut(1))

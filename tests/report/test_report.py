@@ -22,7 +22,8 @@ import torch
 from ghostssm.checkpoint.manifest import RECORD_FILE
 from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.pruning.run import Calibration
 from ghostssm.report.building import checkpoint_report
 from ghostssm.report.cost_figures import size_figure
@@ -150,7 +151,7 @@ def test_a_page_of_a_large_model_stays_small() -> None:
     ordered = {name: value.sort(descending=True).values for name, value in values.items()}
     seen = Observations(values, values, ordered, "text", 4096)
     selection = Selection((tuple(range(32)),) * 16)
-    plan = Plan("ghost", "mamba2", 16, 128, dict.fromkeys(names, selection), scores=values)
+    plan = Plan("ghost", "mamba2", 16, 128, dict.fromkeys(names, Decision(selection)), scores=values)
     figures = [phantom_figure(seen, plan), hankel_figure(seen, plan), saliency_figure({"ghost": plan})]
     page = html_page(Report("large", "", [], figures))
     assert len(page.encode()) < _LIMIT

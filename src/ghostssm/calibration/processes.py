@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +25,7 @@ from ghostssm.errors import GhostError, InputError, ProcessError
 from ghostssm.text.windows import Windows
 
 T = TypeVar("T")
+Ask = Callable[..., Any]
 
 TIMEOUT = timedelta(minutes=30)
 """So long a process waits for another one: far longer than the first one takes to decide on a mixer."""
@@ -99,11 +101,14 @@ class Processes:
         if self.size == 1:
             return value
         packed = self._packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(packed)])
-        _finished(lambda: dist.broadcast(size, 0, async_op=True))
+        head = torch.tensor([len(packed), _checksum(packed)])
+        _finished(lambda: dist.broadcast(head, 0, async_op=True))
+        size, checksum = head.tolist()
         if self.rank:
-            packed = torch.empty(int(size), dtype=torch.uint8)
+            packed = torch.empty(size, dtype=torch.uint8)
         _finished(lambda: dist.broadcast(packed, 0, async_op=True))
+        if _checksum(packed) != checksum:  # gloo may call a broadcast finished though a process is gone
+            raise ProcessError("Another process of this run ended, or can't be reached any more.")
         return value if self.rank == 0 else self._unpacked(packed)
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -125,6 +130,32 @@ class Processes:
         self.broadcast((False, result))
         return result
 
+    def decide_once(self, decide: Callable[[Ask], T], answer: Ask) -> T:
+        """What process 0 decides, on all of them. What it asks meanwhile, every process answers for its own windows.
+
+        Args:
+            decide: gets a function to ask with: a question's name and what else belongs to it.
+            answer: gives the answer over all processes; all of them must call it with the same question.
+        """
+        if self.size == 1:
+            return decide(answer)
+        if self.rank:
+            while (question := self.broadcast()) is not None:
+                answer(*question)
+            return self.from_first(partial(decide, answer))
+
+        def ask(*question: Any) -> Any:
+            self.broadcast(question)
+            return answer(*question)
+
+        def decided() -> T:
+            try:
+                return decide(ask)
+            finally:
+                self.broadcast()
+
+        return self.from_first(decided)
+
     def add(self, *tensors: Tensor) -> None:
         """Sum tensors over all processes, in place."""
         if self.size > 1:
@@ -145,6 +176,10 @@ class Processes:
 def own_device(device: str) -> str:
     """The device of this process: of several on one machine that are to use CUDA, each takes one."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _checksum(packed: Tensor) -> int:
+    return zlib.crc32(packed.numpy())
 
 
 def _finished(start: Callable[[], Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.own_class import GhostMamba2Config
 from ghostssm.plan.measurement import Measurement, Searched
 from ghostssm.plan.plan import Plan
-from ghostssm.units import text_name
+from ghostssm.units import sizes_text, text_name
 
 CARD_FILE = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
@@ -106,7 +106,7 @@ def model_card(
     sections = [
         _summary(base, config, plan, untied),
         _origin(plan),
-        _measured(measured, Searched.of(plan.provenance)),
+        _measured(measured, None if plan.provenance is None else plan.provenance.search),
         _loading(own_class, dialect),
         _engines(config, own_class, dialect),
         _licence(base.inherited),
@@ -117,9 +117,9 @@ def model_card(
 def _summary(base: Base, config: PreTrainedConfig, plan: Plan, untied: bool) -> str:
     model = empty_model(config)
     stored = [mixer.state_size for mixer in mixers_of(model)]
-    kept = list(plan.state_sizes) if plan.needs_own_class else [plan.kept_state_size] * len(stored)
-    size = _sizes_text(kept)
-    padding = "" if stored == kept else f", padded to {_sizes_text(stored)}"
+    kept = list(plan.state_sizes)
+    size = sizes_text(kept)
+    padding = "" if stored == kept else f", padded to {sizes_text(stored)}"
     by_layer = "" if len(set(kept)) == 1 else f"| by layer | | {' '.join(map(str, kept))} |\n"
     width = family_of(config).layout(config).intermediate_size
     before, after = (4 * width * total for total in (plan.state_size * len(stored), sum(stored)))
@@ -138,10 +138,6 @@ def _summary(base: Base, config: PreTrainedConfig, plan: Plan, untied: bool) -> 
     )
 
 
-def _sizes_text(sizes: Sequence[int]) -> str:
-    return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-
-
 def _consequences(plan: Plan, padding: str) -> str:
     """What a cut means for memory and weights."""
     if padding:
@@ -150,7 +146,7 @@ def _consequences(plan: Plan, padding: str) -> str:
             "work and number of parameters those of the padded state."
         )
     less = "Every sequence that is decoded keeps, reads and writes less state"
-    if plan.projections:
+    if plan.is_projected:
         return (
             f"{less}. No weight became smaller: B and C are computed as wide as they were, and two matrices per layer, "
             "which are new, project them to the smaller state."
@@ -163,11 +159,11 @@ def _consequences(plan: Plan, padding: str) -> str:
 
 def _origin(plan: Plan) -> str:
     lines = [f"- method: `{plan.method}`"]
-    calibration = plan.provenance.get("calibration")
-    if isinstance(calibration, dict):
+    if plan.provenance is not None:
+        seen = plan.provenance.calibration
         lines.append(
-            f"- calibrated on {calibration.get('windows')} windows of {calibration.get('window_length')} tokens of "
-            f"{text_name(str(calibration.get('text')))}, seed {calibration.get('seed')}"
+            f"- calibrated on {seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}, "
+            f"seed {seen.seed}"
         )
     lines.append(
         f"- written with ghostssm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"

@@ -16,8 +16,9 @@ from ghostssm.errors import InputError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import mixers_of
 from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
-from ghostssm.plan.plan import PLAN_FILE, TENSORS_FILE, Plan
+from ghostssm.plan.plan import Plan
 
 _CARRIED = (PLAN_FILE, TENSORS_FILE)
 """What holds of a pruned model however it is written."""

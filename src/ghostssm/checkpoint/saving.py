@@ -27,6 +27,7 @@ from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, family_of, mixers_of
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
+from ghostssm.units import one_or_all
 
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
 # Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.
@@ -131,7 +132,7 @@ def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, unti
 def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
     """Raise InputError unless a model has the state sizes that a plan leaves."""
     found = [mixer.state_size for mixer in mixers_of(model)]
-    expected = list(plan.state_sizes) if plan.needs_own_class else [plan.kept_state_size] * len(plan.selections)
+    expected = list(plan.state_sizes)
     if found != expected:
         raise InputError(
             f"The model's state sizes are {found}, the plan leaves {expected}; expected the model that "
@@ -217,9 +218,9 @@ def _facts(
         "method": plan.method,
         "state_size": {
             "before": plan.state_size,
-            "after": list(plan.state_sizes) if plan.needs_own_class else plan.kept_state_size,
+            "after": one_or_all(plan.state_sizes),
         },
-        "options": dict(plan.provenance),
+        "options": {} if plan.provenance is None else plan.provenance.as_json(),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "device": str(checkpoint.model.device),
         **({} if measured is None else {"measured": measured.as_json()}),

@@ -18,7 +18,8 @@ from ghostssm.errors import GhostError, ModelError, NumericalError
 from ghostssm.files.reading import is_plain_name
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer
-from ghostssm.plan.plan import PLAN_FILE, Selection, read_description, selections_of
+from ghostssm.plan.decision import Selection
+from ghostssm.plan.plan import Plan
 
 _CARD = "README.md"
 # What loaders read, so that a file more is not the same checkpoint.
@@ -165,33 +166,27 @@ def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
 
 
 def _check_plan(folder: Path, checkpoint: Checkpoint) -> str:
-    document = read_description(folder / PLAN_FILE)
-    selections, mixers = selections_of(document), mixers_of(checkpoint.model)
+    plan, mixers = Plan.read(folder, changes=False), mixers_of(checkpoint.model)
     names = [mixer.name for mixer in mixers]
-    if names != list(selections):
-        raise ModelError(f"the plan is for {len(selections)} mixers, the model has {len(names)} or other ones")
-    projected = document.get("projected", {})
-    widths = [selection.width for selection in selections.values()]
-    sizes = [projected.get(name, width) for name, width in zip(names, widths, strict=True)]
-    own_class = bool(projected) or (document.get("per_layer", False) and len(set(sizes)) > 1)
-    if not own_class:
-        widths = sizes = [max(widths)] * len(widths)
+    if names != list(plan.decisions):
+        raise ModelError(f"the plan is for {len(plan.decisions)} mixers, the model has {len(names)} or other ones")
+    widths, sizes = [selection.width for selection in plan.selections.values()], plan.state_sizes
+    if not plan.needs_own_class:
+        widths = list(sizes)
     faults = []
-    if document.get("kept_state_size") != max(sizes):
-        faults.append(f"kept_state_size is {document.get('kept_state_size')}, its selections give {max(sizes)}")
     for mixer, width, size in zip(mixers, widths, sizes, strict=True):
         # An exported copy may be padded further, for the sake of an engine.
-        padded = mixer.projection is None and not projected and mixer.state_size >= width
-        if mixer.layout.n_groups != document["n_groups"]:
-            faults.append(f"{mixer.name} has {mixer.layout.n_groups} groups, the plan {document['n_groups']}")
+        padded = mixer.projection is None and not plan.is_projected and mixer.state_size >= width
+        if mixer.layout.n_groups != plan.n_groups:
+            faults.append(f"{mixer.name} has {mixer.layout.n_groups} groups, the plan {plan.n_groups}")
         elif not padded and (mixer.layout.state_size, mixer.state_size) != (width, size):
             faults.append(f"{mixer.name} has state size {mixer.state_size}, the plan {size}")
-        elif not _padding_is_zero(mixer, selections[mixer.name]):
+        elif not _padding_is_zero(mixer, plan.selections[mixer.name]):
             faults.append(f"{mixer.name} has weights in channels that the plan does not keep")
     _raise(faults)
-    stored = [mixer.state_size for mixer in mixers]
+    stored = tuple(mixer.state_size for mixer in mixers)
     padding = "" if stored == sizes else f", stored as {_sizes_text(stored)}"
-    return f"{len(mixers)} mixers, state size {document['state_size']} to {_sizes_text(sizes)}{padding}"
+    return f"{len(mixers)} mixers, state size {plan.state_size} to {_sizes_text(sizes)}{padding}"
 
 
 def _sizes_text(sizes: Iterable[int]) -> str:

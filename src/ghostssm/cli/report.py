@@ -31,7 +31,7 @@ def report(
     """
     from ghostssm.errors import InputError
     from ghostssm.files.output_file import OutputFile
-    from ghostssm.plan.plan import PLAN_FILE
+    from ghostssm.plan.file import PLAN_FILE
     from ghostssm.report.building import checkpoint_report
 
     where = Path(folder)

@@ -161,9 +161,9 @@ def _by_block(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The same from a walk over the blocks."""
     walk = LayerWalk(blocks, windows, scratch)
-    for block, mixer in walk.blocks():
-        progress("layers", walk.index, len(walk))
-        walk.advance(block, mixer)
+    for block in walk.blocks():
+        progress("layers", block.index, len(walk))
+        block.advance()
     progress("layers", len(walk), len(walk))
     for span in windows.batches():
         progress("windows", span.start, len(windows))

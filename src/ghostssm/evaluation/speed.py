@@ -16,7 +16,8 @@ from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.roofline import wait_for
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.forward import replaced_forward
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
 
@@ -121,11 +122,11 @@ def _now(model: PreTrainedModel) -> float:
 def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
     """The plan that keeps the first channels everywhere: which channels are kept has no influence on speed."""
     layout = family_of(model.config).layout(model.config)
-    selection = Selection((tuple(range(state_size)),) * layout.n_groups)
+    first = Decision(Selection.whole(layout.with_state_size(state_size)))
     return Plan(
         method="first",
         model_type=model.config.model_type,
         n_groups=layout.n_groups,
         state_size=layout.state_size,
-        selections={mixer.name: selection for mixer in mixers_of(model)},
+        decisions={mixer.name: first for mixer in mixers_of(model)},
     )

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
-from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
-from ghostssm.methods.selection import Groups
+from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.selection import Cut
 from ghostssm.models.mixer import Projection
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.plan.decision import Decision, Selection
 
 _HELD_OUT = 0.2
 SHARES = (0.0, 1.0)
@@ -60,7 +60,7 @@ def balanced_maps(
 
 def hankel_values(evidence: Evidence) -> Tensor:
     """(g, n), descending."""
-    samples = samples_of(evidence)
+    samples = evidence.samples
     pairs = zip(samples.controllability(), samples.observability(), strict=True)
     return torch.stack([balanced_maps(W_c, W_o, 1, _RIDGES[0])[2] for W_c, W_o in pairs])
 
@@ -72,19 +72,20 @@ def projection_error(samples: OutputSamples, maps: Projection) -> Tensor:
     return torch.einsum("sgdn,sgn->sd", samples.maps, lost).square().sum() / len(samples)
 
 
-def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
-    """Balanced maps with the ridge that does best on held-out samples, refined jointly; all channels stay."""
-    del groups  # every group projects to the same size
-    layout = evidence.layout
-    everything = Selection((tuple(range(layout.state_size)),) * layout.n_groups)
+def decide(evidence: Evidence, cut: Cut) -> Decision:
+    """Balanced maps with the ridge that does best on held-out samples, refined jointly; all channels stay.
+
+    Every group projects to the same size.
+    """
+    everything = Selection.whole(evidence.layout)
     candidates = []
     for share in SHARES:
-        fit, held_out = samples_of(evidence).with_share(share).split(_HELD_OUT)
-        starts = [_projection(fit, state_size, ridge) for ridge in _RIDGES]
+        fit, held_out = evidence.samples.with_share(share).split(_HELD_OUT)
+        starts = [_projection(fit, cut.state_size, ridge) for ridge in _RIDGES]
         start = min(starts, key=lambda maps: projection_error(held_out, maps).item())
         maps = start if evidence.rough else refined(start, fit, held_out)
         candidates.append(Decision(everything, maps))
-    return least_change(evidence, candidates)
+    return evidence.least_change(candidates)
 
 
 def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples) -> Projection:
@@ -137,7 +138,6 @@ register(
     Method(
         "balanced",
         "balanced projection of the state (own model class)",
-        "samples",
         hankel_values,
         decide=decide,
         stock=False,

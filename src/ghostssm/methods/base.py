@@ -1,33 +1,45 @@
-"""What a method is, and the registry of methods."""
+"""What a method is, what it may ask, and the registry of methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.statistics import LayerStatistics
 from ghostssm.errors import InputError
-from ghostssm.methods.selection import Groups
+from ghostssm.methods.selection import Cut
 from ghostssm.models.layout import SSDLayout
-from ghostssm.plan.plan import Decision
+from ghostssm.plan.decision import Decision
+
+T = TypeVar("T")
+
+
+class EvidenceSource(Protocol):
+    """Where the answers come from: a block of a walk, or what is known already (`Known`)."""
+
+    def statistics(self) -> LayerStatistics: ...
+
+    def samples(self) -> OutputSamples: ...
+
+    def input_gram(self) -> Tensor: ...
+
+    def saliency(self) -> Tensor: ...
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method may look at to score the channels of one mixer.
+    """What a method may look at to decide on one mixer. An answer is worked out when it is first asked for.
 
     Attributes:
         layout: the mixer's sizes.
         in_proj: (in_proj_rows, hidden_size), the mixer's input projection.
-        statistics: on the pruned activations that reach the mixer; for methods that need ``"statistics"``.
-        samples: of the recurrence on the same activations; for methods that need ``"samples"``.
-        input_gram: (hidden_size, hidden_size), sum of x x^T over inputs; for methods that need ``"inputs"``.
-        changes: measures the mean squared change of the mixer's output that decisions would make.
-        saliency: (g, n), squared gate gradients on the unpruned model; for methods that need ``"gradients"``.
         seed: the same for a whole plan and different for each of its mixers.
         rough: the decision only serves to measure what a size costs, so a costly refinement is not worth it.
     """
@@ -35,12 +47,63 @@ class Evidence:
     layout: SSDLayout
     in_proj: Tensor
     seed: int
-    statistics: LayerStatistics | None = None
-    saliency: Tensor | None = None
-    samples: OutputSamples | None = None
-    input_gram: Tensor | None = None
-    changes: Callable[[Sequence[Decision]], list[float]] | None = None
+    source: EvidenceSource
     rough: bool = False
+
+    @cached_property
+    def statistics(self) -> LayerStatistics:
+        """Mean channel energies, on the pruned activations that reach the mixer."""
+        return self.source.statistics()
+
+    @cached_property
+    def samples(self) -> OutputSamples:
+        """Samples of the recurrence on the same activations."""
+        return self.source.samples()
+
+    @cached_property
+    def input_gram(self) -> Tensor:
+        """(hidden_size, hidden_size), the sum of x x^T over the mixer's inputs."""
+        return self.source.input_gram()
+
+    @cached_property
+    def saliency(self) -> Tensor:
+        """(g, n), squared gate gradients on the unpruned model."""
+        return self.source.saliency()
+
+    def least_change(self, candidates: Sequence[Decision]) -> Decision:
+        """The candidate that changes the mixer's output least, measured."""
+        changes = self.source.changes(candidates)
+        return candidates[changes.index(min(changes))]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Evidence that is there already; to ask for what is None is a mistake in the method."""
+
+    known_statistics: LayerStatistics | None = None
+    known_samples: OutputSamples | None = None
+    known_saliency: Tensor | None = None
+
+    def statistics(self) -> LayerStatistics:
+        return _present(self.known_statistics, "statistics")
+
+    def samples(self) -> OutputSamples:
+        return _present(self.known_samples, "samples")
+
+    def saliency(self) -> Tensor:
+        return _present(self.known_saliency, "gate gradients")
+
+    def input_gram(self) -> Tensor:
+        return _present(None, "inputs")
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        return _present(None, "changes of the output")
+
+
+def _present(value: T | None, what: str) -> T:
+    if value is None:
+        raise InputError(f"The method asks for {what}, which are not known here; a one-shot method sees weights only.")
+    return value
 
 
 @dataclass(frozen=True)
@@ -49,23 +112,26 @@ class Method:
 
     Attributes:
         summary: one line for the command line's help.
-        needs: what must be gathered before it can score.
         score: evidence on one mixer to (g, n): the highest are kept, or where there is a ``decide``, what people are
             shown of it, such as singular values.
-        scope: channels compete within their layer, or over the whole model.
-        decide: the decision, where it is more than the highest scores: evidence, state size and how groups share it.
+        decide: the decision, where it is more than the highest scores.
+        one_shot: whether all mixers are scored on the unpruned model, by weights or gate gradients alone. Others are
+            scored front to back, on what the pruned mixers before them leave.
+        scope: of a one-shot method: channels compete within their layer, or over the whole model.
         stock: whether the result stays in the stock model class.
         shrinks: whether it makes the state smaller; a reference for comparisons may not.
+        streamable: whether one block in memory at a time is enough.
     """
 
     name: str
     summary: str
-    needs: Literal["weights", "statistics", "samples", "inputs", "gradients"]
     score: Callable[[Evidence], Tensor]
+    decide: Callable[[Evidence, Cut], Decision] | None = None
+    one_shot: bool = False
     scope: Literal["layer", "model"] = "layer"
-    decide: Callable[[Evidence, int, Groups], Decision] | None = None
     stock: bool = True
     shrinks: bool = True
+    streamable: bool = True
 
 
 _METHODS: dict[str, Method] = {}
@@ -95,23 +161,3 @@ def method_named(name: str) -> Method:
         return _METHODS[name]
     except KeyError:
         raise InputError(f"No method is called {name!r}; expected one of: {', '.join(method_names())}.") from None
-
-
-def statistics_of(evidence: Evidence) -> LayerStatistics:
-    """The statistics, for a method that declared that it needs them."""
-    assert evidence.statistics is not None
-    return evidence.statistics
-
-
-def least_change(evidence: Evidence, candidates: Sequence[Decision]) -> Decision:
-    """The candidate that changes the mixer's output least, measured; the first where nothing can be measured."""
-    if evidence.changes is None:
-        return candidates[0]
-    changes = evidence.changes(candidates)
-    return candidates[changes.index(min(changes))]
-
-
-def samples_of(evidence: Evidence) -> OutputSamples:
-    """The samples, for a method that declared that it needs them."""
-    assert evidence.samples is not None
-    return evidence.samples

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, least_change, register, samples_of
-from ghostssm.methods.selection import Groups
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.selection import Cut
+from ghostssm.plan.decision import Decision, Selection
 
 SHARES = (0.0, 0.7, 1.0)
 """Of the norm's derivative (`ghostssm.calibration.samples`)."""
@@ -75,14 +75,14 @@ def _exchanged(gram: NDArray[np.float64], label: NDArray[np.int_], start: NDArra
         pull += gram[out[i]] - gram[back[j]]
 
 
-def choose_from_gram(gram: Tensor, n_groups: int, state_size: int, groups: Groups) -> Selection:
-    """Keep ``state_size`` channels of each group, or on average if the groups are pooled; gram: (g * n, g * n)."""
+def choose_from_gram(gram: Tensor, n_groups: int, cut: Cut) -> Selection:
+    """The channels that stay, by a Gram matrix (g * n, g * n)."""
     n = len(gram) // n_groups
     label = np.repeat(np.arange(n_groups), n)
-    if groups == "pooled":
-        gone = least_error_set(gram.cpu().numpy(), np.zeros(len(gram), dtype=int), [n_groups * (n - state_size)])
+    if cut.groups == "pooled":
+        gone = least_error_set(gram.cpu().numpy(), np.zeros(len(gram), dtype=int), [n_groups * (n - cut.state_size)])
     else:
-        gone = least_error_set(gram.cpu().numpy(), label, [n - state_size] * n_groups)
+        gone = least_error_set(gram.cpu().numpy(), label, [n - cut.state_size] * n_groups)
     kept = (~gone).reshape(n_groups, n)
     return Selection(tuple(tuple(int(channel) for channel in np.flatnonzero(row)) for row in kept))
 
@@ -90,19 +90,18 @@ def choose_from_gram(gram: Tensor, n_groups: int, state_size: int, groups: Group
 def single(evidence: Evidence) -> Tensor:
     """sqrt(G_nn): the root mean squared change of the block's output from removing channel n alone."""
     layout = evidence.layout
-    return samples_of(evidence).output_gram().diagonal().sqrt().view(layout.n_groups, layout.state_size)
+    return evidence.samples.output_gram().diagonal().sqrt().view(layout.n_groups, layout.state_size)
 
 
-def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+def decide(evidence: Evidence, cut: Cut) -> Decision:
     """The set of channels whose joint removal changes the block's output least.
 
     The best for several shares of the norm's derivative, and of these the one that is measured to be best.
     """
-    samples = samples_of(evidence)
-    grams = (samples.with_share(share).output_gram() for share in SHARES)
-    choices = dict.fromkeys(choose_from_gram(gram, evidence.layout.n_groups, state_size, groups) for gram in grams)
-    return least_change(evidence, [Decision(choice) for choice in choices])
+    grams = (evidence.samples.with_share(share).output_gram() for share in SHARES)
+    choices = dict.fromkeys(choose_from_gram(gram, evidence.layout.n_groups, cut) for gram in grams)
+    return evidence.least_change([Decision(choice) for choice in choices])
 
 
-register(Method("output-single", "change of the block's output, channel by channel", "samples", single))
-register(Method("output", "change of the block's output, removed channels together", "samples", single, decide=decide))
+register(Method("output-single", "change of the block's output, channel by channel", single))
+register(Method("output", "change of the block's output, removed channels together", single, decide=decide))

@@ -14,9 +14,9 @@ import scipy.linalg  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register, samples_of
-from ghostssm.methods.selection import Groups
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.selection import Cut
+from ghostssm.plan.decision import Decision, Selection
 
 _LEAST = 1e-10
 """Added to the eigenvalues, in multiples of the mean diagonal, so that every set of channels has a volume."""
@@ -52,16 +52,15 @@ def strong_pivots(gram: NDArray[np.float64], count: int) -> list[int]:
 
 def score(evidence: Evidence) -> Tensor:
     """sqrt of the diagonal of W_c o W_o, (g, n)."""
-    samples = samples_of(evidence)
+    samples = evidence.samples
     return (samples.controllability() * samples.observability()).diagonal(dim1=1, dim2=2).sqrt()
 
 
-def decide(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+def decide(evidence: Evidence, cut: Cut) -> Decision:
     """Strong pivots of every group's W_c o W_o; groups always keep the same count."""
-    del groups
-    samples = samples_of(evidence)
+    samples = evidence.samples
     grams = (samples.controllability() * samples.observability()).cpu().numpy()
-    return Decision(Selection(tuple(tuple(strong_pivots(gram, state_size)) for gram in grams)))
+    return Decision(Selection(tuple(tuple(strong_pivots(gram, cut.state_size)) for gram in grams)))
 
 
-register(Method("rrqr", "strong rank-revealing QR on the balanced factors", "samples", score, decide=decide))
+register(Method("rrqr", "strong rank-revealing QR on the balanced factors", score, decide=decide))

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ghostssm.errors import NumericalError
-from ghostssm.plan.plan import Selection
+from ghostssm.plan.decision import Selection
 
 Groups = Literal["equal", "pooled"]
 """equal: every group keeps the same number of channels. pooled: the groups of a layer compete (the paper's rule)."""
 
 
-def select(scores: Tensor, state_size: int, groups: Groups) -> Selection:
-    """The highest-scoring channels of one layer; of equal scores the lower index wins.
+@dataclass(frozen=True)
+class Cut:
+    """How far a mixer's state is to be cut: channels per group, on average if the groups are pooled."""
 
-    Args:
-        scores: (g, n). state_size: channels per group, on average if the groups are pooled.
-    """
-    if groups == "equal":
+    state_size: int
+    groups: Groups = "equal"
+
+
+def select(scores: Tensor, cut: Cut) -> Selection:
+    """The highest-scoring channels of one layer, from scores (g, n); of equal scores the lower index wins."""
+    if cut.groups == "equal":
         kept = torch.zeros_like(scores, dtype=torch.bool)
-        return _selection(kept.scatter(1, _best(scores, state_size), True))
-    return select_together([scores], state_size)[0]
+        return _selection(kept.scatter(1, _best(scores, cut.state_size), True))
+    return select_together([scores], cut.state_size)[0]
 
 
 def select_together(scores: Sequence[Tensor], state_size: int) -> list[Selection]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, register
-from ghostssm.methods.selection import Groups
+from ghostssm.methods.selection import Cut
 from ghostssm.ops.step import at_least_float32
-from ghostssm.plan.plan import Decision, Selection
+from ghostssm.plan.decision import Decision, Selection
 
 _BLOCK = 128
 _DAMPING = 0.01
@@ -44,24 +44,20 @@ def sparse_weight(weight: Tensor, hessian: Tensor, sparsity: float) -> Tensor:
 
 
 def _decide(evidence: Evidence, state_size: int, rows: slice) -> Decision:
-    assert evidence.input_gram is not None
     layout = evidence.layout
     weight = at_least_float32(evidence.in_proj).clone()
     weight[rows] = sparse_weight(weight[rows], evidence.input_gram, 1 - state_size / layout.state_size).to(weight)
-    everything = Selection((tuple(range(layout.state_size)),) * layout.n_groups)
-    return Decision(everything, changes={"in_proj.weight": weight})
+    return Decision(Selection.whole(layout), changes={"in_proj.weight": weight})
 
 
-def decide_B_and_C(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+def decide_B_and_C(evidence: Evidence, cut: Cut) -> Decision:
     """Zeros among the B and C rows, as large a share as the state size would lose."""
-    del groups
-    return _decide(evidence, state_size, slice(evidence.layout.in_proj_B.start, evidence.layout.in_proj_C.stop))
+    return _decide(evidence, cut.state_size, slice(evidence.layout.in_proj_B.start, evidence.layout.in_proj_C.stop))
 
 
-def decide_all(evidence: Evidence, state_size: int, groups: Groups) -> Decision:
+def decide_all(evidence: Evidence, cut: Cut) -> Decision:
     """The same share of zeros in all of in_proj."""
-    del groups
-    return _decide(evidence, state_size, slice(None))
+    return _decide(evidence, cut.state_size, slice(None))
 
 
 def score(evidence: Evidence) -> Tensor:
@@ -73,4 +69,4 @@ for _name, _summary, _decider in (
     ("sparsegpt", "reference: zeros among the B and C weights; the state stays whole", decide_B_and_C),
     ("sparsegpt-all", "reference: zeros in all of in_proj; the state stays whole", decide_all),
 ):
-    register(Method(_name, _summary, "inputs", score, decide=_decider, shrinks=False))
+    register(Method(_name, _summary, score, decide=_decider, shrinks=False))

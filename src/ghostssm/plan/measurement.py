@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +79,9 @@ class Searched:
     excess: Difference
 
     @classmethod
-    def of(cls, provenance: Mapping[str, Any]) -> Searched | None:
-        """What a plan's provenance, which may be anybody's, says of it; None where nothing was searched."""
+    def from_json(cls, found: Any) -> Searched | None:
+        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
         try:
-            found = provenance["search"]
             error = math.nan if found["standard_error"] is None else float(found["standard_error"])
             excess = Difference(float(found["excess_loss"]), error)
             return cls(float(found["max_excess_loss"]), int(found["held_out_windows"]), excess)

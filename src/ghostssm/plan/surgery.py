@@ -7,7 +7,7 @@ stays zero and y does not change.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.mixer import Mixer
 from ghostssm.models.own_class import GhostMamba2Config
-from ghostssm.plan.plan import Decision, Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -40,12 +41,13 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         return _converted(model, plan)
     family = family_of(model.config)
     for mixer in mixers:
-        decision = plan.decision(mixer.name)
+        decision = plan.decisions[mixer.name]
         prune_mixer(family, mixer, decision.selection, decision.width)
-        change_parameters(mixer.module, decision)
-        if decision.width < plan.kept_state_size:
-            narrow = mixer.with_state_size(decision.width)
-            prune_mixer(family, narrow, _everything(narrow), plan.kept_state_size)
+    change_parameters(model, plan.changes)
+    for mixer in mixers:
+        narrow = mixer.with_state_size(plan.decisions[mixer.name].width)
+        if narrow.state_size < plan.kept_state_size:
+            prune_mixer(family, narrow, Selection.whole(narrow.layout), plan.kept_state_size)
     family.set_state_size(model.config, plan.kept_state_size)
     refresh(model)
     return model
@@ -78,14 +80,10 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
     if model.config.model_type == GhostMamba2Config.model_type:
         return _padded_stock(model, state_size)
     for mixer in mixers:
-        prune_mixer(family, mixer, _everything(mixer), state_size)
+        prune_mixer(family, mixer, Selection.whole(mixer.layout), state_size)
     family.set_state_size(model.config, state_size)
     refresh(model)
     return model
-
-
-def _everything(mixer: Mixer) -> Selection:
-    return Selection((tuple(range(mixer.layout.state_size)),) * mixer.layout.n_groups)
 
 
 @torch.inference_mode(False)
@@ -95,7 +93,7 @@ def _padded_stock(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
     for index, block in enumerate(family.blocks(model)):
         mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is not None:
-            prune_mixer(family, mixer, _everything(mixer), state_size)
+            prune_mixer(family, mixer, Selection.whole(mixer.layout), state_size)
             tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
     return stock_model(model.config, tensors, state_size)
 
@@ -112,15 +110,13 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
         return
     family = family_of(model.config)
     sliced = [_sliced_tensors(mixer) for mixer in mixers]
-    changed = [
-        {name: mixer.module.get_parameter(name) for name in plan.changes.get(mixer.name, {})} for mixer in mixers
-    ]
+    changed = {name: model.get_parameter(name) for name in plan.changes}
     try:
         yield apply_plan(model, plan)
     finally:
-        for mixer, tensors, parameters in zip(mixers, sliced, changed, strict=True):
-            for name, parameter in parameters.items():
-                _set_parameter(mixer.module, name, parameter)
+        for name, parameter in changed.items():
+            _set_parameter(model, name, parameter)
+        for mixer, tensors in zip(mixers, sliced, strict=True):
             _install(family, mixer, mixer.layout.state_size, tensors)
         family.set_state_size(model.config, plan.state_size)
         refresh(model)
@@ -142,9 +138,9 @@ def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: 
 
 
 @torch.inference_mode(False)
-def change_parameters(module: nn.Module, decision: Decision) -> None:
-    """Give a sliced mixer's module the parameters that a decision changes, in their dtype and on their device."""
-    for name, value in decision.changes.items():
+def change_parameters(module: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Give a module, whose mixers are sliced, new values of parameters, in their dtype and on their device."""
+    for name, value in changes.items():
         old = module.get_parameter(name)
         _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
 
@@ -158,7 +154,8 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
             "The plan has projections or a state size per layer, for which "
             f"{family.model_type} models have no class; make one with a method that keeps the stock class."
         )
-    faults = [fault for mixer in mixers for fault in _tensor_faults(mixer, plan.decision(mixer.name))]
+    faults = [fault for mixer in mixers for fault in _projection_faults(mixer, plan.decisions[mixer.name])]
+    faults += _change_faults(model, mixers, plan)
     if faults:
         raise PlanError(
             "The plan's tensors do not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
@@ -166,26 +163,35 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     return mixers
 
 
-def _tensor_faults(mixer: Mixer, decision: Decision) -> list[str]:
-    """What keeps a decision's tensors from going into a mixer that is sliced by its selection."""
+def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) -> list[str]:
+    """What keeps a plan's new parameters from going into a model whose mixers are sliced."""
+    rows: dict[str, int] = {}
+    for mixer in mixers:
+        layout = mixer.layout.with_state_size(plan.decisions[mixer.name].selection.width)
+        for part, count in (("in_proj", layout.in_proj_rows), ("conv1d", layout.conv_dim)):
+            rows |= {f"{mixer.name}.{part}.weight": count, f"{mixer.name}.{part}.bias": count}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     faults = []
-    layout = mixer.layout.with_state_size(decision.selection.width)
-    rows = {"in_proj": layout.in_proj_rows, "conv1d": layout.conv_dim}
-    parameters = dict(mixer.module.named_parameters())
-    for name, value in decision.changes.items():
+    for name, value in plan.changes.items():
         if name not in parameters:
-            faults.append(f"{mixer.name} has no parameter {name!r}")
+            faults.append(f"the model has no parameter {name!r}")
             continue
         first, *rest = parameters[name].shape
-        expected = (rows.get(name.partition(".")[0], first), *rest)
+        expected = (rows.get(name, first), *rest)
         if tuple(value.shape) != expected:
-            faults.append(f"{mixer.name}.{name} has shape {tuple(value.shape)}, expected {expected}")
-    if decision.projection is not None:
-        for part in (decision.projection.B, decision.projection.C):
-            expected = (layout.n_groups, layout.state_size, decision.width)
-            if tuple(part.shape) != expected:
-                faults.append(f"a projection of {mixer.name} has shape {tuple(part.shape)}, expected {expected}")
+            faults.append(f"{name} has shape {tuple(value.shape)}, expected {expected}")
     return faults
+
+
+def _projection_faults(mixer: Mixer, decision: Decision) -> list[str]:
+    """What keeps a decision's projection from going into a mixer that is sliced by its selection."""
+    if decision.projection is None:
+        return []
+    expected = (mixer.layout.n_groups, decision.selection.width, decision.width)
+    shapes = (tuple(part.shape) for part in (decision.projection.B, decision.projection.C))
+    return [
+        f"a projection of {mixer.name} has shape {shape}, expected {expected}" for shape in shapes if shape != expected
+    ]
 
 
 @torch.inference_mode(False)
@@ -196,19 +202,19 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
             continue
-        decision = plan.decision(mixer.name)
+        decision = plan.decisions[mixer.name]
         prune_mixer(family, mixer, decision.selection, decision.selection.width)
-        change_parameters(mixer.module, decision)
         parts = dict(mixer.module.state_dict())
         if decision.projection is not None:
             like = mixer.in_proj.weight
             parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
         tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
+    tensors |= {name: value.to(tensors[name], copy=True) for name, value in plan.changes.items()}
     converted = projected_model(
         model.config,
         tensors,
         [selection.width for selection in plan.selections.values()],
-        plan.state_sizes if plan.projections else None,
+        plan.widths if plan.is_projected else None,
     )
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted

@@ -28,12 +28,15 @@ def check_streamable(recipe: Recipe, model_type: str) -> None:
     """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
     check_recipe(recipe, model_type)
     fault = None
-    if recipe.how.needs == "gradients":
-        fault = f"{recipe.method} needs gradients through the whole model"
+    unable = [step for step in recipe.steps if not step.registered.streamable]
+    if not recipe.registered.streamable:
+        fault = f"{recipe.method} needs the whole model at once"
+    elif unable:
+        fault = f"{unable[0]} changes the whole model at once"
     elif not recipe.stock:
         fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
     if fault:
-        able = [name for name in stock_method_names() if method_named(name).needs != "gradients"]
+        able = [name for name in stock_method_names() if method_named(name).streamable]
         raise InputError(
             f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
             "without +per-layer."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ghostssm.plan.plan import Decision
+from ghostssm.plan.decision import Decision
 
 
 class Journal:

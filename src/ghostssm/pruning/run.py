@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostssm.calibration import LayerWalk, gate_saliency, gather_statistics
 from ghostssm.calibration.blocks import Blocks, blocks_of
-from ghostssm.calibration.processes import Processes
-from ghostssm.calibration.samples import OutputSamples, sample_outputs
-from ghostssm.calibration.samples import joined as joined_samples
+from ghostssm.calibration.gradients import gate_saliency
+from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.processes import Ask, Processes
+from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.errors import GhostError, NumericalError
-from ghostssm.methods import Evidence
-from ghostssm.methods.selection import Groups, select, select_together
+from ghostssm.calibration.statistics import LayerStatistics
+from ghostssm.calibration.walk import LayerWalk
+from ghostssm.errors import NumericalError
+from ghostssm.methods.base import Evidence, EvidenceSource, Known
+from ghostssm.methods.selection import Cut, Groups, select, select_together
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.mixer import Mixer
-from ghostssm.plan.plan import Decision, Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.provenance import CalibrationText, Provenance
+from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning.budget import allocate
 from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.recovery.mending import mended
+from ghostssm.recovery.base import MixerStep, ModelStep
 from ghostssm.text.windows import Windows
 
 DEFAULT_SEED = 42
@@ -42,9 +48,9 @@ DEFAULT_MULTIPLE = 8
 class Calibration:
     """One model and its calibration windows, and the evidence that several plans can share.
 
-    What does not depend on a plan is gathered once: gate gradients, and the statistics of the first mixer, whose inputs
-    no decision changes. Deeper statistics are gathered anew for each plan, on the activations that the plan's own
-    pruning leaves.
+    What does not depend on a plan is gathered once: gate gradients, and the evidence on the first mixer, whose inputs
+    no decision changes. Deeper evidence is gathered anew for each plan, on the activations that the plan's own pruning
+    leaves.
 
     Raises:
         ModelError: the model was projected before, or its layers have state sizes of their own.
@@ -66,17 +72,22 @@ class Calibration:
         self.processes = processes or Processes()
         self.blocks = blocks_of(model)
         self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
-        projected = any(mixer.projection is not None for mixer in mixers_of(self.model))
-        check_original(not projected and _state_sizes(self.model) == 1)
+        mixers = mixers_of(self.model)
+        projected = any(mixer.projection is not None for mixer in mixers)
+        check_original(not projected and len({mixer.layout.state_size for mixer in mixers}) == 1)
         self._saliency: dict[str, Tensor] | None = None
-        self._first_evidence: dict[tuple[str, int], Any] = {}
+        self._first_evidence: dict[tuple[Any, ...], Any] = {}
         self._curves: dict[tuple[str, Groups, int], list[Tensor]] = {}
 
-    def saliency(self, progress: Progress) -> dict[str, Tensor]:
+    def saliency(self, progress: Progress = silent) -> dict[str, Tensor]:
         """Gate saliency of every mixer, (g, n) each."""
         if self._saliency is None:
             self._saliency = gate_saliency(self.model, self.windows.ids, progress)
         return self._saliency
+
+    def walk(self) -> LayerWalk:
+        """A new walk over the model with this process's windows."""
+        return LayerWalk(self.blocks, self.windows, self.scratch, self.processes)
 
     def plan(
         self,
@@ -108,34 +119,35 @@ class Calibration:
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress, journal or Journal())
         sizes = [state_size] * len(mixers_of(self.model))
-        if recipe.per_layer and recipe.how.scope == "layer":
+        if recipe.per_layer and recipe.registered.scope == "layer":
             sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
         decisions, scores = run.decide(sizes)
-        return Plan(
+        windows = self.windows
+        plan = Plan(
             method=str(recipe),
             model_type=self.model.config.model_type,
             n_groups=layout.n_groups,
             state_size=layout.state_size,
-            selections={name: decision.selection for name, decision in decisions.items()},
+            decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
+            changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
             scores={name: score.double().cpu() for name, score in scores.items()},
-            projections={name: d.projection for name, d in decisions.items() if d.projection is not None},
-            changes={name: decision.changes for name, decision in decisions.items() if decision.changes},
             per_layer=recipe.per_layer,
-            provenance={
-                "requested_state_size": state_size,
-                "groups": groups,
-                "seed": seed,
-                "multiple": multiple,
-                "calibration": {
-                    "text": self.windows.text_name,
-                    "text_sha256": self.windows.text_fingerprint,
-                    "tokens_sha256": self.windows.fingerprint,
-                    "windows": len(self.windows),
-                    "window_length": self.windows.length,
-                    "seed": self.windows.seed,
-                },
-            },
+            provenance=Provenance(
+                requested_state_size=state_size,
+                groups=groups,
+                seed=seed,
+                multiple=multiple,
+                calibration=CalibrationText(
+                    text=windows.text_name,
+                    text_sha256=windows.text_fingerprint,
+                    tokens_sha256=windows.fingerprint,
+                    windows=len(windows),
+                    window_length=windows.length,
+                    seed=windows.seed,
+                ),
+            ),
         )
+        return run.recovered(plan)
 
 
 @dataclasses.dataclass
@@ -151,12 +163,26 @@ class _Run:
 
     def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
         """Decisions and scores of every mixer, for state sizes given per mixer."""
-        known = self.calibration.processes.from_first(lambda: self._before_the_walk(sizes))
-        if known and not (self.recipe.repair or self.recipe.refit):
+        known: dict[str, tuple[Decision, Tensor]] = {}
+        if self.recipe.registered.one_shot:
+            known = self.calibration.processes.from_first(lambda: self._one_shot(sizes))
+        if known and not self._mixer_steps():
             self._record_known(known)
         else:
             self._front_to_back(sizes, known)
         return self.journal.decisions, self.journal.scores
+
+    def recovered(self, plan: Plan) -> Plan:
+        """The plan with what the recipe's steps of model scope change."""
+        steps = [(step, step.registered) for step in self.recipe.steps]
+        for step, registered in steps:
+            if isinstance(registered, ModelStep):
+                dense = self.calibration.model
+                pruned = apply_plan(copy.deepcopy(dense), plan)
+                before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
+                registered.recover(pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress)
+                plan = dataclasses.replace(plan, changes={**plan.changes, **_changed(pruned, before)})
+        return plan
 
     def curves(self) -> list[Tensor]:
         """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
@@ -166,127 +192,108 @@ class _Run:
         """
         key = (self.recipe.method, self.groups, self.seed)
         if key not in self.calibration._curves:
-            walk = self._walk()
+            walk = self.calibration.walk()
             curves: list[Tensor] = []
-            for block, mixer in walk.blocks():
-                errors = self._measured_errors(walk, block, mixer, len(curves)) if mixer is not None else None
-                walk.advance(block, mixer)
+            for block in walk.blocks():
+                errors = None if block.mixer is None else self._measured_errors(block, block.mixer, len(curves))
+                block.advance()
                 if errors is not None:
                     energy = torch.linalg.vector_norm(walk.hidden, dim=-1).square().mean()
                     curves.append(errors / energy.item())
-                self.progress("budget", walk.index + 1, len(walk))
+                self.progress("budget", block.index + 1, len(walk))
             self.calibration._curves[key] = curves
         return self.calibration._curves[key]
 
-    def _measured_errors(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Tensor:
+    def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> Tensor:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
         n = mixer.layout.state_size
-        evidence = dataclasses.replace(self._evidence(walk, block, mixer, index), rough=True)
+        evidence = dataclasses.replace(self._evidence(mixer, index, self._source(block, index)), rough=True)
         score = self._finite_score(evidence, mixer)
         sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
         nothing = Decision(Selection(((),) * mixer.layout.n_groups))
         decisions = [nothing, *(self._choice(evidence, score, size) for size in sizes)]
-        errors = [*walk.changes(block, mixer, decisions), 0.0]
+        errors = [*block.changes(decisions), 0.0]
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
-
-    def _walk(self) -> LayerWalk:
-        shared = self.calibration
-        first, own = shared.processes.share(shared.windows)
-        return LayerWalk(shared.blocks, own, shared.scratch, first)
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
         """Every block with its weights as they are stored, and its mixer, front to back."""
         blocks = self.calibration.blocks
-        config = blocks.model.config
+        family = family_of(blocks.model.config)
         for index in range(len(blocks.modules)):
             with blocks.opened(index) as block:
-                yield block, family_of(config).mixer(block, index)
+                yield block, family.mixer(block, index)
 
-    def _before_the_walk(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
-        """What methods that look at the unpruned model decide for all mixers at once; nothing for the others."""
-        method = self.recipe.how
-        if method.needs not in ("weights", "gradients"):
-            return {}
-        saliency = self.calibration.saliency(self.progress) if method.needs == "gradients" else {}
-        scores: dict[str, Tensor] = {}
+    def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
+        """What methods that look at the unpruned model decide for all mixers at once."""
+        method, scores = self.recipe.registered, dict[str, Tensor]()
         for _, mixer in self._mixers():
             if mixer is not None:
-                weight = mixer.in_proj.weight.detach()
-                evidence = Evidence(mixer.layout, weight, self.seed + len(scores), None, saliency.get(mixer.name))
-                scores[mixer.name] = method.score(evidence)
+                source = _Unpruned(self.calibration, mixer.name, self.progress)
+                scores[mixer.name] = method.score(self._evidence(mixer, len(scores), source))
         if method.scope == "model":
             kept = select_together(list(scores.values()), sizes[0])
         else:
-            kept = [select(score, size, self.groups) for score, size in zip(scores.values(), sizes, strict=True)]
+            kept = [select(score, Cut(size, self.groups)) for score, size in zip(scores.values(), sizes, strict=True)]
         return {
             name: (Decision(selection), score) for (name, score), selection in zip(scores.items(), kept, strict=True)
         }
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
-        """Where nothing is mended, no activations are wanted."""
+        """Where nothing is recovered, no activations are wanted."""
         for index, (block, mixer) in enumerate(self._mixers()):
             if index >= self.journal.done:
                 self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))
 
     def _front_to_back(self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
-        journal = self.journal
+        journal, steps = self.journal, self._mixer_steps()
         if journal.done == len(self.calibration.blocks.modules):
             return
-        walk = self._walk()
+        walk = self.calibration.walk()
         journal.restore(walk.hidden)
-        for block, mixer in walk.blocks(journal.done):
-            self.progress("layers", walk.index, len(walk))
-            assert walk.original is not None
-            if mixer is None:
-                walk.advance(block)
-                journal.record(walk.original, hidden=walk.hidden)
+        for block in walk.blocks(journal.done):
+            self.progress("layers", block.index, len(walk))
+            if block.mixer is None:
+                block.advance()
+                journal.record(block.original, hidden=walk.hidden)
                 continue
-            index = len(journal.decisions)
-            decision, score = known.get(mixer.name) or self._decision(walk, block, mixer, index, sizes[index])
-            targets = walk.outputs(block, mixer) if self.recipe.repair or self.recipe.refit else []
-            smaller = walk.apply(block, mixer, decision)
-            if targets:
-                decision = mended(
-                    walk, block, smaller, decision, targets, self.recipe, self.seed, self.calibration.processes
-                )
-            walk.advance(block, smaller, decision)
-            journal.record(walk.original, mixer.name, decision, score, walk.hidden)
+            name, index = block.mixer.name, len(journal.decisions)
+            decision, score = known.get(name) or self._decision(block, block.mixer, index, sizes[index])
+            pruned = block.prune(decision, keep_outputs=bool(steps))
+            for step, amount in steps:
+                step.recover(pruned, amount, self.seed)
+            decision = pruned.decision()
+            pruned.advance()
+            journal.record(block.original, name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))
 
-    def _decision(
-        self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int, size: int
-    ) -> tuple[Decision, Tensor]:
-        """Process 0 decides; the others measure for it what it considers, until it says what it has decided."""
-        processes = self.calibration.processes
-        evidence = self._evidence(walk, block, mixer, index)
+    def _mixer_steps(self) -> list[tuple[MixerStep, int]]:
+        steps = ((step.registered, step.amount or 0) for step in self.recipe.steps)
+        return [(step, amount) for step, amount in steps if isinstance(step, MixerStep)]
 
-        def measured(decisions: Sequence[Decision]) -> list[float]:
-            processes.broadcast(decisions)
-            return walk.changes(block, mixer, decisions, processes)
+    def _decision(self, block: OpenBlock, mixer: Mixer, index: int, size: int) -> tuple[Decision, Tensor]:
+        """The decision on one mixer and the scores behind it, the same on all processes."""
+        source = self._source(block, index)
 
-        def decided() -> tuple[Decision, Tensor]:
+        def decide(ask: Ask) -> tuple[Decision, Tensor]:
+            evidence = self._evidence(mixer, index, _Asked(ask))
             score = self._finite_score(evidence, mixer)
-            return self._choice(dataclasses.replace(evidence, changes=measured), score, size), score
+            return self._choice(evidence, score, size), score
 
-        if processes.rank:
-            while (considered := processes.broadcast()) is not None:
-                walk.changes(block, mixer, considered, processes)
-            return processes.from_first(decided)
-        try:
-            decision = decided()
-        except GhostError as error:
-            processes.broadcast()
-            return processes.from_first(partial(_raise, error))
-        processes.broadcast()
-        return processes.from_first(lambda: decision)
+        return self.calibration.processes.decide_once(decide, lambda what, *rest: getattr(source, what)(*rest))
+
+    def _source(self, block: OpenBlock, index: int) -> EvidenceSource:
+        return _Walked(self.calibration, block, index, self.seed + index)
+
+    def _evidence(self, mixer: Mixer, index: int, source: EvidenceSource) -> Evidence:
+        return Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, source)
 
     def _choice(self, evidence: Evidence, score: Tensor, size: int) -> Decision:
-        decide = self.recipe.how.decide
-        return Decision(select(score, size, self.groups)) if decide is None else decide(evidence, size, self.groups)
+        decide, cut = self.recipe.registered.decide, Cut(size, self.groups)
+        return Decision(select(score, cut)) if decide is None else decide(evidence, cut)
 
     def _finite_score(self, evidence: Evidence, mixer: Mixer) -> Tensor:
-        score = self.recipe.how.score(evidence)
+        score = self.recipe.registered.score(evidence)
         if not torch.isfinite(score).all():
             raise NumericalError(
                 f"NaN or Inf in what {mixer.name} adds to its output. The checkpoint is broken or overflows; "
@@ -294,48 +301,66 @@ class _Run:
             )
         return score
 
-    def _evidence(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> Evidence:
-        """What the method wants to know of mixer number ``index``."""
-        method, shared = self.recipe.how, self.calibration
-        evidence: dict[str, Any] = {}
-        if method.needs == "gradients":
-            evidence["saliency"] = shared.saliency(self.progress)[mixer.name]
-        if method.needs == "inputs":
-            evidence["input_gram"] = sum(_gram(hidden) for hidden in walk.inputs(block, mixer))
-            shared.processes.add(evidence["input_gram"])
-        if method.needs == "statistics":
-            evidence["statistics"] = self._gathered(
-                index, lambda: gather_statistics(mixer, walk.streams(block, mixer), shared.processes)
-            )
-        if method.needs == "samples":
-            evidence["samples"] = self._gathered(index, lambda: self._samples(walk, block, mixer, index))
-            evidence["changes"] = partial(walk.changes, block, mixer)
-        return Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, **evidence)
 
-    def _samples(self, walk: LayerWalk, block: nn.Module, mixer: Mixer, index: int) -> OutputSamples:
-        tokens = self.calibration.windows.ids.numel()
-        streams = walk.streams(block, mixer)
-        own = sample_outputs(mixer, streams, tokens, seed=self.seed + index, first=walk.first_window)
-        return joined_samples(self.calibration.processes.gather([own]))
+class _Unpruned(Known):
+    """What a one-shot method may ask about a mixer besides its weights: gate gradients."""
 
-    def _gathered(self, index: int, gather: Callable[[], Any]) -> Any:
-        """Evidence of mixer number ``index``; of the first, which sees what no plan changes, gathered once."""
-        if index:
-            return gather()
-        known, key = self.calibration._first_evidence, (self.recipe.how.needs, self.seed)
-        if key not in known:
-            known[key] = gather()
-        return known[key]
+    def __init__(self, calibration: Calibration, name: str, progress: Progress):
+        super().__init__()
+        self._saliency = partial(_saliency_of, calibration, name, progress)
+
+    def saliency(self) -> Tensor:
+        return self._saliency()
 
 
-def _raise(error: GhostError) -> NoReturn:
-    raise error
+class _Walked:
+    """What can be asked about a walked mixer, number ``index``.
+
+    Of the first one, which sees what no plan changes, the answers are worked out once for all plans.
+    """
+
+    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int):
+        self._block, self._seed = block, seed
+        self._known = {} if index else calibration._first_evidence
+        self.saliency = partial(_saliency_of, calibration, block.present_mixer.name, silent)
+
+    def statistics(self) -> LayerStatistics:
+        statistics: LayerStatistics = self._once(("statistics",), self._block.statistics)
+        return statistics
+
+    def samples(self) -> OutputSamples:
+        samples: OutputSamples = self._once(("samples", self._seed), lambda: self._block.samples(self._seed))
+        return samples
+
+    def input_gram(self) -> Tensor:
+        return self._block.input_gram()
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        return self._block.changes(decisions)
+
+    def _once(self, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
+        if question not in self._known:
+            self._known[question] = answer()
+        return self._known[question]
 
 
-def _gram(hidden: Tensor) -> Tensor:
-    rows = hidden.flatten(0, 1)
-    return (rows.T @ rows).double()
+class _Asked:
+    """The same questions, put to the mixer on all processes."""
+
+    def __init__(self, ask: Ask):
+        self.statistics: Callable[[], LayerStatistics] = partial(ask, "statistics")
+        self.samples: Callable[[], OutputSamples] = partial(ask, "samples")
+        self.input_gram: Callable[[], Tensor] = partial(ask, "input_gram")
+        self.saliency: Callable[[], Tensor] = partial(ask, "saliency")
+        self.changes: Callable[[Sequence[Decision]], list[float]] = partial(ask, "changes")
 
 
-def _state_sizes(model: PreTrainedModel) -> int:
-    return len({mixer.layout.state_size for mixer in mixers_of(model)})
+def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Tensor:
+    return calibration.saliency(progress)[name]
+
+
+def _changed(model: PreTrainedModel, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a model that are not as they were, by full name."""
+    return {
+        name: value.detach().clone() for name, value in model.named_parameters() if not torch.equal(value, before[name])
+    }

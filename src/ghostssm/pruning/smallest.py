@@ -54,7 +54,7 @@ def smallest_plan(
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_recipe(recipe, model.config.model_type)
-    if not recipe.how.shrinks:
+    if not recipe.registered.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
     apart = held_out_rows(len(windows))
     if len(windows) < _HELD_OUT_ONE_IN:
@@ -88,7 +88,8 @@ def smallest_plan(
         )
     plan, excess = best
     searched = Searched(max_excess_loss, len(held_out), excess)
-    return dataclasses.replace(plan, provenance={**plan.provenance, "search": searched.as_json()})
+    assert plan.provenance is not None
+    return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, search=searched))
 
 
 def _excess(model: PreTrainedModel, windows: Windows, dense: Evaluation) -> Difference:

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.models.mixer import Mixer, gated_norm
 from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
 from ghostssm.ops.step import at_least_float32, project_streams
+from ghostssm.recovery.base import MixerStep, register
 
+DEFAULT_STEPS = 100
 LEARNING_RATE = 0.02
 """Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
 MOST_TOKENS = 32768
@@ -188,3 +191,28 @@ class _Trial:
         normed = gated_norm(norm, y, data.z, layout.n_groups)
         bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
         return F.linear(normed, mixer.out_proj.weight.detach(), bias)
+
+
+def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
+    """On the first windows of all processes; process 0 refits, and tells what came out."""
+    mixer, walk = block.present_mixer, block.walk
+    data, tokens = [], walk.first_window * walk.hidden.shape[1]
+    for hidden, target in zip(block.inputs(), block.dense_outputs, strict=True):
+        if tokens >= MOST_TOKENS:
+            break
+        data.append(RefitData.of(mixer, hidden, target))
+        tokens += hidden.shape[0] * hidden.shape[1]
+    data = walk.processes.gather(data)
+
+    def refitted() -> dict[str, Tensor]:
+        refit(mixer, joined(data), amount, seed)
+        return {name: value.detach() for name, value in mixer.module.named_parameters()}
+
+    found = walk.processes.from_first(refitted)
+    if walk.processes.rank:
+        with torch.no_grad():
+            for name, value in mixer.module.named_parameters():
+                value.copy_(found[name])
+
+
+register(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))

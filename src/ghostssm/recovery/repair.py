@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.calibration.processes import Processes
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
+from ghostssm.recovery.base import MixerStep, register
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
@@ -182,3 +184,13 @@ def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]
         return 1.0, None
     both = _Normal(fit.gram + held_out.gram, fit.cross + held_out.cross, fit.energy + held_out.energy)
     return error / held_out.energy, both.solve(ridge)
+
+
+def _repair(block: PrunedBlock, amount: int, seed: int) -> None:
+    """D first, then out_proj on what D leaves."""
+    mixer, targets, walk = block.present_mixer, block.dense_outputs, block.walk
+    repair_skip(mixer, block.streams(), targets, walk.processes)
+    repair_output(mixer, block.streams(), targets, walk.processes, walk.first_window)
+
+
+register(MixerStep("repair", "fit D and out_proj to the dense output, in closed form", _repair))

@@ -19,9 +19,9 @@ from ghostssm.report.figure import MOST_CHANNELS, Figure
 from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
-from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure, sizes_text
+from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure
 from ghostssm.text.windows import Windows
-from ghostssm.units import bytes_text, plus_minus, text_name
+from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
 from ghostssm.workflows.compare import Comparison, Row
 from ghostssm.workflows.comparison_table import comparison_cells
 
@@ -47,7 +47,7 @@ def checkpoint_report(folder: Path) -> Report:
         figures.append(window_figure(record.losses))
     if record.decode:
         figures.append(decode_figure(record.decode))
-    sizes = sizes_text(plan)
+    sizes = sizes_text(plan.state_sizes)
     base = Path(str(manifest.get("base_model", plan.model_type))).name
     return Report(
         title=f"{base}: state size {plan.state_size} to {sizes}",
@@ -163,7 +163,7 @@ def _described(folder: Path) -> Description | None:
 def _state_cards(plan: Plan, described: Description | None) -> list[Card]:
     layers = f"{len(plan.selections)} layers"
     note = f"mean {plan.mean_state_size:.4g} over {layers}" if plan.needs_own_class else f"in each of {layers}"
-    cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan)}", note)]
+    cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}", note)]
     if described is not None:
         before, after = described.state_bytes(plan.state_size), described.state_bytes()
         cards.append(
@@ -212,14 +212,15 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
 
 def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Any) -> list[tuple[str, str]]:
     base = manifest.get("base_model", "MODEL")
-    size = plan.provenance.get("requested_state_size", plan.kept_state_size)
+    made = plan.provenance
+    size = plan.kept_state_size if made is None else made.requested_state_size
     words = ["ghostssm", "prune", str(base), "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
     again = shlex.join(words)
-    if calibration := plan.provenance.get("calibration"):
-        again += f" --calibration {shlex.quote(str(calibration.get('text')))} --windows {calibration.get('windows')}"
-        again += f" --window-length {calibration.get('window_length')}"
-    if plan.provenance.get("groups") == "pooled":
-        again += " --groups pooled"
+    if made is not None:
+        seen = made.calibration
+        again += f" --calibration {shlex.quote(seen.text)} --windows {seen.windows}"
+        again += f" --window-length {seen.window_length}"
+        again += " --groups pooled" if made.groups == "pooled" else ""
     missing = []
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.calibration import LayerWalk, gather_statistics
+from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.samples import sample_outputs
 from ghostssm.checkpoint.description import Description
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
 from ghostssm.evaluation.speed import first_channels, measure
-from ghostssm.methods import Evidence, magnitude
 from ghostssm.methods.balanced import hankel_values
+from ghostssm.methods.base import Evidence, Known
+from ghostssm.methods.baselines import magnitude
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, silent
 from ghostssm.report.record import DecodeSpeed, Observations
@@ -39,15 +40,15 @@ def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silen
     norms: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
     hankel: dict[str, Tensor] = {}
-    for block, mixer in walk.blocks():
-        progress("observed", walk.index, len(walk))
-        if mixer is not None:
-            samples = sample_outputs(mixer, walk.streams(block, mixer), seen.ids.numel(), _SAMPLES)
-            evidence = Evidence(mixer.layout, mixer.in_proj.weight.detach(), 0, samples=samples)
-            norms[mixer.name] = magnitude.score(evidence).double().cpu()
+    for block in walk.blocks():
+        progress("observed", block.index, len(walk))
+        if (mixer := block.mixer) is not None:
+            samples = sample_outputs(mixer, block.streams(), seen.ids.numel(), _SAMPLES)
+            evidence = Evidence(mixer.layout, mixer.in_proj.weight.detach(), 0, Known(known_samples=samples))
+            norms[mixer.name] = magnitude(evidence).double().cpu()
             hankel[mixer.name] = hankel_values(evidence).double().cpu()
-            energies[mixer.name] = gather_statistics(mixer, walk.streams(block, mixer)).output_energy.sqrt().cpu()
-        walk.advance(block, mixer)
+            energies[mixer.name] = block.statistics().output_energy.sqrt().cpu()
+        block.advance()
     progress("observed", len(walk), len(walk))
     return Observations(norms, energies, hankel, windows.text_name, seen.ids.numel())
 
@@ -82,7 +83,7 @@ def predicted_speed(described: Description, machine: Machine, batch: int, plan: 
         size = None if plan is None else plan.kept_state_size
         return batch / predicted_step_seconds(described, machine, batch, size)
     removed = 0
-    if not plan.projections:
+    if not plan.is_projected:
         removed = sum(described.removed_parameters(size) // described.layers for size in plan.state_sizes)
     smaller = dataclasses.replace(described, state_sizes=plan.state_sizes, parameters=described.parameters - removed)
     return batch / predicted_step_seconds(smaller, machine, batch, None)

@@ -11,13 +11,13 @@ from ghostssm.report.building import comparison_table
 from ghostssm.report.cost_figures import size_figure
 from ghostssm.report.figure import Figure
 from ghostssm.report.page import Table, table_html
-from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure, sizes_text
-from ghostssm.units import text_name
+from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure
+from ghostssm.units import sizes_text, text_name
 from ghostssm.workflows.compare import Comparison
 
 
 def register_with_ipython() -> None:
-    """Have the notebook or the IPython shell that runs us, if one does, show plans and comparisons with these functions."""
+    """Have IPython, if it runs us, show plans and comparisons with the functions below."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None:
         formatter = shell.display_formatter.formatters["text/html"]
@@ -31,18 +31,13 @@ def plan_html(plan: Plan) -> str:
         ["method", plan.method],
         ["model type", plan.model_type],
         ["layers", str(len(plan.selections))],
-        ["state size", f"{plan.state_size} → {sizes_text(plan)}"],
+        ["state size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}"],
         ["state kept", f"{kept_share(plan):.1%}"],
     ]
-    calibration = plan.provenance.get("calibration")
-    if isinstance(calibration, dict):
-        rows.append(
-            [
-                "calibrated on",
-                f"{calibration.get('windows')} windows of {calibration.get('window_length')} tokens of "
-                f"{text_name(str(calibration.get('text')))}",
-            ]
-        )
+    if plan.provenance is not None:
+        seen = plan.provenance.calibration
+        words = f"{seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}"
+        rows.append(["calibrated on", words])
     figures = [saliency_figure({plan.method: plan})] if has_scores(plan) else []
     return table_html(Table("", ["plan", ""], rows)) + "".join(map(_figure_html, figures))
 

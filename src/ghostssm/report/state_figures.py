@@ -265,7 +265,7 @@ def saliency_figure(plans: Mapping[str, Plan]) -> Figure:
             rows["score"] += score.tolist()
             rows["level"] += level.tolist()
             rows["kept"] += ["kept" if kept else "removed" for kept in _kept(plan, name)[:groups].flatten().tolist()]
-    projected = any(plan.projections for plan in plans.values())
+    projected = any(plan.is_projected for plan in plans.values())
     caption = (
         "Colour: a channel's score over the largest of its layer, as a power of ten (-1 is a tenth). Full cells were "
         "kept, thin ones removed."
@@ -363,12 +363,6 @@ def has_scores(plan: Plan) -> bool:
     """Whether every mixer of a plan has a score for each of its channels."""
     shape = (plan.n_groups, plan.state_size)
     return all(name in plan.scores and plan.scores[name].shape == shape for name in plan.selections)
-
-
-def sizes_text(plan: Plan) -> str:
-    """The state size of the pruned model, or the range where layers have their own."""
-    sizes = plan.state_sizes if plan.needs_own_class else (plan.kept_state_size,)
-    return f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
 def _norms(seen: Observations) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -16,7 +16,8 @@ from ghostssm.checkpoint.weights import header_tensors
 from ghostssm.evaluation.perplexity import logits_of
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import prune_mixer
 from ghostssm.text.windows import Windows
 
@@ -42,7 +43,7 @@ def gather_shards(
         place = output / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         if place.exists():
             continue
-        if name is None or plan.decision(name).width == plan.kept_state_size:
+        if name is None or plan.decisions[name].width == plan.kept_state_size:
             shard.rename(place)
             continue
         durable.write_tensors(place, _padded(blocks, number - len(outside), shard, plan, name))
@@ -53,7 +54,7 @@ def gather_shards(
 def _padded(blocks: StreamedBlocks, index: int, shard: Path, plan: Plan, name: str) -> dict[str, Tensor]:
     """The tensors of block ``index``, pruned in ``shard``, with as many channels as the widest mixer has."""
     family = family_of(blocks.model.config)
-    width = plan.decision(name).width
+    width = plan.decisions[name].width
     with blocks.opened(index) as block:
         mixer = family.mixer(block, index)
         assert mixer is not None

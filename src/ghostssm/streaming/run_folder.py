@@ -38,8 +38,9 @@ from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.output_folder import OutputFolder, destination, put_in_place
 from ghostssm.models.families import family_of
+from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Measurement
-from ghostssm.plan.plan import Decision, Plan, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import change_parameters, prune_mixer
 from ghostssm.pruning.journal import Journal
 from ghostssm.streaming.assembling import gather_shards, probe_of
@@ -301,7 +302,7 @@ class RunFolder(Journal):
         mixer = family.mixer(block, self.done)
         assert mixer is not None
         prune_mixer(family, mixer, decision.selection, decision.width)
-        change_parameters(mixer.module, decision)
+        change_parameters(mixer.module, decision.changes)
 
     def _name_of(self, index: int) -> str | None:
         found = json.loads(self._record_file(index).read_text(encoding="utf-8"))

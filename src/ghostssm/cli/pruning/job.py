@@ -12,6 +12,7 @@ from ghostssm.cli.console import note, note_same_text
 from ghostssm.methods.selection import Groups
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.pruning.smallest import held_out_rows
+from ghostssm.recovery import Step
 
 _SURE_WINDOWS = 8
 """On fewer, the standard error of an excess loss is itself a guess."""
@@ -91,9 +92,10 @@ def _tell_held_out(windows: int) -> None:
 def wanted_recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
     """The recipe that a method's name and the options beside it make together."""
     base = DEFAULT_RECIPE if method is None else Recipe.parse(method)
-    return Recipe(
-        base.method,
-        base.repair if repair is None else repair,
-        base.refit if refit is None else refit,
-        base.per_layer or per_layer,
-    )
+    steps = list(base.steps)
+    if refit is not None:
+        steps = [step for step in steps if step.name != "refit"]
+        steps[:0] = [Step("refit", refit)] * (refit > 0)
+    if repair is not None:
+        steps = [step for step in steps if step.name != "repair"] + [Step("repair")] * repair
+    return Recipe(base.method, tuple(steps), base.per_layer or per_layer)

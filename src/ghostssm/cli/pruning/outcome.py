@@ -7,7 +7,8 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.cli.console import bytes_text, print_facts, print_json
-from ghostssm.plan.measurement import Measurement, Searched
+from ghostssm.plan.measurement import Measurement
+from ghostssm.units import one_or_all
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,10 @@ class Outcome:
 def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json: bool) -> None:
     """Tell where the result is and what it is; ``address`` is that of the upload, if there was one."""
     plan, measured = outcome.plan, outcome.measured
-    searched = Searched.of(plan.provenance)
+    searched = None if plan.provenance is None else plan.provenance.search
     found = ghostssm.describe(str(outcome.written))
     before = found.state_bytes(plan.state_size)
-    sizes = list(found.state_sizes) if plan.needs_own_class else [plan.kept_state_size]
-    after: int | list[int] = sizes[0] if len(set(sizes)) == 1 else sizes
+    after = one_or_all(plan.state_sizes)
     if as_json:
         print_json(
             {

@@ -70,7 +70,7 @@ def suited_target(
         InputError: an engine that runs nothing of what the recipe makes, or sizes that are not known beforehand.
     """
     layout, family = described.layout, described.family
-    if recipe.per_layer or not recipe.how.stock:
+    if recipe.per_layer or not recipe.registered.stock:
         for advice in advise(layout, family, engines=engines, own_class=True):
             if advice.level == "no":
                 raise InputError(
@@ -78,7 +78,7 @@ def suited_target(
                     "for stock classes, or leave the engine out."
                 )
         return target
-    if recipe.how.scope == "model" or (groups == "pooled" and layout.n_groups > 1):
+    if recipe.registered.scope == "model" or (groups == "pooled" and layout.n_groups > 1):
         raise InputError(
             f"With --engine the state size has to be known beforehand, but {recipe} with --groups {groups} pads to the "
             "widest group or layer; expected --groups equal, and a method that cuts all layers alike."

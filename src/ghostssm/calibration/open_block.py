@@ -1,0 +1,269 @@
+"""One block of a walk: what its mixer can be asked, how it is pruned, and how it carries the hidden states on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostssm.calibration.capture import captured_input
+from ghostssm.calibration.samples import OutputSamples, joined, sample_outputs
+from ghostssm.calibration.statistics import LayerStatistics, gather_statistics
+from ghostssm.errors import NumericalError
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
+from ghostssm.plan.decision import Decision
+from ghostssm.plan.surgery import change_parameters, prune_mixer
+
+if TYPE_CHECKING:
+    from ghostssm.calibration.walk import LayerWalk
+
+_KEPT_STREAM_BYTES = 256 << 20
+"""So much of what scoring computed is kept for carrying the hidden states on; the rest is computed again."""
+
+_MEASURED_TOKENS = 8192
+"""Of the windows, so many tokens serve to measure what a decision would do."""
+
+
+class _WalkedBlock:
+    """A block copy and the view of its mixer; what the dense and the pruned state of it share."""
+
+    def __init__(self, walk: LayerWalk, index: int, block: nn.Module, mixer: Mixer | None):
+        self.walk, self.index, self._block, self.mixer = walk, index, block, mixer
+
+    @property
+    def present_mixer(self) -> Mixer:
+        """The mixer, for questions that only a block with one can answer."""
+        assert self.mixer is not None, "this block has no Mamba-2 mixer"
+        return self.mixer
+
+    def inputs(self) -> Iterator[Tensor]:
+        """What the mixer is called with, (b, l, hidden_size), batch by batch."""
+        for _, call in self.walk.calls(self.index, self._block):
+            yield captured_input(self.present_mixer.module, call)
+
+    def _advance(self, forward: Any) -> None:
+        """Replace the hidden states by the block's output, with a mixer that does ``forward(batch number, hidden)``."""
+        hidden, mixers = self.walk.hidden, [] if self.mixer is None else [self.mixer]
+        for number, (span, call) in enumerate(self.walk.calls(self.index, self._block)):
+
+            def mixed(_: Mixer, hidden_states: Tensor, number: int = number, **__: Any) -> Tensor:
+                found: Tensor = forward(number, hidden_states)
+                return found
+
+            with torch.inference_mode(), replaced_forward(mixers, mixed):
+                output: Any = call()
+                output = output[0] if isinstance(output, tuple) else output
+                hidden[span] = output
+            if not torch.isfinite(output).all():
+                name = self.mixer.name if self.mixer else type(self._block).__name__
+                raise NumericalError(
+                    f"NaN or Inf in the activations after {name}. The checkpoint is broken or overflows; "
+                    "evaluate the unpruned model on the same text first."
+                )
+
+
+class OpenBlock(_WalkedBlock):
+    """A block of a walk that is not pruned yet.
+
+    Sums and means are over the windows of all processes: where several share them, all must ask the same.
+
+    Attributes:
+        index: of the block. original: as the model has it, with its weights in their own precision.
+        mixer: the view of the copy's mixer, if it has one.
+    """
+
+    def __init__(self, walk: LayerWalk, index: int, original: nn.Module, block: nn.Module):
+        super().__init__(walk, index, block, walk.family.mixer(block, index))
+        self.original = original
+        self._kept: dict[int, Streams] = {}
+
+    def streams(self) -> Iterator[Streams]:
+        """What the recurrence works on, batch by batch; as many as fit are kept for what is asked later."""
+        self._kept.clear()
+        room = _KEPT_STREAM_BYTES
+        for number, hidden in enumerate(self.inputs()):
+            with torch.inference_mode():
+                streams = mixer_streams(self.present_mixer, hidden)
+            room -= streams.nbytes
+            if room >= 0:
+                self._kept[number] = streams
+            yield streams
+
+    def statistics(self) -> LayerStatistics:
+        """Mean energies of the mixer's channels."""
+        return gather_statistics(self.present_mixer, self.streams(), self.walk.processes)
+
+    def samples(self, seed: int) -> OutputSamples:
+        """Samples of what the mixer's channels add to its output."""
+        first, tokens = self.walk.first_window, self.walk.tokens
+        own = sample_outputs(self.present_mixer, self.streams(), tokens, seed=seed, first=first)
+        return joined(self.walk.processes.gather([own]))
+
+    def input_gram(self) -> Tensor:
+        """(hidden_size, hidden_size), float64: the sum of x x^T over the mixer's inputs."""
+        rows = (hidden.flatten(0, 1) for hidden in self.inputs())
+        gram: Tensor = sum((each.T @ each).double() for each in rows)  # type: ignore[assignment]
+        self.walk.processes.add(gram)
+        return gram
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        """The mean squared change of the mixer's output that each decision would make, on the first windows."""
+        mixer, found = self.present_mixer, list[tuple[list[float], int]]()
+        tokens = self.walk.first_window * self.walk.hidden.shape[1]
+        with torch.inference_mode():
+            for number, hidden in enumerate(self.inputs()):
+                if tokens >= _MEASURED_TOKENS:
+                    break
+                streams = self._streams_of(number, hidden)
+                dense = output_of_streams(mixer, streams)
+                changed = (output_of_streams(mixer, _decided(streams, decision)) - dense for decision in decisions)
+                totals = [change.double().square().sum().item() for change in changed]
+                found.append((totals, dense.shape[0] * dense.shape[1]))
+                tokens += found[-1][1]
+        found = self.walk.processes.gather(found)
+        measured = sum(count for _, count in found)
+        return [sum(totals[index] for totals, _ in found) / measured for index in range(len(decisions))]
+
+    def outputs(self) -> list[Tensor]:
+        """What the mixer makes of its inputs, batch by batch."""
+        with torch.inference_mode():
+            return [
+                self.walk.keep(f"outputs {number}", self._output(number, hidden))
+                for number, hidden in enumerate(self.inputs())
+            ]
+
+    def advance(self) -> None:
+        """Replace the hidden states by the block's output.
+
+        Raises:
+            NumericalError: the output is not finite; names the block's mixer.
+        """
+        self._advance(self._last_output)
+
+    def prune(self, decision: Decision, *, keep_outputs: bool = False) -> PrunedBlock:
+        """Prune the copy and give it the decision's parameters; the dense block can't be asked any more.
+
+        Args:
+            keep_outputs: so that recovery steps know what the dense mixer gave.
+        """
+        outputs = self.outputs() if keep_outputs else []
+        mixer, family = self.present_mixer, self.walk.family
+        prune_mixer(family, mixer, decision.selection, decision.selection.width)
+        change_parameters(mixer.module, decision.changes)
+        view = family.mixer(self._block, self.index)
+        assert view is not None
+        kept = {} if decision.changes else self._kept
+        self.mixer, self._kept = None, {}
+        pruned = replace(view, projection=decision.projection)
+        return PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+
+    def _streams_of(self, number: int, hidden: Tensor) -> Streams:
+        kept = self._kept.get(number)
+        return mixer_streams(self.present_mixer, hidden) if kept is None else kept
+
+    def _output(self, number: int, hidden: Tensor) -> Tensor:
+        kept = self._kept.get(number)
+        if kept is None:
+            return mixer_forward(self.present_mixer, hidden)
+        return output_of_streams(self.present_mixer, kept)
+
+    def _last_output(self, number: int, hidden: Tensor) -> Tensor:
+        output = self._output(number, hidden)
+        self._kept.pop(number, None)
+        return output
+
+
+class PrunedBlock(_WalkedBlock):
+    """A block of a walk that a decision was applied to; recovery steps change its mixer's parameters in place.
+
+    Attributes:
+        mixer: the view of the pruned mixer. dense_outputs: what the dense mixer gave, batch by batch, if it was kept.
+    """
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        index: int,
+        block: nn.Module,
+        mixer: Mixer,
+        decision: Decision,
+        dense_outputs: list[Tensor],
+        kept: dict[int, Streams],
+    ):
+        super().__init__(walk, index, block, mixer)
+        self.dense_outputs = dense_outputs
+        self._decision = decision
+        self._kept = {number: _decided(streams, decision) for number, streams in kept.items()}
+        self._behind_kept = _Versions(mixer)
+        self._before = {
+            name: value.detach().clone() for name, value in mixer.module.named_parameters() if dense_outputs
+        }
+
+    def streams(self) -> Iterator[Streams]:
+        """What the recurrence works on with the parameters as they are, batch by batch."""
+        for number, hidden in enumerate(self.inputs()):
+            with torch.inference_mode():
+                yield self._streams_of(number, hidden)
+
+    def advance(self) -> None:
+        """As `OpenBlock.advance`, with the pruned mixer."""
+        self._advance(self._output)
+
+    def decision(self) -> Decision:
+        """What was decided, with every parameter that a recovery step has changed since."""
+        parameters = self.present_mixer.module.named_parameters()
+        changed = {
+            name: value.detach().clone()
+            for name, value in parameters
+            if name in self._before and not torch.equal(value, self._before[name])
+        }
+        changes = {**self._decision.changes, **changed}
+        return replace(self._decision, projection=self.present_mixer.projection, changes=changes)
+
+    def _streams_of(self, number: int, hidden: Tensor) -> Streams:
+        if not self._behind_kept.unchanged(self.present_mixer):
+            self._kept.clear()
+        kept = self._kept.get(number)
+        return mixer_streams(self.present_mixer, hidden) if kept is None else kept
+
+    def _output(self, number: int, hidden: Tensor) -> Tensor:
+        streams = self._streams_of(number, hidden)
+        self._kept.pop(number, None)
+        return output_of_streams(self.present_mixer, streams)
+
+
+class _Versions:
+    """The parameters behind a mixer's streams, as they were: kept streams are good until one of them changes."""
+
+    def __init__(self, mixer: Mixer):
+        self._tensors = self._behind_streams(mixer)
+        self._versions = [_version(tensor) for tensor in self._tensors]
+
+    def unchanged(self, mixer: Mixer) -> bool:
+        """Whether these are still the mixer's parameters, and nothing has written into them."""
+        now = self._behind_streams(mixer)
+        same = all(tensor is known for tensor, known in zip(now, self._tensors, strict=True))
+        return same and [_version(tensor) for tensor in now] == self._versions
+
+    @staticmethod
+    def _behind_streams(mixer: Mixer) -> list[Tensor]:
+        parts = [mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias]
+        if mixer.projection is not None:
+            parts += [mixer.projection.B, mixer.projection.C]
+        return [part for part in parts if part is not None]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often PyTorch saw the tensor written; tensors made in inference mode can't be written outside it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _decided(streams: Streams, decision: Decision) -> Streams:
+    """The streams that a dense mixer's become under a decision that changes none of the weights behind them."""
+    selection = decision.selection
+    kept = streams.select(selection.padded(selection.width))
+    return kept if decision.projection is None else kept.project(decision.projection)

@@ -1,0 +1,73 @@
+"""What a plan was made from and with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ghostssm.plan.measurement import Searched
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The windows that a plan was calibrated on.
+
+    Attributes:
+        text: the name of the text. text_sha256, tokens_sha256: of its characters, and of the windows' token ids.
+        windows: their number. window_length: tokens in each. seed: None where they follow one another.
+    """
+
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+    windows: int
+    window_length: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a plan was made from and with.
+
+    Attributes:
+        requested_state_size: N' as asked for, on average over layers and groups. groups: how the groups of a layer
+            share it. seed: of what was drawn at random. multiple: of state sizes per layer.
+        search: what a search for the smallest state measured, if there was one.
+    """
+
+    requested_state_size: int
+    groups: str
+    seed: int
+    multiple: int
+    calibration: CalibrationText
+    search: Searched | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "search"}
+        values["calibration"] = asdict(self.calibration)
+        return values | ({} if self.search is None else {"search": self.search.as_json()})
+
+    @classmethod
+    def from_json(cls, found: Any) -> Provenance | None:
+        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
+        if not isinstance(found, dict) or not isinstance(found.get("calibration"), dict):
+            return None
+        text, search = found["calibration"], found.get("search")
+        numbers = ("requested_state_size", "seed", "multiple")
+        if any(type(found.get(name)) is not int for name in numbers) or not isinstance(found.get("groups"), str):
+            return None
+        if any(type(text.get(name)) is not int for name in ("windows", "window_length")):
+            return None
+        if any(not isinstance(text.get(name), str) for name in ("text", "text_sha256", "tokens_sha256")):
+            return None
+        if type(text.get("seed")) not in (int, type(None)):
+            return None
+        return cls(
+            found["requested_state_size"],
+            found["groups"],
+            found["seed"],
+            found["multiple"],
+            CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
+            Searched.from_json(search),
+        )

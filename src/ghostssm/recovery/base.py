@@ -1,0 +1,110 @@
+"""What a recovery step is, and the registry of steps.
+
+A step of mixer scope gives a pruned mixer back what its output lost, while the walk stands at it. A step of model scope
+changes parameters of the whole pruned model once all mixers are decided. A new step is one file and one registration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from ghostssm.calibration.open_block import PrunedBlock
+from ghostssm.errors import InputError
+from ghostssm.progress import Progress
+from ghostssm.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class MixerStep:
+    """A registered step of mixer scope.
+
+    Attributes:
+        name: in recipes, in lower case. summary: one line for the command line's help.
+        recover: changes the parameters of a pruned mixer, and of its projection, in place; gets the block, the step's
+            amount and a seed. What the dense mixer gave is in the block's ``dense_outputs``.
+        default_amount: of a step that is written with a number, such as ``refit100``; None for one without.
+        streamable: whether one block in memory at a time is enough.
+        shareable: whether several processes may share the windows.
+    """
+
+    name: str
+    summary: str
+    recover: Callable[[PrunedBlock, int, int], None]
+    default_amount: int | None = None
+    streamable: bool = True
+    shareable: bool = True
+    scope: Literal["mixer"] = "mixer"
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A registered step of model scope; attributes as `MixerStep` has them.
+
+    Attributes:
+        recover: changes parameters of the pruned model in place; gets the pruned and the dense model, the calibration
+            windows, the step's amount, a seed and a listener.
+    """
+
+    name: str
+    summary: str
+    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], None]
+    default_amount: int | None = None
+    streamable: Literal[False] = False
+    shareable: Literal[False] = False
+    scope: Literal["model"] = "model"
+
+
+_STEPS: dict[str, MixerStep | ModelStep] = {}
+
+
+def register(step: MixerStep | ModelStep) -> None:
+    """Make a step known by its name, in recipes; an earlier one of that name is replaced."""
+    if not re.fullmatch(r"[a-z][a-z-]*", step.name):
+        raise InputError(f"A step can't be called {step.name!r}; expected lower-case letters and hyphens.")
+    _STEPS[step.name] = step
+
+
+def step_names() -> tuple[str, ...]:
+    return tuple(sorted(_STEPS))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recovery step as a recipe has it: ``repair``, or with its amount ``refit100``.
+
+    Raises:
+        InputError: no such step, an amount below 1, or one for a step that takes none.
+    """
+
+    name: str
+    amount: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in _STEPS:
+            raise InputError(f"No recovery step is called {self.name!r}; expected one of: {', '.join(step_names())}.")
+        if self.registered.default_amount is None and self.amount is not None:
+            raise InputError(f"{self.name} takes no number; found {self.amount}.")
+        if self.amount is not None and self.amount < 1:
+            raise InputError(f"The number of {self.name} is {self.amount}; expected 1 or more.")
+        if self.amount is None:
+            object.__setattr__(self, "amount", self.registered.default_amount)
+
+    @classmethod
+    def parse(cls, text: str) -> Step:
+        """The step that is written like this."""
+        found = re.fullmatch(r"([a-z-]+)(\d*)", text)
+        if found is None:
+            raise InputError(f"No recovery step is called {text!r}; expected one of: {', '.join(step_names())}.")
+        return cls(found[1], int(found[2]) if found[2] else None)
+
+    def __str__(self) -> str:
+        return self.name if self.amount is None else f"{self.name}{self.amount}"
+
+    @property
+    def registered(self) -> MixerStep | ModelStep:
+        return _STEPS[self.name]
