@@ -23,7 +23,9 @@ from ghostssm.data.windows import Windows, cut_windows, evaluation_windows
 from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
+    GhostWarning,
     HubError,
+    IncompleteError,
     InputError,
     LayoutError,
     ModelError,
@@ -57,7 +59,9 @@ __all__ = [
     "Evidence",
     "ExportedGGUF",
     "GhostError",
+    "GhostWarning",
     "HubError",
+    "IncompleteError",
     "InputError",
     "LayoutError",
     "Measurement",

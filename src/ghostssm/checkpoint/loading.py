@@ -13,16 +13,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
+from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
@@ -218,17 +217,9 @@ def _build(
     model: PreTrainedModel = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
-    if (source.folder / GENERATION_CONFIG_NAME).exists():
-        model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
+    if (generation := read_generation_config(source.folder)) is not None:
+        model.generation_config = generation
     return model
-
-
-def _generation_config(file: Path) -> GenerationConfig:
-    values = checked_config(read_json_object(file, ModelError), str(file))
-    try:
-        return GenerationConfig.from_dict(values)
-    except Exception as error:  # transformers' validation raises many classes
-        raise ModelError(f"{file} is not a valid generation config: {error}") from None
 
 
 def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
