@@ -31,6 +31,7 @@ from ghostssm.plan import Decision, Plan, Selection
 from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
+from ghostssm.units import text_name
 
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -127,7 +128,7 @@ class Calibration:
                 "seed": seed,
                 "multiple": multiple,
                 "calibration": {
-                    "text": self.windows.text_name,
+                    "text": text_name(self.windows.text_name),
                     "text_sha256": self.windows.text_fingerprint,
                     "tokens_sha256": self.windows.fingerprint,
                     "windows": len(self.windows),

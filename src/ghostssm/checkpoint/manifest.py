@@ -107,15 +107,19 @@ def file_hash(path: Path) -> str:
     return total.hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], probe: Probe | None) -> None:
-    """Write the manifest of a folder whose other files are all written; ``facts`` come first."""
+def write_manifest(folder: Path, facts: Mapping[str, Any], probe: Probe | None, place: Path | None = None) -> None:
+    """Write the manifest of a folder whose other files are all written; ``facts`` come first.
+
+    Args:
+        place: folder to write it into; that folder itself if not given.
+    """
     document = {
         **facts,
         "versions": versions(),
         "probe": None if probe is None else asdict(probe),
         "files": file_records(folder),
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    ((place or folder) / MANIFEST_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

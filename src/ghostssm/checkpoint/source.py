@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ghostssm.files import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
+_HUB_CACHE_ENTRY = "models--"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
@@ -42,6 +44,16 @@ class Source:
     dialect: Dialect
     hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def published_name(self) -> str:
+        """What others may know it by: its id on the hub or its folder's name, never where it lies on this machine."""
+        if self.name == REFERENCE or self.hub_id:
+            return self.hub_id or self.name
+        folder = Path(os.path.abspath(self.folder))
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith(_HUB_CACHE_ENTRY):
+            return folder.parents[1].name.removeprefix(_HUB_CACHE_ENTRY).replace("--", "/", 1)
+        return folder.name.encode("utf-8", "replace").decode()
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the config and weight files, hexadecimal.
@@ -85,13 +97,18 @@ def find_source(spec: str, weights: bool = True) -> Source:
         folder = Path(spec)
     elif Path(spec).exists():
         raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
-    elif _HUB_ID.fullmatch(spec):
+    elif is_hub_id(spec):
         folder, hub_id = _download(spec, weights), spec
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
     return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id, _stamps(folder))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a model's on the hub: org/name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

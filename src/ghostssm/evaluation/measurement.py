@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ghostssm.data.windows import Windows
 from ghostssm.evaluation.perplexity import Difference, Evaluation, evaluate
 from ghostssm.progress import Progress, silent
-from ghostssm.units import plus_minus
+from ghostssm.units import plus_minus, text_name
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Measurement:
     """Losses of a dense and a pruned model on the same windows, in nats per token.
 
     Attributes:
-        text: what the windows were cut from. windows: their number. window_length: tokens in each.
+        text: name of what the windows were cut from. windows: their number. window_length: tokens in each.
         dense_loss, pruned_loss: means over the windows.
         excess: the mean difference, and its standard error from the paired windows (NaN for one window).
     """
@@ -36,7 +36,8 @@ class Measurement:
     @classmethod
     def of(cls, windows: Windows, dense: Evaluation, pruned: Evaluation) -> Measurement:
         """Of two evaluations on these windows."""
-        return cls(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
+        text = text_name(windows.text_name)
+        return cls(text, len(windows), windows.length, dense.loss, pruned.loss, pruned.excess_over(dense))
 
     @classmethod
     def from_json(cls, found: Any) -> Measurement | None:

@@ -21,6 +21,7 @@ from ghostssm.methods.balanced import hankel_values
 from ghostssm.plan import Plan
 from ghostssm.progress import Progress, silent
 from ghostssm.report.record import DecodeSpeed, Observations
+from ghostssm.units import text_name
 
 _OBSERVED_TOKENS = 16384
 """A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
@@ -49,7 +50,7 @@ def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silen
             energies[mixer.name] = gather_statistics(mixer, walk.streams(block, mixer)).output_energy.sqrt().cpu()
         walk.advance(block, mixer)
     progress("observed", len(walk), len(walk))
-    return Observations(norms, energies, hankel, windows.text_name, seen.ids.numel())
+    return Observations(norms, energies, hankel, text_name(windows.text_name), seen.ids.numel())
 
 
 def decode_speeds(
