@@ -21,7 +21,7 @@ from ghostssm.calibration.samples import joined as joined_samples
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.data.windows import Windows
 from ghostssm.errors import GhostError, NumericalError
-from ghostssm.families import family_of, mixers_of
+from ghostssm.families import check_plain, family_of, mixers_of
 from ghostssm.feasibility import check_original, check_recipe, check_state_size
 from ghostssm.journal import Journal
 from ghostssm.methods import Evidence
@@ -48,7 +48,8 @@ class Calibration:
     pruning leaves.
 
     Raises:
-        ModelError: the model was projected before, or its layers have state sizes of their own.
+        ModelError: the model was projected before, its layers have state sizes of their own, or there are adapters or
+            quantised layers in it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Calibration:
         self.processes = processes or Processes()
         self.blocks = blocks_of(model)
         self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
+        check_plain(self.model)
         projected = any(mixer.projection is not None for mixer in mixers_of(self.model))
         check_original(not projected and _state_sizes(self.model) == 1)
         self._saliency: dict[str, Tensor] | None = None

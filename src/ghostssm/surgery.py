@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.acceleration import refresh
 from ghostssm.errors import InputError, PlanError
-from ghostssm.families import family_of, mixers_of
+from ghostssm.families import check_plain, family_of, mixers_of
 from ghostssm.families.base import Family
 from ghostssm.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.mixer import Mixer
@@ -34,7 +34,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Raises:
         PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
+        ModelError: there are adapters or quantised layers in the model; nothing was changed.
     """
+    check_plain(model)
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:
         return _converted(model, plan)
@@ -61,8 +63,9 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
         state_size: at least that of the widest layer.
 
     Raises:
-        InputError: a layer is wider already, or projects its state; nothing was changed.
+        InputError: a layer is wider already, projects its state, or has adapters around it; nothing was changed.
     """
+    check_plain(model)
     mixers = mixers_of(model)
     widest = max(mixer.layout.state_size for mixer in mixers)
     if state_size < widest:

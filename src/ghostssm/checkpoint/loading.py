@@ -30,6 +30,8 @@ from ghostssm.families import family_named, mixers_of
 from ghostssm.files import is_plain_name, read_json_object
 
 _LISTED_FAULTS = 8
+_QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
+"""Of config.json: transformers', mlx-lm's, and the one that compressed-tensors had before."""
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
@@ -133,20 +135,27 @@ def model_config(source: Source) -> PreTrainedConfig:
         )
     if model_type in _OTHER_MAMBAS:
         raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
-    if quantisation := source.config.get("quantization_config"):
-        how = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise ModelError(
-            f"{source.name} is quantised (quantization_config in config.json: {how}). "
-            "Prune the unquantised model, then quantise the result."
-        )
+    _check_unquantised(source)
     family = family_named(model_type)
     try:
         with quiet_transformers():
             config = type(AutoConfig.for_model(model_type)).from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
+    config.return_dict = True  # callers here, and the harness, name what they read
     family.layout(config)
     return config
+
+
+def _check_unquantised(source: Source) -> None:
+    for key in _QUANTISATION_KEYS:
+        if quantisation := source.config.get(key):
+            values = quantisation if isinstance(quantisation, dict) else {"quant_method": quantisation}
+            how = values.get("quant_method") or f"{values.get('bits', 'unknown')} bits"
+            raise ModelError(
+                f"{source.name} is quantised ({key} in config.json: {how}). "
+                "Prune the unquantised model, then quantise the result."
+            )
 
 
 def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> PreTrainedModel:

@@ -52,8 +52,9 @@ class Probe:
     def of(cls, model: PreTrainedModel, token_ids: Sequence[int] | None = None) -> Probe | None:
         """Run a model on some tokens, or on tokens of our choice; None if its logits are not finite."""
         ids = probe_tokens(model.config.vocab_size) if token_ids is None else token_ids
+        tokens = torch.tensor([list(ids)], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+            logits = model(input_ids=tokens, return_dict=True, use_cache=False).logits[0]
         return cls.of_logits(ids, logits, model.dtype)
 
     @classmethod

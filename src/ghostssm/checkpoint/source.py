@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from ghostssm.errors import ModelError
@@ -21,6 +22,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
 _READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
+_ADAPTER_CONFIG = "adapter_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _MOST_SMALL_BYTES = 256 << 20
 
@@ -156,4 +158,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return read_json_object(folder / "config.json", ModelError)
     except FileNotFoundError:
+        if (folder / _ADAPTER_CONFIG).exists():
+            raise ModelError(_about_adapter(folder)) from None
         raise ModelError(f"{folder} holds no config.json; expected the folder of a checkpoint.") from None
+
+
+def _about_adapter(folder: Path) -> str:
+    base = read_json_object(folder / _ADAPTER_CONFIG, ModelError).get("base_model_name_or_path")
+    of = f" of {short(base)}" if isinstance(base, str) and base else ""
+    return (
+        f"{folder} holds an adapter{of} ({_ADAPTER_CONFIG}) and no config.json; expected a whole model. Merge it into "
+        "the model that it was trained on, with peft: "
+        "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OUTPUT)."
+    )
