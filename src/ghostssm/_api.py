@@ -22,7 +22,9 @@ from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.engines import Advice, advise, engine_names, nearest_state_size
 from ghostssm.errors import (
     GhostError,
+    GhostWarning,
     HubError,
+    IncompleteError,
     InputError,
     LayoutError,
     ModelError,
@@ -60,7 +62,9 @@ __all__ = [
     "Evidence",
     "ExportedGGUF",
     "GhostError",
+    "GhostWarning",
     "HubError",
+    "IncompleteError",
     "InputError",
     "LayoutError",
     "Measurement",

@@ -3,6 +3,10 @@
 A message names the file or option, what was found, what was expected, and the next step.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class GhostError(Exception):
     """Base of every error that ghostssm raises on purpose.
@@ -12,6 +16,10 @@ class GhostError(Exception):
     """
 
     told = False
+
+
+class GhostWarning(UserWarning):
+    """Something that is not as it should be, but keeps nothing from being done."""
 
 
 class InputError(GhostError):
@@ -40,6 +48,22 @@ class OutputError(InputError):
 
 class StorageError(GhostError):
     """Writing failed: a full disk, a quota, a disk that is gone. Nothing half-written is left."""
+
+
+class IncompleteError(GhostError):
+    """A checkpoint was written with whole weights, but without something that belongs beside them.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    def __init__(self, message: str, folder: Path):
+        super().__init__(message)
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[type[IncompleteError], tuple[str, Path]]:
+        """For the processes that share a run, which tell each other."""
+        return type(self), (str(self), self.folder)
 
 
 class ProcessError(GhostError):

@@ -186,7 +186,7 @@ def test_manifest_and_plan(folder_of: Callable[..., Path], tmp_path: Path) -> No
     checkpoint, plan = pruned_checkpoint(folder_of())
     written = ghostssm.save(checkpoint, plan, tmp_path / "out")
     manifest = json.loads((written / "ghostssm.json").read_text())
-    assert manifest["base_model"] == checkpoint.source.name
+    assert manifest["base_model"] == "model"
     assert manifest["base_model_sha256"] == checkpoint.source.fingerprint()
     assert manifest["state_size"] == {"before": 16, "after": 5}
     assert manifest["options"]["calibration"]["windows"] == 1

@@ -112,7 +112,7 @@ def logits_after(blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden
         rests: from `outputs_besides_hidden`. hidden: (b, l, hidden_size). ids: (b, l), of any tokens.
     """
     with torch.inference_mode(), _replaced_blocks(blocks.modules, rests, lambda _, __: hidden):
-        logits: Tensor = blocks.model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = blocks.model(input_ids=ids, return_dict=True, use_cache=False).logits
         return logits
 
 

@@ -50,7 +50,7 @@ def gate_saliency(model: PreTrainedModel, ids: Tensor, progress: Progress = sile
             progress("gradients", index, len(ids))
             window = ids[index : index + 1].to(model.device)
             # Not the model's own loss, which may have terms for routers and the like.
-            logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+            logits = model(input_ids=window, return_dict=True, use_cache=False).logits[0, :-1]
             loss = F.cross_entropy(logits, window[0, 1:])
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 saliency[name] += gradient.double().square() / len(ids)

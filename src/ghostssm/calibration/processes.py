@@ -179,7 +179,7 @@ def own_device(device: str) -> str:
 
 
 def _checksum(packed: Tensor) -> int:
-    return zlib.crc32(packed.numpy())
+    return zlib.crc32(packed.numpy().tobytes())
 
 
 def _finished(start: Callable[[], Any]) -> None:

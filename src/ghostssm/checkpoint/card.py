@@ -45,7 +45,7 @@ class Base:
     @classmethod
     def of(cls, source: Source) -> Base:
         """Of the model that is to be pruned: licence and language are its own card's, or the licence its config's."""
-        name = source.hub_id or source.folder.absolute().name
+        name = source.published_name
         return cls(_readable(source.name, name), source.hub_id, _inherited(source, _metadata(source)))
 
     @classmethod

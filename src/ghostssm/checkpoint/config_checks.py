@@ -47,7 +47,7 @@ def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ModelError: NaN, a number beyond what sizes and token ids can be, or more layers than any model has.
     """
-    config = {key: _decoded(value) for key, value in config.items() if key not in _ACTING_ENTRIES}
+    config = without_acting_entries(config)
     faults = number_faults(config, _MOST_NUMBER)
     faults += [
         f"{name} is {count}, expected at most {MOST_LAYERS}"
@@ -57,6 +57,11 @@ def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     if faults:
         raise ModelError(f"{where} can't be the config of a model: {'; '.join(faults[:8])}.")
     return config
+
+
+def without_acting_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without entries that would have transformers open other files or run code."""
+    return {key: _decoded(value) for key, value in config.items() if key not in _ACTING_ENTRIES}
 
 
 def _decoded(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
-from ghostssm.checkpoint.source import Dialect
-from ghostssm.errors import InputError
+from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
+from ghostssm.checkpoint.source import Dialect, is_hub_id
+from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import mixers_of
 from ghostssm.models.own_class import GhostMamba2Config
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-
-_CARRIED = (PLAN_FILE, TENSORS_FILE)
-"""What holds of a pruned model however it is written."""
+from ghostssm.units import text_name
 
 
 def export_checkpoint(
@@ -52,14 +53,13 @@ def export_checkpoint(
     saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False, untie=untie)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
+        files = SideFiles(folder.partial)  # first, and every fault is fatal: nothing is lost yet
+        carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), files)
+        files.write("the plan", lambda place: _carry_plan(checkpoint.source.folder, place))
         with saving.untied_head(checkpoint.model, untie) as untied:
-            saving.write_model(checkpoint, folder.partial, dialect)
             facts = _facts(checkpoint, dialect, untied)
-            _write_card(checkpoint, folder.partial, dialect, facts)
-        saving.carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), folder.partial)
-        for name in _CARRIED:
-            if (checkpoint.source.folder / name).is_file():
-                shutil.copyfile(checkpoint.source.folder / name, folder.partial / name)
+            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, facts))
+            saving.write_model(checkpoint, folder.partial, dialect)
         if facts is not None:
             write_manifest(folder.partial, facts, Probe.of(checkpoint.model))
         folder.commit()
@@ -84,11 +84,39 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
     )
 
 
+def _carry_plan(folder: Path, place: Path) -> None:
+    """Copy a folder's plan, which holds of a pruned model however it is written."""
+    for name in (PLAN_FILE, TENSORS_FILE):
+        if (folder / name).is_file():
+            copy_file(folder / name, place)
+    if (place / PLAN_FILE).is_file():
+        document = read_json_object(place / PLAN_FILE, PlanError)
+        if (published := _without_places(document)) != document:
+            (place / PLAN_FILE).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_places(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan or manifest with names where earlier releases wrote where base model and texts lay on a machine."""
+    document = copy.deepcopy(document)
+    base = document.get("base_model")
+    if isinstance(base, str) and not is_hub_id(base):
+        document["base_model"] = text_name(base)
+    made = [
+        options.get("calibration")
+        for key in ("options", "provenance")
+        if isinstance(options := document.get(key), dict)
+    ]
+    for part in (document.get("measured"), *made):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            part["text"] = text_name(part["text"])
+    return document
+
+
 def _facts(checkpoint: Checkpoint, dialect: Dialect, untied: bool) -> dict[str, Any] | None:
     """The manifest of a pruned checkpoint, brought up to date; others have none."""
     if not (checkpoint.source.folder / MANIFEST_FILE).is_file():
         return None
-    facts = read_manifest(checkpoint.source.folder)
+    facts = _without_places(read_manifest(checkpoint.source.folder))
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
     return facts | {
         "dialect": dialect,
@@ -107,4 +135,4 @@ def _write_card(checkpoint: Checkpoint, folder: Path, dialect: Dialect, facts: d
         base, untied = Base.of_pruned(source, facts), facts["untied_head"]
         write_card(model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied), folder)
     elif (source.folder / CARD_FILE).is_file():
-        shutil.copyfile(source.folder / CARD_FILE, folder / CARD_FILE)
+        copy_file(source.folder / CARD_FILE, folder)

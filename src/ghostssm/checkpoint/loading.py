@@ -13,16 +13,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
+from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
@@ -31,6 +30,8 @@ from ghostssm.files.reading import is_plain_name, read_json_object
 from ghostssm.models.families import family_named, mixers_of
 
 _LISTED_FAULTS = 8
+_QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
+"""Of config.json: transformers', mlx-lm's, and the one that compressed-tensors had before."""
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
@@ -134,20 +135,27 @@ def model_config(source: Source) -> PreTrainedConfig:
         )
     if model_type in _OTHER_MAMBAS:
         raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
-    if quantisation := source.config.get("quantization_config"):
-        how = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise ModelError(
-            f"{source.name} is quantised (quantization_config in config.json: {how}). "
-            "Prune the unquantised model, then quantise the result."
-        )
+    _check_unquantised(source)
     family = family_named(model_type)
     try:
         with quiet_transformers():
             config = type(AutoConfig.for_model(model_type)).from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
+    config.return_dict = True  # callers here, and the harness, name what they read
     family.layout(config)
     return config
+
+
+def _check_unquantised(source: Source) -> None:
+    for key in _QUANTISATION_KEYS:
+        if quantisation := source.config.get(key):
+            values = quantisation if isinstance(quantisation, dict) else {"quant_method": quantisation}
+            how = values.get("quant_method") or f"{values.get('bits', 'unknown')} bits"
+            raise ModelError(
+                f"{source.name} is quantised ({key} in config.json: {how}). "
+                "Prune the unquantised model, then quantise the result."
+            )
 
 
 def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> PreTrainedModel:
@@ -218,17 +226,9 @@ def _build(
     model: PreTrainedModel = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
-    if (source.folder / GENERATION_CONFIG_NAME).exists():
-        model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
+    if (generation := read_generation_config(source.folder)) is not None:
+        model.generation_config = generation
     return model
-
-
-def _generation_config(file: Path) -> GenerationConfig:
-    values = checked_config(read_json_object(file, ModelError), str(file))
-    try:
-        return GenerationConfig.from_dict(values)
-    except Exception as error:  # transformers' validation raises many classes
-        raise ModelError(f"{file} is not a valid generation config: {error}") from None
 
 
 def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:

@@ -56,8 +56,9 @@ class Probe:
     def of(cls, model: PreTrainedModel, token_ids: Sequence[int] | None = None) -> Probe | None:
         """Run a model on some tokens, or on tokens of our choice; None if its logits are not finite."""
         ids = probe_tokens(model.config.vocab_size) if token_ids is None else token_ids
+        tokens = torch.tensor([list(ids)], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+            logits = model(input_ids=tokens, return_dict=True, use_cache=False).logits[0]
         return cls.of_logits(ids, logits, model.dtype)
 
     @classmethod
@@ -111,15 +112,19 @@ def file_hash(path: Path) -> str:
     return total.hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], probe: Probe | None) -> None:
-    """Write the manifest of a folder whose other files are all written; ``facts`` come first."""
+def write_manifest(folder: Path, facts: Mapping[str, Any], probe: Probe | None, place: Path | None = None) -> None:
+    """Write the manifest of a folder whose other files are all written; ``facts`` come first.
+
+    Args:
+        place: folder to write it into; that folder itself if not given.
+    """
     document = {
         **facts,
         "versions": versions(),
         "probe": None if probe is None else asdict(probe),
         "files": file_records(folder),
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    ((place or folder) / MANIFEST_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

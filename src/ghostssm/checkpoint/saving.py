@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
@@ -20,6 +17,7 @@ from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.quiet import quiet_transformers
+from ghostssm.checkpoint.side_files import SideFiles, carry_over
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import InputError
@@ -28,13 +26,6 @@ from ghostssm.models.families import family_named, family_of, mixers_of
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.units import one_or_all
-
-_LICENCE_FILES = ("LICENSE*", "NOTICE*")
-# Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.
-_TOKENIZER_FILES = (
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 
 
 def save(
@@ -61,50 +52,52 @@ def save(
         InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
             written.
         OutputError: the folder must not or can't be written.
-        StorageError: writing failed, for example on a full disk; nothing is left behind.
+        StorageError: writing the weights failed, for example on a full disk; nothing is left behind.
+        IncompleteError: the folder is written, but without something that belongs beside the weights; says what.
     """
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
+        files = SideFiles(folder.partial, fatal=())
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
-            base = Base.of(checkpoint.source)
-            card = model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied)
-        facts = _facts(checkpoint, plan, dialect, measured, checkpoint.source.fingerprint(), untied)
-        write_beside_weights(folder.partial, checkpoint, plan, card, facts, Probe.of(checkpoint.model))
+            fingerprint = checkpoint.source.fingerprint()
+            write_beside_weights(
+                files, checkpoint, plan, dialect, measured, fingerprint, untied, lambda: Probe.of(checkpoint.model)
+            )
         folder.commit()
+    files.raise_missing(folder.path)
     return folder.path
 
 
-def write_streamed(
-    folder: Path,
-    checkpoint: StreamedCheckpoint,
-    plan: Plan,
-    fingerprint: str,
-    measured: Measurement | None,
-    probe: Probe | None,
-) -> None:
-    """Write what belongs beside the weights and the config of a streamed model."""
-    base = Base.of(checkpoint.source)
-    card = model_card(base, checkpoint.model.config, plan, "transformers", measured, untied=False)
-    facts = _facts(checkpoint, plan, "transformers", measured, fingerprint, untied=False)
-    write_beside_weights(folder, checkpoint, plan, card, facts, probe)
-
-
 def write_beside_weights(
-    folder: Path,
+    files: SideFiles,
     checkpoint: Checkpoint | StreamedCheckpoint,
     plan: Plan,
-    card: ModelCard,
-    facts: dict[str, Any],
-    probe: Probe | None,
+    dialect: Dialect,
+    measured: Measurement | None,
+    fingerprint: str,
+    untied: bool,
+    probe: Callable[[], Probe | None],
 ) -> None:
-    """Write tokenizer and the like, the plan, the card and, last, the manifest."""
-    carry_over(checkpoint, folder)
-    plan.save(folder, changes=False)
-    write_card(card, folder)
-    write_manifest(folder, facts, probe)
+    """Write tokenizer and the like, the plan, the card and, last, the manifest.
+
+    Args:
+        fingerprint: of the base model. untied: whether the config's head is tied no more. probe: gives that of the
+            written model.
+    """
+    source, config = checkpoint.source, checkpoint.model.config
+    carry_over(checkpoint, files)
+    files.write("the plan", lambda place: plan.save(place, changes=False))
+    files.write(
+        "the model card",
+        lambda place: write_card(model_card(Base.of(source), config, plan, dialect, measured, untied=untied), place),
+    )
+    found = files.make("the probe", probe)
+    facts = _facts(checkpoint, plan, dialect, measured, fingerprint, untied)
+    facts |= {"missing": list(files.missing)} if files.missing else {}
+    files.write("the manifest", lambda place: write_manifest(files.folder, facts, found, place))
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -141,11 +134,30 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
-    """Write config and weights in a dialect, and for transformers the generation config."""
+    """Write config and weights in a dialect."""
     model = checkpoint.model
     if dialect == "transformers":
-        with quiet_transformers():
+        with quiet_transformers(), _without_generation_config(model):
             model.save_pretrained(folder)
+    else:
+        torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
+    write_dialect_config(checkpoint, folder, dialect)
+
+
+@contextmanager
+def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context transformers saves none: it refuses some that are published, and changes others."""
+    model.can_generate = lambda: False
+    try:
+        yield
+    finally:
+        del model.can_generate
+
+
+def write_dialect_config(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path, dialect: Dialect) -> None:
+    """Write config.json in a dialect."""
+    model = checkpoint.model
+    if dialect == "transformers":
         write_config(model, folder)
         return
     if checkpoint.source.dialect == "mamba_ssm":
@@ -154,8 +166,8 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
         }
     else:
         config = mamba_ssm.from_transformers_config(model.config)
+    config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
 
 
 @contextmanager
@@ -184,22 +196,6 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
         config.tie_word_embeddings = True
 
 
-def carry_over(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path) -> None:
-    """Write what belongs to a model beside its weights, as the base model has it."""
-    source, tokenizer = checkpoint.source, checkpoint.tokenizer
-    names = [*_LICENCE_FILES]
-    if (source.folder / GENERATION_CONFIG_NAME).exists():
-        checkpoint.model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        if Path(tokenizer.name_or_path) == source.folder:
-            names += _TOKENIZER_FILES
-    for pattern in names:
-        for path in source.folder.glob(pattern):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-
-
 def _facts(
     checkpoint: Checkpoint | StreamedCheckpoint,
     plan: Plan,
@@ -211,7 +207,7 @@ def _facts(
     source = checkpoint.source
     return {
         "ghostssm": __version__,
-        "base_model": source.name,
+        "base_model": source.published_name,
         "base_model_sha256": fingerprint,
         "dialect": dialect,
         "untied_head": untied,

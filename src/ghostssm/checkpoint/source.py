@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from ghostssm.errors import ModelError
@@ -15,10 +17,12 @@ from ghostssm.files.reading import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
+_HUB_CACHE_ENTRY = "models--"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
 _READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
+_ADAPTER_CONFIG = "adapter_config.json"
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _MOST_SMALL_BYTES = 256 << 20
 
@@ -42,6 +46,16 @@ class Source:
     dialect: Dialect
     hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def published_name(self) -> str:
+        """What others may know it by: its id on the hub or its folder's name, never where it lies on this machine."""
+        if self.name == REFERENCE or self.hub_id:
+            return self.hub_id or self.name
+        folder = Path(os.path.abspath(self.folder))
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith(_HUB_CACHE_ENTRY):
+            return folder.parents[1].name.removeprefix(_HUB_CACHE_ENTRY).replace("--", "/", 1)
+        return folder.name.encode("utf-8", "replace").decode()
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the config and weight files, hexadecimal.
@@ -85,13 +99,18 @@ def find_source(spec: str, weights: bool = True) -> Source:
         folder = Path(spec)
     elif Path(spec).exists():
         raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
-    elif _HUB_ID.fullmatch(spec):
+    elif is_hub_id(spec):
         folder, hub_id = _download(spec, weights), spec
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
     return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id, _stamps(folder))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a model's on the hub: org/name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -139,4 +158,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return read_json_object(folder / "config.json", ModelError)
     except FileNotFoundError:
+        if (folder / _ADAPTER_CONFIG).exists():
+            raise ModelError(_about_adapter(folder)) from None
         raise ModelError(f"{folder} holds no config.json; expected the folder of a checkpoint.") from None
+
+
+def _about_adapter(folder: Path) -> str:
+    base = read_json_object(folder / _ADAPTER_CONFIG, ModelError).get("base_model_name_or_path")
+    of = f" of {short(base)}" if isinstance(base, str) and base else ""
+    return (
+        f"{folder} holds an adapter{of} ({_ADAPTER_CONFIG}) and no config.json; expected a whole model. Merge it into "
+        "the model that it was trained on, with peft: "
+        "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OUTPUT)."
+    )

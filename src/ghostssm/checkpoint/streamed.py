@@ -12,14 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +32,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.loading import (
     check_device,
     check_finite,
@@ -84,6 +83,8 @@ def stream(
     check_device(device)
     source = find_source(spec)
     blocks = open_blocks(source, dtype, device, head)
+    if (generation := read_generation_config(source.folder)) is not None:
+        blocks.model.generation_config = generation
     return StreamedCheckpoint(blocks, load_tokenizer(source, blocks.model.config, tokenizer), source)
 
 
@@ -115,7 +116,7 @@ class StreamedBlocks:
     ):
         self._source, self._stored, self.device = source, stored, device
         self._dtype = dtype or stored_dtype(stored)
-        self.model = _without_weights(config, self._dtype, source.folder)
+        self.model = _without_weights(config, self._dtype)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._block_names = [names[id(module)] for module in self.modules]
@@ -258,7 +259,7 @@ class StreamedBlocks:
             convert_and_load_state_dict_in_model(self.model, dict(tensors), how)
 
 
-def _without_weights(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config, its parameters on the meta device, its buffers in place."""
     with torch.device("meta"), quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -267,8 +268,6 @@ def _without_weights(config: PreTrainedConfig, dtype: torch.dtype, folder: Path)
     # The steps of from_pretrained for what is missing in the files.
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
     model._initialize_missing_keys(is_quantized=False)
-    if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from ghostssm.errors import GhostWarning
 from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
@@ -34,6 +36,7 @@ __all__ = [
     "print_json",
     "print_table",
     "progress_reporter",
+    "warnings_told",
 ]
 
 _PLAIN_INTERVAL = 5.0
@@ -51,6 +54,25 @@ def print_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
     told = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Within the context each of our own warnings is a line for the person at the terminal, told once."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, GhostWarning):
+                show(message, category, *place, **more)
+            elif str(message) not in told:
+                told.add(str(message))
+                note(f"warning: {_spelled_out(str(message))}")
+
+        warnings.simplefilter("always", GhostWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def _spelled_out(text: str) -> str:

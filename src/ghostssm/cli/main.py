@@ -13,7 +13,7 @@ import typer
 from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand
-from ghostssm.cli.console import print_error
+from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_TERMINATED, Terminated, terminable
@@ -62,7 +62,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
-            with terminable():
+            with terminable(), warnings_told():
                 verb(*args, **kwargs)
         except GhostError as error:
             if not error.told:

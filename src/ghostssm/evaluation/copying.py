@@ -141,7 +141,7 @@ def copying_in_reach(
     """
     copied = _copied_in(windows, context, distance)
     step = max(1, distance // _PIECES_PER_DISTANCE)
-    losses = torch.empty(len(windows), windows.length - 1)
+    losses = torch.empty(len(windows), windows.length - 1, dtype=torch.float32)
     starts = range(0, max(1, windows.length - distance + step), step)
     for done, start in enumerate(starts):
         progress("pieces", done, len(starts))

@@ -10,12 +10,14 @@ from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.plan.measurement import Measurement
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
+from ghostssm.units import text_name
 
 
 def measurement_of(windows: Windows, dense: Evaluation, pruned: Evaluation) -> Measurement:
     """The losses of a dense and a pruned model on the same windows, as one value."""
     excess = pruned.excess_over(dense)
-    return Measurement(windows.text_name, len(windows), windows.length, dense.loss, pruned.loss, excess)
+    text = text_name(windows.text_name)
+    return Measurement(text, len(windows), windows.length, dense.loss, pruned.loss, excess)
 
 
 def evaluate_in_float32(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:

@@ -81,7 +81,8 @@ def recall_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int =
     with torch.inference_mode(), replaced_forward(mixers_of(model)):
         for span in (slice(start, start + batch) for start in range(0, len(ids), batch)):
             scored = targets[span] != IGNORED
-            logits = model(input_ids=ids[span].to(model.device), use_cache=False).logits.float().cpu()[scored]
+            output = model(input_ids=ids[span].to(model.device), return_dict=True, use_cache=False)
+            logits = output.logits.float().cpu()[scored]
             wanted = targets[span][scored]
             losses.append(-logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double())
             correct.append(logits.argmax(-1) == wanted)
@@ -114,7 +115,8 @@ def last_words(
             before = tokenizer(context, add_special_tokens=False)["input_ids"]
             answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([before + answer], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().cpu()
+            output = model(input_ids=ids, return_dict=True, use_cache=False, logits_to_keep=len(answer) + 1)
+            logits = output.logits[0, :-1].float().cpu()
             wanted = torch.tensor(answer)
             losses.append(-logits.log_softmax(-1).gather(1, wanted[:, None]).double().sum())
             correct.append((logits.argmax(-1) == wanted).all())

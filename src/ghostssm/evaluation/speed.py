@@ -103,11 +103,11 @@ def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> N
     cache = family_of(model.config).cache_argument
     clock = [_now(model)]
     with torch.inference_mode():
-        output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output: Any = model(input_ids=ids, return_dict=True, use_cache=True, logits_to_keep=1)
         clock.append(_now(model))
         for _ in range(_STEPS):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+            output = model(input_ids=token, return_dict=True, use_cache=True, **{cache: output[cache]})
             clock.append(_now(model))
     prefill, _, *steps = (after - before for before, after in pairwise(clock))
     timings.prefill.append(prefill)

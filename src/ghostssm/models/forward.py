@@ -5,7 +5,8 @@
     ghostssm.restore(model)
 
 Each mixer's ``forward`` is replaced on the instance. It follows the stock one step by step, so that ``generate``, left
-padding with an attention mask, a cache that is used again and beam search work as before. On a GPU the RMS norms
+padding with an attention mask, a cache that is used again, beam search and adapters that are added later work as
+before. Rows that hold several sequences, marked by ``seq_idx``, are left to the stock forward. On a GPU the RMS norms
 between the blocks run in one kernel instead of six.
 """
 
@@ -31,6 +32,8 @@ from ghostssm.ops.step import at_least_float32
 
 Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""
+_PACKED = ("seq_idx", "cu_seqlens")
+"""What tells mixers that a row holds several sequences, one after the other."""
 
 
 def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float32, pack_weights: bool = False) -> None:
@@ -112,7 +115,11 @@ class _Replacement:
     forward: Forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(self.mixer, *args, **kwargs)
+        if any(kwargs.get(name) is not None for name in _PACKED):
+            # Only transformers' kernels keep sequences in one row apart; without them it says so.
+            module = self.mixer.module
+            return type(module).forward(module, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.forward(self.mixer.current(), *args, **kwargs)
 
 
 def _replace(mixer: Mixer, forward: Forward) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from ghostssm.ops.conv import causal_conv
 from ghostssm.ops.norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
+
+_REPLACEABLE = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj")
+"""Parts of a view that every family's mixer module has under the same name."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ class Mixer:
     def state_size(self) -> int:
         """Of the recurrent state: r if there is a projection, else n."""
         return self.layout.state_size if self.projection is None else self.projection.B.shape[-1]
+
+    def current(self) -> Mixer:
+        """The view of what the module holds now: adapters are put around layers, and loaders swap tensors."""
+        module: Any = self.module
+        swapped = {name: part for name in _REPLACEABLE if (part := getattr(module, name)) is not getattr(self, name)}
+        if self.norm is not None and module.norm.weight is not self.norm.weight:
+            swapped["norm"] = replace(self.norm, weight=module.norm.weight)
+        return replace(self, **swapped) if swapped else self
 
     def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, the convolution's input xBC, and dt, from (b, l, hidden_size)."""

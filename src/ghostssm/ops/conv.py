@@ -24,8 +24,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (b, l, c); positions before the start count as zero.
     """
     if compiled.usable(x, weight, bias):
-        out = torch.empty(x.shape)
-        offset = torch.zeros(x.shape[2]) if bias is None else bias
+        out = torch.empty(x.shape, dtype=x.dtype)
+        offset = torch.zeros(x.shape[2], dtype=x.dtype) if bias is None else bias
         compiled.kernels.causal_conv(*compiled.arrays(x, weight.t().contiguous(), offset, out))
         return out
     width, length = weight.shape[1], x.shape[1]

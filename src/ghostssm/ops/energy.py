@@ -74,7 +74,9 @@ def channel_energies(
     if not compiled.usable(x, dt, A, B, C, initial_state):
         return channel_energies_chunked(x, dt, A, B, C, initial_state)
     state = (
-        torch.zeros(b, h, p, n) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
+        torch.zeros(b, h, p, n, dtype=torch.float32)
+        if initial_state is None
+        else initial_state.clone(memory_format=torch.contiguous_format)
     )
     output = torch.zeros(b, h, compiled.kernels.row_blocks(p), n, dtype=torch.float64)
     stored = torch.zeros_like(output)

@@ -7,6 +7,7 @@ rearranged beforehand. The copy costs the weight's memory again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,10 @@ class PackedLinear:
     linear: nn.Linear
     _packed: Tensor | None = field(default=None, repr=False)
     _source: tuple[Tensor | None, int] = field(default=(None, 0), repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which pack anew: oneDNN's layout can't be copied."""
+        return {"linear": self.linear, "_packed": None, "_source": (None, 0)}
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias

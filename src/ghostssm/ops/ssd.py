@@ -88,7 +88,7 @@ def ssd(
     if not compiled.usable(x, dt, A, B, C, D, initial_state):
         return ssd_chunked(x, dt, A, B, C, D, initial_state)
     state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
-    y = torch.empty(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype)
     skip = torch.zeros_like(A) if D is None else D
     compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
     return y, state

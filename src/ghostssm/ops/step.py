@@ -35,8 +35,8 @@ def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
         (b, c), float32 or better.
     """
     if compiled.usable(window, x, weight, bias) and window.is_contiguous():
-        out = torch.empty(x.shape)
-        offset = torch.zeros(x.shape[1]) if bias is None else bias
+        out = torch.empty(x.shape, dtype=x.dtype)
+        offset = torch.zeros(x.shape[1], dtype=x.dtype) if bias is None else bias
         compiled.kernels.conv_step(*compiled.arrays(window, x, weight, offset, out))
         return out
     window.copy_(torch.cat([window[..., 1:], x[..., None].to(window.dtype)], dim=-1))
@@ -56,7 +56,7 @@ def ssd_step_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
         y: (b, h, p), float32. A bfloat16 state is rounded when it is stored; y is computed before that.
     """
     if compiled.usable(x, dt, A, B, C, D) and state.device.type == "cpu" and state.is_contiguous():
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=x.dtype)
         if state.dtype == torch.bfloat16:
             bits = state.view(torch.uint16)
             compiled.kernels.ssd_step_bfloat16(*compiled.arrays(bits, x, dt, A, B, C, D, y))
@@ -78,7 +78,7 @@ def _ssd_step_torch(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
     for span in spans:
         new = grouped[span].to(u.dtype).mul_(decay[span]) if state.dtype != u.dtype else grouped[span].mul_(decay[span])
         new.addcmul_(u[span], B[span, :, None, None])
-        torch.matmul(new, C[span, :, None, :, None], out=y[span])
+        y[span] = torch.matmul(new, C[span, :, None, :, None])  # `out=` refuses to record a gradient
         if state.dtype != u.dtype:
             grouped[span] = new
     return torch.addcmul(y.view(b, h, p), D[:, None], x)

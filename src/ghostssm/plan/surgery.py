@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.errors import InputError, PlanError
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.families.base import Family
 from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.models.forward import refresh
@@ -35,7 +35,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Raises:
         PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
+        ModelError: there are adapters or quantised layers in the model; nothing was changed.
     """
+    check_plain(model)
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:
         return _converted(model, plan)
@@ -63,8 +65,9 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
         state_size: at least that of the widest layer.
 
     Raises:
-        InputError: a layer is wider already, or projects its state; nothing was changed.
+        InputError: a layer is wider already, projects its state, or has adapters around it; nothing was changed.
     """
+    check_plain(model)
     mixers = mixers_of(model)
     widest = max(mixer.layout.state_size for mixer in mixers)
     if state_size < widest:

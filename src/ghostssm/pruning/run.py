@@ -24,7 +24,7 @@ from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource, Known
 from ghostssm.methods.selection import Cut, Groups, select, select_together
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -37,6 +37,7 @@ from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery.base import MixerStep, ModelStep
 from ghostssm.text.windows import Windows
+from ghostssm.units import text_name
 
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -53,7 +54,8 @@ class Calibration:
     leaves.
 
     Raises:
-        ModelError: the model was projected before, or its layers have state sizes of their own.
+        ModelError: the model was projected before, its layers have state sizes of their own, or there are adapters or
+            quantised layers in it.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Calibration:
         self.processes = processes or Processes()
         self.blocks = blocks_of(model)
         self.model, self.windows, self.scratch = self.blocks.model, windows, scratch
+        check_plain(self.model)
         mixers = mixers_of(self.model)
         projected = any(mixer.projection is not None for mixer in mixers)
         check_original(not projected and len({mixer.layout.state_size for mixer in mixers}) == 1)
@@ -138,7 +141,7 @@ class Calibration:
                 seed=seed,
                 multiple=multiple,
                 calibration=CalibrationText(
-                    text=windows.text_name,
+                    text=text_name(windows.text_name),
                     text_sha256=windows.text_fingerprint,
                     tokens_sha256=windows.fingerprint,
                     windows=len(windows),

@@ -22,6 +22,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, silent
 from ghostssm.report.record import DecodeSpeed, Observations
 from ghostssm.text.windows import Windows
+from ghostssm.units import text_name
 
 _OBSERVED_TOKENS = 16384
 """A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
@@ -50,7 +51,7 @@ def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silen
             energies[mixer.name] = block.statistics().output_energy.sqrt().cpu()
         block.advance()
     progress("observed", len(walk), len(walk))
-    return Observations(norms, energies, hankel, windows.text_name, seen.ids.numel())
+    return Observations(norms, energies, hankel, text_name(windows.text_name), seen.ids.numel())
 
 
 def decode_speeds(

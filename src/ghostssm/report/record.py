@@ -21,6 +21,7 @@ from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
 from ghostssm.text.windows import Windows
+from ghostssm.units import text_name
 
 _FORMAT, _VERSION = "ghostssm-report", 1
 
@@ -56,7 +57,7 @@ class WindowLosses:
     def of(cls, windows: Windows, dense: Evaluation, pruned: Mapping[str, Evaluation]) -> WindowLosses:
         """Of evaluations on these windows."""
         losses = {name: tuple(evaluation.losses.tolist()) for name, evaluation in pruned.items()}
-        return cls(windows.text_name, windows.length, tuple(dense.losses.tolist()), losses)
+        return cls(text_name(windows.text_name), windows.length, tuple(dense.losses.tolist()), losses)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def prune_streamed(
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.
         OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
+        ModelError: tokenizer, model card or the like can't be written; found before the work.
+        IncompleteError: the output is written, but without something that belongs beside the weights; says what.
         ProcessError: another process is gone; what is done can be resumed.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
@@ -108,6 +110,7 @@ def prune_streamed(
 
     with RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes) as run:
         try:
+            run.rehearse(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
             plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ghostssm.calibration.processes import Processes
-from ghostssm.checkpoint.saving import write_config, write_streamed
+from ghostssm.checkpoint.rehearsal import rehearse_run
+from ghostssm.checkpoint.saving import write_beside_weights, write_config
+from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
 from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
@@ -53,6 +55,7 @@ class RunFolder(Journal):
     """The decisions and weights of a streamed run.
 
         with RunFolder(output, identity, resume=False) as run:
+            run.rehearse(checkpoint, windows.ids.numel())
             run.begin(blocks)
             plan = calibration.plan(..., journal=run)
             run.assemble(plan)
@@ -118,6 +121,23 @@ class RunFolder(Journal):
         self._close()
         if self._created and not self.done and isinstance(error, InputError):
             self.remove()  # a mistake that showed before any work leaves nothing to go on with
+
+    def rehearse(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
+        """Try what `finish` may stumble over, and whether the disk has room for the run.
+
+        Args:
+            tokens: in all windows, whose hidden states the run keeps.
+
+        Raises:
+            ModelError, OutputError: as `ghostssm.checkpoint.rehearsal`.
+        """
+
+        def rehearsed() -> None:
+            with self._told_faults():
+                if not _is_in_place(self.folder):
+                    rehearse_run(self.folder, self.path, checkpoint, tokens)
+
+        self._processes.from_first(rehearsed)
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
@@ -218,27 +238,33 @@ class RunFolder(Journal):
                 [(self._name_of(number), self._shard("blocks", number)) for number in range(len(blocks.modules))],
                 self.output,
             )
-            if model.can_generate():
-                model.generation_config.save_pretrained(self.output)
             write_config(model, self.output)
 
     def finish(
         self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None = None
     ) -> None:
-        """Write what belongs beside the pruned model, put it in its place, and remove the run's folder."""
+        """Write what belongs beside the pruned model, put it in its place, and remove the run's folder.
+
+        Raises:
+            StorageError: the disk failed; what is done can be resumed.
+            IncompleteError: it is in its place, but without something that belongs beside the weights; says what.
+        """
         self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint, measured))
 
     def _finish(
         self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None
     ) -> None:
+        files = SideFiles(self.output, fatal=(OSError, SafetensorError))
         if not _is_in_place(self.folder):
             with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
-                write_streamed(self.output, checkpoint, plan, fingerprint, measured, probe_of(self.output))
+                probe = partial(probe_of, self.output)
+                write_beside_weights(files, checkpoint, plan, "transformers", measured, fingerprint, False, probe)
                 for file in (*self.output.iterdir(), self.output):
                     durable.synchronise(file)
                 durable.write_durably(self.folder / "finished", lambda path: path.touch())
                 put_in_place(self.output, self.path)
         self.remove()
+        files.raise_missing(self.path)
 
     def remove(self) -> None:
         """Remove the run's folder."""

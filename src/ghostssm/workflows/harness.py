@@ -22,9 +22,10 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
-from ghostssm.checkpoint.loading import load
-from ghostssm.errors import InputError, TextError
+from ghostssm.checkpoint.loading import Checkpoint, load
+from ghostssm.errors import InputError, ModelError, TextError
 from ghostssm.models.forward import accelerate
 
 
@@ -87,7 +88,30 @@ class GhostLM(HFLM):  # type: ignore[misc]
         if checkpoint.model.device.type == "cpu":
             accelerate(checkpoint.model)
         options = {"backend": "causal"} | options  # it knows no name of our own class
-        super().__init__(pretrained=checkpoint.model, tokenizer=checkpoint.require_tokenizer(), **options)
+        super().__init__(pretrained=checkpoint.model, tokenizer=_with_end_of_text(checkpoint), **options)
+
+
+def _with_end_of_text(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer; if it names no token for the end of text, it gets that of the model's config.
+
+    The harness pads with such a token, and puts it before a text without a context.
+
+    Raises:
+        ModelError: there is no tokenizer, or neither it nor the config names any such token.
+    """
+    tokenizer = checkpoint.require_tokenizer()
+    if tokenizer.eos_token_id is None:
+        end = checkpoint.model.config.eos_token_id
+        first = end[0] if isinstance(end, list) and end else end
+        token = tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) else None
+        if token is not None:
+            tokenizer.eos_token = token
+        elif tokenizer.bos_token_id is None:
+            raise ModelError(
+                f"Neither the tokenizer of {checkpoint.source.name} nor its config.json names a token that ends a text "
+                "(eos_token, eos_token_id), which tasks need; expected one in tokenizer_config.json."
+            )
+    return tokenizer
 
 
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> list[Task | Group]:

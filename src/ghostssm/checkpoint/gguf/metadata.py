@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
-from ghostssm.checkpoint.source import Source
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from ghostssm.checkpoint.source import Source, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def metadata_of(source: Source) -> Metadata:
     base = manifest.get("base_model") or card.get("base_model")
     if isinstance(base, list):
         base = base[0] if base else None
-    if base and not _HUB_ID.fullmatch(str(base)):
+    if base and not is_hub_id(str(base)):
         base = Path(str(base)).name  # a folder's name, not where it lay on someone's disk
     description = None
     if "method" in manifest and "state_size" in manifest:

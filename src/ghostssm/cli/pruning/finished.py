@@ -13,6 +13,7 @@ from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import GhostError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.streaming.run_folder import run_folder_of
+from ghostssm.units import text_name
 
 
 def may_be_finished(output: Path) -> bool:
@@ -65,5 +66,5 @@ def _covers(measured: Measurement | None, held_out: ghostssm.Windows | None) -> 
     """Whether a measurement is the one that is wanted, if one is."""
     if held_out is None:
         return True
-    wanted = (held_out.text_name, len(held_out), held_out.length)
-    return measured is not None and wanted == (measured.text, measured.windows, measured.window_length)
+    wanted = (text_name(held_out.text_name), len(held_out), held_out.length)
+    return measured is not None and wanted == (text_name(measured.text), measured.windows, measured.window_length)

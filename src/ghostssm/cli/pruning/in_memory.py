@@ -8,11 +8,13 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.checkpoint.manifest import PAGE_FILE
+from ghostssm.checkpoint.rehearsal import rehearse_save
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.cli.report import write_page
+from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import OutputFolder
@@ -36,6 +38,7 @@ def prune_in_memory(
     """
     checkpoint = ghostssm.load(job.model, device=job.device, tokenizer=job.tokenizer)
     vocabulary = checkpoint.require_tokenizer()
+    rehearse_save(checkpoint, folder, dialect, untie)
     held_out = job.held_out(vocabulary)
     dense = None if held_out is None else _evaluated(checkpoint, held_out)
     windows = job.windows(vocabulary)
@@ -48,9 +51,12 @@ def prune_in_memory(
         after = _evaluated(smaller, held_out)
         measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
-    written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
-    if report_batches or record.losses is not None:
-        record.write(written)
+    try:
+        written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+    except IncompleteError as error:
+        _write(record, error.folder)
+        raise
+    _write(record, written)
     return Outcome(written, plan, measured, _page(written) if report_batches else None)
 
 
@@ -91,6 +97,11 @@ def _recorded(
         observations = observe(checkpoint.model, windows, progress)
         decode = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
     return Record(observations, decode=decode)
+
+
+def _write(record: Record, folder: Path) -> None:
+    if record != Record():
+        record.write(folder)
 
 
 def _page(folder: Path) -> Path:

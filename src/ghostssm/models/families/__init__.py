@@ -1,6 +1,22 @@
 """Model families: where a model keeps its Mamba-2 mixers, and how its config names their sizes."""
 
 from ghostssm.models.families import ghost_mamba2, stock  # noqa: F401  (they register themselves)
-from ghostssm.models.families.base import Family, check_model, family_named, family_of, mixers_of, supported_model_types
+from ghostssm.models.families.base import (
+    Family,
+    check_model,
+    check_plain,
+    family_named,
+    family_of,
+    mixers_of,
+    supported_model_types,
+)
 
-__all__ = ["Family", "check_model", "family_named", "family_of", "mixers_of", "supported_model_types"]
+__all__ = [
+    "Family",
+    "check_model",
+    "check_plain",
+    "family_named",
+    "family_of",
+    "mixers_of",
+    "supported_model_types",
+]

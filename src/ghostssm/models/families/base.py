@@ -60,6 +60,7 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family] = {}
+_MERGE = "Merge the adapters into the model first: model = model.merge_and_unload()."
 
 
 def register(family: Family) -> None:
@@ -93,9 +94,10 @@ def family_named(model_type: str) -> Family:
 def check_model(model: object) -> None:
     """Raise InputError unless something is a transformers model, on one device."""
     if not isinstance(model, PreTrainedModel):
+        merge = f" {_MERGE}" if hasattr(model, "merge_and_unload") else ""
         raise InputError(
             f"Found a {type(model).__name__} in place of a model; expected a transformers model, such as the .model of "
-            "what ghostssm.load returns."
+            f"what ghostssm.load returns.{merge}"
         )
     devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
     if len(devices) > 1:
@@ -103,6 +105,32 @@ def check_model(model: object) -> None:
             f"The model lies on several devices ({', '.join(sorted(devices))}); expected one, as ghostssm.load has it. "
             "What is larger than that can be pruned in parts: ghostssm.prune_streamed."
         )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ModelError if a model has adapters, or quantised layers where a plan would cut weights.
+
+    Such a model runs, but slices of its weights are not the weights of a smaller model. Other errors as `mixers_of`.
+    """
+    check_model(model)
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # peft's layers, and those of others who follow it
+            raise ModelError(
+                f"{name} is a {_full_name(module)} around another layer, as adapters are; expected the layer alone. "
+                f"{_MERGE}"
+            )
+    for mixer in mixers_of(model):
+        for part, plain in (("in_proj", nn.Linear), ("conv1d", nn.Conv1d), ("out_proj", nn.Linear)):
+            found = getattr(mixer, part)
+            if type(found) is not plain:
+                raise ModelError(
+                    f"{mixer.name}.{part} is a {_full_name(found)}; expected torch's {plain.__name__} "
+                    "with floating-point weights. Prune the unquantised model, then quantise the result."
+                )
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def mixers_of(model: nn.Module) -> list[Mixer]:
