@@ -14,7 +14,7 @@ from ghostssm.errors import PlanError
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
 from ghostssm.plan.decision import Decision, Selection
-from ghostssm.plan.plan import file
+from ghostssm.plan import file
 from ghostssm.plan.provenance import Provenance
 
 
