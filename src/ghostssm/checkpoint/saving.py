@@ -23,17 +23,13 @@ from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
+from ghostssm.checkpoint.tokenizer import carry_tokenizer
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_named, family_of, mixers_of
 from ghostssm.plan import Plan
 
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
-# Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.
-_TOKENIZER_FILES = (
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 
 
 def save(
@@ -185,15 +181,12 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
 
 def carry_over(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path) -> None:
     """Write what belongs to a model beside its weights, as the base model has it."""
-    source, tokenizer = checkpoint.source, checkpoint.tokenizer
-    names = [*_LICENCE_FILES]
+    source = checkpoint.source
     if (source.folder / GENERATION_CONFIG_NAME).exists():
         checkpoint.model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        if Path(tokenizer.name_or_path) == source.folder:
-            names += _TOKENIZER_FILES
-    for pattern in names:
+    if checkpoint.tokenizer is not None:
+        carry_tokenizer(checkpoint.tokenizer, source, folder)
+    for pattern in _LICENCE_FILES:
         for path in source.folder.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)

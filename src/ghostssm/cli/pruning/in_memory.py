@@ -12,7 +12,7 @@ from ghostssm.checkpoint.output_folder import OutputFolder
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
-from ghostssm.cli.pruning.outcome import Outcome
+from ghostssm.cli.pruning.outcome import Outcome, note_renamed_class
 from ghostssm.cli.report import write_page
 from ghostssm.evaluation.measurement import Measurement, evaluate_in_float32
 from ghostssm.report import PAGE_FILE
@@ -49,6 +49,7 @@ def prune_in_memory(
         measured = Measurement.of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
     written = ghostssm.save(smaller, plan, folder, dialect=dialect, untie=untie, measured=measured)
+    note_renamed_class(checkpoint, written)
     if report_batches or record.losses is not None:
         record.write(written)
     return Outcome(written, plan, measured, _page(written) if report_batches else None)
