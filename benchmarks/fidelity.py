@@ -23,6 +23,7 @@ from interleaved import print_machine
 
 import ghostssm
 from ghostssm.bench.memory import peak_bytes, reset_peak
+from ghostssm.data.sources import read_passages
 from ghostssm.evaluation.copying import copying, copying_in_reach
 from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
 
@@ -93,8 +94,7 @@ class OnLastWords(OnText):
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.tokenizer = ghostssm.load(args.model).require_tokenizer()
-        passages = ghostssm.read_text(args.last_words, "evaluation").joined.splitlines()
-        self.passages = [passage for passage in passages if passage.strip()][: args.passages]
+        self.passages = read_passages(args.last_words)[: args.passages]
         self.words = last_words(self.model, self.tokenizer, self.passages)
         print(f"{len(self.passages)} passages: dense loss {self.words.loss:.3f}, accuracy {self.words.accuracy:.2%}")
 

@@ -37,13 +37,12 @@ from ghostssm.checkpoint.loading import (
     check_device,
     check_finite,
     checked_tensors,
-    load_tokenizer,
     model_config,
-    required,
     stored_dtype,
 )
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor
 from ghostssm.families import family_of
 

@@ -65,6 +65,7 @@ def export(
     import ghostssm
     from ghostssm.checkpoint.output_file import OutputFile
     from ghostssm.checkpoint.output_folder import check_apart
+    from ghostssm.checkpoint.tokenizer import renamed_class
     from ghostssm.errors import InputError
 
     if dtype == "q8_0" and format != "gguf":
@@ -88,7 +89,8 @@ def export(
             checkpoint, place, dialect=format, untie=untie, with_tokenizer=not no_tokenizer
         )
         stored = str(checkpoint.model.dtype).removeprefix("torch.")
-        _report(path, format, stored, checkpoint, (), as_json)
+        renamed = None if no_tokenizer else renamed_class(checkpoint.tokenizer, path)
+        _report(path, format, stored, checkpoint, () if renamed is None else (renamed,), as_json)
 
 
 def _report(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ghostssm
-from ghostssm.cli.console import bytes_text, print_facts, print_json
+from ghostssm.checkpoint.tokenizer import renamed_class
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 from ghostssm.evaluation.measurement import Measurement, Searched
 
 
@@ -21,6 +22,12 @@ class Outcome:
     plan: ghostssm.Plan
     measured: Measurement | None = None
     page: Path | None = None
+
+
+def note_renamed_class(checkpoint: ghostssm.Checkpoint | ghostssm.StreamedCheckpoint, written: Path) -> None:
+    """Say so where the written tokenizer_config.json names another class than the base model's."""
+    if renamed := renamed_class(checkpoint.tokenizer, written):
+        note(f"note: {renamed}")
 
 
 def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json: bool) -> None:

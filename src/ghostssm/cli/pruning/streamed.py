@@ -9,7 +9,7 @@ import ghostssm
 from ghostssm.cli.console import note, progress_reporter
 from ghostssm.cli.pruning.finished import finished_outcome, may_be_finished
 from ghostssm.cli.pruning.job import Job
-from ghostssm.cli.pruning.outcome import Outcome
+from ghostssm.cli.pruning.outcome import Outcome, note_renamed_class
 from ghostssm.errors import InputError
 from ghostssm.feasibility import check_streamable
 from ghostssm.processes import Processes, own_device
@@ -82,4 +82,5 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
             progress=progress,
         )
     processes.leave()
+    note_renamed_class(checkpoint, output)
     return Outcome(output, run.plan, run.measured)
