@@ -25,6 +25,7 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
+from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
@@ -218,6 +219,7 @@ def _build(
     model: PreTrainedModel = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
+    settle_ties(model)
     if (source.folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
     return model

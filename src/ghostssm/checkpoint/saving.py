@@ -23,6 +23,7 @@ from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
+from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_named, family_of, mixers_of
@@ -151,6 +152,8 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
         config = checkpoint.source.config | {
             "ssm_cfg": checkpoint.source.config["ssm_cfg"] | {"d_state": model.config.state_size}
         }
+        if not model.config.tie_word_embeddings:
+            config["tie_embeddings"] = False
     else:
         config = mamba_ssm.from_transformers_config(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -165,11 +168,11 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
         InputError: the model shares other weights as well.
     """
     config, head = model.config, model.get_output_embeddings()
-    if not wanted or not config.tie_word_embeddings:
+    if not wanted or not has_tied_head(model):
         yield False
         return
     tied = dict(model.all_tied_weights_keys)
-    if len(tied) != 1 or head is None:
+    if len(tied) != 1:
         raise InputError(
             f"--untie is for models that share nothing but the head's weight; this one shares {', '.join(tied)}."
         )
