@@ -17,13 +17,15 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import Dialect
+from ghostssm.checkpoint.source import Dialect, Source
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
 from ghostssm.checkpoint.ties import has_tied_head
+from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import family_named, family_of, mixers_of
@@ -104,15 +106,24 @@ def write_beside_weights(
     carry_over(checkpoint, folder)
     plan.save(folder, changes=False)
     write_card(card, folder)
-    write_manifest(folder, facts, probe)
+    missing = left_out(checkpoint.source, checkpoint.model, folder)
+    write_manifest(folder, facts | {"left_out": missing.as_json()}, probe)
 
 
-def write_config(model: PreTrainedModel, folder: Path) -> None:
-    """The config with every value written out, so that engines whose defaults differ read the same model."""
+def write_config(model: PreTrainedModel, folder: Path, source: Source) -> None:
+    """The config with every value written out, so that engines whose defaults differ read the same model.
+
+    It counts layers that transformers' class does not load only where they are carried over from the source.
+    """
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the base model lay on this disk
-    config |= family_of(model.config).serving_keys(model.config)
+    family = family_of(model.config)
+    config |= family.serving_keys(model.config)
+    if family.unread_layers_keys:
+        count, *others = family.unread_layers_keys
+        carried = carried_tensors(model, source)
+        config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -146,7 +157,8 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
     if dialect == "transformers":
         with quiet_transformers():
             model.save_pretrained(folder)
-        write_config(model, folder)
+        add_carried(model, checkpoint.source, folder)
+        write_config(model, folder, checkpoint.source)
         return
     if checkpoint.source.dialect == "mamba_ssm":
         config = checkpoint.source.config | {
