@@ -22,6 +22,7 @@ from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, che
 from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
@@ -214,6 +215,7 @@ def _build(
     model: PreTrainedModel = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
+    settle_ties(model)
     if (generation := read_generation_config(source.folder)) is not None:
         model.generation_config = generation
     return model

@@ -34,6 +34,14 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def unread_layers_keys(self) -> tuple[str, ...]:
+        """What a config says of layers that transformers' class leaves in the files: first the key that counts them.
+
+        The others are worked out by transformers' config, for other engines. Empty if there are no such layers.
+        """
+        ...
+
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
         ...

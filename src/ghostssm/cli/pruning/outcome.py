@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ghostssm
+from ghostssm.checkpoint.left_out import LeftOut
+from ghostssm.checkpoint.manifest import read_manifest
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 from ghostssm.evaluation.measurement import Measurement, Searched
@@ -35,6 +37,7 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
     plan, measured = outcome.plan, outcome.measured
     searched = Searched.of(plan.provenance)
     found = ghostssm.describe(str(outcome.written))
+    missing = LeftOut.from_json(read_manifest(outcome.written).get("left_out"))
     before = found.state_bytes(plan.state_size)
     sizes = list(found.state_sizes) if plan.needs_own_class else [plan.kept_state_size]
     after: int | list[int] = sizes[0] if len(set(sizes)) == 1 else sizes
@@ -47,12 +50,15 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
                 "searched": None if searched is None else searched.as_json(),
+                "left_out": missing.as_json(),
                 "report": None if outcome.page is None else str(outcome.page),
                 "hub": address,
                 "seconds": seconds,
             }
         )
         return
+    for text in missing.notes:
+        note(f"note: {text}")
     facts = [
         ("written", str(outcome.written)),
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
