@@ -111,7 +111,7 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the base model lay on this disk
-    config |= family_of(model.config).serving_keys(model.config)
+    config = family_of(model.config).published_form(model.config, config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
