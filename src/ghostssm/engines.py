@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ghostssm.errors import InputError
 from ghostssm.layout import SSDLayout
-from ghostssm.unheeded import IN_MLX_LM, Unheeded
+from ghostssm.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -220,6 +220,7 @@ ENGINES: tuple[Engine, ...] = (
         version="vLLM 0.33",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"}),
+        unheeded=IN_VLLM_AND_SGLANG,
         source="model_executor/models/registry.py, layers/mamba/mamba_mixer2.py, layers/mamba/ops",
     ),
     Engine(
@@ -227,6 +228,7 @@ ENGINES: tuple[Engine, ...] = (
         version="SGLang 0.5.23",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
+        unheeded=IN_VLLM_AND_SGLANG,
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
         cannot_tie=frozenset({"mamba2"}),
     ),

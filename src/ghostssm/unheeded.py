@@ -29,6 +29,26 @@ def _has_no_limits(config: PreTrainedConfig) -> bool:
     return config.time_step_limit is None or tuple(config.time_step_limit) == (0.0, inf)
 
 
+_NO_LIMITS = "knows no limits on dt, so answers are silently wrong with them"
+
+IN_VLLM_AND_SGLANG = (
+    *(Unheeded(name, _has_no_limits, _NO_LIMITS) for name in ("mamba2", "falcon_h1", "granitemoehybrid")),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not (config.mamba_rms_norm and config.mamba_norm_before_gate),
+        "normalises after the gate, so answers are silently wrong with mamba_norm_before_gate",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not (config.projectors_bias or config.attention_bias or config.mlp_bias),
+        "has no biases there but the mixers' mamba_proj_bias",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not config.mamba_proj_bias,
+        "gives out_proj a bias where in_proj has one, which is in no file",
+    ),
+)
 IN_MLX_LM = (
     Unheeded(
         "mamba2",
@@ -53,5 +73,5 @@ IN_MLX_LM = (
         lambda config: not config.mamba_rms_norm or config.mamba_n_groups == 1,
         "normalises over all groups of a mixer together, so answers are silently wrong with several",
     ),
-    Unheeded("falcon_h1", _has_no_limits, "knows no limits on dt for falcon_h1, so answers are silently wrong"),
+    Unheeded("falcon_h1", _has_no_limits, _NO_LIMITS),
 )
