@@ -36,7 +36,6 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-import transformers
 from engine_checkpoints import Written, read_index, write_checkpoints
 
 # What an engine imports for GPUs, images, audio or grammars; replaced by empty modules where it is missing.
@@ -258,7 +257,12 @@ def spelt_alike(name: str) -> str:
         name = name.removeprefix(prefix)
     for theirs, ours in (("embeddings.", "embed_tokens."), ("norm_f.", "norm."), ("feed_forward.", "mlp.")):
         name = name.replace(theirs, ours)
-    for theirs, ours in ((".routed_experts.", "."), (".router.layer.", ".gate."), (".mamba.mamba.", ".mamba."), (".self_attn.", ".")):
+    for theirs, ours in (
+        (".routed_experts.", "."),
+        (".router.layer.", ".gate."),
+        (".mamba.mamba.", ".mamba."),
+        (".self_attn.", "."),
+    ):
         name = name.replace(theirs, ours)
     name = re.sub(r"(_adapter_list\.\d+)\.([AB])\.", lambda found: f"{found[1]}.{'AB'.index(found[2])}.", name)
     return name.replace(".A_log", ".A")
@@ -323,7 +327,9 @@ def compare_weights(engine: str, entry: Written, folder: Path) -> tuple[str, lis
             found.append(f"{full_name} has other values" if known else f"{full_name} was never loaded")
     found += [f"{name} is not in the engine's model" for name in stored.keys() - used]
     found += [
-        f"{name} is {sizes[name]}, expected {expected}" for name, expected in entry.sizes.items() if sizes[name] != expected
+        f"{name} is {sizes[name]}, expected {expected}"
+        for name, expected in entry.sizes.items()
+        if sizes[name] != expected
     ]
     return f"{sizes['class']}, {len(held)} tensors, state {sizes['state']}", sorted(found)
 
@@ -334,7 +340,9 @@ def check(engine: str, folder: Path) -> int:
     for entry in read_index(folder):
         says, reason = entry.levels[engine], entry.reasons[engine]
         with contextlib.redirect_stdout(sys.stderr):
-            words, found = compare_logits(entry, folder) if engine == "mlx-lm" else compare_weights(engine, entry, folder)
+            words, found = (
+                compare_logits(entry, folder) if engine == "mlx-lm" else compare_weights(engine, entry, folder)
+            )
         # What lies in the forward pass does not show where none is run.
         as_expected = bool(found) == (says == "no") if engine == "mlx-lm" else not found or says == "no"
         unexpected += not as_expected

@@ -7,7 +7,6 @@ N = 64 and are pruned to N' = 32, the reference model from 128.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ _ZAMBA2 = {
     **{"num_attention_heads": 4, "num_mem_blocks": 2, "adapter_rank": 4, "use_mem_rope": True},
     **{"use_shared_attention_adapter": True, "max_position_embeddings": 128},
 }
+REFERENCES = ("reference", "reference, stored head")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("Mamba2", _MAMBA2 | {"n_groups": 1}),
     "mamba2, tied": ("Mamba2", _MAMBA2 | {"n_groups": 1, "tie_word_embeddings": True}),
@@ -86,7 +86,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid, dense, rotary, tied": (
         "GraniteMoeHybrid",
         _GRANITE
-        | {"num_local_experts": 0, "position_embedding_type": "rope", "rope_theta": 5000.0, "tie_word_embeddings": True},
+        | {
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "rope_theta": 5000.0,
+            "tie_word_embeddings": True,
+        },
     ),
     "granitemoehybrid, dense, biases": (
         "GraniteMoeHybrid",
@@ -165,7 +170,7 @@ def random_model(name: str) -> Any:
 def write_checkpoints(folder: Path) -> list[Written]:
     """Write every checkpoint, the logits, and an index of them all, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_with_logits(folder, name, path) for name, path in _pruned(folder)]
+    written = [checkpoint_of(name, folder) for name in (*REFERENCES, *MODELS)]
     (folder / INDEX).write_text(json.dumps([asdict(entry) for entry in written], indent=1))
     return written
 
@@ -174,14 +179,15 @@ def read_index(folder: Path) -> list[Written]:
     return [Written(**entry) for entry in json.loads((folder / INDEX).read_text())]
 
 
-def _pruned(folder: Path) -> Iterator[tuple[str, Path]]:
-    yield "reference", write_pruned("reference", folder / "reference")
-    yield "reference, stored head", write_pruned("reference", folder / "reference-stored-head", untie=True)
-    for name in MODELS:
-        path = folder / name.replace(",", "").replace(" ", "-")
+def checkpoint_of(name: str, folder: Path) -> Written:
+    """Write the pruned checkpoint of a name in `REFERENCES` or `MODELS`, and the logits, into a folder."""
+    path = folder / name.replace(",", "").replace(" ", "-")
+    spec = "reference"
+    if name in MODELS:
         dense = path.with_name(f"{path.name}.dense")
         random_model(name).save_pretrained(dense)
-        yield name, write_pruned(str(dense), path)
+        spec = str(dense)
+    return _with_logits(folder, name, write_pruned(spec, path, untie=name in REFERENCES[1:]))
 
 
 def write_pruned(spec: str, output: Path, untie: bool = False) -> Path:

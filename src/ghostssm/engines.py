@@ -366,9 +366,7 @@ def advise(
     """
     chosen = ENGINES if engines is None else engines_named(engines)
     return tuple(
-        engine.advise(
-            layout, model_type, dialect=dialect, own_class=own_class, tied_head=tied_head, config=config
-        )
+        engine.advise(layout, model_type, dialect=dialect, own_class=own_class, tied_head=tied_head, config=config)
         for engine in chosen
     )
 

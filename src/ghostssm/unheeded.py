@@ -40,13 +40,13 @@ IN_VLLM_AND_SGLANG = (
     ),
     Unheeded(
         "falcon_h1",
-        lambda config: not (config.projectors_bias or config.attention_bias or config.mlp_bias),
-        "has no biases there but the mixers' mamba_proj_bias",
+        lambda config: not (config.attention_bias or config.mlp_bias),
+        "has no biases in attention and MLPs",
     ),
     Unheeded(
         "falcon_h1",
-        lambda config: not config.mamba_proj_bias,
-        "gives out_proj a bias where in_proj has one, which is in no file",
+        lambda config: config.mamba_proj_bias == config.projectors_bias,
+        "gives out_proj of a mixer a bias where in_proj has one, and only there",
     ),
 )
 IN_MLX_LM = (
