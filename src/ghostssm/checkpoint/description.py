@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import read_manifest
@@ -43,6 +43,7 @@ class Description:
         parameters: of the whole model, shared ones counted once.
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
+        config: as transformers reads it.
         channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
         pruning: of a checkpoint that ghostssm pruned; None for others.
     """
@@ -55,6 +56,7 @@ class Description:
     vocab_size: int
     parameters: int
     tied_head: bool
+    config: PreTrainedConfig = field(repr=False, compare=False)
     channel_biases: int = 0
     pruning: Pruning | None = None
 
@@ -98,6 +100,7 @@ def describe(spec: str) -> Description:
         vocab_size=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=has_tied_head(model),
+        config=config,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
         pruning=_pruning(source.folder, len(mixers)),
     )

@@ -117,7 +117,7 @@ def write_config(model: PreTrainedModel, folder: Path, source: Source) -> None:
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the base model lay on this disk
     family = family_of(model.config)
-    config |= family.serving_keys(model.config)
+    config = family.published_form(model.config, config)
     if family.unread_layers_keys:
         count, *others = family.unread_layers_keys
         carried = carried_tensors(model, source)

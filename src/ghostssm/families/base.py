@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -50,8 +51,11 @@ class Family(Protocol):
         """Write a new state size into a config."""
         ...
 
-    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """What other engines read in config.json and transformers does not write there, with its values."""
+    def published_form(self, config: PreTrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers would write of a config, in the form that published checkpoints have: all engines read it.
+
+        transformers loads the same config from both.
+        """
         ...
 
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
