@@ -108,10 +108,10 @@ def write_beside_weights(
     files.write("the manifest", lambda place: write_manifest(files.folder, facts, found, place))
 
 
-def write_config(model: PreTrainedModel, folder: Path, source: Source) -> None:
+def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
     """The config with every value written out, so that engines whose defaults differ read the same model.
 
-    It counts layers that transformers' class does not load only where they are carried over from the source.
+    It counts layers that transformers' class does not load only where they are carried over from a source.
     """
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -120,7 +120,7 @@ def write_config(model: PreTrainedModel, folder: Path, source: Source) -> None:
     config = family.published_form(model.config, config)
     if family.unread_layers_keys:
         count, *others = family.unread_layers_keys
-        carried = carried_tensors(model, source)
+        carried = source is not None and carried_tensors(model, source)
         config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
