@@ -25,6 +25,7 @@ import ghostssm
 from ghostssm.evaluation.copying import copying, copying_in_reach
 from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
+from ghostssm.text.sources import read_passages
 
 RECIPES = (
     "ghost",
@@ -93,8 +94,7 @@ class OnLastWords(OnText):
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.tokenizer = ghostssm.load(args.model).require_tokenizer()
-        passages = ghostssm.read_text(args.last_words, "evaluation").joined.splitlines()
-        self.passages = [passage for passage in passages if passage.strip()][: args.passages]
+        self.passages = read_passages(args.last_words)[: args.passages]
         self.words = last_words(self.model, self.tokenizer, self.passages)
         print(f"{len(self.passages)} passages: dense loss {self.words.loss:.3f}, accuracy {self.words.accuracy:.2%}")
 

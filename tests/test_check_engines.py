@@ -13,7 +13,8 @@ TOOL = Path(__file__).parents[1] / "tools" / "check_engines.py"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_engine(engine: str) -> None:
+def test_engine(engine: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(engine) is None:
         pytest.skip(f"{engine} is not installed")
-    subprocess.run([sys.executable, "-W", "ignore", str(TOOL), engine], check=True)
+    for step in ("write", engine):
+        subprocess.run([sys.executable, "-W", "ignore", str(TOOL), step, str(tmp_path)], check=True)

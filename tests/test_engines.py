@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import FalconH1Config, GraniteMoeHybridConfig, Mamba2Config, PreTrainedConfig
 
 from ghostssm.engines import ENGINES, advise, engine_names, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
+from ghostssm.models.families import family_of
 from ghostssm.models.layout import SSDLayout
 
 MODEL_TYPES = ("mamba2", "bamba", "zamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
@@ -145,6 +147,38 @@ def test_no_export_is_named_that_would_not_help() -> None:
     for dialect in ("transformers", "mamba_ssm"):
         (found,) = advise(SMALL, "mamba2", engines=["sglang"], dialect=dialect, tied_head=True)
         assert (found.level, found.export) == ("no", "--format transformers --untie")
+
+
+@pytest.mark.parametrize(
+    ("config", "refusing"),
+    [
+        (FalconH1Config(), set()),
+        (FalconH1Config(key_multiplier=0.4), {"mlx-lm"}),
+        (FalconH1Config(attention_in_multiplier=0.9), {"mlx-lm"}),
+        (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=False), set()),
+        (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=True), {"vllm", "sglang"}),
+        (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2), {"mlx-lm"}),
+        (FalconH1Config(mamba_proj_bias=True, projectors_bias=True), {"mlx-lm"}),
+        (FalconH1Config(projectors_bias=True), {"vllm", "sglang", "mlx-lm"}),
+        (FalconH1Config(mlp_bias=True), {"vllm", "sglang", "mlx-lm"}),
+        (FalconH1Config(time_step_limit=(0.0, 0.1)), {"vllm", "sglang", "mlx-lm"}),
+        (GraniteMoeHybridConfig(), set()),
+        (GraniteMoeHybridConfig(mamba_n_groups=2), {"mlx-lm"}),
+        (GraniteMoeHybridConfig(time_step_limit=[0.001, 0.1]), {"vllm", "sglang"}),
+        (Mamba2Config(n_groups=1), set()),
+        (Mamba2Config(n_groups=1, layer_norm_epsilon=1e-6), {"mlx-lm"}),
+        (Mamba2Config(n_groups=1, time_step_limit=[0.0, 0.1]), {"vllm", "sglang"}),
+    ],
+)
+def test_what_an_engine_does_not_heed_in_a_config(config: PreTrainedConfig, refusing: set[str]) -> None:
+    names = ["vllm", "sglang", "mlx-lm"]
+    layout = family_of(config).layout(config)
+    found = {advice.engine: advice for advice in advise(layout, config.model_type, engines=names, config=config)}
+    assert {name for name, advice in found.items() if advice.level == "no"} == refusing
+    for name in refusing:
+        assert found[name].reason
+        with pytest.raises(InputError, match=rf"{name}: "):
+            nearest_state_size(64, layout, config.model_type, [name], config=config)
 
 
 def test_every_engine_has_a_source() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 import ghostssm
 from ghostssm.checkpoint import rehearsal, saving, side_files
@@ -96,7 +95,7 @@ def test_a_tokenizer_that_can_not_be_saved_is_told_before_the_work(
     def refuses(*_: object, **__: object) -> None:
         raise NotImplementedError("no fast tokenizer")
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuses)
+    monkeypatch.setattr(side_files, "carry_tokenizer", refuses)
     monkeypatch.setattr("ghostssm.pruning.run.LayerWalk", no_walk)
     before = sorted(tmp_path.iterdir())
     code, _, err = run(*prune(small, text_file, tmp_path / "deep" / "out", *road))
@@ -177,7 +176,7 @@ def full_disk(*_: object, **__: object) -> None:
 
 SIDE_FILES: dict[str, tuple[Any, str]] = {
     "the generation config": (side_files, "copy_file"),
-    "the tokenizer": (PreTrainedTokenizerFast, "save_pretrained"),
+    "the tokenizer": (side_files, "carry_tokenizer"),
     "the plan": (Plan, "save"),
     "the model card": (saving, "write_card"),
     "the manifest": (saving, "write_manifest"),

@@ -220,6 +220,7 @@ def _engines(config: PreTrainedConfig, own_class: bool, dialect: Dialect) -> str
         dialect=dialect,
         own_class=own_class,
         tied_head=config.tie_word_embeddings,
+        config=config,
     )
     lines = []
     for level, words, when in (

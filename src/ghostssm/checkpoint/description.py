@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghostssm.checkpoint.loading import empty_model, model_config
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import read_manifest
-from ghostssm.checkpoint.source import find_source
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
@@ -38,7 +41,9 @@ class Description:
         layout: of the widest mixer.
         state_sizes: of the recurrent state of every mixer, front to back.
         parameters: of the whole model, shared ones counted once.
-        tied_head: whether the output head shares the embeddings' weight.
+        tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
+            model on the hub, this is what the config says.
+        config: as transformers reads it.
         channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
         pruning: of a checkpoint that ghostssm pruned; None for others.
     """
@@ -51,6 +56,7 @@ class Description:
     vocab_size: int
     parameters: int
     tied_head: bool
+    config: PreTrainedConfig = field(repr=False, compare=False)
     channel_biases: int = 0
     pruning: Pruning | None = None
 
@@ -82,6 +88,8 @@ def describe(spec: str) -> Description:
     source = find_source(spec, weights=False)
     config = model_config(source)
     model = empty_model(config)
+    if _settled_by_files(source, model):
+        model = empty_model(model.config)
     family, mixers = family_of(config), mixers_of(model)
     return Description(
         name=spec,
@@ -91,10 +99,26 @@ def describe(spec: str) -> Description:
         state_sizes=tuple(mixer.state_size for mixer in mixers),
         vocab_size=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tied_head=config.tie_word_embeddings,
+        tied_head=has_tied_head(model),
+        config=config,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
         pruning=_pruning(source.folder, len(mixers)),
     )
+
+
+def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
+    """Whether the weight files hold a head with values of its own, which the config ties; it then says so no more."""
+    ties = model.all_tied_weights_keys
+    if not ties:
+        return False
+    try:
+        stored = checked_tensors(source, model.config)
+    except ModelError:  # no weights at hand, or broken ones, of which whoever loads them is told
+        return False
+    for name in with_values_of_their_own(model, stored, stored_dtype(stored)):
+        ties.pop(name)
+    settle_ties(model)
+    return not ties
 
 
 def _pruning(folder: Path, layers: int) -> Pruning | None:

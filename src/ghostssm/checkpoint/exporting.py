@@ -10,6 +10,7 @@ from typing import Any
 
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
+from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
@@ -61,7 +62,9 @@ def export_checkpoint(
             files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, facts))
             saving.write_model(checkpoint, folder.partial, dialect)
         if facts is not None:
-            write_manifest(folder.partial, facts, Probe.of(checkpoint.model))
+            missing = LeftOut.from_json(facts.get("left_out"))
+            missing |= left_out(checkpoint.source, checkpoint.model, folder.partial)
+            write_manifest(folder.partial, facts | {"left_out": missing.as_json()}, Probe.of(checkpoint.model))
         folder.commit()
     return folder.path
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,10 +21,11 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.quiet import quiet_transformers
-from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
+from ghostssm.checkpoint.source import Source, find_source
+from ghostssm.checkpoint.ties import settle_ties
+from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
-from ghostssm.files.reading import is_plain_name, read_json_object
 from ghostssm.models.families import family_named, mixers_of
 
 _LISTED_FAULTS = 8
@@ -56,16 +55,6 @@ class Checkpoint:
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         return required(self.tokenizer, self.source)
-
-
-def required(tokenizer: PreTrainedTokenizerBase | None, source: Source) -> PreTrainedTokenizerBase:
-    """A tokenizer that must be there; raises ModelError if it is not."""
-    if tokenizer is None:
-        raise ModelError(
-            f"{source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "
-            "Put it there, or name a tokenizer (a folder or a hub id) with --tokenizer."
-        )
-    return tokenizer
 
 
 def load(
@@ -226,53 +215,7 @@ def _build(
     model: PreTrainedModel = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype
     )
+    settle_ties(model)
     if (generation := read_generation_config(source.folder)) is not None:
         model.generation_config = generation
     return model
-
-
-def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a user named, or the model's own, if it has one; raises ModelError if it can't be loaded."""
-    own = any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    place: str | Path | None = named or (source.folder if own else None)
-    if named == REFERENCE:
-        place = find_source(REFERENCE, weights=False).folder
-    if place is None and source.dialect == "mamba_ssm" and 0 <= config.vocab_size - mamba_ssm.GPT_NEOX_TOKENS < 64:
-        place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
-    if place is None:
-        return None
-    tokenizer = _read_tokenizer(place)
-    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
-        raise ModelError(
-            f"The tokenizer {str(place)!r} has {highest + 1} tokens, the model only {config.vocab_size}; "
-            "expected the tokenizer that the model was trained with."
-        )
-    return tokenizer
-
-
-def _read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    if Path(place).is_dir():
-        check_links(Path(place))
-        _check_tokenizer_config(Path(place) / "tokenizer_config.json")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        tokenizer("text")
-    except (KeyboardInterrupt, SystemExit, MemoryError):  # SIGTERM too
-        raise
-    except BaseException as error:  # tokenizers, their native code and the hub client raise many classes
-        raise ModelError(
-            f"The tokenizer {str(place)!r} could not be loaded ({type(error).__name__}); bring its tokenizer.json into "
-            f"a folder and name that with --tokenizer."
-        ) from error
-    return tokenizer
-
-
-def _check_tokenizer_config(file: Path) -> None:
-    """transformers opens the files that ``fast_tokenizer_files`` names."""
-    try:
-        named = read_json_object(file, ModelError).get("fast_tokenizer_files", [])
-    except FileNotFoundError:
-        return
-    if not isinstance(named, list) or any(not isinstance(name, str) or not is_plain_name(name) for name in named):
-        raise ModelError(f"fast_tokenizer_files in {file} is {named!r}; expected plain names of files beside it.")

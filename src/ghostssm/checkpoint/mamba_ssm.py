@@ -59,6 +59,27 @@ _SSM_IGNORED = frozenset(
         "sequence_parallel",
     }
 )
+# Keys of this dialect, those of ssm_cfg with its name before them, to the keys of transformers that say the same. The
+# class says by itself what transformers' Mamba-2 can't have otherwise.
+TRANSLATED_KEYS: Mapping[str, str] = {
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "pad_vocab_size_multiple": "vocab_size",
+    "tie_embeddings": "tie_word_embeddings",
+    "ssm_cfg.d_state": "state_size",
+    "ssm_cfg.d_conv": "conv_kernel",
+    "ssm_cfg.expand": "expand",
+    "ssm_cfg.headdim": "head_dim",
+    "ssm_cfg.ngroups": "n_groups",
+    "ssm_cfg.dt_limit": "time_step_limit",
+    "ssm_cfg.bias": "use_bias",
+    "ssm_cfg.conv_bias": "use_conv_bias",
+    "ssm_cfg.chunk_size": "chunk_size",
+    **dict.fromkeys(("d_intermediate", "attn_layer_idx", "attn_cfg", "rms_norm"), "model_type"),
+    **{f"ssm_cfg.{key}": "model_type" for key in ("layer", *_SSM_FIXED)},
+}
+IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
+"""Keys of transformers that a config of this dialect says without one: sizes that follow from others, and defaults."""
 _EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
 GPT_NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
 GPT_NEOX_TOKENS = 50277

@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Probe, write_manifest
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
-from ghostssm.checkpoint.source import Dialect
+from ghostssm.checkpoint.source import Dialect, Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
+from ghostssm.checkpoint.ties import has_tied_head
+from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.errors import InputError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, family_of, mixers_of
@@ -79,33 +82,47 @@ def write_beside_weights(
     measured: Measurement | None,
     fingerprint: str,
     untied: bool,
-    probe: Callable[[], Probe | None],
+    probe: Callable[[], Probe | None] | None,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
         fingerprint: of the base model. untied: whether the config's head is tied no more. probe: gives that of the
-            written model.
+            written model; None where only the files beside the weights are tried.
     """
-    source, config = checkpoint.source, checkpoint.model.config
+    source, model = checkpoint.source, checkpoint.model
     carry_over(checkpoint, files)
     files.write("the plan", lambda place: plan.save(place, changes=False))
     files.write(
         "the model card",
-        lambda place: write_card(model_card(Base.of(source), config, plan, dialect, measured, untied=untied), place),
+        lambda place: write_card(
+            model_card(Base.of(source), model.config, plan, dialect, measured, untied=untied), place
+        ),
     )
-    found = files.make("the probe", probe)
     facts = _facts(checkpoint, plan, dialect, measured, fingerprint, untied)
+    found = None
+    if probe is not None:
+        found = files.make("the probe", probe)
+        missing = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
+        facts |= {} if missing is None else {"left_out": missing.as_json()}
     facts |= {"missing": list(files.missing)} if files.missing else {}
     files.write("the manifest", lambda place: write_manifest(files.folder, facts, found, place))
 
 
-def write_config(model: PreTrainedModel, folder: Path) -> None:
-    """The config with every value written out, so that engines whose defaults differ read the same model."""
+def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
+    """The config with every value written out, so that engines whose defaults differ read the same model.
+
+    It counts layers that transformers' class does not load only where they are carried over from a source.
+    """
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where the base model lay on this disk
-    config |= family_of(model.config).serving_keys(model.config)
+    family = family_of(model.config)
+    config = family.published_form(model.config, config)
+    if family.unread_layers_keys:
+        count, *others = family.unread_layers_keys
+        carried = source is not None and carried_tensors(model, source)
+        config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -139,6 +156,7 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
     if dialect == "transformers":
         with quiet_transformers(), _without_generation_config(model):
             model.save_pretrained(folder)
+            add_carried(model, checkpoint.source, folder)
     else:
         torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
     write_dialect_config(checkpoint, folder, dialect)
@@ -158,12 +176,14 @@ def write_dialect_config(checkpoint: Checkpoint | StreamedCheckpoint, folder: Pa
     """Write config.json in a dialect."""
     model = checkpoint.model
     if dialect == "transformers":
-        write_config(model, folder)
+        write_config(model, folder, checkpoint.source)
         return
     if checkpoint.source.dialect == "mamba_ssm":
         config = checkpoint.source.config | {
             "ssm_cfg": checkpoint.source.config["ssm_cfg"] | {"d_state": model.config.state_size}
         }
+        if not model.config.tie_word_embeddings:
+            config["tie_embeddings"] = False
     else:
         config = mamba_ssm.from_transformers_config(model.config)
     config.pop("_name_or_path", None)
@@ -178,11 +198,11 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
         InputError: the model shares other weights as well.
     """
     config, head = model.config, model.get_output_embeddings()
-    if not wanted or not config.tie_word_embeddings:
+    if not wanted or not has_tied_head(model):
         yield False
         return
     tied = dict(model.all_tied_weights_keys)
-    if len(tied) != 1 or head is None:
+    if len(tied) != 1:
         raise InputError(
             f"--untie is for models that share nothing but the head's weight; this one shares {', '.join(tied)}."
         )

@@ -17,18 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
+from ghostssm.checkpoint.tokenizer import carry_tokenizer
 from ghostssm.errors import GhostError, IncompleteError, ModelError
 from ghostssm.files.reading import confined
 
 _Made = TypeVar("_Made")
 _LICENCE_FILES = ("LICENSE*", "NOTICE*")
-# Older forms of what transformers writes into tokenizer.json and tokenizer_config.json; other converters read them.
-_TOKENIZER_FILES = (
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 _TOLD_AS_THEY_ARE = (GhostError, OSError, SafetensorError, MemoryError)
 
 
@@ -97,7 +92,7 @@ def carry_over(checkpoint: Checkpoint | StreamedCheckpoint, files: SideFiles) ->
     source, tokenizer = checkpoint.source, checkpoint.tokenizer
     files.write("the generation config", lambda place: _copy(source.folder, [GENERATION_CONFIG_NAME], place))
     if tokenizer is not None:
-        files.write("the tokenizer", lambda place: _write_tokenizer(tokenizer, source, place))
+        files.write("the tokenizer", lambda place: _write_tokenizer(checkpoint, tokenizer, place))
     files.write("the licence", lambda place: _copy(source.folder, _LICENCE_FILES, place))
 
 
@@ -118,10 +113,13 @@ def _copy(folder: Path, patterns: Sequence[str], place: Path) -> None:
                 copy_file(path, place)
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, place: Path) -> None:
-    tokenizer.save_pretrained(place)
-    if Path(tokenizer.name_or_path) == source.folder:
-        _copy(source.folder, _TOKENIZER_FILES, place)
+def _write_tokenizer(
+    checkpoint: Checkpoint | StreamedCheckpoint, tokenizer: PreTrainedTokenizerBase, place: Path
+) -> None:
+    config = place / "config.json"  # where transformers looks for a class, if the tokenizer names none
+    config.write_text(checkpoint.model.config.to_json_string(), encoding="utf-8")
+    carry_tokenizer(tokenizer, checkpoint.source, place)
+    config.unlink()
     _forget_place(place / "tokenizer_config.json")
 
 

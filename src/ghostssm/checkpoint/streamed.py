@@ -24,10 +24,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -37,14 +34,14 @@ from ghostssm.checkpoint.loading import (
     check_device,
     check_finite,
     checked_tensors,
-    load_tokenizer,
     model_config,
-    required,
     stored_dtype,
 )
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
+from ghostssm.checkpoint.tokenizer import load_tokenizer, required
+from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters
 from ghostssm.models.families import family_of
 
 
@@ -104,6 +101,7 @@ class StreamedBlocks:
     Attributes:
         model: with parameters on the meta device, but for those that `fill_outside` read.
         modules: its blocks, without weights.
+        source: where the files are.
     """
 
     def __init__(
@@ -114,14 +112,14 @@ class StreamedBlocks:
         dtype: torch.dtype | None,
         device: torch.device,
     ):
-        self._source, self._stored, self.device = source, stored, device
+        self.source, self._stored, self.device = source, stored, device
         self._dtype = dtype or stored_dtype(stored)
         self.model = _without_weights(config, self._dtype)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._block_names = [names[id(module)] for module in self.modules]
         self._expected = list(self.model.state_dict())
-        self._places = self._places_of_parameters()
+        self._places = places_of_parameters(self.model, stored)
         self._tied = self._resolved_ties()
 
     @contextmanager
@@ -194,37 +192,21 @@ class StreamedBlocks:
     def _names_below(self, block: str) -> list[str]:
         return [name for name in self._expected if name.startswith(f"{block}.")]
 
-    def _places_of_parameters(self) -> dict[str, list[str]]:
-        """A parameter's name to the names of the stored tensors that make it.
-
-        Where stored tensors make several parameters, these are under the first of them.
-        """
-        conversions = get_model_conversion_mapping(self.model)
-        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        prefix, state = self.model.base_model_prefix, self.model.state_dict()
-        places: dict[str, list[str]] = {}
-        for name in self._stored:
-            place, _ = rename_source_key(name, renamings, converters, prefix, state)
-            if place not in state and name in state:
-                place, _ = rename_source_key(name, [], [], prefix, state)
-            places.setdefault(place, []).append(name)
-        return places
-
     def _resolved_ties(self) -> dict[str, str]:
         """A tied parameter that is not stored to the one that is stored for it.
 
         As in transformers, two that are both stored with different values are not tied.
         """
-        ties, found = self.model.all_tied_weights_keys, {}
-        for name, source in list(ties.items()):
-            if name in self._places and source in self._places:
-                if not torch.equal(self._read(name), self._read(source)):
-                    ties.pop(name)
-            elif source in self._places:
-                found[name] = source
-            elif name in self._places:
+        ties: dict[str, str] = self.model.all_tied_weights_keys
+        found: dict[str, str] = {}
+        for name in with_values_of_their_own(self.model, self._stored, self._dtype):
+            ties.pop(name)
+        settle_ties(self.model)
+        for name, source in ties.items():
+            if name in self._places and source not in self._places:
                 found[source] = name
+            elif source in self._places and name not in self._places:
+                found[name] = source
         for name, source in ties.items():
             if name not in self._places and source in found:
                 found[name] = found[source]
@@ -247,7 +229,7 @@ class StreamedBlocks:
         self._convert_and_load(tensors)
         filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
         assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
-        check_finite(filled, self._source)
+        check_finite(filled, self.source)
 
     def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
         how = LoadStateDictConfig(

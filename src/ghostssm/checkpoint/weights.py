@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,9 @@ from reprlib import repr as short
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
@@ -142,3 +145,22 @@ def shape_faults(
         f"{name} {info.shape} belongs to no part of the model" for name, info in stored.items() if name not in expected
     ]
     return faults
+
+
+def places_of_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """A parameter's name to those of the stored tensors that make it, by transformers' rules of renaming.
+
+    Where stored tensors make several parameters, these are under the first of them. A name that is no parameter's
+    belongs to a tensor that the model's class does not load.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    places: dict[str, list[str]] = {}
+    for name in names:
+        place, _ = rename_source_key(name, renamings, converters, prefix, state)
+        if place not in state and name in state:
+            place, _ = rename_source_key(name, [], [], prefix, state)
+        places.setdefault(place, []).append(name)
+    return places

@@ -16,7 +16,7 @@ ENGINES = (
 TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
 _REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 Completer = Callable[[str], list[str]]
 
 

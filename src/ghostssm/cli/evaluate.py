@@ -41,7 +41,7 @@ def evaluate(
         typer.Option(
             "--last-words",
             metavar="TEXT",
-            help="Instead: the last word of every line of TEXT, as LAMBADA.",
+            help="Instead: the last word of every line or row of TEXT, as LAMBADA.",
             autocompletion=completion.texts,
         ),
     ] = None,
@@ -172,10 +172,10 @@ def _evaluate_tasks(
 
 
 def _evaluate_last_words(checkpoint: Checkpoint, text: str, limit: int | None, as_json: bool) -> None:
-    import ghostssm
     from ghostssm.evaluation.recall import last_words
+    from ghostssm.text.sources import read_passages
 
-    passages = [line for line in ghostssm.read_text(text, "evaluation").joined.splitlines() if line.strip()][:limit]
+    passages = read_passages(text)[:limit]
     with progress_reporter() as progress:
         found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
     if as_json:

@@ -12,6 +12,7 @@ from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 
 if TYPE_CHECKING:
     from ghostssm import Checkpoint
+    from ghostssm.checkpoint.left_out import LeftOut
 
 Format = Literal["gguf", "transformers", "mamba_ssm"]
 
@@ -63,6 +64,8 @@ def export(
     import torch
 
     import ghostssm
+    from ghostssm.checkpoint.left_out import left_out
+    from ghostssm.checkpoint.tokenizer import renamed_class
     from ghostssm.errors import InputError
     from ghostssm.files.output_file import OutputFile
     from ghostssm.files.output_folder import check_apart
@@ -81,18 +84,26 @@ def export(
         checkpoint = ghostssm.Checkpoint(padded, checkpoint.tokenizer, checkpoint.source)
     if isinstance(place, OutputFile):
         written = ghostssm.export_gguf(checkpoint, place, dtype=dtype, with_tokenizer=not no_tokenizer)
-        _report(written.path, format, written.dtype, checkpoint, written.notes, as_json)
+        _report(written.path, format, written.dtype, checkpoint, written.left_out, written.notes, as_json)
     else:
         assert format != "gguf"
         path = ghostssm.export_checkpoint(
             checkpoint, place, dialect=format, untie=untie, with_tokenizer=not no_tokenizer
         )
         stored = str(checkpoint.model.dtype).removeprefix("torch.")
-        _report(path, format, stored, checkpoint, (), as_json)
+        missing = left_out(checkpoint.source, checkpoint.model, path)
+        renamed = None if no_tokenizer else renamed_class(checkpoint.tokenizer, path)
+        _report(path, format, stored, checkpoint, missing, () if renamed is None else (renamed,), as_json)
 
 
 def _report(
-    path: Path, format: Format, stored: str, checkpoint: Checkpoint, notes: tuple[str, ...], as_json: bool
+    path: Path,
+    format: Format,
+    stored: str,
+    checkpoint: Checkpoint,
+    missing: LeftOut,
+    notes: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     from ghostssm.models.families import mixers_of
 
@@ -100,9 +111,9 @@ def _report(
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     if as_json:
         facts = {"output": str(path), "format": format, "dtype": stored, "state_sizes": sizes, "bytes": size}
-        print_json(facts | {"notes": notes})
+        print_json(facts | {"notes": notes, "left_out": missing.as_json()})
         return
-    for text in notes:
+    for text in (*notes, *missing.notes):
         note(f"note: {text}")
     print_facts(
         [

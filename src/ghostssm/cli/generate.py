@@ -49,7 +49,8 @@ def generate(
         raise InputError("The prompt is not UTF-8; expected text.") from None
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
-    encoded = vocabulary(prompt, return_tensors="pt", add_special_tokens=False).to(device)
+    # As the tokenizer does by default, with a beginning of text where it adds one.
+    encoded = vocabulary(prompt, return_tensors="pt").to(device)
     if encoded["input_ids"].shape[1] == 0:
         raise InputError("The prompt is empty; expected some text.")
     torch.manual_seed(seed)

@@ -57,6 +57,7 @@ def inspect(
             dialect=found.dialect if size is None else None,  # what prune writes is in the dialect that is wanted
             own_class=not found.is_stock,
             tied_head=found.tied_head,
+            config=found.config,
         )
         for size in sizes
     ]
@@ -77,7 +78,8 @@ def inspect(
         for size, entries in zip(sizes, advice, strict=True)
     ]
     if as_json:
-        print_json(dataclasses.asdict(found) | {"layers": found.layers, "cuts": cuts})
+        facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "config"}
+        print_json(facts | {"layers": found.layers, "cuts": cuts})
         return
     print_facts(
         [

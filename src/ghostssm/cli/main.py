@@ -34,7 +34,7 @@ verbs, options, methods and engines."""
 app = typer.Typer(
     name="ghostssm",
     epilog="MODEL is a hub id, a local folder (transformers or mamba_ssm dialect), or 'reference', the built-in model. "
-    "TEXT is a .txt, .jsonl or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
+    "TEXT is a .txt, .jsonl, .json or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

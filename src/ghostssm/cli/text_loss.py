@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 import ghostssm
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.loading import check_device, load_tokenizer, model_config, required
+from ghostssm.checkpoint.loading import check_device, model_config
+from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.cli.console import note, print_facts, print_json, progress_reporter
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import measurement_of

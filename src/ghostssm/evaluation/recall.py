@@ -112,9 +112,10 @@ def last_words(
                 raise InputError(
                     f"The passage {passage[:60]!r} has fewer than two words; expected a context and a word."
                 )
-            before = tokenizer(context, add_special_tokens=False)["input_ids"]
-            answer = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([before + answer], device=model.device)
+            # Cut from the whole, since tokenizers that begin a text with a space would give the word alone two.
+            whole = tokenizer(f"{context} {word}", add_special_tokens=False)["input_ids"]
+            answer = whole[len(tokenizer(context, add_special_tokens=False)["input_ids"]) :]
+            ids = torch.tensor([whole], device=model.device)
             output = model(input_ids=ids, return_dict=True, use_cache=False, logits_to_keep=len(answer) + 1)
             logits = output.logits[0, :-1].float().cpu()
             wanted = torch.tensor(answer)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ghostssm.errors import PlanError
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
-from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan import file
+from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.provenance import Provenance
 
 

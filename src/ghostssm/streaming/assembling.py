@@ -35,12 +35,12 @@ def gather_shards(
     called again after it was ended.
 
     Args:
-        outside: shards of the tensors outside the blocks.
+        outside: shards of the tensors outside the blocks, and of those that no block loads.
         pruned: for each block the name of its mixer, if it has one, and its shard.
     """
     shards = [*((None, shard) for shard in outside), *pruned]
     for number, (name, shard) in enumerate(shards):
-        place = output / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        place = output / shard_name(number, len(shards))
         if place.exists():
             continue
         if name is None or plan.decisions[name].width == plan.kept_state_size:
@@ -48,7 +48,7 @@ def gather_shards(
             continue
         durable.write_tensors(place, _padded(blocks, number - len(outside), shard, plan, name))
         shard.unlink()
-    _write_index(output)
+    write_index(output)
 
 
 def _padded(blocks: StreamedBlocks, index: int, shard: Path, plan: Plan, name: str) -> dict[str, Tensor]:
@@ -67,8 +67,13 @@ def _padded(blocks: StreamedBlocks, index: int, shard: Path, plan: Plan, name: s
         return blocks.stored_block(index, block)
 
 
-def _write_index(folder: Path) -> None:
-    """model.safetensors.index.json over all shards in a folder."""
+def shard_name(number: int, count: int) -> str:
+    """Of one of ``count`` weight files, counted from 0, as transformers names them."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path) -> None:
+    """Write model.safetensors.index.json over all shards in a folder."""
     where: dict[str, str] = {}
     size = 0
     for file in sorted(folder.glob("model-*.safetensors")):

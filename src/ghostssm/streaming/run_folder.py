@@ -4,6 +4,7 @@ A run that writes OUTPUT keeps in OUTPUT.run
 
     run.json            what the run is: model, text, options, versions
     outside/00000.*     tensors outside the blocks, one file each
+    carried/00000.*     tensors that no block loads, and that go into the output as they are
     blocks/00007.*      the pruned tensors of block 7
     records/00007.json  its decision and scores; written last, so that it says that block 7 is done
     dense.json          the dense model's loss on every window that is measured on, and pruned.json the pruned one's
@@ -36,6 +37,7 @@ from ghostssm.checkpoint.rehearsal import rehearse_run
 from ghostssm.checkpoint.saving import write_beside_weights, write_config
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
+from ghostssm.checkpoint.unread import carried_pieces
 from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.output_folder import OutputFolder, destination, put_in_place
@@ -234,11 +236,20 @@ class RunFolder(Journal):
             gather_shards(
                 blocks,
                 plan,
-                [self._shard("outside", number) for number in range(len(blocks.outside()))],
+                [*(self._shard("outside", number) for number in range(len(blocks.outside()))), *self._carried()],
                 [(self._name_of(number), self._shard("blocks", number)) for number in range(len(blocks.modules))],
                 self.output,
             )
-            write_config(model, self.output)
+            write_config(model, self.output, blocks.source)
+
+    def _carried(self) -> list[Path]:
+        """Write, as shards, what goes into the output and no block loads; called with the pruned config."""
+        (self.folder / "carried").mkdir(exist_ok=True)
+        shards = []
+        for number, piece in enumerate(carried_pieces(self._streamed.model, self._streamed.source)):
+            shards.append(self._shard("carried", number))
+            durable.write_tensors(shards[-1], piece)
+        return shards
 
     def finish(
         self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None = None

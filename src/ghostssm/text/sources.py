@@ -19,6 +19,12 @@ Role = Literal["calibration", "evaluation"]
 MOST_TEXT_BYTES = 2 << 30
 """Of one TEXT in memory; a calibration needs a thousandth of it."""
 _ROWS_PER_BATCH = 1024
+_LISTED_KEYS = 8
+_CHAT_KEYS = frozenset({"messages", "conversations", "conversation", "chat", "dialogue", "dialog"})
+_CHAT_ADVICE = (
+    "Write every conversation out by the model's chat template (tokenizer.apply_chat_template(messages, "
+    'tokenize=False)), and store that string under "text".'
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ def read_text(spec: str, role: Role) -> Text:
     """Read a TEXT.
 
     Args:
-        spec: ``stdlib``, ``wikitext2``, or the path of a .txt, .jsonl or .parquet file or of a folder of text.
+        spec: ``stdlib``, ``wikitext2``, or the path of a .txt, .jsonl, .json or .parquet file or of a folder of text.
+            Rows of the last three are strings, or objects with a string under "text".
         role: which side of a named corpus to take; a path gives all of its text.
 
     Raises:
@@ -63,9 +70,22 @@ def read_text(spec: str, role: Role) -> Text:
     if path.is_file():
         return _checked(Text(spec, tuple(_read_file(path))))
     raise TextError(
-        f"No text at {spec!r}; expected a .txt, .jsonl or .parquet file, a folder of text, or one of: "
+        f"No text at {spec!r}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}."
     )
+
+
+def read_passages(spec: str) -> list[str]:
+    """Texts to be measured one by one, without blank ones: the rows of a .jsonl, .json or .parquet file, else lines.
+
+    Raises:
+        TextError: as `read_text`.
+    """
+    text = read_text(spec, "evaluation")
+    # A passage that has a row of its own may hold line breaks. Lines end at "\n" only: what else str.splitlines cuts at
+    # may stand within a sentence.
+    pieces = text.parts if Path(spec).suffix.lower() in _ROW_READERS else text.joined.split("\n")
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _checked(text: Text) -> Text:
@@ -104,11 +124,14 @@ _CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdli
 
 
 def _read_folder(folder: Path) -> Iterator[str]:
-    """Every text file below a folder, in the order of the paths; hidden and binary files are passed over."""
+    """Every text file below a folder, in the order of the paths; hidden and binary files are passed over.
+
+    A .json file that holds no rows, such as a program's settings, is text like any other here.
+    """
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and (path.suffix == ".parquet" or not _is_binary(path)):
-            yield from _read_file(path)
+        if path.is_file() and not hidden and (path.suffix.lower() == ".parquet" or not _is_binary(path)):
+            yield from _read_file(path, in_folder=True)
 
 
 def _is_binary(path: Path) -> bool:
@@ -116,10 +139,12 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def _read_file(path: Path) -> list[str]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _read_file(path: Path, in_folder: bool = False) -> list[str]:
+    suffix = path.suffix.lower()
     try:
-        return readers.get(path.suffix, _read_plain)(path)
+        if in_folder and suffix == ".json" and not _holds_rows(path):
+            return _read_plain(path)
+        return _ROW_READERS.get(suffix, _read_plain)(path)
     except OSError as error:
         raise TextError(f"{path} can't be read: {error.strerror or error}.") from error
 
@@ -140,7 +165,8 @@ def _read_plain(path: Path) -> list[str]:
 
 def _read_jsonl(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(_read_plain(path)[0].splitlines(), 1):
+    # Lines end at line feeds only: what else str.splitlines cuts at, such as U+2028, may stand in a JSON string.
+    for number, line in enumerate(_read_json_source(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -153,13 +179,93 @@ def _read_jsonl(path: Path) -> list[str]:
     return texts
 
 
+def _read_json(path: Path) -> list[str]:
+    """An array of rows, one row, or JSON Lines, which often bear this name."""
+    raw = _read_json_source(path)
+    try:
+        document = json.loads(raw)
+    except (RecursionError, ValueError) as error:
+        if _first_row(raw) is None:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise TextError(
+                f"{path}: not JSON ({reason}); expected an array of texts, or one value per line."
+            ) from None
+        return _read_jsonl(path)
+    if isinstance(document, list) and not _is_chat(document):
+        return [_text_field(row, f"{path}, entry {number}") for number, row in enumerate(document, 1)]
+    return [_text_field(document, str(path))]
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a .json file is made of rows of text or chat, as against any other JSON; its first row tells."""
+    row = _first_row(_read_json_source(path))
+    return (
+        isinstance(row, str)
+        or _chat_in(row) is not None
+        or (isinstance(row, dict) and isinstance(row.get("text"), str))
+    )
+
+
+def _first_row(raw: str) -> Any:
+    """The first entry of a JSON array, any other document, or the first line's value; None if there is none."""
+    for source in (raw, raw.lstrip().split("\n")[0]):
+        try:
+            document = json.loads(source)
+        except (RecursionError, ValueError):
+            continue
+        whole = not isinstance(document, list) or _is_chat(document)
+        return document if whole else next(iter(document), None)
+    return None
+
+
+def _read_json_source(path: Path) -> str:
+    return _read_plain(path)[0].removeprefix("\ufeff")  # some editors begin a file with it
+
+
 def _text_field(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
-        raise TextError(f'{where}: no text; expected a string, or an object with a string under "text".')
+        raise TextError(f"{where}: {_no_text(row)}")
     if "\0" in text or not _is_encodable(text):
         raise TextError(f"{where}: the text holds NUL or half of a surrogate pair; expected text.")
     return text
+
+
+def _no_text(row: Any) -> str:
+    """What a row has instead of text, and what to do."""
+    chat = _chat_in(row)
+    if chat is not None:
+        return f"{chat} and no text. {_CHAT_ADVICE}"
+    expected = 'no text; expected a string, or an object with a string under "text"'
+    if not isinstance(row, dict):
+        return f"{expected}."
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    found = ", ".join(map(repr, (strings or list(row))[:_LISTED_KEYS])) or "no key"
+    if strings:
+        return f"{expected}. Found strings under {found}; rename the key that holds the text."
+    return f"{expected}. Found {found}."
+
+
+def _chat_in(row: Any) -> str | None:
+    """Where the messages of a chat are in a row; None if there are none."""
+    if _is_chat(row):
+        return "chat messages"
+    for key, value in row.items() if isinstance(row, dict) else ():
+        if isinstance(value, list) and (key in _CHAT_KEYS or _is_chat(value)):
+            return f'chat messages under "{key}"'
+    return None
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a list is one conversation, in the form of messages or in that of ShareGPT."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(part, dict) and ({"role", "content"} <= part.keys() or {"from", "value"} <= part.keys())
+            for part in value
+        )
+    )
 
 
 def _is_encodable(text: str) -> bool:
@@ -199,7 +305,8 @@ def _check_text_column(schema: Any, path: Path) -> None:
     import pyarrow
 
     if schema.names.count("text") != 1:
-        raise TextError(f"{path} has no column 'text'; found: {', '.join(schema.names[:8])}.")
+        advice = "" if _CHAT_KEYS.isdisjoint(schema.names) else f" {_CHAT_ADVICE}"
+        raise TextError(f"{path} has no column 'text'; found: {', '.join(schema.names[:_LISTED_KEYS])}.{advice}")
     kind = schema.field("text").type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
@@ -213,3 +320,11 @@ def _characters(rows: Any) -> int:
     encoded = hasattr(rows, "dictionary")
     lengths = pc.binary_length(rows.dictionary).take(rows.indices) if encoded else pc.binary_length(rows)
     return int(pc.sum(lengths).as_py() or 0)
+
+
+_ROW_READERS: dict[str, Callable[[Path], list[str]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

@@ -14,7 +14,7 @@ from ghostssm.models.families import family_of
 from ghostssm.models.layout import SSDLayout
 
 
-def gguf_tensors(architecture: Architecture, model: Any) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(architecture: Architecture, config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model under its GGUF name, in the shape and meaning that llama.cpp expects.
 
     A is stored as -exp(A_log), float32; A and D as (h, 1); conv1d as (channels, taps); the gated norm's weight as
@@ -23,7 +23,6 @@ def gguf_tensors(architecture: Architecture, model: Any) -> Iterator[tuple[str, 
     Raises:
         ModelError: a tensor that the architecture has no place for; all are named.
     """
-    config = model.config
     layout = family_of(config).layout(config)
     tensors = model.state_dict()
     names = _gguf_names(architecture, config.num_hidden_layers, tensors)

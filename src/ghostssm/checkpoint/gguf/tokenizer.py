@@ -7,13 +7,17 @@ one of these sets cuts as its own pre-tokenizer does; the table names them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.errors import ModelError
+from ghostssm.files.reading import read_json_object
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -34,6 +38,7 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3, _BYTE_LEVEL), False): "smaug-bpe",
     ((_QWEN2, _BYTE_LEVEL), False): "qwen2",
 }
+_DEFAULT_TEMPLATE = "default"
 _NO_MERGE = "[none] [none]"
 """Stands for an empty list of merges, which GGUF can't hold: both sides are longer than any symbol can become."""
 
@@ -48,6 +53,7 @@ class Vocabulary:
         merges: pairs with a space between, best first.
         special: bos, eos, unk and pad to their ids, where there are any.
         add_bos, add_eos: whether encoding a text adds them.
+        chat_templates: by name, of letters, digits and underscores; "default" is the one for those who name none.
         notes: where llama.cpp may give other ids than transformers.
     """
 
@@ -58,6 +64,7 @@ class Vocabulary:
     special: dict[str, int]
     add_bos: bool
     add_eos: bool
+    chat_templates: Mapping[str, str]
     notes: tuple[str, ...]
 
     def write(self, writer: Any) -> None:
@@ -71,6 +78,21 @@ class Vocabulary:
             getattr(writer, f"add_{name}_token_id")(index)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
+        self._write_chat_templates(writer)
+
+    def _write_chat_templates(self, writer: Any) -> None:
+        """Under the keys of llama.cpp's converter."""
+        import gguf
+
+        keys = gguf.Keys.Tokenizer
+        named = dict(self.chat_templates)
+        default = named.pop(_DEFAULT_TEMPLATE, None)
+        for name, template in named.items():
+            writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), template)
+        if named:
+            writer.add_array(keys.CHAT_TEMPLATES, sorted(named))
+        if default is not None:
+            writer.add_string(keys.CHAT_TEMPLATE, default)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, eos: int | None) -> Vocabulary:
@@ -105,7 +127,32 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, eos: int | None
     if "eos" not in special:
         notes.append("neither tokenizer nor config names an end-of-text token; llama.cpp will take token 11 for it")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    return Vocabulary(pre, tokens, types, merges or [_NO_MERGE], special, add_bos, add_eos, tuple(notes))
+    templates: dict[str, str] = {}
+    for name, template in _chat_templates(tokenizer).items():
+        plain = re.sub("[^A-Za-z0-9]", "_", name)  # as llama.cpp's converter has it
+        if templates.setdefault(plain, template) != template:
+            notes.append(f"the chat template {name!r} is left out: in GGUF another one has the name {plain}")
+    return Vocabulary(pre, tokens, types, merges or [_NO_MERGE], special, add_bos, add_eos, templates, tuple(notes))
+
+
+def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A tokenizer's chat templates by name, wherever its files have them.
+
+    transformers reads those in tokenizer_config.json, chat_template.jinja and additional_chat_templates/, and of
+    models that take text alone not the older chat_template.json, which llama.cpp's converter reads.
+    """
+    found = tokenizer.chat_template
+    older = Path(tokenizer.name_or_path) / "chat_template.json"
+    if not found and older.is_file():
+        found = read_json_object(older, ModelError).get("chat_template")
+    if isinstance(found, str):
+        found = {_DEFAULT_TEMPLATE: found}
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    templates = found or {}
+    if not isinstance(templates, dict) or not all(isinstance(part, str) for pair in templates.items() for part in pair):
+        raise ModelError(f"The chat templates of {tokenizer.name_or_path} are {short(found)}; expected texts by name.")
+    return templates
 
 
 def _refused(what: str) -> ModelError:

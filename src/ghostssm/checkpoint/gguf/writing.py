@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.exporting import require_stock
 from ghostssm.checkpoint.gguf.architecture import Architecture
@@ -16,6 +16,7 @@ from ghostssm.checkpoint.gguf.architectures import architecture_of
 from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
 from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
+from ghostssm.checkpoint.left_out import LeftOut, keys_left_out, unread_tensors
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_file import OutputFile
@@ -29,6 +30,14 @@ _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
     torch.float16: "f16",
     torch.bfloat16: "bf16",
 }
+_TOLD_BY_TENSORS = frozenset(
+    {
+        *("expand", "mamba_expand", "mamba_d_ssm", "hidden_act", "mamba_hidden_act"),
+        *("use_bias", "use_conv_bias", "mamba_conv_bias", "mamba_proj_bias", "attention_bias", "mlp_bias"),
+    }
+)
+"""Keys that the file does without: its tensors and their shapes say the same, or the architecture has one choice."""
+_TOLD_BY_VOCABULARY = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class ExportedGGUF:
 
     Attributes:
         architecture: llama.cpp's name of it. dtype: of the large matrices. tensors: how many. bytes: of the file.
-        notes: where llama.cpp may do otherwise than transformers.
+        notes: where llama.cpp may do otherwise than transformers. left_out: of the checkpoint's config and weights.
     """
 
     path: Path
@@ -46,6 +55,7 @@ class ExportedGGUF:
     tensors: int
     bytes: int
     notes: tuple[str, ...]
+    left_out: LeftOut
 
 
 def export_gguf(
@@ -76,19 +86,39 @@ def export_gguf(
     model = checkpoint.model
     number_format = dtype or _OF_DTYPE[model.dtype]
     file = output if isinstance(output, OutputFile) else OutputFile(output, overwrite)
-    architecture = architecture_of(model.config)
+    config: Any = _ReadConfig(model.config)
+    architecture = architecture_of(config)
     vocabulary = _vocabulary(model, checkpoint.require_tokenizer()) if with_tokenizer else None
     with file, storing(file.path):
         writer = gguf.GGUFWriter(file.partial, architecture.name)
         try:
-            _write_keys(writer, model, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
-            count = _write_tensors(writer, model, architecture, number_format)
+            _write_keys(writer, config, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
+            count = _write_tensors(writer, model, config, architecture, number_format)
             writer.close()
             file.commit()
         finally:
             writer.close()
     notes = vocabulary.notes if vocabulary else ()
-    return ExportedGGUF(file.path, architecture.name, number_format, count, file.path.stat().st_size, notes)
+    written = config.keys_read | _TOLD_BY_TENSORS | (_TOLD_BY_VOCABULARY if vocabulary else frozenset())
+    missing = LeftOut(
+        tensors=unread_tensors(checkpoint.source, model),
+        config_keys=keys_left_out(checkpoint.source, model.config, written),
+    )
+    size = file.path.stat().st_size
+    return ExportedGGUF(file.path, architecture.name, number_format, count, size, notes, missing)
+
+
+class _ReadConfig:
+    """A model's config that notes which of its keys are read, so that those can be named which no one reads."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self._config = config
+        self.keys_read: set[str] = set()
+
+    def __getattr__(self, key: str) -> Any:
+        value = getattr(self._config, key)
+        self.keys_read.add(key)
+        return value
 
 
 def _gguf() -> Any:
@@ -108,7 +138,7 @@ def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
 
 def _write_keys(
     writer: Any,
-    model: PreTrainedModel,
+    config: Any,
     architecture: Architecture,
     number_format: NumberFormat,
     metadata: Metadata,
@@ -126,22 +156,24 @@ def _write_keys(
     metadata.write(writer)
     writer.add_file_type(file_types[number_format])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(model.config.vocab_size)
-    architecture.write_keys(writer, model.config)
-    write_mixer_keys(writer, family_of(model.config).layout(model.config))
+    writer.add_vocab_size(config.vocab_size)
+    architecture.write_keys(writer, config)
+    write_mixer_keys(writer, family_of(config).layout(config))
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
     else:
         vocabulary.write(writer)
 
 
-def _write_tensors(writer: Any, model: PreTrainedModel, architecture: Architecture, number_format: NumberFormat) -> int:
+def _write_tensors(
+    writer: Any, model: PreTrainedModel, config: Any, architecture: Architecture, number_format: NumberFormat
+) -> int:
     """Names and shapes first, as the format has it; then the data, one tensor in memory at a time."""
     import gguf
     import numpy as np
 
     formats = {}
-    for name, tensor in gguf_tensors(architecture, model):
+    for name, tensor in gguf_tensors(architecture, config, model):
         formats[name] = _format_of(name, tensor, number_format)
         block, size = gguf.GGML_QUANT_SIZES[formats[name]]
         nbytes = tensor.numel() // block * size
@@ -149,7 +181,7 @@ def _write_tensors(writer: Any, model: PreTrainedModel, architecture: Architectu
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in gguf_tensors(architecture, model):
+    for name, tensor in gguf_tensors(architecture, config, model):
         plain = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         if formats[name] == gguf.GGMLQuantizationType.F16 and np.abs(plain).max() > np.finfo(np.float16).max:
             raise NumericalError(f"{name} has numbers too large for float16; export with --dtype bf16 or f32.")

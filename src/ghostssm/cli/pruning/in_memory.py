@@ -12,7 +12,7 @@ from ghostssm.checkpoint.rehearsal import rehearse_save
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
-from ghostssm.cli.pruning.outcome import Outcome
+from ghostssm.cli.pruning.outcome import Outcome, note_renamed_class
 from ghostssm.cli.report import write_page
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
@@ -56,6 +56,7 @@ def prune_in_memory(
     except IncompleteError as error:
         _write(record, error.folder)
         raise
+    note_renamed_class(checkpoint, written)
     _write(record, written)
     return Outcome(written, plan, measured, _page(written) if report_batches else None)
 

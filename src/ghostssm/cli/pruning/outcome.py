@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ghostssm
-from ghostssm.cli.console import bytes_text, print_facts, print_json
+from ghostssm.checkpoint.left_out import LeftOut
+from ghostssm.checkpoint.manifest import read_manifest
+from ghostssm.checkpoint.tokenizer import renamed_class
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 from ghostssm.plan.measurement import Measurement
 from ghostssm.units import one_or_all
 
@@ -24,11 +27,18 @@ class Outcome:
     page: Path | None = None
 
 
+def note_renamed_class(checkpoint: ghostssm.Checkpoint | ghostssm.StreamedCheckpoint, written: Path) -> None:
+    """Say so where the written tokenizer_config.json names another class than the base model's."""
+    if renamed := renamed_class(checkpoint.tokenizer, written):
+        note(f"note: {renamed}")
+
+
 def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json: bool) -> None:
     """Tell where the result is and what it is; ``address`` is that of the upload, if there was one."""
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
     found = ghostssm.describe(str(outcome.written))
+    missing = LeftOut.from_json(read_manifest(outcome.written).get("left_out"))
     before = found.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:
@@ -40,12 +50,15 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
                 "searched": None if searched is None else searched.as_json(),
+                "left_out": missing.as_json(),
                 "report": None if outcome.page is None else str(outcome.page),
                 "hub": address,
                 "seconds": seconds,
             }
         )
         return
+    for text in missing.notes:
+        note(f"note: {text}")
     facts = [
         ("written", str(outcome.written)),
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),

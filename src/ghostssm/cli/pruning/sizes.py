@@ -69,7 +69,7 @@ def suited_target(
     Raises:
         InputError: an engine that runs nothing of what the recipe makes, or sizes that are not known beforehand.
     """
-    layout, family = described.layout, described.family
+    layout, family, config = described.layout, described.family, described.config
     if recipe.per_layer or not recipe.registered.stock:
         for advice in advise(layout, family, engines=engines, own_class=True):
             if advice.level == "no":
@@ -84,11 +84,9 @@ def suited_target(
             "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
         )
     if target.size is None:
-        sizes = [
-            size for size in good_state_sizes(layout, family, engines, tied_head=tied_head) if size % multiple == 0
-        ]
-        return Target(max_excess_loss=target.max_excess_loss, sizes=sizes)
-    chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head)
+        good = good_state_sizes(layout, family, engines, tied_head=tied_head, config=config)
+        return Target(max_excess_loss=target.max_excess_loss, sizes=[size for size in good if size % multiple == 0])
+    chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head, config=config)
     if chosen != target.size:
         reasons = [
             f"{advice.engine}: {advice.level}, {advice.reason}"

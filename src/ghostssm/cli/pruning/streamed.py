@@ -10,7 +10,7 @@ from ghostssm.calibration.processes import Processes, own_device
 from ghostssm.cli.console import note, progress_reporter
 from ghostssm.cli.pruning.finished import finished_outcome, may_be_finished
 from ghostssm.cli.pruning.job import Job
-from ghostssm.cli.pruning.outcome import Outcome
+from ghostssm.cli.pruning.outcome import Outcome, note_renamed_class
 from ghostssm.errors import InputError
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.streaming.run_folder import check_run_folder
@@ -82,4 +82,5 @@ def prune_streamed(job: Job, resume: bool, offload: Path | None) -> Outcome:
             progress=progress,
         )
     processes.leave()
+    note_renamed_class(checkpoint, output)
     return Outcome(output, run.plan, run.measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -34,6 +35,14 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def unread_layers_keys(self) -> tuple[str, ...]:
+        """What a config says of layers that transformers' class leaves in the files: first the key that counts them.
+
+        The others are worked out by transformers' config, for other engines. Empty if there are no such layers.
+        """
+        ...
+
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
         ...
@@ -42,8 +51,11 @@ class Family(Protocol):
         """Write a new state size into a config."""
         ...
 
-    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """What other engines read in config.json and transformers does not write there, with its values."""
+    def published_form(self, config: PreTrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers would write of a config, in the form that published checkpoints have: all engines read it.
+
+        transformers loads the same config from both.
+        """
         ...
 
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:

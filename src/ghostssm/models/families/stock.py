@@ -7,6 +7,7 @@ a module without one of them is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ghostssm.errors import ModelError
+from ghostssm.models.families import published
 from ghostssm.models.families.base import register
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Norm
@@ -37,6 +39,10 @@ class ConfigKeys:
     conv_kernel: str = "mamba_d_conv"
 
 
+def _no_keys(_: PreTrainedConfig) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class StockFamily:
     """A family of transformers' own ``...ForCausalLM`` class.
@@ -44,17 +50,18 @@ class StockFamily:
     Attributes:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
-        derived_keys: what transformers' config works out and other engines want to find in config.json.
-        cache_argument, is_hybrid: as `ghostssm.models.families.base.Family` has them.
+        own_keys: what its config.json has in another form than transformers writes.
+        cache_argument, is_hybrid, unread_layers_keys: as `ghostssm.models.families.base.Family` has them.
     """
 
     model_type: str
     keys: ConfigKeys = ConfigKeys()
     blocks_path: str = "model.layers"
     mixer_paths: tuple[str, ...] = ("mamba",)
-    derived_keys: tuple[str, ...] = ()
+    own_keys: published.OwnKeys = _no_keys
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
+    unread_layers_keys: tuple[str, ...] = ()
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         missing = [key for key in ("hidden_size", *vars(self.keys).values()) if not hasattr(config, key)]
@@ -66,11 +73,8 @@ class StockFamily:
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         setattr(config, self.keys.state_size, state_size)
 
-    def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
-        keys = {key: getattr(config, key) for key in self.derived_keys}
-        if not self.is_hybrid:  # SGLang and mlx-lm read these
-            keys |= {"intermediate_size": self.layout(config).intermediate_size, "rms_norm": True}
-        return keys
+    def published_form(self, config: PreTrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
+        return published.published_form(config, written, self.own_keys)
 
     @torch.inference_mode(False)  # a buffer that inference mode made would stop gradients
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
@@ -176,18 +180,20 @@ MAMBA2 = StockFamily(
     ConfigKeys("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel"),
     blocks_path="backbone.layers",
     mixer_paths=("mixer",),
+    own_keys=published.of_mamba2,
     cache_argument="cache_params",
     is_hybrid=False,
 )
 HYBRIDS = (
-    StockFamily("bamba"),
-    StockFamily("falcon_h1"),
-    StockFamily("granitemoehybrid"),
+    StockFamily("bamba", own_keys=published.of_bamba),
+    StockFamily("falcon_h1", own_keys=published.of_falcon_h1),
+    StockFamily("granitemoehybrid", own_keys=published.of_granitemoehybrid),
     StockFamily(
         "nemotron_h",
         ConfigKeys("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
         mixer_paths=("mixer",),
-        derived_keys=("num_hidden_layers", "hybrid_override_pattern"),
+        own_keys=published.of_nemotron_h,
+        unread_layers_keys=("num_nextn_predict_layers", "mtp_hybrid_override_pattern"),
     ),
     StockFamily(
         "zamba2",

@@ -1,4 +1,4 @@
-"""What each inference engine accepts as a state size: one table, with its sources, and what follows from it.
+"""What each inference engine accepts as a state size: one table, with its sources.
 
 An engine is described by rules over a mixer's layout after the cut. A rule that is broken means that the model runs
 slowly there, because an operation leaves the accelerator or the vector units, or that it does not run at all.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
 from ghostssm.errors import InputError
 from ghostssm.models.layout import SSDLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Level = Literal["runs", "slow", "no"]
 """How well an engine runs a model, best first."""
@@ -47,6 +51,7 @@ class Engine:
         model_types: transformers model types that it has a class for; None for all.
         dialect: whose config.json and tensor names it reads; None for llama.cpp, which reads neither.
         cannot_tie: model types whose head it does not tie to the embeddings.
+        unheeded: what of a config it does not heed.
         own_class: what becomes of models whose state is projected or differs between layers.
         source: where the rules come from.
     """
@@ -59,6 +64,7 @@ class Engine:
     own_class: Level = "no"
     dialect: Literal["transformers", "mamba_ssm"] | None = "transformers"
     cannot_tie: frozenset[str] = frozenset()
+    unheeded: tuple[Unheeded, ...] = ()
 
     def advise(
         self,
@@ -68,15 +74,9 @@ class Engine:
         dialect: str | None = None,
         own_class: bool = False,
         tied_head: bool = False,
+        config: PreTrainedConfig | None = None,
     ) -> Advice:
-        """Whether a model with mixers of this layout runs.
-
-        Args:
-            model_type: the transformers name of the family, such as ``mamba2``.
-            dialect: of its files; None for files yet to be written, in whichever dialect the engine reads.
-            own_class: whether its state is projected, or differs between layers.
-            tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
-        """
+        """Whether a model with mixers of this layout runs; arguments as the function `advise` has them."""
         if own_class:
             return Advice(self.name, layout.state_size, self.own_class, _OWN_CLASS[self.own_class])
         if self.model_types is not None and model_type not in self.model_types:
@@ -85,6 +85,9 @@ class Engine:
         levels: list[Level] = ["runs", *(rule.otherwise for rule in broken)]
         lanes = 1 << (layout.state_size - 1).bit_length()
         reasons = [rule.reason.format(layout=layout, lanes=lanes) for rule in broken]
+        unheeded = self._unheeded_in(config)
+        levels += ["no"] * len(unheeded)
+        reasons += unheeded
         export = ""
         if "no" not in levels:  # else no other files help
             of_files, reason, export = self._files(model_type, dialect, tied_head)
@@ -92,6 +95,13 @@ class Engine:
             reasons += [reason] * bool(reason)
         level = max(levels, key=_LEVELS.index)
         return Advice(self.name, layout.state_size, level, "; ".join(reasons), export)
+
+    def _unheeded_in(self, config: PreTrainedConfig | None) -> list[str]:
+        """Why answers would be wrong with a config."""
+        if config is None:
+            return []
+        ours = (entry for entry in self.unheeded if entry.model_type == config.model_type)
+        return [entry.reason for entry in ours if not entry.is_usual(config)]
 
     def _files(self, model_type: str, dialect: str | None, tied_head: bool) -> tuple[Level, str, str]:
         """What it means that a model's files are in a dialect, why, and `Advice.export`."""
@@ -107,6 +117,15 @@ class Engine:
         if dialect != self.dialect:
             return "no", f"reads the {self.dialect} dialect", f"--format {self.dialect}"
         return "runs", "", ""
+
+    def never(self, model_type: str, tied_head: bool, config: PreTrainedConfig | None) -> str:
+        """Why it runs a model at no state size; empty where that depends on the size."""
+        if self.model_types is not None and model_type not in self.model_types:
+            return f"has no class for model type {model_type!r}"
+        reasons = self._unheeded_in(config)
+        if tied_head and model_type in self.cannot_tie:
+            reasons.append(self._files(model_type, None, tied_head)[1])
+        return "; ".join(reasons)
 
     @property
     def rule_text(self) -> str:
@@ -201,6 +220,7 @@ ENGINES: tuple[Engine, ...] = (
         version="vLLM 0.33",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"}),
+        unheeded=IN_VLLM_AND_SGLANG,
         source="model_executor/models/registry.py, layers/mamba/mamba_mixer2.py, layers/mamba/ops",
     ),
     Engine(
@@ -208,6 +228,7 @@ ENGINES: tuple[Engine, ...] = (
         version="SGLang 0.5.23",
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
+        unheeded=IN_VLLM_AND_SGLANG,
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
         cannot_tie=frozenset({"mamba2"}),
     ),
@@ -293,15 +314,16 @@ ENGINES: tuple[Engine, ...] = (
                 "its decode kernel skips what N' has over a multiple of 32, so answers are silently wrong",
             ),
             Rule(
-                lambda layout, model_type: model_type != "mamba2" or layout.n_groups == 1,
+                lambda layout, model_type: model_type not in ("mamba2", "granitemoehybrid") or layout.n_groups == 1,
                 "no",
-                "a mamba2 model has one group",
-                "its mamba2 normalises over all groups together, so answers are silently wrong with "
+                "a mamba2 or granitemoehybrid model has one group",
+                "normalises over all groups of a mixer together, so answers are silently wrong with "
                 "{layout.n_groups} groups, pruned or not",
             ),
         ),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
-        source="mlx_lm/models/ssm.py, ssm_kernel; mlx_lm/models/mamba2.py, MambaRMSNormGated",
+        unheeded=IN_MLX_LM,
+        source="mlx_lm/models/ssm.py, ssm_kernel, and the four families' files; run at N' = 32, on a CPU",
     ),
 )
 
@@ -317,79 +339,3 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
         if name not in known:
             raise InputError(f"No engine {name!r} is known; expected one of: {', '.join(known)}.")
     return tuple(known[name] for name in names)
-
-
-def advise(
-    layout: SSDLayout,
-    model_type: str,
-    *,
-    engines: Sequence[str] | None = None,
-    dialect: str | None = None,
-    own_class: bool = False,
-    tied_head: bool = False,
-) -> tuple[Advice, ...]:
-    """Which engines run a model with mixers of this layout, in the order of the table.
-
-    Args:
-        model_type: the transformers name of the model's family, such as ``mamba2``.
-        engines: names; None for all that are known.
-        dialect: of the model's files; None for files yet to be written, in whichever dialect an engine reads.
-        own_class: whether the state is projected, or differs between layers.
-        tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
-
-    Raises:
-        InputError: no engine of that name.
-    """
-    chosen = ENGINES if engines is None else engines_named(engines)
-    return tuple(
-        engine.advise(layout, model_type, dialect=dialect, own_class=own_class, tied_head=tied_head)
-        for engine in chosen
-    )
-
-
-def good_state_sizes(
-    layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
-) -> tuple[int, ...]:
-    """State sizes below that of ``layout`` which all of the engines run, and not slowly; ascending.
-
-    Raises:
-        InputError: no engine of that name, or no such size; says every engine's rule.
-    """
-    sizes = tuple(size for size in range(1, layout.state_size) if _suits(size, layout, model_type, engines, tied_head))
-    if sizes:
-        return sizes
-    rules = []
-    for engine in engines_named(engines):
-        known = engine.model_types is None or model_type in engine.model_types
-        tying = tied_head and model_type in engine.cannot_tie
-        rule = (
-            engine.rule_text if known and not tying else engine.advise(layout, model_type, tied_head=tied_head).reason
-        )
-        rules.append(f"\n  - {engine.name}: {rule}")
-    raise InputError(
-        f"No state size below the model's N = {layout.state_size} ({layout.num_heads} heads of {layout.head_dim}, "
-        f"{layout.n_groups} groups) suits {' and '.join(engines)}:{''.join(rules)}\n"
-        "Leave an engine out, or prune without --engine; `ghostssm inspect` says what a size means for each."
-    )
-
-
-def nearest_state_size(
-    wanted: int, layout: SSDLayout, model_type: str, engines: Sequence[str], *, tied_head: bool = False
-) -> int:
-    """The state size next to ``wanted`` that all of the engines run, and not slowly; of two, the larger.
-
-    Args:
-        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as `advise` has it.
-
-    Raises:
-        InputError: as `good_state_sizes`.
-    """
-    if _suits(wanted, layout, model_type, engines, tied_head):
-        return wanted
-    sizes = good_state_sizes(layout, model_type, engines, tied_head=tied_head)
-    return min(sizes, key=lambda size: (abs(size - wanted), -size))
-
-
-def _suits(size: int, layout: SSDLayout, model_type: str, engines: Sequence[str], tied_head: bool) -> bool:
-    cut = layout.with_state_size(size)
-    return all(entry.level == "runs" for entry in advise(cut, model_type, engines=engines, tied_head=tied_head))

@@ -1,0 +1,149 @@
+"""What a checkpoint holds and what is written of it does not: nothing is dropped without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.unread import stored_names, unread_names
+from ghostssm.checkpoint.weights import places_of_parameters
+from ghostssm.models.families import family_of
+
+_LISTED = 3
+# Names in older configs, to those that transformers gives the same values now.
+_OLDER_KEYS = {
+    "torch_dtype": "dtype",
+    "rope_theta": "rope_parameters",
+    "rope_scaling": "rope_parameters",
+    "partial_rotary_factor": "rope_parameters",
+    "hybrid_override_pattern": "layers_block_type",
+    "mtp_hybrid_override_pattern": "mtp_layers_block_type",
+    "attn_layer_indices": "layers_block_type",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+}
+_IN_EVERY_FILE = frozenset({"model_type", "architectures", "dtype", "transformers_version"})
+"""What every format says in words of its own: the class and the dtype; and the version is that of whoever writes."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What went in and did not come out.
+
+    Attributes:
+        tensors: names in the source's weight files.
+        config_keys: of its config.json; those within ``ssm_cfg`` as ``ssm_cfg.NAME``.
+        zeroed: keys that are 0 in what is written, since the layers that they count are not in it.
+    """
+
+    tensors: tuple[str, ...] = ()
+    config_keys: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
+
+    def __or__(self, other: LeftOut) -> LeftOut:
+        """What either left out, for a checkpoint that went through both."""
+        return LeftOut(
+            *(tuple(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in self.as_json()),
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for a person, with the first few of many names."""
+        found = []
+        if self.tensors:
+            found.append(f"left out of the weights: {_some(self.tensors)}")
+        if self.config_keys:
+            found.append(f"left out of the config: {_some(self.config_keys)}")
+        found += [f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed]
+        return tuple(found)
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Any) -> LeftOut:
+        """From a manifest, which may be another version's; what is not understood is empty."""
+        lists = value if isinstance(value, dict) else {}
+        return cls(*(tuple(map(str, _list(lists.get(name)))) for name in cls().as_json()))
+
+
+def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
+    """What a source holds and a folder that was written from it does not; both are compared as files.
+
+    Args:
+        model: as it was written.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dialect: Dialect = "mamba_ssm" if "ssm_cfg" in config else "transformers"
+    implied = mamba_ssm.IMPLIED_KEYS if dialect == "mamba_ssm" else ()
+    counts = family_of(model.config).unread_layers_keys[:1]
+    return LeftOut(
+        tensors=_tensors_left_out(source, model, folder, dialect),
+        config_keys=keys_left_out(source, model.config, (*_flat(config), *implied)),
+        zeroed=tuple(key for key in counts if source.config.get(key) and not config.get(key)),
+    )
+
+
+def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[str]) -> tuple[str, ...]:
+    """The keys of a source's config.json that are not among those that were written, under whatever name.
+
+    Args:
+        config: of the model, whose class knows other names for some keys.
+    """
+
+    def meant(key: str) -> str:
+        key = mamba_ssm.TRANSLATED_KEYS.get(key, key)
+        return str(config.attribute_map.get(key, _OLDER_KEYS.get(key, key)))
+
+    names = set(written)
+    meanings = {meant(key) for key in names} | _IN_EVERY_FILE
+    return tuple(key for key in _flat(source.config) if key not in names and meant(key) not in meanings)
+
+
+def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
+    """The tensors in a source's files that are not in a model's memory."""
+    return tuple(unread_names(model, stored_names(source.folder, source.dialect)))
+
+
+def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
+    before, after = stored_names(source.folder, source.dialect), stored_names(folder, dialect)
+    written = places_of_parameters(model, after.values())
+    ties = model.all_tied_weights_keys.items()
+    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in written}
+    lost = {
+        name
+        for place, names in places_of_parameters(model, before.values()).items()
+        if place not in written and place not in shared
+        for name in names
+    }
+    return tuple(name for name, ours in before.items() if ours in lost)
+
+
+def _flat(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config, with those in ``ssm_cfg`` one by one."""
+    inner = config.get("ssm_cfg")
+    nested = [f"ssm_cfg.{key}" for key in inner] if isinstance(inner, dict) else []
+    return [*(key for key in config if key != "ssm_cfg"), *nested]
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

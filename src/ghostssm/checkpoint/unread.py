@@ -1,0 +1,99 @@
+"""Tensors in a checkpoint's files that transformers' class does not load, such as layers that predict further tokens.
+
+They are not in memory with the model, and go from its files into the output's unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostssm.checkpoint import durable, mamba_ssm
+from ghostssm.checkpoint.loading import model_config, stored_dtype
+from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters, stored_tensors
+from ghostssm.models.families import family_of
+from ghostssm.streaming.assembling import shard_name, write_index
+
+_SHARD_BYTES = 1 << 30
+"""Of tensors that are copied together: about what a block has where models are streamed."""
+_ONLY_IN_MIXERS = ".A_log"
+
+
+def stored_names(folder: Path, dialect: Dialect) -> dict[str, str]:
+    """The names of all tensors in a folder's weight files, with those that transformers has for them."""
+    rename = mamba_ssm.to_transformers_name if dialect == "mamba_ssm" else str
+    return {name: rename(name) for name in stored_tensors(folder)}
+
+
+def unread_names(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
+    """Which of `stored_names` no parameter or buffer of a model is made of."""
+    state = model.state_dict()
+    places = places_of_parameters(model, names.values())
+    unread = {name for place, stored in places.items() if place not in state for name in stored}
+    return [name for name, ours in names.items() if ours in unread]
+
+
+def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
+    """What of a source's unread tensors belongs into every checkpoint of a model in transformers' dialect.
+
+    These are the weights that its class leaves in the files for other engines. Buffers of older versions, which are
+    computed anew, are no such weights. Layers with Mamba-2 mixers of another state size than the model now has would
+    fit no engine, so none of the layers is carried over then.
+    """
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    if source.dialect != "transformers" or not patterns:
+        return {}
+    stored = stored_tensors(source.folder)
+    unread = unread_names(model, {name: name for name in stored})
+    wanted = [name for name in unread if any(re.search(pattern, name) for pattern in patterns)]
+    if any(name.endswith(_ONLY_IN_MIXERS) for name in wanted) and not _has_state_of(model, source):
+        return {}
+    return {name: stored[name] for name in wanted}
+
+
+def _has_state_of(model: PreTrainedModel, source: Source) -> bool:
+    family, original = family_of(model.config), model_config(source)
+    return family.layout(model.config).state_size == family.layout(original).state_size
+
+
+def carried_pieces(model: PreTrainedModel, source: Source) -> Iterator[dict[str, Tensor]]:
+    """The carried tensors, as many at a time as one block may have.
+
+    They are as they are stored; where the model was loaded in another dtype than its files have, that dtype becomes
+    the model's here too.
+    """
+    carried = carried_tensors(model, source)
+    if not carried:
+        return
+    usual = stored_dtype(stored_tensors(source.folder))
+    piece: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in carried.items():
+        value = tensor.read()
+        piece[name] = value.to(model.dtype) if tensor.dtype == usual else value
+        size += piece[name].nbytes
+        if size >= _SHARD_BYTES:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece
+
+
+def add_carried(model: PreTrainedModel, source: Source, folder: Path) -> None:
+    """Add what is carried over to the weights in a folder, in shards of their own."""
+    added = []
+    for number, piece in enumerate(carried_pieces(model, source)):
+        added.append(folder / f"carried-{number}.safetensors")
+        durable.write_tensors(added[-1], piece)
+    if not added:
+        return
+    shards = [*sorted(folder.glob("model*.safetensors")), *added]
+    # Counted up from the first, no name is taken by a shard that has yet to be renamed.
+    for number, shard in enumerate(shards):
+        shard.rename(folder / shard_name(number, len(shards)))
+    write_index(folder)

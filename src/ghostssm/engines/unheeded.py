@@ -1,0 +1,77 @@
+"""What engines do not heed in a config: where it matters, they load the model and answer wrongly, pruned or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Unheeded:
+    """Something in a family's config that an engine takes to be as it usually is.
+
+    Attributes:
+        is_usual: whether it is, in a config of that model type.
+        reason: what goes wrong where it is not.
+    """
+
+    model_type: str
+    is_usual: Callable[[PreTrainedConfig], bool]
+    reason: str
+
+
+def _has_no_limits(config: PreTrainedConfig) -> bool:
+    return config.time_step_limit is None or tuple(config.time_step_limit) == (0.0, inf)
+
+
+_NO_LIMITS = "knows no limits on dt, so answers are silently wrong with them"
+
+IN_VLLM_AND_SGLANG = (
+    *(Unheeded(name, _has_no_limits, _NO_LIMITS) for name in ("mamba2", "falcon_h1", "granitemoehybrid")),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not (config.mamba_rms_norm and config.mamba_norm_before_gate),
+        "normalises after the gate, so answers are silently wrong with mamba_norm_before_gate",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not (config.attention_bias or config.mlp_bias),
+        "has no biases in attention and MLPs",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: config.mamba_proj_bias == config.projectors_bias,
+        "gives out_proj of a mixer a bias where in_proj has one, and only there",
+    ),
+)
+IN_MLX_LM = (
+    Unheeded(
+        "mamba2",
+        lambda config: config.layer_norm_epsilon == 1e-5,
+        "takes the epsilon of the blocks' norms to be 1e-5, so answers are silently wrong with another",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: config.key_multiplier == config.attention_in_multiplier == 1,
+        "leaves out key_multiplier, and attention_in_multiplier for values, so answers are silently wrong unless "
+        "both are 1, pruned or not",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: (
+            not (config.mamba_proj_bias or config.projectors_bias or config.attention_bias or config.mlp_bias)
+        ),
+        "multiplies weights and not their biases, so answers are silently wrong with biases",
+    ),
+    Unheeded(
+        "falcon_h1",
+        lambda config: not config.mamba_rms_norm or config.mamba_n_groups == 1,
+        "normalises over all groups of a mixer together, so answers are silently wrong with several",
+    ),
+    Unheeded("falcon_h1", _has_no_limits, _NO_LIMITS),
+)
