@@ -37,14 +37,14 @@ _Reader = Callable[[Path], dict[str, StoredTensor]]
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in a folder's weight files: safetensors or pytorch_model.bin, whole or sharded.
 
-    Of safetensors only the headers are read; .bin files are memory-mapped and unpickled with ``weights_only``. Where
-    there is a whole file and an index, the whole file counts, as in transformers.
+    Of safetensors only the headers are read, of .bin files the pickles, with ``weights_only``. Where there is a whole
+    file and an index, the whole file counts, as in transformers.
 
     Raises:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
             tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
-    for stem, suffix, reader in (("model", "safetensors", header_tensors), ("pytorch_model", "bin", _map_pickle)):
+    for stem, suffix, reader in (("model", "safetensors", header_tensors), ("pytorch_model", "bin", _pickled_tensors)):
         whole = folder / f"{stem}.{suffix}"
         index = folder / f"{stem}.{suffix}.index.json"
         if whole.exists() or whole.is_symlink():
@@ -103,15 +103,9 @@ def header_tensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _map_pickle(file: Path) -> dict[str, StoredTensor]:
-    # A copy, so that no weight depends on the file once it is read.
+def _pickled_tensors(file: Path) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(
-            tuple(value.shape),
-            _plain_dtype(name, value.dtype, str(value.dtype), file),
-            file,
-            partial(torch.clone, value),
-        )
+        name: StoredTensor(value.shape, _plain_dtype(name, value.dtype, str(value.dtype), file), file, value.read)
         for name, value in read_weight_pickle(file).items()
     }
 
