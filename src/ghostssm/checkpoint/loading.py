@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
+from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
-from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
+from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
 from ghostssm.files import is_plain_name, read_json_object
@@ -172,7 +171,7 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
 
 
 def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The tensors in a source's weight files, under transformers' names; nothing is loaded.
+    """The tensors in a source's weight files that make its model, under names that transformers reads; none is loaded.
 
     Raises:
         ModelError: names and shapes other than the config implies.
@@ -181,14 +180,10 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
     model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
-    for pattern in model._keys_to_ignore_on_load_unexpected or ():
-        stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
-    ties = model.all_tied_weights_keys.items()
-    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in stored}
-    # transformers reads the names that its classes have, and those of older or merged layouts that it converts.
-    forms = (model.state_dict(), revert_weight_conversion(model, model.state_dict()))
-    shapes = ({name: tuple(value.shape) for name, value in form.items()} for form in forms)
-    faults = min((shape_faults(stored, expected, shared) for expected in shapes), key=len)
+    places = places_of(model, stored)
+    for name in ignored_names(model, places):
+        del stored[name], places[name]
+    faults = naming_faults(model, stored, places)
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
@@ -215,9 +210,11 @@ def _build(
         value = tensor.read()
         # Widened one by one, so that the narrow ones need not stay.
         tensors[name] = value.to(torch.promote_types(value.dtype, dtype))
-    model: PreTrainedModel = type(empty_model(config)).from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype
+    model, report = type(empty_model(config)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
+    if left := {what: sorted(map(str, found)) for what, found in report.items() if found}:
+        raise ModelError(f"transformers can't load {source.folder} as it is, and would fill in random numbers: {left}.")
     if (source.folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = _generation_config(source.folder / GENERATION_CONFIG_NAME)
     return model

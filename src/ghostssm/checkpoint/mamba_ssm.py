@@ -160,7 +160,8 @@ def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
 
 
 def to_transformers_name(name: str) -> str:
-    return _EMBEDDING_OURS if name == _EMBEDDING_THEIRS else name
+    """Of a stored tensor, with or without the base model's prefix."""
+    return _EMBEDDING_OURS if f"backbone.{name.removeprefix('backbone.')}" == _EMBEDDING_THEIRS else name
 
 
 def from_transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

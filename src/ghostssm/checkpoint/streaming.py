@@ -25,13 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ghostssm.checkpoint.loading import (
@@ -43,6 +37,7 @@ from ghostssm.checkpoint.loading import (
     required,
     stored_dtype,
 )
+from ghostssm.checkpoint.naming import places_of
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.weights import StoredTensor
@@ -198,16 +193,9 @@ class StreamedBlocks:
 
         Where stored tensors make several parameters, these are under the first of them.
         """
-        conversions = get_model_conversion_mapping(self.model)
-        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        prefix, state = self.model.base_model_prefix, self.model.state_dict()
         places: dict[str, list[str]] = {}
-        for name in self._stored:
-            place, _ = rename_source_key(name, renamings, converters, prefix, state)
-            if place not in state and name in state:
-                place, _ = rename_source_key(name, [], [], prefix, state)
-            places.setdefault(place, []).append(name)
+        for name, place in places_of(self.model, self._stored).items():
+            places.setdefault(place.parameter, []).append(name)
         return places
 
     def _resolved_ties(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,21 +118,3 @@ def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Pat
             "weights. Prune the unquantised model, then quantise the result."
         )
     return dtype
-
-
-def shape_faults(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], optional: set[str]
-) -> list[str]:
-    """Every way in which stored tensors contradict the names and shapes that a config implies."""
-    faults = [
-        f"{name} has shape {stored[name].shape} in {stored[name].file.name}, but the config implies {shape}"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    faults += [
-        f"{name} {shape} is missing" for name, shape in expected.items() if name not in stored and name not in optional
-    ]
-    faults += [
-        f"{name} {info.shape} belongs to no part of the model" for name, info in stored.items() if name not in expected
-    ]
-    return faults
