@@ -70,9 +70,7 @@ def test_names_that_transformers_reads_exactly(tmp_path: Path, case: str, rename
 
 
 @pytest.mark.parametrize(("case", "rename"), [("mamba2", without_prefix), ("nemotron_h", under_model)])
-def test_both_roads_read_and_write_the_same(
-    tmp_path: Path, case: str, rename: Callable[[Tensors], Tensors]
-) -> None:
+def test_both_roads_read_and_write_the_same(tmp_path: Path, case: str, rename: Callable[[Tensors], Tensors]) -> None:
     folder, windows = tmp_path / "model", random_windows(2, 24)
     renamed(folder, case, rename)
     checkpoint = ghostssm.load(str(folder))
@@ -81,15 +79,17 @@ def test_both_roads_read_and_write_the_same(
     ghostssm.save(checkpoint, plan, tmp_path / "loaded")
     ghostssm.prune_streamed(ghostssm.stream(str(folder), head=False), windows, "ghost", 8, tmp_path / "streamed")
     found = [
-        {name: value for file in place.glob("*.safetensors") for name, value in safetensors.torch.load_file(file).items()}
+        {
+            name: value
+            for file in place.glob("*.safetensors")
+            for name, value in safetensors.torch.load_file(file).items()
+        }
         for place in (tmp_path / "loaded", tmp_path / "streamed")
     ]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     for place in ("loaded", "streamed"):
-        assert torch.equal(
-            logits(AutoModelForCausalLM.from_pretrained(tmp_path / place)), logits(checkpoint.model)
-        )
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / place)), logits(checkpoint.model))
 
 
 def test_mamba_ssm_names_without_a_prefix(tmp_path: Path) -> None:

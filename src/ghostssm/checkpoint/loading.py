@@ -122,9 +122,8 @@ def model_config(source: Source) -> PreTrainedConfig:
         ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
     file = source.folder / "config.json"
-    values = checked_config(source.config, str(file))
     if source.dialect == "mamba_ssm":
-        return mamba_ssm.to_transformers_config(values)
+        return mamba_ssm.to_transformers_config(checked_config(source.config, str(file)))
     model_type = source.config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(
@@ -140,9 +139,11 @@ def model_config(source: Source) -> PreTrainedConfig:
             "Prune the unquantised model, then quantise the result."
         )
     family = family_named(model_type)
+    config_class = type(AutoConfig.for_model(model_type))
+    values = checked_config(mamba_ssm.without_their_keys(source.config, config_class), str(file), config_class)
     try:
         with quiet_transformers():
-            config = type(AutoConfig.for_model(model_type)).from_dict(values)
+            config = config_class.from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
     family.layout(config)
@@ -238,7 +239,7 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) 
         place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
     if place is None:
         return None
-    tokenizer = _read_tokenizer(place)
+    tokenizer = _read_tokenizer(place, config if place == source.folder else None)
     highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise ModelError(
@@ -248,12 +249,15 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) 
     return tokenizer
 
 
-def _read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+def _read_tokenizer(place: str | Path, config: PreTrainedConfig | None) -> PreTrainedTokenizerBase:
+    """Args: config: of the model in the same place; transformers would read the file again, without what was mended."""
     if Path(place).is_dir():
         check_links(Path(place))
         _check_tokenizer_config(Path(place) / "tokenizer_config.json")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, config=config, trust_remote_code=False
+        )
         tokenizer("text")
     except (KeyboardInterrupt, SystemExit, MemoryError):  # SIGTERM too
         raise

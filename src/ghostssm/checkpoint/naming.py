@@ -64,9 +64,7 @@ def ignored_names(model: PreTrainedModel, places: Mapping[str, Place]) -> set[st
     return {name for name, place in places.items() if place.parameter in ignored}
 
 
-def naming_faults(
-    model: PreTrainedModel, stored: Mapping[str, StoredTensor], places: Mapping[str, Place]
-) -> list[str]:
+def naming_faults(model: PreTrainedModel, stored: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> list[str]:
     """Every way in which stored tensors contradict the names and shapes of a model, on any device."""
     state = model.state_dict()
     # The second form is how transformers would write the model: of older or merged layouts, where it knows some.
@@ -98,4 +96,3 @@ def naming_faults(
         if place not in held and place.parameter not in shared
     ]
     return [*wrong, *missing, *surplus]
-

@@ -86,7 +86,9 @@ def read_weight_pickle(file: Path) -> dict[str, PickledTensor]:
             tuple(value.shape),
             value.dtype,
             # A copy, since tied tensors share their numbers.
-            partial(torch.clone, value, memory_format=torch.contiguous_format) if members is None else partial(_read, file, name, value),
+            partial(torch.clone, value, memory_format=torch.contiguous_format)
+            if members is None
+            else partial(_read, file, name, value),
         )
         for name, value in loaded.items()
     }

@@ -148,9 +148,8 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
         write_config(model, folder)
         return
     if checkpoint.source.dialect == "mamba_ssm":
-        config = checkpoint.source.config | {
-            "ssm_cfg": checkpoint.source.config["ssm_cfg"] | {"d_state": model.config.state_size}
-        }
+        own = {key: value for key, value in checkpoint.source.config.items() if key in mamba_ssm.CONFIG_KEYS}
+        config = own | {"ssm_cfg": own["ssm_cfg"] | {"d_state": model.config.state_size}}
     else:
         config = mamba_ssm.from_transformers_config(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from ghostssm.errors import ModelError
 from ghostssm.files import confined, is_plain_name, read_json_object
 from ghostssm.tensorfile import FLOAT_DTYPES, read_header, read_tensor
 
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""Stem and suffix of the weight files that are read, the first that is there: whole, or in shards with an index."""
 _LISTED_FAULTS = 3
 _QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
 """Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
@@ -44,13 +46,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
             tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
-    for stem, suffix, reader in (("model", "safetensors", header_tensors), ("pytorch_model", "bin", _pickled_tensors)):
-        whole = folder / f"{stem}.{suffix}"
-        index = folder / f"{stem}.{suffix}.index.json"
+    for stem, suffix in FORMATS:
+        reader = header_tensors if suffix == "safetensors" else _pickled_tensors
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if whole.exists() or whole.is_symlink():
             return reader(whole)
         if index.exists() or index.is_symlink():
             return _read_shards(index, suffix, reader)
+    check_not_mistral(folder)
     raise ModelError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, or their shards with an index."
     )
@@ -75,17 +78,36 @@ def _read_shards(index: Path, suffix: str, reader: _Reader) -> dict[str, StoredT
     return tensors
 
 
-def _places(index: Path, suffix: str) -> dict[str, str]:
-    """Tensor name to the file that an index puts it in; every file is there, beside the index."""
+def check_not_mistral(folder: Path) -> None:
+    """Raise ModelError, saying what to do, for a folder in Mistral's own format."""
+    if (folder / "params.json").exists() or any(folder.glob("consolidated*.safetensors")):
+        raise ModelError(
+            f"{folder} is in Mistral's own format (params.json, consolidated.safetensors); expected transformers' "
+            "(config.json, model.safetensors). Look for it in another revision of the repository (refs/pr/9 of "
+            "mistralai/Mamba-Codestral-7B-v0.1: `hf download ... --revision refs/pr/9 --local-dir DIR`), or convert "
+            "the weights with convert_mamba2_ssm_checkpoint_to_pytorch.py of transformers 4, and name that folder."
+        )
+
+
+def shard_places(index: Path, suffix: str) -> dict[str, str]:
+    """Tensor name to the file beside the index that it puts it in; raises ModelError if it names anything else."""
     places = read_json_object(index, ModelError).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ModelError(f"{index} is not a shard index; expected an object weight_map of tensor and file names.")
-    names = sorted(set(places.values()))
-    outside = [name for name in names if not is_plain_name(name) or Path(name).suffix != f".{suffix}"]
+    outside = [
+        name for name in sorted(set(places.values())) if not is_plain_name(name) or Path(name).suffix != f".{suffix}"
+    ]
     if outside:
         raise ModelError(
             f"{index} names {short(outside[0])}; expected plain names of .{suffix} files in the same folder."
         )
+    return places
+
+
+def _places(index: Path, suffix: str) -> dict[str, str]:
+    """As `shard_places`, where every file is there."""
+    places = shard_places(index, suffix)
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing[:_LISTED_FAULTS])}.")
