@@ -39,6 +39,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "PrecisionWarning",
     "Recipe",
     "Row",
     "SSDLayout",

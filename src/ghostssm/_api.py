@@ -30,6 +30,7 @@ from ghostssm.errors import (
     NumericalError,
     OutputError,
     PlanError,
+    PrecisionWarning,
     StorageError,
     TextError,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "PrecisionWarning",
     "Recipe",
     "Row",
     "SSDLayout",

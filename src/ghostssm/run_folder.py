@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint import durable
-from ghostssm.checkpoint.assembling import gather_shards, probe_of
+from ghostssm.checkpoint.assembling import gather_shards
+from ghostssm.checkpoint.loading import check_writable
 from ghostssm.checkpoint.output_folder import OutputFolder, destination, put_in_place
 from ghostssm.checkpoint.saving import write_config, write_streamed
 from ghostssm.checkpoint.streaming import StreamedBlocks, StreamedCheckpoint
@@ -178,7 +179,9 @@ class RunFolder(Journal):
                 kept = [list(channels) for channels in decision.selection.kept]
                 found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
             if self._processes.rank == 0:
-                durable.write_tensors(shard, self._streamed.stored_block(self.done, block))
+                tensors = self._streamed.stored_block(self.done, block)
+                check_writable(tensors)
+                durable.write_tensors(shard, tensors)
             if hidden is not None:
                 durable.write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
         self._processes.gather([None])  # the record says that all hidden states are on the disk
@@ -232,7 +235,7 @@ class RunFolder(Journal):
     ) -> None:
         if not _is_in_place(self.folder):
             with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
-                write_streamed(self.output, checkpoint, plan, fingerprint, measured, probe_of(self.output))
+                write_streamed(self.output, checkpoint, plan, fingerprint, measured)
                 for file in (*self.output.iterdir(), self.output):
                     durable.synchronise(file)
                 durable.write_durably(self.folder / "finished", lambda path: path.touch())

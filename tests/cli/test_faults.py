@@ -201,9 +201,7 @@ def test_nan_in_the_middle_of_a_run(
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-@pytest.mark.parametrize(
-    "where", ["ghostssm.calibration.walk.LayerWalk.advance", "ghostssm.checkpoint.saving.Probe.of"]
-)
+@pytest.mark.parametrize("where", ["ghostssm.calibration.walk.LayerWalk.advance", "ghostssm.checkpoint.saving.probed"])
 def test_signals(
     run: Run,
     small: Path,

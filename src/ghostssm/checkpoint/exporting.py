@@ -10,9 +10,11 @@ from typing import Any
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
-from ghostssm.checkpoint.source import Dialect
+from ghostssm.checkpoint.probing import overflow_in, probed
+from ghostssm.checkpoint.source import Dialect, find_source
+from ghostssm.checkpoint.streaming import open_blocks
 from ghostssm.errors import InputError
 from ghostssm.evaluation.measurement import Measurement
 from ghostssm.families import mixers_of
@@ -45,6 +47,7 @@ def export_checkpoint(
         PlanError: the folder's ``plan.json`` is broken; nothing was written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
+        NumericalError: as `ghostssm.save`, which see for PrecisionWarning too.
     """
     if dialect != "transformers":
         require_stock(checkpoint, f"The {dialect} dialect")
@@ -60,7 +63,9 @@ def export_checkpoint(
             if (checkpoint.source.folder / name).is_file():
                 shutil.copyfile(checkpoint.source.folder / name, folder.partial / name)
         if facts is not None:
-            write_manifest(folder.partial, facts, Probe.of(checkpoint.model))
+            write_manifest(folder.partial, facts, *probed(folder.partial))
+        else:
+            overflow_in(open_blocks(find_source(str(folder.partial))))
         folder.commit()
     return folder.path
 

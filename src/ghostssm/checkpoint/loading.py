@@ -25,11 +25,12 @@ from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
-from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.errors import CONVERT, InputError, ModelError, NumericalError
 from ghostssm.families import family_named, mixers_of
 from ghostssm.files import is_plain_name, read_json_object
 
 _LISTED_FAULTS = 8
+_WIDEN = f"Convert the model to a dtype with a wider range first, `{CONVERT}` (or f32), and take that."
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
@@ -91,16 +92,36 @@ def load(
     stored = checked_tensors(source, config)
     with quiet_transformers():
         model = _build(source, config, stored, dtype or stored_dtype(stored))
-    check_finite(model.state_dict(), source)
+    check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
-def check_finite(tensors: Mapping[str, Tensor], source: Source) -> None:
-    """Raise NumericalError for the first tensor with NaN or Inf in it."""
+def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise NumericalError for the first tensor of a loaded model with NaN or Inf in it.
+
+    Args:
+        stored: the tensors of its files, which tell a broken file from a dtype that is too narrow.
+    """
+    for name, value in tensors.items():
+        if torch.isfinite(value).all():
+            continue
+        if all(torch.isfinite(tensor.read()).all() for tensor in stored.values()):
+            raise NumericalError(
+                f"{name} in {source.folder} has numbers beyond {torch.finfo(value.dtype).max:g}, the largest of "
+                f"{str(value.dtype).removeprefix('torch.')}, in which the model is loaded. {_WIDEN}"
+            )
+        raise NumericalError(
+            f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+        )
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericalError for the first tensor that is to be written with NaN or Inf in it."""
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise NumericalError(
-                f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+                f"{name} would be written with NaN or Inf in {str(value.dtype).removeprefix('torch.')}, which was not "
+                f"done. {_WIDEN}"
             )
 
 

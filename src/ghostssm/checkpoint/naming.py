@@ -59,7 +59,7 @@ def ignored_names(model: PreTrainedModel, places: Mapping[str, Place]) -> set[st
     state = model.state_dict()
     surplus = {place.parameter for place in places.values()} - state.keys()
     report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(surplus))
-    model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]
+    model._adjust_missing_and_unexpected_keys(report)
     ignored = surplus - report.unexpected_keys
     return {name for name, place in places.items() if place.parameter in ignored}
 

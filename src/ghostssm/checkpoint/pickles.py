@@ -107,7 +107,7 @@ def _is_placed(loaded: Any, members: Mapping[int, int]) -> bool:
 def _read(file: Path, name: str, described: Tensor) -> Tensor:
     """The numbers of a tensor that torch described on the meta device."""
     extent = _extent(described)
-    start = _start(described) + described.storage_offset() * described.element_size()
+    start = _start(described) + int(described.storage_offset()) * described.element_size()
     numbers = read_at(file, name, start, (extent,), described.dtype, ModelError)
     return numbers.as_strided(described.shape, described.stride()).contiguous()
 

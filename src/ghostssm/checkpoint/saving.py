@@ -17,9 +17,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
-from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.manifest import Probe, write_manifest
+from ghostssm.checkpoint.loading import Checkpoint, check_writable
+from ghostssm.checkpoint.manifest import write_manifest
 from ghostssm.checkpoint.output_folder import OutputFolder, storing
+from ghostssm.checkpoint.probing import probed
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Dialect
 from ghostssm.checkpoint.streaming import StreamedCheckpoint
@@ -61,6 +62,9 @@ def save(
             written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
+        NumericalError: NaN or Inf in a weight, or in what the model makes of a few tokens in float32; nothing is left
+            behind. A model that is finite in float32 and not in the dtype of its weights is written, with a
+            PrecisionWarning.
     """
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
@@ -71,7 +75,7 @@ def save(
             base = Base.of(checkpoint.source)
             card = model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied)
         facts = _facts(checkpoint, plan, dialect, measured, checkpoint.source.fingerprint(), untied)
-        write_beside_weights(folder.partial, checkpoint, plan, card, facts, Probe.of(checkpoint.model))
+        write_beside_weights(folder.partial, checkpoint, plan, card, facts)
         folder.commit()
     return folder.path
 
@@ -82,13 +86,12 @@ def write_streamed(
     plan: Plan,
     fingerprint: str,
     measured: Measurement | None,
-    probe: Probe | None,
 ) -> None:
     """Write what belongs beside the weights and the config of a streamed model."""
     base = Base.of(checkpoint.source)
     card = model_card(base, checkpoint.model.config, plan, "transformers", measured, untied=False)
     facts = _facts(checkpoint, plan, "transformers", measured, fingerprint, untied=False)
-    write_beside_weights(folder, checkpoint, plan, card, facts, probe)
+    write_beside_weights(folder, checkpoint, plan, card, facts)
 
 
 def write_beside_weights(
@@ -97,13 +100,16 @@ def write_beside_weights(
     plan: Plan,
     card: ModelCard,
     facts: dict[str, Any],
-    probe: Probe | None,
 ) -> None:
-    """Write tokenizer and the like, the plan, the card and, last, the manifest."""
+    """Write tokenizer and the like, the plan, the card and, last, the manifest.
+
+    Raises:
+        NumericalError: what the model in the folder makes of the probe's tokens is not finite.
+    """
     carry_over(checkpoint, folder)
     plan.save(folder, changes=False)
     write_card(card, folder)
-    write_manifest(folder, facts, probe)
+    write_manifest(folder, facts, *probed(folder))
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -140,8 +146,13 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
-    """Write config and weights in a dialect, and for transformers the generation config."""
+    """Write config and weights in a dialect, and for transformers the generation config.
+
+    Raises:
+        NumericalError: NaN or Inf in a weight; nothing was written.
+    """
     model = checkpoint.model
+    check_writable(model.state_dict())
     if dialect == "transformers":
         with quiet_transformers():
             model.save_pretrained(folder)

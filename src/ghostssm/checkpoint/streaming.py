@@ -97,7 +97,7 @@ class StreamedBlocks:
 
     Attributes:
         model: with parameters on the meta device, but for those that `fill_outside` read.
-        modules: its blocks, without weights.
+        modules: its blocks, without weights. names: of them, in the model.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class StreamedBlocks:
         self.model = _without_weights(config, self._dtype, source.folder)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
-        self._block_names = [names[id(module)] for module in self.modules]
+        self.names = [names[id(module)] for module in self.modules]
         self._expected = list(self.model.state_dict())
         self._places = self._places_of_parameters()
         self._tied = self._resolved_ties()
 
     @contextmanager
     def opened(self, index: int) -> Iterator[nn.Module]:
-        name, idle = self._block_names[index], self.modules[index]
+        name, idle = self.names[index], self.modules[index]
         block = copy.deepcopy(idle)
         self.model.set_submodule(name, block)
         try:
@@ -141,7 +141,7 @@ class StreamedBlocks:
 
     def outside(self) -> list[str]:
         """The names of the parameters and buffers outside the blocks, without second names of the same tensor."""
-        below = {name for block in self._block_names for name in self._names_below(block)}
+        below = {name for block in self.names for name in self._names_below(block)}
         return [name for name in self._expected if name not in below and name not in self.model.all_tied_weights_keys]
 
     def fill_outside(self, head: bool) -> None:
@@ -156,7 +156,7 @@ class StreamedBlocks:
             if source in wanted:
                 _put(self.model, name, self.model.get_parameter_or_buffer(source))
         for name, buffer in list(self.model.named_buffers()):
-            if not any(name.startswith(f"{block}.") for block in self._block_names):
+            if not any(name.startswith(f"{block}.") for block in self.names):
                 _put(self.model, name, buffer.to(self.device))
 
     def stored_outside(self, name: str) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class StreamedBlocks:
 
         Tensors that another block has too are left to that one.
         """
-        prefix = self._block_names[index]
+        prefix = self.names[index]
         named = {f"{prefix}.{name}": value for name, value in block.state_dict().items()}
         own = {name: value for name, value in named.items() if name not in self.model.all_tied_weights_keys}
         return self._as_stored(own)
@@ -234,7 +234,7 @@ class StreamedBlocks:
         self._convert_and_load(tensors)
         filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
         assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
-        check_finite(filled, self._source)
+        check_finite(filled, self._source, self._stored)
 
     def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
         how = LoadStateDictConfig(

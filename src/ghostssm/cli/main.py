@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect as inspect_module
 import os
-from collections.abc import Callable
-from typing import Annotated
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
 from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand
-from ghostssm.cli.console import print_error
+from ghostssm.cli.console import note, print_error
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
-from ghostssm.errors import GhostError, InputError
+from ghostssm.errors import GhostError, InputError, PrecisionWarning
 from ghostssm.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
@@ -65,7 +67,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 
         try:
             raise_again()
-            with terminable():
+            with terminable(), _told_warnings():
                 verb(*args, **kwargs)
         except GhostError as error:
             if not error.told:
@@ -87,6 +89,23 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_EXIT_FAILED) from None
 
     return wrapped
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Within the context warnings of ghostssm are lines for the person at the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PrecisionWarning)
+        show = warnings.showwarning
+
+        def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, PrecisionWarning):
+                note(f"warning: {message}")
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = told
+        yield
 
 
 def _ending(what: str, next_step: str) -> str:
