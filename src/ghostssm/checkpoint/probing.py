@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessor
+from transformers import LogitsProcessor
 
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Overflow, Probe, probe_tokens
@@ -67,7 +67,7 @@ def probe_in(source: Source, token_ids: Sequence[int], dtype: torch.dtype) -> Pr
     return Probe.of_logits(token_ids, _logits(open_blocks(source, dtype), token_ids)[0], dtype)
 
 
-class FiniteLogits(LogitsProcessor):
+class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
     """For transformers' ``generate``: raises NumericalError in place of tokens that come of NaN."""
 
     def __init__(self, checkpoint: Checkpoint):
