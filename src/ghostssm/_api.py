@@ -32,6 +32,7 @@ from ghostssm.errors import (
     NumericalError,
     OutputError,
     PlanError,
+    PrecisionWarning,
     StorageError,
     TextError,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "PrecisionWarning",
     "Recipe",
     "Row",
     "SSDLayout",

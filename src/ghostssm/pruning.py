@@ -31,6 +31,7 @@ from ghostssm.plan import Decision, Plan, Selection
 from ghostssm.processes import Processes
 from ghostssm.progress import Progress, silent
 from ghostssm.recipe import Recipe
+from ghostssm.surgery import check_storable
 from ghostssm.units import text_name
 
 DEFAULT_SEED = 42
@@ -253,6 +254,7 @@ class _Run:
                 decision = mended(
                     walk, block, smaller, decision, targets, self.recipe, self.seed, self.calibration.processes
                 )
+            check_storable(walk.stored_mixer(), decision)  # now, and not after hours, when the model is written
             walk.advance(block, smaller, decision)
             journal.record(walk.original, mixer.name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.acceleration import refresh
-from ghostssm.errors import InputError, PlanError
+from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
 from ghostssm.families import check_plain, family_of, mixers_of
 from ghostssm.families.base import Family
 from ghostssm.families.ghost_mamba2 import projected_model, stock_model
@@ -35,6 +35,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     Raises:
         PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
         ModelError: there are adapters or quantised layers in the model; nothing was changed.
+        NumericalError: numbers of the plan that the model's dtype can't hold; nothing was changed.
     """
     check_plain(model)
     mixers = _fitting_mixers(model, plan)
@@ -152,6 +153,30 @@ def change_parameters(module: nn.Module, decision: Decision) -> None:
         _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
 
 
+def check_storable(mixer: Mixer, decision: Decision) -> None:
+    """Check that the numbers of a decision are finite in the dtypes that a mixer's weights are stored in.
+
+    Raises:
+        NumericalError: some are not; names the parameter.
+    """
+    parameters = dict(mixer.module.named_parameters())
+    numbers = [(name, value, parameters[name].dtype) for name, value in decision.changes.items() if name in parameters]
+    if decision.projection is not None:
+        dtype = mixer.in_proj.weight.dtype
+        numbers += [("B_projection", decision.projection.B, dtype), ("C_projection", decision.projection.C, dtype)]
+    for name, value, dtype in numbers:
+        if (
+            value.is_meta or torch.isfinite(value.to(dtype)).all()
+        ):  # values on the meta device are in the weights already
+            continue
+        stored = str(dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"{mixer.name}.{name} of the pruned model has numbers up to {value.abs().max().item():.3g}, beyond "
+            f"{torch.finfo(dtype).max:g}, the largest of {stored}, in which the weights are stored. Convert the model "
+            f"to a dtype with a wider range first, `{CONVERT}` (or f32), and prune that."
+        )
+
+
 def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
     family = family_of(model.config)
@@ -166,6 +191,8 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
         raise PlanError(
             "The plan's tensors do not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
         )
+    for mixer in mixers:
+        check_storable(mixer, plan.decision(mixer.name))
     return mixers
 
 

@@ -91,6 +91,13 @@ class LayerWalk:
                 del block
             self.original = None
 
+    def stored_mixer(self) -> Mixer:
+        """The mixer of the block at hand as the model has it, in its own precision."""
+        assert self.original is not None
+        mixer = self._family.mixer(self.original, self.index)
+        assert mixer is not None
+        return mixer
+
     def streams(self, block: nn.Module, mixer: Mixer) -> Iterator[Streams]:
         """What the recurrence of a block's mixer works on, batch by batch; as many as fit are kept for `advance`."""
         self._streams.clear()

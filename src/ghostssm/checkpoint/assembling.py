@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint import durable
-from ghostssm.checkpoint.manifest import Probe, probe_tokens
-from ghostssm.checkpoint.source import find_source
-from ghostssm.checkpoint.streaming import StreamedBlocks, open_blocks
+from ghostssm.checkpoint.streaming import StreamedBlocks
 from ghostssm.checkpoint.weights import header_tensors
-from ghostssm.data.windows import Windows
-from ghostssm.evaluation.perplexity import logits_of
 from ghostssm.families import family_of
 from ghostssm.plan import Plan, Selection
 from ghostssm.surgery import prune_mixer
@@ -80,12 +76,3 @@ def write_index(folder: Path) -> None:
         where |= dict.fromkeys(stored, file.name)
         size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
     durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-
-
-def probe_of(folder: Path) -> Probe | None:
-    """Of the model in a folder, one block at a time."""
-    blocks = open_blocks(find_source(str(folder)), torch.float32)
-    ids = probe_tokens(blocks.model.config.vocab_size)
-    windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
-    logits = next(iter(logits_of(blocks, windows)))[1]
-    return Probe.of_logits(ids, logits[0], torch.float32)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from ghostssm.checkpoint import durable, mamba_ssm
 from ghostssm.checkpoint.assembling import shard_name, write_index
 from ghostssm.checkpoint.loading import model_config, stored_dtype
+from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Dialect, Source
-from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters, stored_tensors
+from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.families import family_of
 
 _SHARD_BYTES = 1 << 30
