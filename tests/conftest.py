@@ -27,7 +27,7 @@ transformers.logging.disable_progress_bar()
 
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "PrecisionWarning",
     "Recipe",
     "Row",
     "SSDLayout",

@@ -31,6 +31,7 @@ from ghostssm.errors import (
     NumericalError,
     OutputError,
     PlanError,
+    PrecisionWarning,
     StorageError,
     TextError,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "OutputFolder",
     "Plan",
     "PlanError",
+    "PrecisionWarning",
     "Recipe",
     "Row",
     "SSDLayout",

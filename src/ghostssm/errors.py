@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CONVERT = "ghostssm export MODEL --format transformers --dtype bf16 --output DIR"
+"""How a model comes to have a dtype with a wider range than float16."""
+
 
 class GhostError(Exception):
     """Base of every error that ghostssm raises on purpose.
@@ -76,3 +79,7 @@ class NumericalError(InputError):
 
 class HubError(GhostError):
     """An upload that failed; what was to be uploaded is on the disk."""
+
+
+class PrecisionWarning(GhostWarning):
+    """A model that was written overflows in the dtype of its weights, and not in float32; names the layer."""

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -19,6 +20,8 @@ import safetensors.torch
 import torch
 
 import ghostssm
+from ghostssm import tensorfile
+from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import ModelError
 from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 from tests.checkpoint.test_bad_checkpoints import edit_config
@@ -100,6 +103,79 @@ def test_a_file_that_is_truncated_meanwhile(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ModelError, match="can't be read"):
         read_tensor(file, "a", header["a"], ModelError)
+
+
+def pickled_tensors() -> dict[str, torch.Tensor]:
+    """Views of one storage, in any order of their numbers, and what is empty or of few bytes."""
+    whole = torch.rand(40, 30)
+    return {
+        "whole": whole,
+        "rows": whole[10:20],
+        "turned": whole.T,
+        "steps": whole[3::4, 2:20:3],
+        "half": torch.rand(7).half(),
+        "bfloat": torch.rand(3).bfloat16(),
+        "empty": torch.zeros(0, 3),
+        "number": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(torch.rand(4)),
+    }
+
+
+@pytest.mark.parametrize("written_by", ["torch.save", "an old torch.save", "another program"])
+def test_pickled_tensors_are_read_as_torch_reads_them(tmp_path: Path, written_by: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file = folder / "pytorch_model.bin"
+    torch.save(pickled_tensors(), file, _use_new_zipfile_serialization=written_by != "an old torch.save")
+    if written_by == "another program":  # which aligns nothing
+        with zipfile.ZipFile(file) as old:
+            members = {info.filename: old.read(info) for info in old.infolist()}
+        with zipfile.ZipFile(file, "w") as new:
+            for name, content in members.items():
+                new.writestr(name, content)
+    expected = torch.load(file, weights_only=True)
+    for name, tensor in stored_tensors(folder).items():
+        found = tensor.read()
+        assert found.dtype == expected[name].dtype, name
+        assert torch.equal(found, expected[name]), name
+        assert found.untyped_storage().nbytes() == found.nbytes, name
+
+
+def test_a_pickle_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    """Between its pickle and its numbers: were the file mapped, a signal would end the process."""
+    file = mamba_ssm_folder(tmp_path, None) / "pytorch_model.bin"
+    program = (
+        "import os, pathlib, sys\n"
+        "from ghostssm.checkpoint.weights import stored_tensors\n"
+        "from ghostssm.errors import ModelError\n"
+        "file = pathlib.Path(sys.argv[1])\n"
+        "tensors = stored_tensors(file.parent)\n"
+        "os.truncate(file, 4096)\n"
+        "try:\n"
+        "    for tensor in tensors.values():\n"
+        "        tensor.read()\n"
+        "except ModelError as error:\n"
+        "    print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, file], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "was truncated while backbone." in ended.stdout
+
+
+def test_one_pickled_tensor_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mamba_ssm_folder(tmp_path, None)
+    asked: list[int] = []
+    read = tensorfile.read_at
+
+    def noted(file: Path, name: str, start: int, shape: tuple[int, ...], *rest: Any) -> torch.Tensor:
+        asked.append(shape[0])
+        return read(file, name, start, shape, *rest)
+
+    monkeypatch.setattr("ghostssm.checkpoint.pickles.read_at", noted)
+    stored = stored_tensors(folder)
+    assert not asked
+    stored["backbone.layers.1.mixer.D"].read()
+    assert asked == [8]
 
 
 @pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])

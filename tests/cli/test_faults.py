@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from ghostssm.checkpoint.saving import save
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
-from ghostssm.files.interrupts import Terminated, terminable, uninterrupted
+from ghostssm.files.interrupts import Terminated, end_at_once, raise_again, terminable, uninterrupted
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.cli.test_cli import prune_arguments
 from tests.conftest import Run
@@ -200,7 +201,7 @@ def test_nan_in_the_middle_of_a_run(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize(
-    "where", ["ghostssm.calibration.open_block.PrunedBlock.advance", "ghostssm.checkpoint.saving.Probe.of"]
+    "where", ["ghostssm.calibration.open_block.PrunedBlock.advance", "ghostssm.checkpoint.saving.probed"]
 )
 def test_signals(
     run: Run,
@@ -261,6 +262,57 @@ def test_a_process_that_is_told_to_end(
     assert process.returncode == 143
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+STARTING = """
+import os, runpy, signal, sys
+moment, entry = sys.argv[1:]
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["ghostssm", "verify", "nowhere"]
+if entry == "module":
+    runpy.run_module("ghostssm", run_name="__main__")
+else:  # as the script that installers write
+    from ghostssm.__main__ import main
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "entry"),
+    [
+        ("typer", "module"),
+        ("typer", "script"),
+        ("torch", "module"),
+        ("numpy", "script"),
+        pytest.param("transformers.modeling_utils", "script", marks=pytest.mark.slow),
+        pytest.param("ghostssm.checkpoint.saving", "module", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupt_while_libraries_are_imported(moment: str, entry: str) -> None:
+    command = [sys.executable, "-c", STARTING, moment, entry]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130
+    assert ended.stderr == "error: interrupted; nothing half-written is left.\n"
+
+
+def test_the_script_that_is_installed_is_the_one_that_is_tested() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"ghostssm": "ghostssm.__main__:main"}
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As of processes in the background of a shell script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        end_at_once()
+        raise_again()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_signals_wait_for_the_end_of_what_must_not_be_interrupted() -> None:

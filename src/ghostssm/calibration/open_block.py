@@ -81,6 +81,12 @@ class OpenBlock(_WalkedBlock):
         self.original = original
         self._kept: dict[int, Streams] = {}
 
+    def stored_mixer(self) -> Mixer:
+        """The mixer as the model has it, in its own precision."""
+        mixer = self.walk.family.mixer(self.original, self.index)
+        assert mixer is not None
+        return mixer
+
     def streams(self) -> Iterator[Streams]:
         """What the recurrence works on, batch by batch; as many as fit are kept for what is asked later."""
         self._kept.clear()

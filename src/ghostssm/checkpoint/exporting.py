@@ -12,9 +12,11 @@ from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, Probe, read_manifest, write_manifest
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from ghostssm.checkpoint.probing import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
-from ghostssm.checkpoint.source import Dialect, is_hub_id
+from ghostssm.checkpoint.source import Dialect, find_source, is_hub_id
+from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
@@ -48,6 +50,7 @@ def export_checkpoint(
         PlanError: the folder's ``plan.json`` is broken; nothing was written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
+        NumericalError: as `ghostssm.save`, which see for PrecisionWarning too.
     """
     if dialect != "transformers":
         require_stock(checkpoint, f"The {dialect} dialect")
@@ -64,7 +67,9 @@ def export_checkpoint(
         if facts is not None:
             missing = LeftOut.from_json(facts.get("left_out"))
             missing |= left_out(checkpoint.source, checkpoint.model, folder.partial)
-            write_manifest(folder.partial, facts | {"left_out": missing.as_json()}, Probe.of(checkpoint.model))
+            write_manifest(folder.partial, facts | {"left_out": missing.as_json()}, *probed(folder.partial))
+        else:
+            overflow_in(open_blocks(find_source(str(folder.partial))))
         folder.commit()
     return folder.path
 

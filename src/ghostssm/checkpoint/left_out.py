@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Dialect, Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
-from ghostssm.checkpoint.weights import places_of_parameters
 from ghostssm.models.families import family_of
 
 _LISTED = 3

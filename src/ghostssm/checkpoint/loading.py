@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,22 +14,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.generation import read_generation_config
+from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor, shape_faults, stored_tensors
-from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
+from ghostssm.errors import CONVERT, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 """Of config.json: transformers', mlx-lm's, and the one that compressed-tensors had before."""
+_WIDEN = f"Convert the model to a dtype with a wider range first, `{CONVERT}` (or f32), and take that."
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 _OTHER_MAMBAS = {
@@ -82,16 +82,36 @@ def load(
     stored = checked_tensors(source, config)
     with quiet_transformers():
         model = _build(source, config, stored, dtype or stored_dtype(stored))
-    check_finite(model.state_dict(), source)
+    check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
-def check_finite(tensors: Mapping[str, Tensor], source: Source) -> None:
-    """Raise NumericalError for the first tensor with NaN or Inf in it."""
+def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise NumericalError for the first tensor of a loaded model with NaN or Inf in it.
+
+    Args:
+        stored: the tensors of its files, which tell a broken file from a dtype that is too narrow.
+    """
+    for name, value in tensors.items():
+        if torch.isfinite(value).all():
+            continue
+        if all(torch.isfinite(tensor.read()).all() for tensor in stored.values()):
+            raise NumericalError(
+                f"{name} in {source.folder} has numbers beyond {torch.finfo(value.dtype).max:g}, the largest of "
+                f"{str(value.dtype).removeprefix('torch.')}, in which the model is loaded. {_WIDEN}"
+            )
+        raise NumericalError(
+            f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+        )
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericalError for the first tensor that is to be written with NaN or Inf in it."""
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise NumericalError(
-                f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
+                f"{name} would be written with NaN or Inf in {str(value.dtype).removeprefix('torch.')}, which was not "
+                f"done. {_WIDEN}"
             )
 
 
@@ -113,9 +133,8 @@ def model_config(source: Source) -> PreTrainedConfig:
         ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
     file = source.folder / "config.json"
-    values = checked_config(source.config, str(file))
     if source.dialect == "mamba_ssm":
-        return mamba_ssm.to_transformers_config(values)
+        return mamba_ssm.to_transformers_config(checked_config(source.config, str(file)))
     model_type = source.config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(
@@ -126,9 +145,11 @@ def model_config(source: Source) -> PreTrainedConfig:
         raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     _check_unquantised(source)
     family = family_named(model_type)
+    config_class = type(AutoConfig.for_model(model_type))
+    values = checked_config(mamba_ssm.without_their_keys(source.config, config_class), str(file), config_class)
     try:
         with quiet_transformers():
-            config = type(AutoConfig.for_model(model_type)).from_dict(values)
+            config = config_class.from_dict(values)
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"{file} is not a valid {model_type} config: {error}") from None
     config.return_dict = True  # callers here, and the harness, name what they read
@@ -169,7 +190,7 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
 
 
 def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The tensors in a source's weight files, under transformers' names; nothing is loaded.
+    """The tensors in a source's weight files that make its model, under names that transformers reads; none is loaded.
 
     Raises:
         ModelError: names and shapes other than the config implies.
@@ -178,14 +199,10 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     if source.dialect == "mamba_ssm":
         stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
     model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
-    for pattern in model._keys_to_ignore_on_load_unexpected or ():
-        stored = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
-    ties = model.all_tied_weights_keys.items()
-    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in stored}
-    # transformers reads the names that its classes have, and those of older or merged layouts that it converts.
-    forms = (model.state_dict(), revert_weight_conversion(model, model.state_dict()))
-    shapes = ({name: tuple(value.shape) for name, value in form.items()} for form in forms)
-    faults = min((shape_faults(stored, expected, shared) for expected in shapes), key=len)
+    places = places_of(model, stored)
+    for name in ignored_names(model, places):
+        del stored[name], places[name]
+    faults = naming_faults(model, stored, places)
     if faults:
         listed = "".join(f"\n  - {fault}" for fault in faults[:_LISTED_FAULTS])
         more = f"\n  and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
@@ -212,9 +229,11 @@ def _build(
         value = tensor.read()
         # Widened one by one, so that the narrow ones need not stay.
         tensors[name] = value.to(torch.promote_types(value.dtype, dtype))
-    model: PreTrainedModel = type(empty_model(config)).from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype
+    model, report = type(empty_model(config)).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
+    if left := {what: sorted(map(str, found)) for what, found in report.items() if found}:
+        raise ModelError(f"transformers can't load {source.folder} as it is, and would fill in random numbers: {left}.")
     settle_ties(model)
     if (generation := read_generation_config(source.folder)) is not None:
         model.generation_config = generation

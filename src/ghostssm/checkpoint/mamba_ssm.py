@@ -1,17 +1,20 @@
 """The mamba_ssm dialect: its config.json and tensor names, to transformers' and back.
 
 Published state-spaces checkpoints are in this dialect. The rules are those of mamba_ssm 2.3's ``MambaConfig`` (which
-rejects unknown keys), ``MambaLMHeadModel`` and ``Mamba2``.
+rejects unknown keys), ``MambaLMHeadModel`` and ``Mamba2``. Keys that transformers and the hub write into any config may
+stand beside its own; they say nothing of the sizes here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Mamba2Config
+from transformers import Mamba2Config, PreTrainedConfig
 
+from ghostssm.checkpoint.config_checks import with_floats
 from ghostssm.errors import ModelError
 
 CONFIG_KEYS = frozenset(
@@ -80,6 +83,8 @@ TRANSLATED_KEYS: Mapping[str, str] = {
 }
 IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
 """Keys of transformers that a config of this dialect says without one: sizes that follow from others, and defaults."""
+# Which transformers' own configs have under other names, or not at all.
+_HUB_KEYS = frozenset({"torch_dtype", "tie_word_embeddings", "model_type", "_name_or_path"})
 _EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
 GPT_NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
 GPT_NEOX_TOKENS = 50277
@@ -97,7 +102,8 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
     layer = ssm.get("layer", "Mamba1")
     if layer != "Mamba2":
         raise ModelError(f"The config describes a {layer} model (ssm_cfg.layer); ghostssm prunes Mamba2 only.")
-    faults = [f"{key} is not a known key" for key in config if key not in CONFIG_KEYS]
+    known = CONFIG_KEYS | _HUB_KEYS | Mamba2Config().to_dict().keys()
+    faults = [f"{key} is not a known key" for key in config if key not in known]
     faults += [f"{key} is missing" for key in ("d_model", "n_layer", "vocab_size") if key not in config]
     if config.get("attn_layer_idx"):
         faults.append("attn_layer_idx names attention layers")
@@ -110,11 +116,11 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
             faults.append(f"ssm_cfg.{key} is {value!r}, expected {_SSM_FIXED[key]!r}")
         elif key not in _SSM_FIXED and key not in _SSM_DEFAULTS and key not in _SSM_IGNORED:
             faults.append(f"ssm_cfg.{key} is not a known key")
-    sizes = {key: config[key] for key in _SIZES if key in config}
-    sizes |= {f"ssm_cfg.{key}": ssm[key] for key in _SSM_SIZES if key in ssm}
+    counts = {key: config[key] for key in _SIZES if key in config}
+    counts |= {f"ssm_cfg.{key}": ssm[key] for key in _SSM_SIZES if key in ssm}
     faults += [
         f"{key} is {value!r}, expected a positive integer"
-        for key, value in sizes.items()
+        for key, value in counts.items()
         if isinstance(value, bool) or not isinstance(value, int) or value < 1
     ]
     if faults:
@@ -123,29 +129,36 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
     try:
         width = values["expand"] * config["d_model"]
         multiple = config.get("pad_vocab_size_multiple", 8)
-        return Mamba2Config(
-            hidden_size=config["d_model"],
-            num_hidden_layers=config["n_layer"],
-            vocab_size=-(-config["vocab_size"] // multiple) * multiple,
-            state_size=values["d_state"],
-            conv_kernel=values["d_conv"],
-            expand=values["expand"],
-            head_dim=values["headdim"],
-            num_heads=width // values["headdim"],
-            n_groups=values["ngroups"],
-            time_step_limit=tuple(values["dt_limit"]),
-            use_bias=values["bias"],
-            use_conv_bias=values["conv_bias"],
-            chunk_size=values["chunk_size"],
-            residual_in_fp32=config.get("residual_in_fp32", True),
-            tie_word_embeddings=config.get("tie_embeddings", True),
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            architectures=["Mamba2ForCausalLM"],
-        )
+        sizes = {
+            "hidden_size": config["d_model"],
+            "num_hidden_layers": config["n_layer"],
+            "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+            "state_size": values["d_state"],
+            "conv_kernel": values["d_conv"],
+            "expand": values["expand"],
+            "head_dim": values["headdim"],
+            "num_heads": width // values["headdim"],
+            "n_groups": values["ngroups"],
+            "time_step_limit": tuple(values["dt_limit"]),
+            "use_bias": values["bias"],
+            "use_conv_bias": values["conv_bias"],
+            "chunk_size": values["chunk_size"],
+            "residual_in_fp32": config.get("residual_in_fp32", True),
+            "tie_word_embeddings": config.get("tie_embeddings", config.get("tie_word_embeddings", True)),
+            "bos_token_id": config.get("bos_token_id", 0),
+            "eos_token_id": config.get("eos_token_id", 0),
+            "pad_token_id": config.get("pad_token_id", 0),
+            "architectures": ["Mamba2ForCausalLM"],
+        }
+        return Mamba2Config(**with_floats(sizes, Mamba2Config))
     except Exception as error:  # transformers' validation raises many classes
         raise ModelError(f"The sizes in config.json are not those of a Mamba-2 model: {error}") from None
+
+
+def without_their_keys(config: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A config of transformers' without what a conversion left of mamba_ssm's, whose sizes nothing would keep true."""
+    left = CONFIG_KEYS - {field.name for field in dataclasses.fields(config_class)} if "ssm_cfg" in config else set()
+    return {key: value for key, value in config.items() if key not in left}
 
 
 def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
@@ -180,8 +193,14 @@ def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
     }
 
 
+def has_their_names(names: Iterable[str]) -> bool:
+    """Whether weights are called as mamba_ssm does."""
+    return any(to_transformers_name(name) != name for name in names)
+
+
 def to_transformers_name(name: str) -> str:
-    return _EMBEDDING_OURS if name == _EMBEDDING_THEIRS else name
+    """Of a stored tensor, with or without the base model's prefix."""
+    return _EMBEDDING_OURS if f"backbone.{name.removeprefix('backbone.')}" == _EMBEDDING_THEIRS else name
 
 
 def from_transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.errors import ModelError
+from ghostssm.errors import CONVERT, ModelError
 from ghostssm.files.reading import confined, read_json_object
 
 MANIFEST_FILE = "ghostssm.json"
@@ -37,12 +37,15 @@ _HALF_TOLERANCE = 0.1
 class Probe:
     """What a model makes of a few tokens: enough to see that it is the same model.
 
+    Those of ghostssm are computed in float32, or float64 of such weights, whatever the dtype of the weights: in half
+    precision they would differ more between processors, and may not be finite.
+
     Attributes:
         token_ids: the input, one sequence.
         mean, deviation, largest: of the logits at every position.
         tolerance: by how many standard deviations of a position's logits mean and largest may differ elsewhere, and by
             which share the deviation may; processors and versions round differently.
-        dtype: of the weights that the logits were computed with.
+        dtype: that the logits were computed in.
     """
 
     token_ids: Sequence[int]
@@ -86,6 +89,28 @@ class Probe:
         )
 
 
+@dataclass(frozen=True)
+class Overflow:
+    """Where a model's numbers leave the range of the dtype that its weights are stored in.
+
+    Attributes:
+        dtype: without ``torch.``. part: the first block, or the head, whose output is not finite.
+    """
+
+    dtype: str
+    part: str
+
+    @property
+    def text(self) -> str:
+        wider, convert = "bfloat16 or float32", f"{CONVERT} (or f32)"
+        if self.dtype == "bfloat16":
+            wider, convert = "float32", CONVERT.replace("bf16", "f32")
+        return (
+            f"In {self.dtype}, in which the weights are stored, the output of {self.part} is not finite; in float32 it "
+            f"is. Run the model in {wider}, or convert it: {convert}."
+        )
+
+
 def probe_tokens(vocabulary: int) -> list[int]:
     """The tokens that a new probe is taken with."""
     return [7919 * (place + 1) % vocabulary for place in range(_PROBE_TOKENS)]
@@ -112,14 +137,21 @@ def file_hash(path: Path) -> str:
     return total.hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], probe: Probe | None, place: Path | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    facts: Mapping[str, Any],
+    probe: Probe | None,
+    overflow: Overflow | None,
+    place: Path | None = None,
+) -> None:
     """Write the manifest of a folder whose other files are all written; ``facts`` come first.
 
     Args:
         place: folder to write it into; that folder itself if not given.
     """
     document = {
-        **facts,
+        **{key: value for key, value in facts.items() if key != "overflow"},
+        **({} if overflow is None else {"overflow": asdict(overflow)}),
         "versions": versions(),
         "probe": None if probe is None else asdict(probe),
         "files": file_records(folder),

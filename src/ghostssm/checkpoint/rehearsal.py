@@ -58,7 +58,7 @@ def rehearse_side_files(
     """Write config and side files into an empty folder; raises what writing them raises."""
     files = SideFiles(place)
     files.write("config.json", lambda place: saving.write_dialect_config(checkpoint, place, dialect))
-    saving.write_beside_weights(files, checkpoint, _whole_plan(checkpoint), dialect, None, "", untied, None)
+    saving.write_beside_weights(files, checkpoint, _whole_plan(checkpoint), dialect, None, "", untied, rehearsal=True)
 
 
 def check_room(place: Path, output: Path, needed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.left_out import left_out
-from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.manifest import Probe, write_manifest
+from ghostssm.checkpoint.loading import Checkpoint, check_writable
+from ghostssm.checkpoint.manifest import write_manifest
+from ghostssm.checkpoint.probing import probed
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
 from ghostssm.checkpoint.source import Dialect, Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import add_carried, carried_tensors
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, family_of, mixers_of
 from ghostssm.plan.measurement import Measurement
@@ -56,19 +57,20 @@ def save(
             written.
         OutputError: the folder must not or can't be written.
         StorageError: writing the weights failed, for example on a full disk; nothing is left behind.
+        NumericalError: NaN or Inf in a weight, or in what the model makes of a few tokens in float32; nothing is left
+            behind. A model that is finite in float32 and not in the dtype of its weights is written, with a
+            PrecisionWarning.
         IncompleteError: the folder is written, but without something that belongs beside the weights; says what.
     """
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
     with folder, storing(folder.path):
-        files = SideFiles(folder.partial, fatal=())
+        files = SideFiles(folder.partial, fatal=NumericalError)
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
             fingerprint = checkpoint.source.fingerprint()
-            write_beside_weights(
-                files, checkpoint, plan, dialect, measured, fingerprint, untied, lambda: Probe.of(checkpoint.model)
-            )
+            write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied)
         folder.commit()
     files.raise_missing(folder.path)
     return folder.path
@@ -82,13 +84,17 @@ def write_beside_weights(
     measured: Measurement | None,
     fingerprint: str,
     untied: bool,
-    probe: Callable[[], Probe | None] | None,
+    *,
+    rehearsal: bool = False,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
-        fingerprint: of the base model. untied: whether the config's head is tied no more. probe: gives that of the
-            written model; None where only the files beside the weights are tried.
+        fingerprint: of the base model. untied: whether the config's head is tied no more. rehearsal: there are no
+            weights in the folder; what needs them is left out.
+
+    Raises:
+        NumericalError: what the model in the folder makes of the probe's tokens is not finite.
     """
     source, model = checkpoint.source, checkpoint.model
     carry_over(checkpoint, files)
@@ -100,13 +106,13 @@ def write_beside_weights(
         ),
     )
     facts = _facts(checkpoint, plan, dialect, measured, fingerprint, untied)
-    found = None
-    if probe is not None:
-        found = files.make("the probe", probe)
+    probe, overflow = None, None
+    if not rehearsal:
+        probe, overflow = files.make("the probe", lambda: probed(files.folder)) or (None, None)
         missing = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
         facts |= {} if missing is None else {"left_out": missing.as_json()}
     facts |= {"missing": list(files.missing)} if files.missing else {}
-    files.write("the manifest", lambda place: write_manifest(files.folder, facts, found, place))
+    files.write("the manifest", lambda place: write_manifest(files.folder, facts, probe, overflow, place))
 
 
 def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
@@ -151,8 +157,13 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
-    """Write config and weights in a dialect."""
+    """Write config and weights in a dialect.
+
+    Raises:
+        NumericalError: NaN or Inf in a weight; nothing was written.
+    """
     model = checkpoint.model
+    check_writable(model.state_dict())
     if dialect == "transformers":
         with quiet_transformers(), _without_generation_config(model):
             model.save_pretrained(folder)
@@ -179,9 +190,8 @@ def write_dialect_config(checkpoint: Checkpoint | StreamedCheckpoint, folder: Pa
         write_config(model, folder, checkpoint.source)
         return
     if checkpoint.source.dialect == "mamba_ssm":
-        config = checkpoint.source.config | {
-            "ssm_cfg": checkpoint.source.config["ssm_cfg"] | {"d_state": model.config.state_size}
-        }
+        own = {key: value for key, value in checkpoint.source.config.items() if key in mamba_ssm.CONFIG_KEYS}
+        config = own | {"ssm_cfg": own["ssm_cfg"] | {"d_state": model.config.state_size}}
         if not model.config.tie_word_embeddings:
             config["tie_embeddings"] = False
     else:

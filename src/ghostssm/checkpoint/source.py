@@ -12,12 +12,15 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
 
+from ghostssm.checkpoint.mamba_ssm import has_their_names
+from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places, stored_tensors
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
 
 Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_CACHE_ENTRY = "models--"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
@@ -105,7 +108,21 @@ def find_source(spec: str, weights: bool = True) -> Source:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
-    return Source(spec, folder, config, "mamba_ssm" if "ssm_cfg" in config else "transformers", hub_id, _stamps(folder))
+    return Source(spec, folder, config, _dialect(folder, config), hub_id, _stamps(folder))
+
+
+def _dialect(folder: Path, config: Mapping[str, Any]) -> Dialect:
+    """Whose config it is; of one with the sizes of both, by what the weights are called."""
+    if "ssm_cfg" not in config:
+        return "transformers"
+    if "hidden_size" not in config or "model_type" not in config:
+        return "mamba_ssm"
+    if "d_model" not in config:
+        return "transformers"
+    try:
+        return "mamba_ssm" if has_their_names(stored_tensors(folder)) else "transformers"
+    except ModelError:  # no weights, or broken ones: told when they are wanted
+        return "transformers"
 
 
 def is_hub_id(name: str) -> bool:
@@ -139,12 +156,23 @@ def check_links(folder: Path) -> None:
 
 
 def _download(hub_id: str, weights: bool) -> Path:
+    """A snapshot of a model in the hub's cache; of its weights, the files that are read and no second copy of them."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_SMALL_FILES + ["*.safetensors"] * weights))
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL_FILES, "*.bin"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=_SMALL_FILES))
+        commit = folder.name if _COMMIT.fullmatch(folder.name) else None  # a repository may change meanwhile
+        for stem, suffix in FORMATS if weights else ():
+            whole, index = f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+            snapshot_download(hub_id, revision=commit, allow_patterns=[whole])
+            if (folder / whole).exists():
+                break
+            if index.exists():
+                shards = sorted(set(shard_places(index, suffix).values()))
+                snapshot_download(hub_id, revision=commit, allow_patterns=shards)
+                break
+    except ModelError:
+        raise
     except Exception as error:  # the hub client's faults share no base class
         raise ModelError(
             f"{hub_id} is no local folder and could not be fetched from the hub ({type(error).__name__}). "
@@ -160,6 +188,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / _ADAPTER_CONFIG).exists():
             raise ModelError(_about_adapter(folder)) from None
+        check_not_mistral(folder)
         raise ModelError(f"{folder} holds no config.json; expected the folder of a checkpoint.") from None
 
 

@@ -23,10 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    convert_and_load_state_dict_in_model,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ghostssm.checkpoint.generation import read_generation_config
@@ -37,11 +34,12 @@ from ghostssm.checkpoint.loading import (
     model_config,
     stored_dtype,
 )
+from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters
+from ghostssm.checkpoint.weights import StoredTensor
 from ghostssm.models.families import family_of
 
 
@@ -100,7 +98,7 @@ class StreamedBlocks:
 
     Attributes:
         model: with parameters on the meta device, but for those that `fill_outside` read.
-        modules: its blocks, without weights.
+        modules: its blocks, without weights. names: of them, in the model.
         source: where the files are.
     """
 
@@ -117,14 +115,14 @@ class StreamedBlocks:
         self.model = _without_weights(config, self._dtype)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
-        self._block_names = [names[id(module)] for module in self.modules]
+        self.names = [names[id(module)] for module in self.modules]
         self._expected = list(self.model.state_dict())
         self._places = places_of_parameters(self.model, stored)
         self._tied = self._resolved_ties()
 
     @contextmanager
     def opened(self, index: int) -> Iterator[nn.Module]:
-        name, idle = self._block_names[index], self.modules[index]
+        name, idle = self.names[index], self.modules[index]
         block = copy.deepcopy(idle)
         self.model.set_submodule(name, block)
         try:
@@ -145,7 +143,7 @@ class StreamedBlocks:
 
     def outside(self) -> list[str]:
         """The names of the parameters and buffers outside the blocks, without second names of the same tensor."""
-        below = {name for block in self._block_names for name in self._names_below(block)}
+        below = {name for block in self.names for name in self._names_below(block)}
         return [name for name in self._expected if name not in below and name not in self.model.all_tied_weights_keys]
 
     def fill_outside(self, head: bool) -> None:
@@ -160,7 +158,7 @@ class StreamedBlocks:
             if source in wanted:
                 _put(self.model, name, self.model.get_parameter_or_buffer(source))
         for name, buffer in list(self.model.named_buffers()):
-            if not any(name.startswith(f"{block}.") for block in self._block_names):
+            if not any(name.startswith(f"{block}.") for block in self.names):
                 _put(self.model, name, buffer.to(self.device))
 
     def stored_outside(self, name: str) -> dict[str, Tensor]:
@@ -180,7 +178,7 @@ class StreamedBlocks:
 
         Tensors that another block has too are left to that one.
         """
-        prefix = self._block_names[index]
+        prefix = self.names[index]
         named = {f"{prefix}.{name}": value for name, value in block.state_dict().items()}
         own = {name: value for name, value in named.items() if name not in self.model.all_tied_weights_keys}
         return self._as_stored(own)
@@ -229,7 +227,7 @@ class StreamedBlocks:
         self._convert_and_load(tensors)
         filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
         assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
-        check_finite(filled, self.source)
+        check_finite(filled, self.source, self._stored)
 
     def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
         how = LoadStateDictConfig(

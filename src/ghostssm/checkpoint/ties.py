@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters
+from ghostssm.checkpoint.naming import places_of_parameters
+from ghostssm.checkpoint.weights import StoredTensor
 
 
 def with_values_of_their_own(

@@ -12,12 +12,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint import durable, mamba_ssm
+from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.loading import model_config, stored_dtype
+from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Dialect, Source
-from ghostssm.checkpoint.weights import StoredTensor, places_of_parameters, stored_tensors
+from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors, write_index
+from ghostssm.files import durable
 from ghostssm.models.families import family_of
-from ghostssm.streaming.assembling import shard_name, write_index
 
 _SHARD_BYTES = 1 << 30
 """Of tensors that are copied together: about what a block has where models are streamed."""

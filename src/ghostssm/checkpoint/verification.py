@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Probe, file_hash, read_manifest
+from ghostssm.checkpoint.manifest import (
+    MANIFEST_FILE,
+    PAGE_FILE,
+    RECORD_FILE,
+    Overflow,
+    Probe,
+    file_hash,
+    read_manifest,
+)
+from ghostssm.checkpoint.probing import probe_in
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
 from ghostssm.files.reading import is_plain_name
@@ -33,8 +42,13 @@ _LOADED_NAMES = frozenset(
     }
 )
 _LISTED = 5
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-"""In which a probe may have been taken of weights that are stored in half precision."""
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""In which a probe may have been computed."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,7 @@ def verify(folder: str | Path) -> Verification:
         check("weights", lambda: _check_weights(path, loaded))
     if loaded:
         check("logits", lambda: _check_logits(loaded[0], manifest.get("probe")))
+        notes += _overflow_notes(manifest.get("overflow"))
         check("plan", lambda: _check_plan(path, loaded[0]))
     return Verification(str(folder), tuple(checks), tuple(notes))
 
@@ -149,20 +164,37 @@ def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
         probe = Probe(**recorded)
         tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
         usable = 0 < len(tokens) <= 1024 and all(isinstance(token, int) and 0 <= token < size for token in tokens)
-        dtype, model = _DTYPES.get(probe.dtype), checkpoint.model
-        if dtype not in (None, model.dtype):
-            model = load(str(checkpoint.source.folder), dtype=dtype).model
-        found = Probe.of(model, tokens) if usable else None
+        found = _computed_again(checkpoint, tokens, _DTYPES[probe.dtype]) if usable else None
         difference = None if found is None else probe.difference(found)
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, KeyError):
         raise ModelError("the manifest has no probe that can be read") from None
     if not usable:
         raise ModelError("the probe's tokens are not of this vocabulary")
     if difference is None:
-        raise NumericalError("NaN or Inf in the logits")
+        raise NumericalError(f"NaN or Inf in the logits, computed in {probe.dtype}")
     if not difference <= probe.tolerance:
-        raise ModelError(f"they differ by {difference:.2g} standard deviations, expected at most {probe.tolerance:g}")
-    return f"within {difference:.2g} standard deviations of the probe's, allowed {probe.tolerance:g}"
+        raise ModelError(
+            f"they differ by {difference:.2g} standard deviations, computed in {probe.dtype}, expected at most "
+            f"{probe.tolerance:g}"
+        )
+    return (
+        f"within {difference:.2g} standard deviations of the probe's, computed in {probe.dtype}, allowed "
+        f"{probe.tolerance:g}"
+    )
+
+
+def _overflow_notes(recorded: Any) -> list[str]:
+    try:
+        return [] if recorded is None else [Overflow(**recorded).text]
+    except TypeError:  # of another version, or written by hand
+        return ["what the manifest says of an overflow can't be read"]
+
+
+def _computed_again(checkpoint: Checkpoint, tokens: Sequence[int], dtype: torch.dtype) -> Probe | None:
+    """The probe in the dtype that it was taken in; None if it is not finite."""
+    if dtype == checkpoint.model.dtype:
+        return Probe.of(checkpoint.model, tokens)
+    return probe_in(checkpoint.source, tokens, dtype)
 
 
 def _check_plan(folder: Path, checkpoint: Checkpoint) -> str:

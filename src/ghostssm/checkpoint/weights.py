@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,15 @@ from reprlib import repr as short
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
+from ghostssm.files import durable
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
 from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""Stem and suffix of the weight files that are read, the first that is there: whole, or in shards with an index."""
 _LISTED_FAULTS = 3
 _QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
 """Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
@@ -40,20 +40,21 @@ _Reader = Callable[[Path], dict[str, StoredTensor]]
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in a folder's weight files: safetensors or pytorch_model.bin, whole or sharded.
 
-    Of safetensors only the headers are read; .bin files are memory-mapped and unpickled with ``weights_only``. Where
-    there is a whole file and an index, the whole file counts, as in transformers.
+    Of safetensors only the headers are read, of .bin files the pickles, with ``weights_only``. Where there is a whole
+    file and an index, the whole file counts, as in transformers.
 
     Raises:
         ModelError: no weight file, a shard that the index names is missing, a file that is truncated or broken, a
             tensor in two files, one that is not in the file where the index has it, or quantised weights.
     """
-    for stem, suffix, reader in (("model", "safetensors", header_tensors), ("pytorch_model", "bin", _map_pickle)):
-        whole = folder / f"{stem}.{suffix}"
-        index = folder / f"{stem}.{suffix}.index.json"
+    for stem, suffix in FORMATS:
+        reader = header_tensors if suffix == "safetensors" else _pickled_tensors
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if whole.exists() or whole.is_symlink():
             return reader(whole)
         if index.exists() or index.is_symlink():
             return _read_shards(index, suffix, reader)
+    check_not_mistral(folder)
     raise ModelError(
         f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, or their shards with an index."
     )
@@ -78,17 +79,36 @@ def _read_shards(index: Path, suffix: str, reader: _Reader) -> dict[str, StoredT
     return tensors
 
 
-def _places(index: Path, suffix: str) -> dict[str, str]:
-    """Tensor name to the file that an index puts it in; every file is there, beside the index."""
+def check_not_mistral(folder: Path) -> None:
+    """Raise ModelError, saying what to do, for a folder in Mistral's own format."""
+    if (folder / "params.json").exists() or any(folder.glob("consolidated*.safetensors")):
+        raise ModelError(
+            f"{folder} is in Mistral's own format (params.json, consolidated.safetensors); expected transformers' "
+            "(config.json, model.safetensors). Look for it in another revision of the repository (refs/pr/9 of "
+            "mistralai/Mamba-Codestral-7B-v0.1: `hf download ... --revision refs/pr/9 --local-dir DIR`), or convert "
+            "the weights with convert_mamba2_ssm_checkpoint_to_pytorch.py of transformers 4, and name that folder."
+        )
+
+
+def shard_places(index: Path, suffix: str) -> dict[str, str]:
+    """Tensor name to the file beside the index that it puts it in; raises ModelError if it names anything else."""
     places = read_json_object(index, ModelError).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ModelError(f"{index} is not a shard index; expected an object weight_map of tensor and file names.")
-    names = sorted(set(places.values()))
-    outside = [name for name in names if not is_plain_name(name) or Path(name).suffix != f".{suffix}"]
+    outside = [
+        name for name in sorted(set(places.values())) if not is_plain_name(name) or Path(name).suffix != f".{suffix}"
+    ]
     if outside:
         raise ModelError(
             f"{index} names {short(outside[0])}; expected plain names of .{suffix} files in the same folder."
         )
+    return places
+
+
+def _places(index: Path, suffix: str) -> dict[str, str]:
+    """As `shard_places`, where every file is there."""
+    places = shard_places(index, suffix)
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(f"{index} names {len(missing)} missing weight files: {', '.join(missing[:_LISTED_FAULTS])}.")
@@ -106,15 +126,9 @@ def header_tensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _map_pickle(file: Path) -> dict[str, StoredTensor]:
-    # A copy, so that no weight depends on the file once it is read.
+def _pickled_tensors(file: Path) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(
-            tuple(value.shape),
-            _plain_dtype(name, value.dtype, str(value.dtype), file),
-            file,
-            partial(torch.clone, value),
-        )
+        name: StoredTensor(value.shape, _plain_dtype(name, value.dtype, str(value.dtype), file), file, value.read)
         for name, value in read_weight_pickle(file).items()
     }
 
@@ -129,38 +143,17 @@ def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Pat
     return dtype
 
 
-def shape_faults(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], optional: set[str]
-) -> list[str]:
-    """Every way in which stored tensors contradict the names and shapes that a config implies."""
-    faults = [
-        f"{name} has shape {stored[name].shape} in {stored[name].file.name}, but the config implies {shape}"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    faults += [
-        f"{name} {shape} is missing" for name, shape in expected.items() if name not in stored and name not in optional
-    ]
-    faults += [
-        f"{name} {info.shape} belongs to no part of the model" for name, info in stored.items() if name not in expected
-    ]
-    return faults
+def shard_name(number: int, count: int) -> str:
+    """Of one of ``count`` weight files, counted from 0, as transformers names them."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def places_of_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
-    """A parameter's name to those of the stored tensors that make it, by transformers' rules of renaming.
-
-    Where stored tensors make several parameters, these are under the first of them. A name that is no parameter's
-    belongs to a tensor that the model's class does not load.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    places: dict[str, list[str]] = {}
-    for name in names:
-        place, _ = rename_source_key(name, renamings, converters, prefix, state)
-        if place not in state and name in state:
-            place, _ = rename_source_key(name, [], [], prefix, state)
-        places.setdefault(place, []).append(name)
-    return places
+def write_index(folder: Path) -> None:
+    """Write model.safetensors.index.json over all shards in a folder."""
+    where: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("model-*.safetensors")):
+        stored = header_tensors(file)
+        where |= dict.fromkeys(stored, file.name)
+        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
+    durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})

@@ -38,9 +38,10 @@ def generate(
     ghostssm generate mamba2-130m-n64 --prompt "The state of" --temperature 0.7
     """
     import torch
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
     import ghostssm
+    from ghostssm.checkpoint.probing import FiniteLogits
     from ghostssm.errors import InputError
 
     try:
@@ -61,6 +62,7 @@ def generate(
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(vocabulary, skip_special_tokens=True),
+        logits_processor=LogitsProcessorList([FiniteLogits(checkpoint)]),
         pad_token_id=vocabulary.pad_token_id or vocabulary.eos_token_id or 0,
         **sampling,
     )

@@ -16,9 +16,9 @@ from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
-from ghostssm.files.interrupts import EXIT_TERMINATED, Terminated, terminable
+from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 
-_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
+_EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
 
 _GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent state.
 
@@ -61,7 +61,10 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
+        import ghostssm.checkpoint  # noqa: F401  (PyTorch and transformers, before SIGINT raises an exception)
+
         try:
+            raise_again()
             with terminable(), warnings_told():
                 verb(*args, **kwargs)
         except GhostError as error:
@@ -70,7 +73,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
         except KeyboardInterrupt as stop:
             print_error(_ending("interrupted", str(stop)))
-            raise typer.Exit(_EXIT_INTERRUPTED) from None
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         except Terminated as stop:
             print_error(_ending("terminated", stop.message))
             raise typer.Exit(EXIT_TERMINATED) from None

@@ -1,14 +1,19 @@
-"""SIGINT and SIGTERM: both end a run by an exception, so that what was begun is tidied up, and neither in its midst."""
+"""SIGINT and SIGTERM: both end a run by an exception, so that what was begun is tidied up, and neither in its midst.
+
+Before a run, while libraries are imported, SIGINT ends the process at once. There is nothing to tidy up yet, and an
+exception in the midst of an import comes out as a traceback, or aborts the process from within native code.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class Terminated(SystemExit):
@@ -17,6 +22,23 @@ class Terminated(SystemExit):
     def __init__(self, message: str = ""):
         super().__init__(EXIT_TERMINATED)
         self.message = message
+
+
+def end_at_once() -> None:
+    """From now on SIGINT ends the process with a message; no effect where something else has been done about it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_again() -> None:
+    """Undo `end_at_once`: from now on SIGINT raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(_: int, __: FrameType | None) -> None:
+    os.write(2, b"error: interrupted; nothing half-written is left.\n")
+    os._exit(EXIT_INTERRUPTED)
 
 
 @contextmanager

@@ -73,16 +73,23 @@ def read_header(file: Path, fault: type[InputError]) -> dict[str, Entry]:
 
 
 def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) -> Tensor:
-    """One tensor, in memory of its own.
+    """One tensor, in memory of its own; raises as `read_at`."""
+    return read_at(file, name, entry.start, entry.shape, FLOAT_DTYPES[entry.dtype], fault)
+
+
+def read_at(
+    file: Path, name: str, start: int, shape: tuple[int, ...], dtype: torch.dtype, fault: type[InputError]
+) -> Tensor:
+    """The numbers from byte ``start`` of a file on, in memory of their own; ``name`` is what a message calls them.
 
     Raises:
         fault: the file has become shorter or can't be read any more.
     """
-    tensor = torch.empty(entry.shape, dtype=FLOAT_DTYPES[entry.dtype])
+    tensor = torch.empty(shape, dtype=dtype)
     room = tensor.reshape(-1).view(torch.uint8).numpy().data
     try:
         with file.open("rb") as stream:
-            stream.seek(entry.start)
+            stream.seek(start)
             done = 0
             while done < len(room) and (count := stream.readinto(room[done:])):
                 done += count

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostssm.errors import InputError, PlanError
+from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
 from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.families.base import Family
 from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
@@ -36,6 +36,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     Raises:
         PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
         ModelError: there are adapters or quantised layers in the model; nothing was changed.
+        NumericalError: numbers of the plan that the model's dtype can't hold; nothing was changed.
     """
     check_plain(model)
     mixers = _fitting_mixers(model, plan)
@@ -148,6 +149,31 @@ def change_parameters(module: nn.Module, changes: Mapping[str, Tensor]) -> None:
         _set_parameter(module, name, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad))
 
 
+def check_storable(mixer: Mixer, decision: Decision) -> None:
+    """Check that the numbers of a decision are finite in the dtypes that a mixer's weights are stored in.
+
+    Raises:
+        NumericalError: some are not; names the parameter.
+    """
+    parameters = dict(mixer.module.named_parameters())
+    for name, value in decision.changes.items():
+        _check_range(f"{mixer.name}.{name}", value, parameters[name].dtype)
+    if decision.projection is not None:
+        for name, value in (("B_projection", decision.projection.B), ("C_projection", decision.projection.C)):
+            _check_range(f"{mixer.name}.{name}", value, mixer.in_proj.weight.dtype)
+
+
+def _check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if value.is_meta or torch.isfinite(value.to(dtype)).all():  # on the meta device: in the weights already
+        return
+    stored = str(dtype).removeprefix("torch.")
+    raise NumericalError(
+        f"{name} of the pruned model has numbers up to {value.abs().max().item():.3g}, beyond "
+        f"{torch.finfo(dtype).max:g}, the largest of {stored}, in which the weights are stored. Convert the model "
+        f"to a dtype with a wider range first, `{CONVERT}` (or f32), and prune that."
+    )
+
+
 def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
     family = family_of(model.config)
@@ -163,6 +189,10 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
         raise PlanError(
             "The plan's tensors do not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."
         )
+    for mixer in mixers:
+        check_storable(mixer, plan.decisions[mixer.name])
+    for name, value in plan.changes.items():
+        _check_range(name, value, model.get_parameter(name).dtype)
     return mixers
 
 

@@ -29,7 +29,7 @@ from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import CalibrationText, Provenance
-from ghostssm.plan.surgery import apply_plan
+from ghostssm.plan.surgery import apply_plan, check_storable
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning.budget import allocate
 from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size
@@ -266,6 +266,7 @@ class _Run:
             for step, amount in steps:
                 step.recover(pruned, amount, self.seed)
             decision = pruned.decision()
+            check_storable(block.stored_mixer(), decision)  # now, and not after hours, when the model is written
             pruned.advance()
             journal.record(block.original, name, decision, score, walk.hidden)
         self.progress("layers", len(walk), len(walk))

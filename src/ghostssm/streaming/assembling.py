@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from ghostssm.checkpoint.manifest import Probe, probe_tokens
-from ghostssm.checkpoint.source import find_source
-from ghostssm.checkpoint.streamed import StreamedBlocks, open_blocks
-from ghostssm.checkpoint.weights import header_tensors
-from ghostssm.evaluation.perplexity import logits_of
+from ghostssm.checkpoint.streamed import StreamedBlocks
+from ghostssm.checkpoint.weights import shard_name, write_index
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
 from ghostssm.plan.decision import Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import prune_mixer
-from ghostssm.text.windows import Windows
 
 
 def gather_shards(
@@ -62,31 +57,5 @@ def _padded(blocks: StreamedBlocks, index: int, shard: Path, plan: Plan, name: s
         blocks.load_into_opened(safetensors.torch.load_file(shard))
         mixer = family.mixer(block, index)
         assert mixer is not None
-        everything = Selection((tuple(range(width)),) * mixer.layout.n_groups)
-        prune_mixer(family, mixer, everything, plan.kept_state_size)
+        prune_mixer(family, mixer, Selection.whole(mixer.layout), plan.kept_state_size)
         return blocks.stored_block(index, block)
-
-
-def shard_name(number: int, count: int) -> str:
-    """Of one of ``count`` weight files, counted from 0, as transformers names them."""
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def write_index(folder: Path) -> None:
-    """Write model.safetensors.index.json over all shards in a folder."""
-    where: dict[str, str] = {}
-    size = 0
-    for file in sorted(folder.glob("model-*.safetensors")):
-        stored = header_tensors(file)
-        where |= dict.fromkeys(stored, file.name)
-        size += sum(torch.Size(value.shape).numel() * value.dtype.itemsize for value in stored.values())
-    durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-
-
-def probe_of(folder: Path) -> Probe | None:
-    """Of the model in a folder, one block at a time."""
-    blocks = open_blocks(find_source(str(folder)), torch.float32)
-    ids = probe_tokens(blocks.model.config.vocab_size)
-    windows = Windows(torch.tensor([ids]), "probe", "", 1.0, 0)
-    logits = next(iter(logits_of(blocks, windows)))[1]
-    return Probe.of_logits(ids, logits[0], torch.float32)

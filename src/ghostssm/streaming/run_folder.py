@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.checkpoint.loading import check_writable
 from ghostssm.checkpoint.rehearsal import rehearse_run
 from ghostssm.checkpoint.saving import write_beside_weights, write_config
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
 from ghostssm.checkpoint.unread import carried_pieces
-from ghostssm.errors import InputError, OutputError, StorageError
+from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.output_folder import OutputFolder, destination, put_in_place
 from ghostssm.models.families import family_of
@@ -47,7 +48,7 @@ from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import change_parameters, prune_mixer
 from ghostssm.pruning.journal import Journal
-from ghostssm.streaming.assembling import gather_shards, probe_of
+from ghostssm.streaming.assembling import gather_shards
 
 _ROWS_AT_ONCE = 8
 """Windows of hidden states that are copied from or to the disk together."""
@@ -201,7 +202,9 @@ class RunFolder(Journal):
                 kept = [list(channels) for channels in decision.selection.kept]
                 found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
             if self._processes.rank == 0:
-                durable.write_tensors(shard, self._streamed.stored_block(self.done, block))
+                tensors = self._streamed.stored_block(self.done, block)
+                check_writable(tensors)
+                durable.write_tensors(shard, tensors)
             if hidden is not None:
                 durable.write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
         self._processes.gather([None])  # the record says that all hidden states are on the disk
@@ -265,11 +268,10 @@ class RunFolder(Journal):
     def _finish(
         self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None
     ) -> None:
-        files = SideFiles(self.output, fatal=(OSError, SafetensorError))
+        files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
         if not _is_in_place(self.folder):
             with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
-                probe = partial(probe_of, self.output)
-                write_beside_weights(files, checkpoint, plan, "transformers", measured, fingerprint, False, probe)
+                write_beside_weights(files, checkpoint, plan, "transformers", measured, fingerprint, False)
                 for file in (*self.output.iterdir(), self.output):
                     durable.synchronise(file)
                 durable.write_durably(self.folder / "finished", lambda path: path.touch())

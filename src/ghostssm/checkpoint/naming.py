@@ -1,0 +1,110 @@
+"""Which stored tensor is which part of a model, by the rules of transformers' own loader.
+
+Files may have the names of transformers' classes, those of older or merged layouts that it renames and converts, and
+either with or without the base model's prefix. What its rules have it ignore, such as buffers of old versions, may be
+there. Where it would only warn, of a part that it fills with random numbers or a tensor that has no place, there is a
+fault here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from ghostssm.checkpoint.weights import StoredTensor
+
+
+class Place(NamedTuple):
+    """Where transformers puts a stored tensor.
+
+    Attributes:
+        parameter: or buffer of the model; of several that are made of it, the first.
+        pattern: of the conversion that makes the parameter of this tensor and others; None if it is the parameter.
+        numbers: in the stored name, which tell such tensors apart: of the layer, of the expert.
+    """
+
+    parameter: str
+    pattern: str | None
+    numbers: tuple[str, ...]
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
+    """Stored name to place, which need not be a part of the model."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    places = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if parameter not in state and name in state:
+            parameter, pattern = rename_source_key(name, [], [], prefix, state)
+        numbers = tuple(filter(str.isdecimal, name.split("."))) if pattern else ()
+        places[name] = Place(parameter, pattern, numbers)
+    return places
+
+
+def places_of_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """A parameter's name to those of the stored tensors that make it.
+
+    Where stored tensors make several parameters, these are under the first of them. A name that is no parameter's
+    belongs to a tensor that the model's class does not load.
+    """
+    places: dict[str, list[str]] = {}
+    for name, place in places_of(model, names).items():
+        places.setdefault(place.parameter, []).append(name)
+    return places
+
+
+def ignored_names(model: PreTrainedModel, places: Mapping[str, Place]) -> set[str]:
+    """Stored names without a place that transformers' rules ignore."""
+    state = model.state_dict()
+    surplus = {place.parameter for place in places.values()} - state.keys()
+    report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(surplus))
+    model._adjust_missing_and_unexpected_keys(report)
+    ignored = surplus - report.unexpected_keys
+    return {name for name, place in places.items() if place.parameter in ignored}
+
+
+def naming_faults(model: PreTrainedModel, stored: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> list[str]:
+    """Every way in which stored tensors contradict the names and shapes of a model, on any device."""
+    state = model.state_dict()
+    # The second form is how transformers would write the model: of older or merged layouts, where it knows some.
+    forms = (state, revert_weight_conversion(model, state))
+    expected: dict[Place, tuple[str, tuple[int, ...]]] = {}
+    converted = {place.parameter for place in places.values() if place.pattern}
+    # The form that the file has most names of comes last, and so names what is missing.
+    for names in sorted(forms, key=lambda names: len(names.keys() & stored.keys())):
+        for name, place in places_of(model, names).items():
+            if (place.parameter in converted) == (place.pattern is not None):
+                expected[place] = (name, tuple(names[name].shape))
+    held: dict[Place, str] = {}
+    wrong, surplus = [], []
+    for name, place in places.items():
+        shape, file = stored[name].shape, stored[name].file.name
+        if place not in expected:
+            surplus.append(f"{name} {shape} belongs to no part of the model")
+        elif place in held:
+            surplus.append(f"{name} is the same part of the model as {held[place]}")
+        elif shape != expected[place][1]:
+            wrong.append(f"{name} has shape {shape} in {file}, but the config implies {expected[place][1]}")
+        held.setdefault(place, name)
+    parameters = {place.parameter for place in held}
+    ties = model.all_tied_weights_keys.items()
+    shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in parameters}
+    missing = [
+        f"{name} {shape} is missing"
+        for place, (name, shape) in expected.items()
+        if place not in held and place.parameter not in shared
+    ]
+    return [*wrong, *missing, *surplus]
