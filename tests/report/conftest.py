@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ from transformers import PreTrainedTokenizerFast
 from ghostssm.cli.main import app
 from tests.conftest import tiny_model
 
+_LIBRARIES = ("altair", "vl_convert")
+collect_ignore = [] if all(map(find_spec, _LIBRARIES)) else ["test_browser.py", "test_report.py"]
+
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """A pruned folder ("folder"), its page ("prune") and that of a comparison ("compare")."""
-    pytest.importorskip("vl_convert", reason="figures need vl-convert-python")
+    for library in _LIBRARIES:
+        pytest.importorskip(library, reason="figures need altair and vl-convert-python")
     place = tmp_path_factory.mktemp("report")
     tiny_model(n_groups=2).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
@@ -31,3 +37,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     for call in calls:
         app([str(word) for word in [*call, *common]], standalone_mode=False)
     return {"folder": folder, "prune": folder / "report.html", "compare": compared}
+
+
+@pytest.fixture(params=_LIBRARIES)
+def without_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one of the libraries that draw is not installed."""
+    monkeypatch.setitem(sys.modules, request.param, None)
+    for name in [name for name in sys.modules if name.startswith("ghostssm.report.figures")]:
+        monkeypatch.delitem(sys.modules, name)

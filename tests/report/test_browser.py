@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from ghostssm.plan.plan import Plan, Selection
+from ghostssm.report.figures.cost import size_figure
+from ghostssm.report.figures.state import hankel_figure
+from ghostssm.report.page import Report, html_page
+from ghostssm.report.record import Observations
+from ghostssm.workflows.compare import Row
 
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -97,7 +105,39 @@ def test_hover_shows_values_and_a_layer_can_be_chosen(browser: Any, pages: dict[
     while "weight norm" not in tip.text:
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert tip.text.splitlines()[:2] == ["layer", "2"]
+    assert tip.text.splitlines()[0] == "layer 2"
+    browser.execute_script("scrollBy(0, 50)")
+    while tip.is_displayed():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_no_row_of_a_legend_is_cut_off_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    methods = ["ghost", "random", "output+repair", "balanced+per-layer"]
+    rows = [Row("dense", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)]
+    rows += [Row(name, 8, 8, 11.0, 1.0, 0.1, 0.01, 2048, {}, 0.0) for name in methods]
+    page = tmp_path / "page.html"
+    page.write_text(html_page(Report("page", "", [], [size_figure(rows)])))
+    show(browser, page, 390)
+    chart, *labels = browser.execute_script(
+        "return [...document.querySelectorAll('.chart, .role-legend-label text')]"
+        ".map((shown) => [shown.textContent, shown.getBoundingClientRect()])"
+    )
+    assert [name for name, _ in labels] == methods
+    for _, box in labels:
+        assert chart[1]["top"] <= box["top"]
+        assert box["right"] <= chart[1]["right"]
+
+
+def test_sizes_of_their_own_leave_the_axis_alone_until_a_layer_is_chosen(browser: Any, tmp_path: Path) -> None:
+    names = ["layers.0.mixer", "layers.1.mixer"]
+    values = {name: torch.arange(8.0, 0.0, -1.0, dtype=torch.float64)[None] for name in names}
+    selections = {name: Selection((tuple(range(size)),)) for name, size in zip(names, (2, 4), strict=True)}
+    plan = Plan("ghost", "mamba2", 1, 8, selections, per_layer=True)
+    page = tmp_path / "page.html"
+    page.write_text(html_page(Report("page", "", [], [hankel_figure(Observations({}, {}, values, "text", 1), plan)])))
+    show(browser, page)
+    assert browser.get_log("browser") == []
 
 
 def test_theme_and_files(browser: Any, pages: dict[str, Path]) -> None:

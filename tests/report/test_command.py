@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Run
+
+_IMPORTS = """
+import sys
+sys.modules["altair"] = sys.modules["vl_convert"] = None
+import ghostssm.cli.compare, ghostssm.cli.main, ghostssm.cli.pruning.in_memory, ghostssm.report.notebook
+"""
 
 
 def test_report_draws_what_a_folder_holds(run: Run, pages: dict[str, Path], tmp_path: Path) -> None:
@@ -29,3 +39,23 @@ def test_a_folder_that_prune_did_not_write(run: Run, tmp_path: Path) -> None:
         code, out, err = run("report", folder)
         assert (code, out) == (2, "")
         assert f"{fault} {folder}; expected a folder that 'ghostssm prune --output DIR' wrote." in " ".join(err.split())
+
+
+@pytest.mark.usefixtures("without_library")
+def test_a_missing_library_is_said_before_the_work(run: Run, pages: dict[str, Path], tmp_path: Path) -> None:
+    model = pages["folder"].parent / "model"
+    for call in (
+        ["report", pages["folder"], "--overwrite"],
+        ["prune", model, "--state-size", 4, "--output", tmp_path / "out", "--report"],
+        ["compare", model, "--state-size", 4, "--report", tmp_path / "page.html"],
+    ):
+        code, out, err = run(*call)
+        assert (code, out) == (2, "")
+        assert " ".join(err.split()).endswith(
+            "The figures need altair and vl-convert-python: pip install 'ghostssm[report]'"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_draws_imports_the_libraries() -> None:
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True, timeout=120)

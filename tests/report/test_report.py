@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import gzip
 import json
+import math
 import re
 import shlex
 import shutil
@@ -26,12 +27,12 @@ from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.pruning.run import Calibration
 from ghostssm.report.building import checkpoint_report
-from ghostssm.report.cost_figures import size_figure
-from ghostssm.report.figure import MOST_CHANNELS
+from ghostssm.report.figures import MOST_CHANNELS
+from ghostssm.report.figures.cost import size_figure
+from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
 from ghostssm.report.measuring import observe
 from ghostssm.report.page import Report, html_page
 from ghostssm.report.record import Observations, Record
-from ghostssm.report.state_figures import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
 from ghostssm.workflows.compare import Row
 from tests.conftest import random_windows, tiny_model
 
@@ -129,6 +130,16 @@ def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp
             checkpoint_report(folder)
 
 
+def test_what_can_be_no_loss_is_not_shown(pages: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pages["folder"], tmp_path / "copy")
+    manifest = json.loads((folder / "ghostssm.json").read_text())
+    assert "Perplexity" in [card.label for card in checkpoint_report(folder).cards]
+    for loss in (math.nan, -math.inf, 1e9, "much"):
+        manifest["measured"]["dense_loss"] = loss
+        (folder / "ghostssm.json").write_text(json.dumps(manifest))
+        assert "Perplexity" not in [card.label for card in checkpoint_report(folder).cards]
+
+
 def test_a_record_of_another_model_is_refused(pages: dict[str, Path]) -> None:
     names = list(Plan.read(pages["folder"]).selections)
     assert Record.read(pages["folder"], names, (2, 16)).observations is not None
@@ -144,7 +155,6 @@ def test_names_of_others_are_only_text(pages: dict[str, Path]) -> None:
 
 
 def test_a_page_of_a_large_model_stays_small() -> None:
-    pytest.importorskip("vl_convert", reason="figures need vl-convert-python")
     draw = torch.Generator().manual_seed(0)
     names = [f"backbone.layers.{index}.mixer" for index in range(64)]
     values = {name: torch.rand(16, 128, dtype=torch.float64, generator=draw) for name in names}

@@ -55,7 +55,6 @@ def compare(
     from ghostssm.evaluation.roofline import measure_machine
     from ghostssm.files.output_file import OutputFile
     from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
-    from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
     from ghostssm.workflows.comparison_table import comparison_cells
 
@@ -102,6 +101,8 @@ def compare(
         if file is not None:
             observations = observe(checkpoint.model, calibration_windows, progress)
     if file is not None:
+        from ghostssm.report.building import comparison_report
+
         settings = {
             "ghostssm": ghostssm.__version__,
             "model": model,

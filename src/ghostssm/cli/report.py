@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,6 @@ def report(
     from ghostssm.errors import InputError
     from ghostssm.files.output_file import OutputFile
     from ghostssm.plan.file import PLAN_FILE
-    from ghostssm.report.building import checkpoint_report
 
     where = Path(folder)
     if not (where / PLAN_FILE).is_file():
@@ -40,6 +40,8 @@ def report(
         raise InputError(f"{fault}; expected a folder that 'ghostssm prune --output DIR' wrote.")
     file = OutputFile(where / PAGE_FILE if output is None else output, overwrite)
     check_drawable()
+    from ghostssm.report.building import checkpoint_report
+
     found = checkpoint_report(where)
     write_page(file, found)
     missing = [{"missing": what, "command": command} for what, command in found.missing]
@@ -61,9 +63,7 @@ def report(
 
 def check_drawable() -> None:
     """Raise InputError at once, rather than after the work, if figures can't be drawn."""
-    from ghostssm.report.figure import converter
-
-    converter()
+    import_module("ghostssm.report.figures")
 
 
 def write_page(file: OutputFile, report: Report) -> None:

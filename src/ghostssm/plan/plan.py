@@ -90,6 +90,27 @@ class Plan:
         """Channels kept in all, padding not counted."""
         return sum(len(channels) for selection in self.selections.values() for channels in selection.kept)
 
+    def kept(self, name: str) -> Tensor:
+        """(g, n), whether a mixer's channels stay; of a projection, its directions."""
+        decision, kept = self.decisions[name], torch.zeros(self.n_groups, self.state_size, dtype=torch.bool)
+        if decision.projection is not None:
+            kept[:, : decision.width] = True
+            return kept
+        for group, channels in enumerate(decision.selection.kept):
+            kept[group, list(channels)] = True
+        return kept
+
+    @property
+    def kept_share(self) -> float:
+        """Of all channels of all layers, the share that stays; of projections, the share of directions."""
+        return sum(self.kept(name).double().mean().item() for name in self.decisions) / len(self.decisions)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether every mixer has a score for each of its channels."""
+        shape = (self.n_groups, self.state_size)
+        return all(name in self.scores and self.scores[name].shape == shape for name in self.decisions)
+
     def check_fits(self, layouts: Mapping[str, SSDLayout], model_type: str) -> None:
         """Raise PlanError, naming every difference, unless the plan is for a model with these mixers."""
         faults = []

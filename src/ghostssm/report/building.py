@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,22 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import MANIFEST_FILE
 from ghostssm.errors import InputError, ModelError
 from ghostssm.evaluation.roofline import Machine
+from ghostssm.files.reading import read_json_object
+from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.report.cost_figures import decode_figure, size_figure, window_figure
-from ghostssm.report.figure import MOST_CHANNELS, Figure
+from ghostssm.report.figures import MOST_CHANNELS, Figure
+from ghostssm.report.figures.cost import decode_figure, size_figure, window_figure
+from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
 from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
-from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
 from ghostssm.workflows.compare import Comparison, Row
 from ghostssm.workflows.comparison_table import comparison_cells
+
+_NO_LOSS = 700.0
+"""No loss is so large: its perplexity would be no number."""
 
 
 def checkpoint_report(folder: Path) -> Report:
@@ -37,11 +41,11 @@ def checkpoint_report(folder: Path) -> Report:
     manifest = _manifest(folder)
     record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
     described = _described(folder)
-    measured = manifest.get("measured")
+    measured = Measurement.from_json(manifest.get("measured"))
     figures: list[Figure] = []
     if record.observations is not None:
         figures += [phantom_figure(record.observations, plan), hankel_figure(record.observations, plan)]
-    if has_scores(plan):
+    if plan.has_scores:
         figures.append(saliency_figure({plan.method: plan}))
     if record.losses is not None:
         figures.append(window_figure(record.losses))
@@ -54,7 +58,7 @@ def checkpoint_report(folder: Path) -> Report:
         subtitle=f"method {plan.method}, family {plan.model_type}",
         cards=[
             *_state_cards(plan, described),
-            *_loss_cards(measured if isinstance(measured, dict) else None),
+            *_loss_cards(measured),
             *_speed_cards(record.decode),
         ],
         figures=figures,
@@ -103,14 +107,9 @@ def comparison_report(
         subtitle=f"{len(windows)} windows of {windows.length} tokens of {text_name(windows.text_name)}",
         cards=cards,
         figures=figures,
-        tables=[comparison_table(comparison.rows)],
+        tables=[Table("All figures", *comparison_cells(comparison.rows))],
         details={"Settings": dict(settings)},
     )
-
-
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """All rows, the largest state and the smallest loss first."""
-    return Table("All figures", *comparison_cells(rows))
 
 
 def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
@@ -119,7 +118,7 @@ def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
     room = MOST_CHANNELS
     for (method, size), plan in sorted(plans.items(), key=lambda item: item[0][1]):
         room -= len(plan.selections) * plan.n_groups * plan.state_size
-        if has_scores(plan) and (room >= 0 or not drawn):
+        if plan.has_scores and (room >= 0 or not drawn):
             drawn[f"{method}, N' = {size}"] = plan
     return [saliency_figure(drawn)] if drawn else []
 
@@ -141,16 +140,10 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(folder / MANIFEST_FILE, InputError)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read as JSON ({error}); expected what ghostssm wrote.") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds {type(found).__name__}; expected an object.")
-    return found
 
 
 def _described(folder: Path) -> Description | None:
@@ -176,20 +169,18 @@ def _state_cards(plan: Plan, described: Description | None) -> list[Card]:
     return cards
 
 
-def _loss_cards(measured: dict[str, Any] | None) -> list[Card]:
-    """From the manifest, which may be anybody's: what is not a number is not shown."""
+def _loss_cards(measured: Measurement | None) -> list[Card]:
+    """From the manifest, which may be anybody's: what can't be a loss is not shown."""
     if measured is None:
         return []
-    dense, pruned, excess = (_number(measured.get(key)) for key in ("dense_loss", "pruned_loss", "excess_loss"))
-    error = _number(measured.get("standard_error"))
-    if dense is None or pruned is None or excess is None:
+    losses = (measured.dense_loss, measured.pruned_loss, measured.excess.mean)
+    if not all(abs(loss) < _NO_LOSS for loss in losses):
         return []
-    text = plus_minus(excess, math.nan if error is None else error)
-    where = f"{measured.get('windows')} windows of {measured.get('window_length')} tokens of "
-    where += text_name(str(measured.get("text")))
+    where = f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}"
+    perplexities = f"{math.exp(measured.dense_loss):.3f} → {math.exp(measured.pruned_loss):.3f}"
     return [
-        Card("Excess loss", text, f"nats per token; {where}"),
-        Card("Perplexity", f"{math.exp(dense):.3f} → {math.exp(pruned):.3f}", "dense, pruned"),
+        Card("Excess loss", measured.excess_text, f"nats per token; {where}"),
+        Card("Perplexity", perplexities, "dense, pruned"),
     ]
 
 
@@ -210,7 +201,9 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
     return [Card("Decoding", f"{ratios[best]:.2f}x dense", f"measured at batch {best}" + (f"; {rest}" if rest else ""))]
 
 
-def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Any) -> list[tuple[str, str]]:
+def _missing(
+    plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Measurement | None
+) -> list[tuple[str, str]]:
     base = manifest.get("base_model", "MODEL")
     made = plan.provenance
     size = plan.kept_state_size if made is None else made.requested_state_size
@@ -227,14 +220,8 @@ def _missing(plan: Plan, record: Record, manifest: Mapping[str, Any], measured: 
         missing.append((", ".join(unreported), f"{again} --report"))
     if record.losses is None or measured is None:
         missing.append(("excess loss and its windows", f"{again} --evaluate TEXT"))
-    if not has_scores(plan):
+    if not plan.has_scores:
         missing.append(("scores", again))
     if not manifest:
         missing.append(("what produced the checkpoint (ghostssm.json)", again))
     return missing
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

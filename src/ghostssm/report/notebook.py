@@ -1,4 +1,4 @@
-"""How Jupyter shows plans and comparisons: a table, and a figure where the plotting library is installed."""
+"""How Jupyter shows plans and comparisons: a table, and a figure where the libraries that draw are installed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from html import escape
 
 from ghostssm.errors import InputError
 from ghostssm.plan.plan import Plan
-from ghostssm.report.building import comparison_table
-from ghostssm.report.cost_figures import size_figure
-from ghostssm.report.figure import Figure
 from ghostssm.report.page import Table, table_html
-from ghostssm.report.state_figures import has_scores, kept_share, saliency_figure
 from ghostssm.units import sizes_text, text_name
 from ghostssm.workflows.compare import Comparison
+from ghostssm.workflows.comparison_table import comparison_cells
 
 
 def register_with_ipython() -> None:
@@ -32,28 +29,29 @@ def plan_html(plan: Plan) -> str:
         ["model type", plan.model_type],
         ["layers", str(len(plan.selections))],
         ["state size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}"],
-        ["state kept", f"{kept_share(plan):.1%}"],
+        ["state kept", f"{plan.kept_share:.1%}"],
     ]
     if plan.provenance is not None:
         seen = plan.provenance.calibration
         words = f"{seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}"
         rows.append(["calibrated on", words])
-    figures = [saliency_figure({plan.method: plan})] if has_scores(plan) else []
-    return table_html(Table("", ["plan", ""], rows)) + "".join(map(_figure_html, figures))
+    return table_html(Table("", ["plan", ""], rows)) + (_figure_html(plan) if plan.has_scores else "")
 
 
 def comparison_html(comparison: Comparison) -> str:
     """All rows as a table, and perplexity against state size."""
-    figures = [size_figure(comparison.rows)] if len(comparison.rows) > 1 else []
-    return table_html(comparison_table(comparison.rows)) + "".join(map(_figure_html, figures))
+    table = table_html(Table("", *comparison_cells(comparison.rows)))
+    return table + (_figure_html(comparison) if len(comparison.rows) > 1 else "")
 
 
-def _figure_html(figure: Figure) -> str:
+def _figure_html(shown: Plan | Comparison) -> str:
     try:
-        svg = figure.svg()
+        from ghostssm.report.figures.cost import size_figure
+        from ghostssm.report.figures.state import saliency_figure
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
+    figure = saliency_figure({shown.method: shown}) if isinstance(shown, Plan) else size_figure(shown.rows)
     return (
-        f'<figure><div role="img" aria-label="{escape(figure.description)}">{svg}</div>'
+        f'<figure><div role="img" aria-label="{escape(figure.description)}">{figure.svg()}</div>'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )

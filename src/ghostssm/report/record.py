@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,10 @@ class Record:
             OutputError: the folder can't be written.
             StorageError: writing failed, for example on a full disk.
         """
-        document: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
-        if self.observations is not None:
-            seen = self.observations
-            by_mixer = {
-                field: {name: value.tolist() for name, value in getattr(seen, field).items()}
-                for field in ("weight_norms", "energies", "hankel")
-            }
-            document["observations"] = {"text": seen.text, "tokens": seen.tokens, **by_mixer}
-        if self.losses is not None:
-            document["losses"] = asdict(self.losses)
-        document["decode"] = [asdict(speed) for speed in self.decode]
+        measured = {name: part for name, part in vars(self).items() if part is not None}
+        document = as_json({"format": _FORMAT, "version": _VERSION, **measured}, digits=6)
         with OutputFile(folder / RECORD_FILE, overwrite=True) as file, storing(file.path):
-            file.partial.write_text(json.dumps(_rounded(document)) + "\n", encoding="utf-8")
+            file.partial.write_text(json.dumps(document) + "\n", encoding="utf-8")
             file.commit()
 
     @classmethod
@@ -145,8 +136,8 @@ def _observations(found: dict[str, Any], mixers: Sequence[str], channels: tuple[
 def _losses(found: dict[str, Any]) -> WindowLosses:
     dense = [float(loss) for loss in found["dense"]]
     pruned = {str(name): [float(loss) for loss in losses] for name, losses in found["pruned"].items()}
-    if not dense or any(len(losses) != len(dense) for losses in pruned.values()):
-        raise ValueError("its losses are of different windows")
+    if not dense or not pruned or any(len(losses) != len(dense) for losses in pruned.values()):
+        raise ValueError("its losses are of different windows, or of none")
     return WindowLosses(str(found["text"]), int(found["window_length"]), dense, pruned)
 
 
@@ -160,12 +151,14 @@ def _speed(found: dict[str, Any]) -> DecodeSpeed:
     )
 
 
-def _rounded(value: Any) -> Any:
-    """JSON values with floats cut to six digits; what is not finite becomes None."""
+def as_json(value: Any, digits: int) -> Any:
+    """A value with floats cut to so many digits; those that are not finite become None."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return value
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if isinstance(value, Tensor):
+        return as_json(value.tolist(), digits)
+    if is_dataclass(value):
+        return as_json(vars(value), digits)
+    if isinstance(value, Mapping):
+        return {key: as_json(entry, digits) for key, entry in value.items()}
+    return [as_json(entry, digits) for entry in value] if isinstance(value, list | tuple) else value

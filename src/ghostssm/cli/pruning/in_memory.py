@@ -18,7 +18,6 @@ from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import OutputFolder
-from ghostssm.report.building import checkpoint_report
 from ghostssm.report.measuring import decode_speeds, observe
 from ghostssm.report.record import Record, WindowLosses
 
@@ -106,6 +105,8 @@ def _write(record: Record, folder: Path) -> None:
 
 
 def _page(folder: Path) -> Path:
+    from ghostssm.report.building import checkpoint_report  # with its libraries, which only a report needs
+
     page = folder / PAGE_FILE
     write_page(OutputFile(page), checkpoint_report(folder))
     return page

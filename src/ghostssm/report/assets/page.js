@@ -15,8 +15,7 @@
 
   function rowsOf(columns) {
     const names = Object.keys(columns);
-    const length = names.length ? columns[names[0]].length : 0;
-    return Array.from({ length }, (_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
+    return columns[names[0]].map((_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
   }
 
   function colour(name) {
@@ -31,52 +30,36 @@
     };
   }
 
-  function showTooltip(_, event, item, value) {
-    tip.hidden = !value;
-    if (!value) return;
-    tip.replaceChildren(
-      ...Object.entries(value).map(([key, entry]) => {
-        const line = document.createElement("div");
-        line.append(document.createElement("span"), document.createElement("span"));
-        line.firstChild.textContent = key;
-        line.lastChild.textContent = entry;
-        return line;
-      }),
-    );
-    const { width, height } = tip.getBoundingClientRect();
-    tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 4))}px`;
-    tip.style.top = `${event.clientY + 14 + height > innerHeight ? event.clientY - height - 14 : event.clientY + 14}px`;
-  }
-
-  async function draw(figure) {
-    const place = document.getElementById(figure.name);
+  async function draw({ name, spec }) {
+    const place = document.getElementById(name);
     const chart = place.querySelector(".chart");
     const choices = place.querySelector(".choices");
-    const old = views.get(figure.name);
-    const chosen = figure.spec.signals.filter(({ bind }) => bind).map(({ name }) => [name, old && old.signal(name)]);
+    const old = views.get(name);
+    const chosen = old ? spec.params.filter(({ bind }) => bind).map(({ name }) => [name, old.signal(name)]) : [];
     if (old) old.finalize();
     choices.replaceChildren();
-    const data = figure.spec.data.map((entry) =>
-      entry.name in figure.rows ? { ...entry, values: figure.rows[entry.name] } : entry,
-    );
-    const rows = Object.values(figure.rows).reduce((sum, table) => sum + table.length, 0);
-    const { view } = await vegaEmbed(chart, { ...figure.spec, data, background: colour("--back") }, {
-      mode: "vega",
+    const rows = Object.values(spec.datasets).reduce((sum, table) => sum + table.length, 0);
+    const { view } = await vegaEmbed(chart, { ...spec, background: colour("--back") }, {
+      mode: "vega-lite",
       config: themedConfig(),
       renderer: rows > MANY_MARKS ? "canvas" : "svg",
       bind: choices,
-      tooltip: showTooltip,
+      tooltip: { id: tip.id, disableDefaultStyle: true },
       actions: false,
       defaultStyle: false,
     });
-    if (old) for (const [name, value] of chosen) view.signal(name, value);
+    for (const [name, value] of chosen) view.signal(name, value);
     view.signal("ink", colour("--text")).signal("faint", colour("--muted")).run();
-    views.set(figure.name, view);
+    views.set(name, view);
+  }
+
+  function hideTooltip() {
+    tip.classList.remove("visible");
   }
 
   function drawAll(theme) {
     root.dataset.theme = theme;
-    tip.hidden = true;
+    hideTooltip();
     return Promise.all(figures.map(draw));
   }
 
@@ -88,24 +71,23 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   }
 
-  function csv(columns) {
+  function csv(rows) {
     const cell = (value) => (/[",\n]/.test(value ?? "") ? `"${String(value).replaceAll('"', '""')}"` : (value ?? ""));
-    const names = Object.keys(columns);
-    const lines = columns[names[0]].map((_, i) => names.map((name) => cell(columns[name][i])).join(","));
-    return [names.join(","), ...lines, ""].join("\n");
+    const lines = rows.map((row) => Object.values(row).map(cell).join(","));
+    return [Object.keys(rows[0]).join(","), ...lines, ""].join("\n");
   }
 
   async function start() {
     const theme = () => (dark.matches ? "dark" : "light");
     root.dataset.theme = theme();
     figures = await load();
-    for (const figure of figures) {
-      figure.rows = Object.fromEntries(Object.entries(figure.tables).map(([name, table]) => [name, rowsOf(table)]));
-      const place = document.getElementById(figure.name);
+    for (const { name, spec, tables } of figures) {
+      spec.datasets = Object.fromEntries(Object.entries(tables).map(([table, columns]) => [table, rowsOf(columns)]));
+      const place = document.getElementById(name);
       place.querySelector(".save-svg").onclick = async () =>
-        save(`${figure.name}.svg`, "image/svg+xml", await views.get(figure.name).toSVG());
+        save(`${name}.svg`, "image/svg+xml", await views.get(name).toSVG());
       place.querySelector(".save-csv").onclick = () =>
-        save(`${figure.name}.csv`, "text/csv", csv(Object.values(figure.tables)[0]));
+        save(`${name}.csv`, "text/csv", csv(Object.values(spec.datasets)[0]));
     }
     await drawAll(theme());
     document.getElementById("theme").onclick = () => drawAll(root.dataset.theme === "dark" ? "light" : "dark");
@@ -113,7 +95,7 @@
     let shown;
     addEventListener("beforeprint", () => { shown = root.dataset.theme; drawAll("light"); });
     addEventListener("afterprint", () => drawAll(shown));
-    addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+    addEventListener("scroll", hideTooltip, { passive: true });
     root.dataset.ready = "yes";
   }
   start();
