@@ -14,7 +14,7 @@ from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
-from ghostssm.files.output_folder import OutputFolder
+from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
@@ -43,6 +43,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
         HubError: the upload failed; what was to be uploaded is on the disk.
     """
+    check_apart(request.output, request.model)
     folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
     if remark := idle_gpu_remark(request.device):

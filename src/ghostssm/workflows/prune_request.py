@@ -13,7 +13,6 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
-from ghostssm.files.output_folder import check_apart
 from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -182,7 +181,6 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
-    check_apart(request.output, request.model)
     _check_belonging(request)
     if request.stream:
         _check_streamed(request)
