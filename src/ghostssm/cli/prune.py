@@ -245,7 +245,7 @@ def _recipe(method: str | None, repair: bool | None, refit: int | None, per_laye
     steps = list(base.steps)
     if refit is not None:
         steps = [step for step in steps if step.name != "refit"]
-        steps[:0] = [Step("refit", refit)] * (refit > 0)
+        steps[:0] = [Step("refit", refit)] if refit else []
     if repair is not None:
         steps = [step for step in steps if step.name != "repair"] + [Step("repair")] * repair
     return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
