@@ -27,7 +27,7 @@ class Projection:
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
 
     Attributes:
-        B, C: (j, n, r); j is the number of groups, or of heads for maps of their own.
+        B, C: (g, n, r).
     """
 
     B: Tensor
@@ -117,7 +117,7 @@ class Streams:
     """What the recurrence of one mixer works on, after conv, SiLU, softplus and limits.
 
     Attributes:
-        x: (b, l, h, p). B, C: (b, l, g, n), or (b, l, j, r) if they are projected. dt: (b, l, h). z: (b, l, h * p).
+        x: (b, l, h, p). B, C: (b, l, g, n), or (b, l, g, r) if they are projected. dt: (b, l, h). z: (b, l, h * p).
             All but z in float32 or better.
     """
 

@@ -41,7 +41,7 @@ class GhostMamba2Family(StockFamily):
 
 register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type}))
 
-_OWN_KEYS = ("state_sizes", "projected_state_sizes", "projection_heads")
+_OWN_KEYS = ("state_sizes", "projected_state_sizes")
 
 
 def projected_model(
