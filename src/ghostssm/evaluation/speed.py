@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.roofline import wait_for
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import family_of, layout_of, mixers_of
 from ghostssm.models.forward import replaced_forward
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -121,7 +121,7 @@ def _now(model: PreTrainedModel) -> float:
 
 def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
     """The plan that keeps the first channels everywhere: which channels are kept has no influence on speed."""
-    layout = family_of(model.config).layout(model.config)
+    layout = layout_of(model.config)
     first = Decision(Selection.whole(layout.with_state_size(state_size)))
     return Plan(
         method="first",

@@ -21,7 +21,6 @@ from ghostssm.models.families.base import Family
 from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.mixer import Mixer
-from ghostssm.models.own_class import GhostMamba2Config
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 
@@ -80,7 +79,7 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
             "Prune with a method that keeps the stock class, such as output or ghost."
         )
     family = family_of(model.config)
-    if model.config.model_type == GhostMamba2Config.model_type:
+    if family.is_own_class:
         return _padded_stock(model, state_size)
     for mixer in mixers:
         prune_mixer(family, mixer, Selection.whole(mixer.layout), state_size)

@@ -24,7 +24,7 @@ from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource, Known
 from ghostssm.methods.selection import Cut, Groups, select, select_together
-from ghostssm.models.families import check_plain, family_of, mixers_of
+from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -118,7 +118,7 @@ class Calibration:
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         check_recipe(recipe, self.model.config.model_type)
-        layout = family_of(self.model.config).layout(self.model.config)
+        layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress, journal or Journal())
         sizes = [state_size] * len(mixers_of(self.model))

@@ -11,7 +11,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.speed import decode_speeds, first_channels
 from ghostssm.methods.selection import Groups
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
@@ -90,7 +90,7 @@ def compare(
         batches: batch sizes at which to measure decoding; empty for none.
     """
     model = checkpoint.model
-    layout = family_of(model.config).layout(model.config)
+    layout = layout_of(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
     recipes = [Recipe.parse(method) for method in methods]

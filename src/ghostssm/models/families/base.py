@@ -34,6 +34,11 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def is_own_class(self) -> bool:
+        """Whether it is our own class, for a projected state or a state size per layer."""
+        ...
+
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
         ...
@@ -89,6 +94,11 @@ def family_named(model_type: str) -> Family:
             f"The model type is {model_type!r}, in which ghostssm knows no Mamba-2 layers; "
             f"expected one of: {', '.join(supported_model_types())}."
         ) from None
+
+
+def layout_of(config: PreTrainedConfig) -> SSDLayout:
+    """The sizes of a model's mixers, from its config alone; raises ModelError for a config without them."""
+    return family_of(config).layout(config)
 
 
 def check_model(model: object) -> None:

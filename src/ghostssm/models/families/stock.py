@@ -45,7 +45,7 @@ class StockFamily:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
         derived_keys: what transformers' config works out and other engines want to find in config.json.
-        cache_argument, is_hybrid: as `ghostssm.models.families.base.Family` has them.
+        cache_argument, is_hybrid, is_own_class: as `ghostssm.models.families.base.Family` has them.
     """
 
     model_type: str
@@ -55,6 +55,7 @@ class StockFamily:
     derived_keys: tuple[str, ...] = ()
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
+    is_own_class: bool = False
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
         missing = [key for key in ("hidden_size", *vars(self.keys).values()) if not hasattr(config, key)]
