@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ import ghostssm
 from ghostssm.evaluation.copying import copying, copying_in_reach
 from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.recall import Recall, last_words
+from ghostssm.workflows.compare import measure_cell
 
 RECIPES = (
     "ghost",
@@ -162,6 +162,7 @@ def main() -> None:
     print_machine()
     kind = OnRecall if args.recall else OnLastWords if args.last_words else OnCopying if args.copying else OnText
     task = kind(args)
+    device = task.model.device
     calibration = ghostssm.Calibration(task.model, task.windows)
     recipes = [str(ghostssm.Recipe.parse(recipe)) for recipe in args.recipes]
     unit = "excess loss" if args.recall is None else "accuracy lost"
@@ -170,12 +171,9 @@ def main() -> None:
     for size in args.state_size:
         first = None
         for recipe in recipes:
-            reset_peak(task.model.device)
-            begun = time.perf_counter()
-            plan = calibration.plan(recipe, size)
-            seconds, peak = time.perf_counter() - begun, peak_bytes(task.model.device)
-            with ghostssm.pruned(task.model, plan) as smaller:
-                mean, error, remark = task.cost(smaller)
+            reset_peak(device)
+            outcome = measure_cell(calibration, (recipe, size), lambda model: (peak_bytes(device), *task.cost(model)))
+            plan, seconds, (peak, mean, error, remark) = outcome.plan, outcome.seconds, outcome.measured
             first = mean if first is None else first
             sizes = " ".join(map(str, plan.state_sizes)) if plan.per_layer else f"{plan.mean_state_size:g}"
             print(

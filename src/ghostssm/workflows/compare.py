@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Generic, TypeVar
+
+from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
@@ -23,6 +26,38 @@ from ghostssm.text.windows import Windows
 Cell = tuple[str, int]
 """A method's name and a state size."""
 DENSE = "dense"
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Measured]):
+    """A cell's plan, what was measured of the model that it prunes, and the seconds to calibrate and decide."""
+
+    plan: Plan
+    measured: Measured
+    seconds: float
+
+
+def measure_cell(
+    calibration: Calibration,
+    cell: Cell,
+    measure: Callable[[PreTrainedModel], Measured],
+    *,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> Outcome[Measured]:
+    """Prune by a method to a state size, and measure. The model is left as it was.
+
+    Args:
+        calibration: the same for all cells of a model, so that they share evidence.
+        measure: gets the pruned model.
+    """
+    begun = time.perf_counter()
+    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress)
+    seconds = time.perf_counter() - begun
+    with pruned(calibration.model, plan) as smaller:
+        return Outcome(plan, measure(smaller), seconds)
 
 
 @dataclass(frozen=True)
@@ -64,12 +99,6 @@ class Comparison:
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
 
 
-class _Result(NamedTuple):
-    plan: Plan
-    evaluation: Evaluation
-    seconds: float
-
-
 def compare(
     checkpoint: Checkpoint,
     calibration_windows: Windows,
@@ -100,17 +129,13 @@ def compare(
     calibration = Calibration(model, calibration_windows)
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
-    results: dict[Cell, _Result] = {}
+    outcomes: dict[Cell, Outcome[Evaluation]] = {}
     for done, cell in enumerate(cells, 1):
         progress("models", done, len(cells) + 1)
-        begun = time.perf_counter()
-        plan = calibration.plan(*cell, groups=groups, seed=seed)
-        seconds = time.perf_counter() - begun
-        with pruned(model, plan) as smaller:
-            results[cell] = _Result(plan, evaluate(smaller, windows), seconds)
+        outcomes[cell] = measure_cell(calibration, cell, partial(evaluate, windows=windows), groups=groups, seed=seed)
     progress("models", len(cells) + 1, len(cells) + 1)
 
-    plans = {cell: result.plan for cell, result in results.items()}
+    plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
     whole = first_channels(model, layout.state_size)
     # Which channels a stock model keeps has no influence on its speed: each size is timed once.
     shape: dict[Cell, Cell | int] = {
@@ -138,6 +163,6 @@ def compare(
         )
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
-    rows += [row(cell, r.plan, r.evaluation, r.seconds) for cell, r in results.items()]
-    evaluations = {(DENSE, layout.state_size): dense} | {cell: result.evaluation for cell, result in results.items()}
+    rows += [row(cell, outcome.plan, outcome.measured, outcome.seconds) for cell, outcome in outcomes.items()]
+    evaluations = {(DENSE, layout.state_size): dense} | {cell: outcome.measured for cell, outcome in outcomes.items()}
     return Comparison(tuple(rows), plans, evaluations)
