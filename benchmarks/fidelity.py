@@ -22,8 +22,8 @@ from interleaved import print_machine
 
 import ghostssm
 from ghostssm.evaluation.copying import copying, copying_in_reach
-from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.recall import Recall, last_words
+from ghostssm.evaluation.speed import peak_bytes, reset_peak
 from ghostssm.workflows.compare import measure_cell
 
 RECIPES = (

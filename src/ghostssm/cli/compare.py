@@ -57,7 +57,7 @@ def compare(
     from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
     from ghostssm.report.building import comparison_report
     from ghostssm.report.measuring import observe
-    from ghostssm.workflows.comparison_table import comparison_cells
+    from ghostssm.workflows.compare import comparison_cells
 
     arguments.check_separated("--methods", methods)
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]

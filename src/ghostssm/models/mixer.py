@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.conv import causal_conv
-from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import gpu
-from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.conv_norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd_step
 from ghostssm.ops.step import at_least_float32, conv_step_, project_streams, ssd_step_
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.models.mixer import Mixer, gated_norm
-from ghostssm.ops.conv import causal_conv
+from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
 from ghostssm.ops.step import at_least_float32, project_streams
 from ghostssm.recovery.base import MixerStep, register

@@ -22,8 +22,7 @@ from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLoss
 from ghostssm.report.state_figures import hankel_figure, has_scores, phantom_figure, saliency_figure
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row
-from ghostssm.workflows.comparison_table import comparison_cells
+from ghostssm.workflows.compare import Comparison, Row, comparison_cells
 
 
 def checkpoint_report(folder: Path) -> Report:
