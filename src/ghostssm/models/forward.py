@@ -32,7 +32,7 @@ from ghostssm.ops.step import at_least_float32
 Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""
 _SEVERAL_SEQUENCES = ("seq_idx", "cu_seqlens")
-"""What tells mixers that a row holds several sequences, one after the other."""
+"""Arguments that say that a row holds several sequences, one after the other."""
 
 
 def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float32) -> None:
@@ -87,7 +87,7 @@ def replaced_forward(mixers: Sequence[Mixer], forward: Forward | None = None) ->
 
 
 def refresh(model: PreTrainedModel) -> None:
-    """After the sizes of a model's mixers changed: let replaced forwards see the new ones."""
+    """Let replaced forwards see the new sizes of a model's mixers, after a change of these."""
     for mixer in mixers_of(model):
         replacement = mixer.module.__dict__.get("forward")
         if isinstance(replacement, _Replacement):

@@ -1,4 +1,4 @@
-"""A plan: what becomes of every mixer's state. A frozen value that is made, saved, read and applied apart."""
+"""A plan: what becomes of every mixer's state. A frozen value; making, saving, reading and applying it are separate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ghostssm.errors import PlanError
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
-from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan import file
+from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.provenance import Provenance
 
 
@@ -102,9 +102,9 @@ class Plan:
                 else "the plan names other mixers than the model has"
             )
         for attribute in ("n_groups", "state_size"):
-            found = sorted({getattr(layout, attribute) for layout in layouts.values()})
-            if found != [getattr(self, attribute)]:
-                faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {found}")
+            sizes = sorted({getattr(layout, attribute) for layout in layouts.values()})
+            if sizes != [getattr(self, attribute)]:
+                faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {sizes}")
         if faults:
             raise PlanError(
                 "The plan does not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."

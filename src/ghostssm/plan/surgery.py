@@ -166,7 +166,7 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
 
 
 def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) -> list[str]:
-    """What keeps a plan's new parameters from going into a model whose mixers are sliced."""
+    """Reasons why a plan's new parameters don't fit a model whose mixers are sliced."""
     rows: dict[str, int] = {}
     for mixer in mixers:
         layout = mixer.layout.with_state_size(plan.decisions[mixer.name].selection.width)
@@ -186,7 +186,7 @@ def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) 
 
 
 def _projection_faults(mixer: Mixer, decision: Decision) -> list[str]:
-    """What keeps a decision's projection from going into a mixer that is sliced by its selection."""
+    """Reasons why a decision's projection doesn't fit a mixer that is sliced by its selection."""
     if decision.projection is None:
         return []
     expected = (mixer.layout.n_groups, decision.selection.width, decision.width)

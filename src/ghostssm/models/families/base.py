@@ -22,7 +22,7 @@ class Family(Protocol):
 
     @property
     def cache_argument(self) -> str:
-        """What the model calls the cache that it takes and returns."""
+        """The name of the model's argument for its cache, and of the cache in its output."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class Family(Protocol):
         ...
 
     def serving_keys(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """What other engines read in config.json and transformers does not write there, with its values."""
+        """Entries that other engines read in config.json and transformers does not write there."""
         ...
 
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
@@ -131,10 +131,10 @@ def check_plain(model: nn.Module) -> None:
             )
     for mixer in mixers_of(model):
         for part, plain in (("in_proj", nn.Linear), ("conv1d", nn.Conv1d), ("out_proj", nn.Linear)):
-            found = getattr(mixer, part)
-            if type(found) is not plain:
+            layer = getattr(mixer, part)
+            if type(layer) is not plain:
                 raise ModelError(
-                    f"{mixer.name}.{part} is a {_full_name(found)}; expected torch's {plain.__name__} "
+                    f"{mixer.name}.{part} is a {_full_name(layer)}; expected torch's {plain.__name__} "
                     "with floating-point weights. Prune the unquantised model, then quantise the result."
                 )
 
@@ -152,8 +152,8 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
     """
     check_model(model)
     family = family_of(model.config)
-    found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
-    mixers = [mixer for mixer in found if mixer is not None]
+    of_blocks = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
+    mixers = [mixer for mixer in of_blocks if mixer is not None]
     if not mixers:
         raise ModelError(
             f"None of the {len(family.blocks(model))} layers of this {family.model_type} model is a Mamba-2 layer, "

@@ -102,10 +102,10 @@ class StockFamily:
         if missing:
             raise self._unknown_version(f"{type(module).__name__} has no {', '.join(missing)}")
         layout = _layout_of(module)
-        found = {"in_proj": module.in_proj.out_features, "conv1d": module.conv1d.out_channels}
+        rows = {"in_proj": module.in_proj.out_features, "conv1d": module.conv1d.out_channels}
         expected = {"in_proj": layout.in_proj_rows, "conv1d": layout.conv_dim}
-        if found != expected:
-            raise self._unknown_version(f"{name} has {found} rows, where its sizes imply {expected}")
+        if rows != expected:
+            raise self._unknown_version(f"{name} has {rows} rows, where its sizes imply {expected}")
         if module.activation not in ("silu", "swish"):
             raise ModelError(
                 f"The activation of {name} is {module.activation!r}; expected 'silu', as every published Mamba-2 has."
@@ -147,10 +147,10 @@ class StockFamily:
 
 def _find(module: nn.Module, path: str) -> Any:
     """What is at a dotted path, or None."""
-    found: Any = module
+    part: Any = module
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        part = getattr(part, name, None)
+    return part
 
 
 def _layout_of(mixer: Any) -> SSDLayout:
