@@ -86,13 +86,9 @@ class Results:
 
     def __init__(self, folder: Path | str, settings: Settings, texts: Mapping[str, Text]):
         self.path = Path(folder) / RESULTS_FILE
-        self._settings = {
-            "windows": settings.windows,
-            "text_windows": settings.text_windows,
-            "window_length": settings.window_length,
-            "seed": settings.seed,
-            **{f"{role}_sha256": text.fingerprint for role, text in texts.items()},
-        }
+        # A text is the same by its characters, whatever it is called.
+        numbers = {name: value for name, value in asdict(settings).items() if name not in ("calibration", "text")}
+        self._settings = numbers | {f"{role}_sha256": text.fingerprint for role, text in texts.items()}
         self._names = {f"{role}_text": text.name for role, text in texts.items()}
         self.models: dict[str, str] = {}
         self.cells: dict[Key, Measured] = {}
