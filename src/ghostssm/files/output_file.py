@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ghostssm.errors import OutputError
+from ghostssm.files.durable import synchronise
 
 
 class OutputFile:
@@ -40,7 +41,8 @@ class OutputFile:
         return self
 
     def commit(self) -> None:
-        """Put the finished file in its place, at one stroke."""
+        """Put the finished file, once it is on the disk, in its place, at one stroke."""
+        synchronise(self.partial)
         self.partial.replace(self.path)
 
     def __exit__(

@@ -78,7 +78,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Known:
-    """Evidence that is there already; to ask for what is None is a mistake in the method."""
+    """Evidence that was worked out before; a method that asks for what is None gets an InputError."""
 
     known_statistics: LayerStatistics | None = None
     known_samples: OutputSamples | None = None

@@ -13,11 +13,11 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ghostssm._version import __version__
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import storing
 
 if TYPE_CHECKING:
-    from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
-from ghostssm.report.figures import Figure
+    from ghostssm.report.figures import Figure
 
 
 @dataclass(frozen=True)
