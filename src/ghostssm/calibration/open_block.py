@@ -80,6 +80,7 @@ class OpenBlock(_WalkedBlock):
         super().__init__(walk, index, block, walk.family.mixer(block, index))
         self.original = original
         self._kept: dict[int, Streams] = {}
+        self._pruned: PrunedBlock | None = None
 
     def stored_mixer(self) -> Mixer:
         """The mixer as the model has it, in its own precision."""
@@ -165,7 +166,14 @@ class OpenBlock(_WalkedBlock):
         kept = {} if decision.changes else self._kept
         self.mixer, self._kept = None, {}
         pruned = replace(view, projection=decision.projection)
-        return PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+        self._pruned = PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+        return self._pruned
+
+    def close(self) -> None:
+        """Let go of all weights, also of those of the pruned block; neither of the two can be used any more."""
+        if self._pruned is not None:
+            vars(self._pruned).clear()
+        vars(self).clear()
 
     def _streams_of(self, number: int, hidden: Tensor) -> Streams:
         kept = self._kept.get(number)

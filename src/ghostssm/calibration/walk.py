@@ -78,7 +78,10 @@ class LayerWalk:
         """
         for index in range(first, len(self)):
             with self._source.opened(index) as original:
-                yield OpenBlock(self, index, original, copy.deepcopy(original).to(self.hidden.dtype))
+                block = OpenBlock(self, index, original, copy.deepcopy(original).to(self.hidden.dtype))
+                del original
+                yield block
+                block.close()  # the caller's variable still names it, and memory has room for one block
 
     def calls(self, index: int, block: nn.Module) -> Iterator[tuple[slice, partial[Any]]]:
         """For each batch its windows, and the call of a copy of block ``index`` with what reaches it."""

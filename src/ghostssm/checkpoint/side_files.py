@@ -51,10 +51,13 @@ class SideFiles:
         place = self.folder / ".unfinished"
 
         def written() -> None:
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
             place.mkdir()
             try:
                 write(place)
                 for path in place.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(self.folder / path.name, ignore_errors=True)
                     path.replace(self.folder / path.name)
             finally:
                 shutil.rmtree(place, ignore_errors=True)
