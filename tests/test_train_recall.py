@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import train_recall
 from associative_recall import IGNORED, associative_recall, recall_of
 from torch import Tensor
 
@@ -16,16 +16,14 @@ import ghostssm
 from ghostssm.errors import InputError
 from tests.conftest import tiny_model
 
-TOOL = Path(__file__).parents[1] / "tools" / "train_recall.py"
-
 
 @pytest.mark.slow
-def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path) -> None:
+def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ["--layers", "1", "--hidden-size", "32", "--head-dim", "8", "--state-size", "16"]
     task = ["--pairs", "4", "--keys", "10", "--values", "6"]
     run = ["--steps", "2", "--warmup", "1", "--batch", "4", "--no-compile"]
-    command = [sys.executable, str(TOOL), "--output", str(tmp_path / "model"), *sizes, *task, *run]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["train_recall", "--output", str(tmp_path / "model"), *sizes, *task, *run])
+    train_recall.main()
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["options"]["pairs"] == 4
     model = ghostssm.load(str(tmp_path / "model")).model
