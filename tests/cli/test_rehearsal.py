@@ -14,6 +14,7 @@ import torch
 
 import ghostssm
 from ghostssm.checkpoint import rehearsal, saving, side_files
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import GhostWarning, IncompleteError, ModelError, StorageError
 from ghostssm.plan.plan import Plan
 from tests.checkpoint.test_round_trip import pruned_checkpoint
@@ -179,7 +180,7 @@ SIDE_FILES: dict[str, tuple[Any, str]] = {
     "the tokenizer": (side_files, "carry_tokenizer"),
     "the plan": (Plan, "save"),
     "the model card": (saving, "write_card"),
-    "the manifest": (saving, "write_manifest"),
+    "the manifest": (Manifest, "write"),
 }
 """By what writes them."""
 
@@ -228,7 +229,7 @@ def test_a_probe_that_fails(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("ghostssm.checkpoint.saving.Probe.of", fails)
+    monkeypatch.setattr("ghostssm.checkpoint.saving.probed", fails)
     with pytest.raises(IncompleteError, match="- the probe: ") as caught:
         ghostssm.save(checkpoint, plan, tmp_path / "out")
     assert caught.value.folder == tmp_path / "out"
@@ -250,7 +251,7 @@ def test_a_full_disk_at_the_end_of_a_streamed_run_can_be_resumed(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ghostssm.streaming.run_folder.probe_of", full)
+        patch.setattr("ghostssm.checkpoint.saving.probed", full)
         with pytest.raises(StorageError, match=r"No space left on device.*--resume to go on"):
             prune_streamed(tmp_path / "out")
     assert not (tmp_path / "out").exists()

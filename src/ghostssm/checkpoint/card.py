@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.loading import empty_model
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, mixers_of
@@ -49,11 +50,12 @@ class Base:
         return cls(_readable(source.name, name), source.hub_id, _inherited(source, _metadata(source)))
 
     @classmethod
-    def of_pruned(cls, source: Source, facts: Mapping[str, Any]) -> Base:
-        """Of a checkpoint that ghostssm wrote: from its manifest's facts, and its card, which inherited the rest."""
-        metadata, named = _metadata(source), str(facts.get("base_model"))
+    def of_pruned(cls, source: Source, manifest: Manifest) -> Base:
+        """Of a checkpoint that ghostssm wrote: from its manifest, and its card, which inherited the rest."""
+        metadata = _metadata(source)
         hub_id = metadata.get("base_model")
         hub_id = hub_id if isinstance(hub_id, str) else None
+        named = manifest.base_model or hub_id or source.published_name
         return cls(_readable(named, hub_id or Path(named).name), hub_id, _inherited(source, metadata))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
-from ghostssm.checkpoint.manifest import write_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probing import probed
 from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
@@ -29,7 +29,6 @@ from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, family_of, mixers_of
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.units import one_or_all
 
 
 def save(
@@ -41,6 +40,7 @@ def save(
     overwrite: bool = False,
     untie: bool = False,
     measured: Measurement | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint whose model a plan was applied to.
 
@@ -50,7 +50,8 @@ def save(
 
     Args:
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no
-            tied heads. measured: goes into the card and the manifest.
+            tied heads. measured: goes into the card and the manifest. request: what was asked for, in JSON values that
+            name no place on this machine; goes into the manifest.
 
     Raises:
         InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
@@ -70,7 +71,7 @@ def save(
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
             fingerprint = checkpoint.source.fingerprint()
-            write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied)
+            write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied, request=request)
         folder.commit()
     files.raise_missing(folder.path)
     return folder.path
@@ -85,13 +86,14 @@ def write_beside_weights(
     fingerprint: str,
     untied: bool,
     *,
+    request: Mapping[str, Any] | None = None,
     rehearsal: bool = False,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
-        fingerprint: of the base model. untied: whether the config's head is tied no more. rehearsal: there are no
-            weights in the folder; what needs them is left out.
+        fingerprint: of the base model. untied: whether the config's head is tied no more. request: as `save`.
+        rehearsal: there are no weights in the folder; what needs them is left out.
 
     Raises:
         NumericalError: what the model in the folder makes of the probe's tokens is not finite.
@@ -105,14 +107,30 @@ def write_beside_weights(
             model_card(Base.of(source), model.config, plan, dialect, measured, untied=untied), place
         ),
     )
-    facts = _facts(checkpoint, plan, dialect, measured, fingerprint, untied)
-    probe, overflow = None, None
+    probe, overflow, lost = None, None, None
     if not rehearsal:
         probe, overflow = files.make("the probe", lambda: probed(files.folder)) or (None, None)
-        missing = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
-        facts |= {} if missing is None else {"left_out": missing.as_json()}
-    facts |= {"missing": list(files.missing)} if files.missing else {}
-    files.write("the manifest", lambda place: write_manifest(files.folder, facts, probe, overflow, place))
+        lost = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
+    manifest = Manifest(
+        ghostssm=__version__,
+        base_model=source.published_name,
+        base_model_sha256=fingerprint,
+        dialect=dialect,
+        untied_head=untied,
+        method=plan.method,
+        state_size_before=plan.state_size,
+        state_size_after=plan.state_sizes[0] if len(set(plan.state_sizes)) == 1 else plan.state_sizes,
+        options=plan.provenance,
+        request=request,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        measured=measured,
+        left_out=lost,
+        missing=tuple(files.missing),
+        overflow=overflow,
+        probe=probe,
+    )
+    files.write("the manifest", lambda place: manifest.write(files.folder, place))
 
 
 def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
@@ -224,30 +242,3 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
     finally:
         head.weight = shared
         config.tie_word_embeddings = True
-
-
-def _facts(
-    checkpoint: Checkpoint | StreamedCheckpoint,
-    plan: Plan,
-    dialect: Dialect,
-    measured: Measurement | None,
-    fingerprint: str,
-    untied: bool,
-) -> dict[str, Any]:
-    source = checkpoint.source
-    return {
-        "ghostssm": __version__,
-        "base_model": source.published_name,
-        "base_model_sha256": fingerprint,
-        "dialect": dialect,
-        "untied_head": untied,
-        "method": plan.method,
-        "state_size": {
-            "before": plan.state_size,
-            "after": one_or_all(plan.state_sizes),
-        },
-        "options": {} if plan.provenance is None else plan.provenance.as_json(),
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "device": str(checkpoint.model.device),
-        **({} if measured is None else {"measured": measured.as_json()}),
-    }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ghostssm
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome
 from ghostssm.errors import GhostError
@@ -18,7 +18,7 @@ from ghostssm.units import text_name
 
 def may_be_finished(output: Path) -> bool:
     """Whether an output is there and no run is under way that would write it."""
-    return (output / MANIFEST_FILE).is_file() and not run_folder_of(output).exists()
+    return Manifest.is_in(output) and not run_folder_of(output).exists()
 
 
 def finished_outcome(
@@ -31,23 +31,24 @@ def finished_outcome(
     """
     folder = Path(job.output)
     try:
-        manifest = read_manifest(folder)
-        found = {
-            "base": manifest["base_model_sha256"],
-            "dialect": manifest["dialect"],
-            "method": manifest["method"],
-            "state_size": manifest["options"]["requested_state_size"],
-            "groups": manifest["options"]["groups"],
-            "seed": manifest["options"]["seed"],
-            "tokens": manifest["options"]["calibration"]["tokens_sha256"],
-        }
-        measured = Measurement.from_json(manifest.get("measured"))
+        manifest = Manifest.read(folder)
         plan = ghostssm.Plan.read(folder, changes=False)
-    except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
+    except GhostError:  # not a folder of ours, or a broken one
         return None
-    if found != _wanted(job, base_fingerprint, windows) or not _covers(measured, held_out):
+    if (made := manifest.options) is None:
         return None
-    return Outcome(folder, plan, measured)
+    found = {
+        "base": manifest.base_model_sha256,
+        "dialect": manifest.dialect,
+        "method": manifest.method,
+        "state_size": made.requested_state_size,
+        "groups": made.groups,
+        "seed": made.seed,
+        "tokens": made.calibration.tokens_sha256,
+    }
+    if found != _wanted(job, base_fingerprint, windows) or not _covers(manifest.measured, held_out):
+        return None
+    return Outcome(folder, plan, manifest.measured)
 
 
 def _wanted(job: Job, base_fingerprint: str, windows: ghostssm.Windows) -> Mapping[str, Any]:

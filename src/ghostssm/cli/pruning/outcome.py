@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.checkpoint.left_out import LeftOut
-from ghostssm.checkpoint.manifest import read_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 from ghostssm.plan.measurement import Measurement
@@ -38,7 +38,7 @@ def print_outcome(outcome: Outcome, address: str | None, seconds: float, as_json
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
     found = ghostssm.describe(str(outcome.written))
-    missing = LeftOut.from_json(read_manifest(outcome.written).get("left_out"))
+    missing = Manifest.read(outcome.written).left_out or LeftOut()
     before = found.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:
