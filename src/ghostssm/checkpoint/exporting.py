@@ -9,12 +9,13 @@ from typing import Any
 
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probing import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
-from ghostssm.checkpoint.source import Dialect, find_source
+from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
@@ -30,12 +31,12 @@ def export_checkpoint(
     checkpoint: Checkpoint,
     output: Path | str | OutputFolder,
     *,
-    dialect: Dialect = "transformers",
+    dialect: str = "transformers",
     untie: bool = False,
     with_tokenizer: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint's model as it is in memory, in either dialect, with what else its folder held.
+    """Write a checkpoint's model as it is in memory, in any dialect, with what else its folder held.
 
     Tokenizer, generation config, licence and plan go along. Of a pruned checkpoint model card and ``ghostssm.json``
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
@@ -50,7 +51,7 @@ def export_checkpoint(
         StorageError: writing failed, for example on a full disk; nothing is left behind.
         NumericalError: as `ghostssm.save`, which see for PrecisionWarning too.
     """
-    if dialect != "transformers":
+    if not dialect_named(dialect).holds_own_class:
         require_stock(checkpoint, f"The {dialect} dialect")
     saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False, untie=untie)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
@@ -111,7 +112,7 @@ def _forget_place(provenance: Any) -> bool:
     return True
 
 
-def _manifest(checkpoint: Checkpoint, dialect: Dialect, untied: bool) -> Manifest | None:
+def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | None:
     """The manifest of a pruned checkpoint, brought up to date; others have none."""
     if not Manifest.is_in(checkpoint.source.folder):
         return None
@@ -126,7 +127,7 @@ def _manifest(checkpoint: Checkpoint, dialect: Dialect, untied: bool) -> Manifes
     )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, dialect: Dialect, manifest: Manifest | None) -> None:
+def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None) -> None:
     """A card of what is written where a plan and a manifest say what it is, else the model's own."""
     source = checkpoint.source
     if manifest is not None and (source.folder / PLAN_FILE).is_file():

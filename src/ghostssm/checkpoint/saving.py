@@ -12,21 +12,20 @@ import torch
 from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
-from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probing import probed
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
-from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_folder import OutputFolder, storing
-from ghostssm.models.families import family_named, family_of, mixers_of
+from ghostssm.models.families import family_named, mixers_of
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 
@@ -36,7 +35,7 @@ def save(
     plan: Plan,
     output: Path | str | OutputFolder,
     *,
-    dialect: Dialect = "transformers",
+    dialect: str = "transformers",
     overwrite: bool = False,
     untie: bool = False,
     measured: Measurement | None = None,
@@ -81,7 +80,7 @@ def write_beside_weights(
     files: SideFiles,
     checkpoint: Checkpoint | StreamedCheckpoint,
     plan: Plan,
-    dialect: Dialect,
+    dialect: str,
     measured: Measurement | None,
     fingerprint: str,
     untied: bool,
@@ -133,30 +132,31 @@ def write_beside_weights(
     files.write("the manifest", lambda place: manifest.write(files.folder, place))
 
 
-def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
-    """The config with every value written out, so that engines whose defaults differ read the same model.
+def write_config(
+    model: PreTrainedModel, folder: Path, source: Source | None = None, dialect: str = "transformers"
+) -> None:
+    """Write config.json in a dialect.
 
-    It counts layers that transformers' class does not load only where they are carried over from a source.
+    Args:
+        source: that the model came from, if what transformers' class does not load is carried over.
     """
-    model.config.architectures = [type(model).__name__]
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    base = source.config if source is not None and source.dialect == dialect else None
+    carried = source is not None and bool(carried_tensors(model, source))
+    config = dialect_named(dialect).from_transformers(model, base, carried)
     config.pop("_name_or_path", None)  # where the base model lay on this disk
-    family = family_of(model.config)
-    config = family.published_form(model.config, config)
-    if family.unread_layers_keys:
-        count, *others = family.unread_layers_keys
-        carried = source is not None and carried_tensors(model, source)
-        config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
-    """Raise InputError unless a dialect has a model class for the result, and a choice where the head is stored."""
-    if dialect != "transformers" and family_named(model_type).is_hybrid:
+def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
+    """Raise InputError unless there is such a dialect, with a model class for the result, and a choice of the head."""
+    written = dialect_named(dialect)
+    if not written.holds_hybrids and family_named(model_type).is_hybrid:
         raise InputError(f"The {dialect} dialect has no {model_type} models; expected the transformers dialect.")
-    if untie and dialect == "mamba_ssm":
-        raise InputError("--untie is for the transformers dialect; the mamba_ssm dialect always stores lm_head.weight.")
-    if needs_own_class and dialect != "transformers":
+    if untie and not written.ties_heads:
+        raise InputError(
+            f"--untie is for the transformers dialect; the {dialect} dialect always stores lm_head.weight."
+        )
+    if needs_own_class and not written.holds_own_class:
         raise InputError(
             f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "
             "transformers dialect, or a method and options that keep the stock class."
@@ -174,48 +174,18 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+def write_model(checkpoint: Checkpoint, folder: Path, dialect: str) -> None:
     """Write config and weights in a dialect.
 
     Raises:
         NumericalError: NaN or Inf in a weight; nothing was written.
     """
-    model = checkpoint.model
+    model, written = checkpoint.model, dialect_named(dialect)
     check_writable(model.state_dict())
-    if dialect == "transformers":
-        with quiet_transformers(), _without_generation_config(model):
-            model.save_pretrained(folder)
-            add_carried(model, checkpoint.source, folder)
-    else:
-        torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
-    write_dialect_config(checkpoint, folder, dialect)
-
-
-@contextmanager
-def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context transformers saves none: it refuses some that are published, and changes others."""
-    model.can_generate = lambda: False
-    try:
-        yield
-    finally:
-        del model.can_generate
-
-
-def write_dialect_config(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path, dialect: Dialect) -> None:
-    """Write config.json in a dialect."""
-    model = checkpoint.model
-    if dialect == "transformers":
-        write_config(model, folder, checkpoint.source)
-        return
-    if checkpoint.source.dialect == "mamba_ssm":
-        own = {key: value for key, value in checkpoint.source.config.items() if key in mamba_ssm.CONFIG_KEYS}
-        config = own | {"ssm_cfg": own["ssm_cfg"] | {"d_state": model.config.state_size}}
-        if not model.config.tie_word_embeddings:
-            config["tie_embeddings"] = False
-    else:
-        config = mamba_ssm.from_transformers_config(model.config)
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    written.write_weights(model, folder)
+    if written.keeps_unread:
+        add_carried(model, checkpoint.source, folder)
+    write_config(model, folder, checkpoint.source, dialect)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 import ghostssm
 from ghostssm.checkpoint.manifest import PAGE_FILE
 from ghostssm.checkpoint.rehearsal import rehearse_save
-from ghostssm.checkpoint.source import Dialect
 from ghostssm.cli.console import progress_reporter
 from ghostssm.cli.pruning.job import Job
 from ghostssm.cli.pruning.outcome import Outcome, note_renamed_class
@@ -25,7 +24,7 @@ from ghostssm.report.record import Record, WindowLosses
 def prune_in_memory(
     job: Job,
     folder: OutputFolder,
-    dialect: Dialect,
+    dialect: str,
     *,
     untie: bool,
     report_batches: Sequence[int],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ghostssm
 from ghostssm.calibration.processes import Processes, own_device
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.cli.console import note, progress_reporter
 from ghostssm.cli.pruning.finished import finished_outcome, may_be_finished
 from ghostssm.cli.pruning.job import Job
@@ -24,7 +25,7 @@ def check_not_shared() -> None:
 
 def check_streamed_options(dialect: str, max_excess_loss: float | None, untie: bool, report: bool) -> None:
     """Raise InputError for what needs the whole model at once."""
-    if dialect != "transformers":
+    if not dialect_named(dialect).is_streamed:
         raise InputError(
             f"The {dialect} dialect has all weights in one file, which --stream can't write; expected the transformers "
             "dialect."
