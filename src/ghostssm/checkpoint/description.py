@@ -14,6 +14,7 @@ from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 
 
@@ -107,7 +108,7 @@ def describe(spec: str) -> Description:
 
 def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
     """Whether the weight files hold a head with values of its own, which the config ties; it then says so no more."""
-    ties = model.all_tied_weights_keys
+    ties = tied_weights(model)
     if not ties:
         return False
     try:

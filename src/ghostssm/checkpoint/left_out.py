@@ -15,6 +15,7 @@ from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
+from ghostssm.models.transformers_private import tied_weights
 
 _LISTED = 3
 # Names in older configs, to those that transformers gives the same values now.
@@ -123,7 +124,7 @@ def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
     before, after = stored_names(source.folder, dialect_named(source.dialect)), stored_names(folder, dialect)
     written = places_of_parameters(model, after.values())
-    ties = model.all_tied_weights_keys.items()
+    ties = tied_weights(model).items()
     shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in written}
     lost = {
         name

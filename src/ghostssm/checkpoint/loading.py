@@ -19,13 +19,13 @@ from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, che
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.transformers_private import quiet_transformers
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")

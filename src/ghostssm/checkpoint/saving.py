@@ -26,6 +26,7 @@ from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 
@@ -199,7 +200,7 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
     if not wanted or not has_tied_head(model):
         yield False
         return
-    tied = dict(model.all_tied_weights_keys)
+    tied = tied_weights(model)
     if len(tied) != 1:
         raise InputError(
             f"--untie is for models that share nothing but the head's weight; this one shares {', '.join(tied)}."

@@ -23,10 +23,10 @@ from transformers import (
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
+from ghostssm.models.transformers_private import quiet_transformers
 
 _FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"

@@ -19,6 +19,7 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors, write_index
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
+from ghostssm.models.transformers_private import left_in_files
 
 _SHARD_BYTES = 1 << 30
 """Of tensors that are copied together: about what a block has where models are streamed."""
@@ -45,7 +46,7 @@ def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredT
     computed anew, are no such weights. Layers with Mamba-2 mixers of another state size than the model now has would
     fit no engine, so none of the layers is carried over then.
     """
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    patterns = left_in_files(model)
     if not dialect_named(source.dialect).keeps_unread or not patterns:
         return {}
     stored = stored_tensors(source.folder)

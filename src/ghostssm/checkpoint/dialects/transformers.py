@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ghostssm.checkpoint.dialects.base import Dialect
 from ghostssm.checkpoint.dialects.mamba_ssm import CONFIG_KEYS
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_named, family_of
+from ghostssm.models.transformers_private import quiet_transformers
 
 _OTHER_MAMBAS = {
     "mamba": "Mamba-1",
