@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ghostssm.models.registration import register_with_transformers
+from ghostssm.models.registration import check_transformers, register_with_transformers
 
 if TYPE_CHECKING:
     from ghostssm._api import *
@@ -89,6 +89,7 @@ def __getattr__(name: str) -> Any:
     """Import the library at first use: PyTorch takes seconds, and ``ghostssm --help`` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module 'ghostssm' has no attribute {name!r}")
+    check_transformers()
     from ghostssm import _api
 
     return getattr(_api, name)

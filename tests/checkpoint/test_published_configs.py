@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ghostssm
-from ghostssm.checkpoint.mamba_ssm import CONFIG_KEYS
+from ghostssm.checkpoint.dialects.mamba_ssm import CONFIG_KEYS
 from ghostssm.errors import ModelError
 from tests.checkpoint.test_bad_checkpoints import FolderOf, edit_config
 from tests.checkpoint.test_round_trip import THEIR_SIZES, mamba_ssm_folder, pruned_checkpoint

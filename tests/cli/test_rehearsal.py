@@ -14,6 +14,7 @@ import torch
 
 import ghostssm
 from ghostssm.checkpoint import rehearsal, saving, side_files
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import GhostWarning, IncompleteError, ModelError, StorageError
 from ghostssm.plan.plan import Plan
 from tests.checkpoint.test_round_trip import pruned_checkpoint
@@ -179,7 +180,7 @@ SIDE_FILES: dict[str, tuple[Any, str]] = {
     "the tokenizer": (side_files, "carry_tokenizer"),
     "the plan": (Plan, "save"),
     "the model card": (saving, "write_card"),
-    "the manifest": (saving, "write_manifest"),
+    "the manifest": (Manifest, "write"),
 }
 """By what writes them."""
 

@@ -14,8 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from ghostssm._version import __version__
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.loading import empty_model
-from ghostssm.checkpoint.source import REFERENCE, Dialect, Source
+from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.source import REFERENCE, Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
 from ghostssm.plan.measurement import Measurement, Searched
@@ -24,7 +26,6 @@ from ghostssm.units import sizes_text, text_name
 
 CARD_FILE = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
-_LIBRARIES: dict[Dialect, str] = {"transformers": "transformers", "mamba_ssm": "mamba-ssm"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Base:
         return cls(_readable(source.name, name), source.hub_id, _inherited(source, _metadata(source)))
 
     @classmethod
-    def of_pruned(cls, source: Source, facts: Mapping[str, Any]) -> Base:
-        """Of a checkpoint that ghostssm wrote: from its manifest's facts, and its card, which inherited the rest."""
-        metadata, named = _metadata(source), str(facts.get("base_model"))
+    def of_pruned(cls, source: Source, manifest: Manifest) -> Base:
+        """Of a checkpoint that ghostssm wrote: from its manifest, and its card, which inherited the rest."""
+        metadata = _metadata(source)
         hub_id = metadata.get("base_model")
         hub_id = hub_id if isinstance(hub_id, str) else None
+        named = manifest.base_model or hub_id or source.published_name
         return cls(_readable(named, hub_id or Path(named).name), hub_id, _inherited(source, metadata))
 
 
@@ -81,7 +83,7 @@ def model_card(
     base: Base,
     config: PreTrainedConfig,
     plan: Plan,
-    dialect: Dialect,
+    dialect: str,
     measured: Measurement | None,
     *,
     untied: bool,
@@ -92,12 +94,13 @@ def model_card(
         config: as it is stored: the state may be padded since, and the head be tied no more.
         untied: whether the base model ties the head that the config does not.
     """
+    written = dialect_named(dialect)
     data = ModelCardData(
         **base.inherited,
         base_model=base.hub_id,
         # Of the relations that the Hub knows the one that fits: changed weights in full.
         base_model_relation="finetune" if base.hub_id else None,
-        library_name=_LIBRARIES[dialect],
+        library_name=written.library,
         pipeline_tag="text-generation",
         tags=["mamba2", "state-space-model", "pruned", "ghostssm"],
     )
@@ -106,7 +109,7 @@ def model_card(
         _summary(base, config, plan, untied),
         _origin(plan),
         _measured(measured, None if plan.provenance is None else plan.provenance.search),
-        _loading(own_class, dialect),
+        f"## How to load\n\n{written.how_to_load(own_class)}",
         _engines(config, own_class, dialect),
         _licence(base.inherited),
     ]
@@ -193,25 +196,7 @@ def _measured(measured: Measurement | None, searched: Searched | None) -> str:
     return "\n\n".join(parts)
 
 
-def _loading(own_class: bool, dialect: Dialect) -> str:
-    if dialect == "mamba_ssm":
-        return (
-            "## How to load\n\n```python\n"
-            "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
-            'model = MambaLMHeadModel.from_pretrained("PATH")\n```'
-        )
-    trust = ", trust_remote_code=True" if own_class else ""
-    return (
-        "## How to load\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})\n```\n\n'
-        "PATH is this folder or the name of its repository."
-        " transformers 5 is needed, ghostssm is not." + (" The model class comes with it." if own_class else "")
-    )
-
-
-def _engines(config: PreTrainedConfig, own_class: bool, dialect: Dialect) -> str:
+def _engines(config: PreTrainedConfig, own_class: bool, dialect: str) -> str:
     family = family_of(config)
     advice = advise(
         family.layout(config),

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import number_faults
+from ghostssm.models.transformers_private import rotary_types
 
 MOST_LAYERS = 4096
 MOST_MODULES = 100_000
@@ -88,7 +88,7 @@ def with_floats(values: dict[str, Any], config_class: type[PreTrainedConfig]) ->
     JSON writers make 1 of 1.0, which transformers' classes refuse, and 100000000000 of 1e11, which is no size.
     """
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
-    types = {**RopeParameters.__annotations__, **fields}
+    types = {**rotary_types(), **fields}
     names = {name for name, kind in types.items() if re.search(r"\bfloat\b", str(kind)) and "int" not in str(kind)}
     return {key: _as_floats(value, names, key in names) for key, value in values.items()}
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
-from ghostssm.checkpoint.manifest import read_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 
 
@@ -108,7 +108,7 @@ def describe(spec: str) -> Description:
 
 def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
     """Whether the weight files hold a head with values of its own, which the config ties; it then says so no more."""
-    ties = model.all_tied_weights_keys
+    ties = tied_weights(model)
     if not ties:
         return False
     try:
@@ -124,19 +124,11 @@ def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
 def _pruning(folder: Path, layers: int) -> Pruning | None:
     """What a folder's manifest says; None if there is none, or one that does not: it may be anybody's."""
     try:
-        facts = read_manifest(folder)
+        found = Manifest.read(folder)
     except ModelError:
         return None
-    method, sizes = facts.get("method"), facts.get("state_size")
-    if not isinstance(sizes, dict):
+    before, after = found.state_size_before, found.state_size_after
+    if found.method is None or before is None or after is None:
         return None
-    before: Any = sizes.get("before")
-    after: Any = sizes.get("after")
-    kept = after if isinstance(after, list) else [after] * layers
-    if not isinstance(method, str) or len(kept) != layers or not all(_is_size(size) for size in (before, *kept)):
-        return None
-    return Pruning(method, before, tuple(kept), Measurement.from_json(facts.get("measured")))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    kept = (after,) * layers if isinstance(after, int) else after
+    return Pruning(found.method, before, kept, found.measured) if len(kept) == layers else None

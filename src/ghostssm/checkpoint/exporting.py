@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +9,19 @@ from typing import Any
 
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probing import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
-from ghostssm.checkpoint.source import Dialect, find_source, is_hub_id
+from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
-from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.units import text_name
 
@@ -31,12 +30,12 @@ def export_checkpoint(
     checkpoint: Checkpoint,
     output: Path | str | OutputFolder,
     *,
-    dialect: Dialect = "transformers",
+    dialect: str = "transformers",
     untie: bool = False,
     with_tokenizer: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint's model as it is in memory, in either dialect, with what else its folder held.
+    """Write a checkpoint's model as it is in memory, in any dialect, with what else its folder held.
 
     Tokenizer, generation config, licence and plan go along. Of a pruned checkpoint model card and ``ghostssm.json``
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
@@ -51,7 +50,7 @@ def export_checkpoint(
         StorageError: writing failed, for example on a full disk; nothing is left behind.
         NumericalError: as `ghostssm.save`, which see for PrecisionWarning too.
     """
-    if dialect != "transformers":
+    if not dialect_named(dialect).holds_own_class:
         require_stock(checkpoint, f"The {dialect} dialect")
     saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False, untie=untie)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
@@ -60,13 +59,13 @@ def export_checkpoint(
         carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), files)
         files.write("the plan", lambda place: _carry_plan(checkpoint.source.folder, place))
         with saving.untied_head(checkpoint.model, untie) as untied:
-            facts = _facts(checkpoint, dialect, untied)
-            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, facts))
+            manifest = _manifest(checkpoint, dialect, untied)
+            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest))
             saving.write_model(checkpoint, folder.partial, dialect)
-        if facts is not None:
-            missing = LeftOut.from_json(facts.get("left_out"))
-            missing |= left_out(checkpoint.source, checkpoint.model, folder.partial)
-            write_manifest(folder.partial, facts | {"left_out": missing.as_json()}, *probed(folder.partial))
+        if manifest is not None:
+            lost = (manifest.left_out or LeftOut()) | left_out(checkpoint.source, checkpoint.model, folder.partial)
+            probe, overflow = probed(folder.partial)
+            replace(manifest, left_out=lost, probe=probe, overflow=overflow).write(folder.partial)
         else:
             overflow_in(open_blocks(find_source(str(folder.partial))))
         folder.commit()
@@ -98,48 +97,41 @@ def _carry_plan(folder: Path, place: Path) -> None:
             copy_file(folder / name, place)
     if (place / PLAN_FILE).is_file():
         document = read_json_object(place / PLAN_FILE, PlanError)
-        if (published := _without_places(document)) != document:
-            (place / PLAN_FILE).write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
+        if _forget_place(document.get("provenance")):
+            (place / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _without_places(document: dict[str, Any]) -> dict[str, Any]:
-    """A plan or manifest with names where earlier releases wrote where base model and texts lay on a machine."""
-    document = copy.deepcopy(document)
-    base = document.get("base_model")
-    if isinstance(base, str) and not is_hub_id(base):
-        document["base_model"] = text_name(base)
-    made = [
-        options.get("calibration")
-        for key in ("options", "provenance")
-        if isinstance(options := document.get(key), dict)
-    ]
-    for part in (document.get("measured"), *made):
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            part["text"] = text_name(part["text"])
-    return document
+def _forget_place(provenance: Any) -> bool:
+    """Put a name where earlier releases wrote where a text lay on a machine; gives whether there was one."""
+    made = provenance.get("calibration") if isinstance(provenance, dict) else None
+    text = made.get("text") if isinstance(made, dict) else None
+    if not isinstance(text, str) or text == text_name(text):
+        return False
+    provenance["calibration"]["text"] = text_name(text)
+    return True
 
 
-def _facts(checkpoint: Checkpoint, dialect: Dialect, untied: bool) -> dict[str, Any] | None:
+def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | None:
     """The manifest of a pruned checkpoint, brought up to date; others have none."""
-    if not (checkpoint.source.folder / MANIFEST_FILE).is_file():
+    if not Manifest.is_in(checkpoint.source.folder):
         return None
-    facts = _without_places(read_manifest(checkpoint.source.folder))
+    found = Manifest.read(checkpoint.source.folder).published()
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
-    return facts | {
-        "dialect": dialect,
-        "untied_head": untied or facts.get("untied_head") is True,
-        "stored_state_size": sizes[0] if len(sizes) == 1 else sizes,
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-    }
+    return replace(
+        found,
+        dialect=dialect,
+        untied_head=untied or found.untied_head,
+        stored_state_size=sizes[0] if len(sizes) == 1 else tuple(sizes),
+        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+    )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, dialect: Dialect, facts: dict[str, Any] | None) -> None:
+def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None) -> None:
     """A card of what is written where a plan and a manifest say what it is, else the model's own."""
     source = checkpoint.source
-    if facts is not None and (source.folder / PLAN_FILE).is_file():
+    if manifest is not None and (source.folder / PLAN_FILE).is_file():
         plan = Plan.read(source.folder, changes=False)
-        measured = Measurement.from_json(facts.get("measured"))
-        base, untied = Base.of_pruned(source, facts), facts["untied_head"]
-        write_card(model_card(base, checkpoint.model.config, plan, dialect, measured, untied=untied), folder)
+        base, config, untied = Base.of_pruned(source, manifest), checkpoint.model.config, manifest.untied_head
+        write_card(model_card(base, config, plan, dialect, manifest.measured, untied=untied), folder)
     elif (source.folder / CARD_FILE).is_file():
         copy_file(source.folder / CARD_FILE, folder)

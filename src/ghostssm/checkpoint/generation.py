@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ghostssm.checkpoint.config_checks import without_acting_entries
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.errors import GhostWarning, ModelError
 from ghostssm.files.reading import read_json_object
+from ghostssm.models.transformers_private import quiet_transformers
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

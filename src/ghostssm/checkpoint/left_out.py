@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
 from ghostssm.checkpoint.naming import places_of_parameters
-from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
+from ghostssm.models.transformers_private import tied_weights
 
 _LISTED = 3
 # Names in older configs, to those that transformers gives the same values now.
@@ -46,7 +47,7 @@ class LeftOut:
 
     Attributes:
         tensors: names in the source's weight files.
-        config_keys: of its config.json; those within ``ssm_cfg`` as ``ssm_cfg.NAME``.
+        config_keys: of its config.json; those within ``ssm_cfg``, for example, as ``ssm_cfg.NAME``.
         zeroed: keys that are 0 in what is written, since the layers that they count are not in it.
     """
 
@@ -88,12 +89,11 @@ def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
         model: as it was written.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    dialect: Dialect = "mamba_ssm" if "ssm_cfg" in config else "transformers"
-    implied = mamba_ssm.IMPLIED_KEYS if dialect == "mamba_ssm" else ()
+    dialect = dialect_named(dialect_of(config, folder))
     counts = family_of(model.config).unread_layers_keys[:1]
     return LeftOut(
         tensors=_tensors_left_out(source, model, folder, dialect),
-        config_keys=keys_left_out(source, model.config, (*_flat(config), *implied)),
+        config_keys=keys_left_out(source, model.config, (*_flat(config), *dialect.implied_keys)),
         zeroed=tuple(key for key in counts if source.config.get(key) and not config.get(key)),
     )
 
@@ -105,8 +105,10 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
         config: of the model, whose class knows other names for some keys.
     """
 
+    translated = translated_keys()
+
     def meant(key: str) -> str:
-        key = mamba_ssm.TRANSLATED_KEYS.get(key, key)
+        key = translated.get(key, key)
         return str(config.attribute_map.get(key, _OLDER_KEYS.get(key, key)))
 
     names = set(written)
@@ -116,13 +118,13 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return tuple(unread_names(model, stored_names(source.folder, source.dialect)))
+    return tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
-    before, after = stored_names(source.folder, source.dialect), stored_names(folder, dialect)
+    before, after = stored_names(source.folder, dialect_named(source.dialect)), stored_names(folder, dialect)
     written = places_of_parameters(model, after.values())
-    ties = model.all_tied_weights_keys.items()
+    ties = tied_weights(model).items()
     shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in written}
     lost = {
         name
@@ -134,10 +136,10 @@ def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dial
 
 
 def _flat(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a config, with those in ``ssm_cfg`` one by one."""
-    inner = config.get("ssm_cfg")
-    nested = [f"ssm_cfg.{key}" for key in inner] if isinstance(inner, dict) else []
-    return [*(key for key in config if key != "ssm_cfg"), *nested]
+    """The keys of a config, with those in objects of which a dialect translates keys one by one."""
+    objects = {key.partition(".")[0] for key in translated_keys() if "." in key}
+    nested = [f"{key}.{inner}" for key in objects if isinstance(config.get(key), dict) for inner in config[key]]
+    return [*(key for key in config if key not in objects), *nested]
 
 
 def _list(value: Any) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Load a checkpoint of either dialect into transformers' own model class, checked before and after."""
+"""Load a checkpoint of any dialect into transformers' own model class, checked before and after."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.transformers_private import quiet_transformers
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -33,13 +33,6 @@ _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config
 _WIDEN = f"Convert the model to a dtype with a wider range first, `{CONVERT}` (or f32), and take that."
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
-_OTHER_MAMBAS = {
-    "mamba": "Mamba-1",
-    "falcon_mamba": "Mamba-1 (FalconMamba)",
-    "jamba": "Mamba-1 (Jamba)",
-    "zamba": "Mamba-1 (Zamba)",
-    "mamba3": "Mamba-3",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def load(
     device: str | torch.device = "cpu",
     tokenizer: str | None = None,
 ) -> Checkpoint:
-    """Load a model: a hub id, a local folder in either dialect, or ``reference``.
+    """Load a model: a hub id, a local folder in any dialect, or ``reference``.
 
     Args:
         dtype: of the weights in memory; None keeps the stored one.
@@ -133,20 +126,12 @@ def model_config(source: Source) -> PreTrainedConfig:
         ModelError: not a Mamba-2 model, a quantised one, or sizes that contradict each other.
     """
     file = source.folder / "config.json"
-    if source.dialect == "mamba_ssm":
-        return mamba_ssm.to_transformers_config(checked_config(source.config, str(file)))
-    model_type = source.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(
-            f"{file} has neither a model_type nor an ssm_cfg; expected the config of a "
-            "Mamba-2 model in the transformers or the mamba_ssm dialect."
-        )
-    if model_type in _OTHER_MAMBAS:
-        raise ModelError(f"{source.name} is a {_OTHER_MAMBAS[model_type]} model; ghostssm prunes Mamba-2 layers only.")
     _check_unquantised(source)
+    translated = dialect_named(source.dialect).to_transformers(source.config, str(file))
+    model_type = translated["model_type"]
     family = family_named(model_type)
     config_class = type(AutoConfig.for_model(model_type))
-    values = checked_config(mamba_ssm.without_their_keys(source.config, config_class), str(file), config_class)
+    values = checked_config(translated, str(file), config_class)
     try:
         with quiet_transformers():
             config = config_class.from_dict(values)
@@ -195,9 +180,8 @@ def checked_tensors(source: Source, config: PreTrainedConfig) -> dict[str, Store
     Raises:
         ModelError: names and shapes other than the config implies.
     """
-    stored = stored_tensors(source.folder)
-    if source.dialect == "mamba_ssm":
-        stored = {mamba_ssm.to_transformers_name(name): value for name, value in stored.items()}
+    dialect = dialect_named(source.dialect)
+    stored = {dialect.to_transformers_name(name): value for name, value in stored_tensors(source.folder).items()}
     model = empty_model(config, _MODULES_PER_TENSOR * (len(stored) + 1))
     places = places_of(model, stored)
     for name in ignored_names(model, places):

@@ -9,19 +9,12 @@ fault here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.models.transformers_private import as_stored, loaded_names, tied_weights, without_ignored
 
 
 class Place(NamedTuple):
@@ -40,18 +33,10 @@ class Place(NamedTuple):
 
 def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
     """Stored name to place, which need not be a part of the model."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    places = {}
-    for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if parameter not in state and name in state:
-            parameter, pattern = rename_source_key(name, [], [], prefix, state)
-        numbers = tuple(filter(str.isdecimal, name.split("."))) if pattern else ()
-        places[name] = Place(parameter, pattern, numbers)
-    return places
+    return {
+        name: Place(parameter, pattern, tuple(filter(str.isdecimal, name.split("."))) if pattern else ())
+        for name, (parameter, pattern) in loaded_names(model, names).items()
+    }
 
 
 def places_of_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
@@ -70,9 +55,7 @@ def ignored_names(model: PreTrainedModel, places: Mapping[str, Place]) -> set[st
     """Stored names without a place that transformers' rules ignore."""
     state = model.state_dict()
     surplus = {place.parameter for place in places.values()} - state.keys()
-    report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(surplus))
-    model._adjust_missing_and_unexpected_keys(report)
-    ignored = surplus - report.unexpected_keys
+    ignored = surplus - without_ignored(model, surplus)
     return {name for name, place in places.items() if place.parameter in ignored}
 
 
@@ -80,7 +63,7 @@ def naming_faults(model: PreTrainedModel, stored: Mapping[str, StoredTensor], pl
     """Every way in which stored tensors contradict the names and shapes of a model, on any device."""
     state = model.state_dict()
     # The second form is how transformers would write the model: of older or merged layouts, where it knows some.
-    forms = (state, revert_weight_conversion(model, state))
+    forms = (state, as_stored(model, state))
     expected: dict[Place, tuple[str, tuple[int, ...]]] = {}
     converted = {place.parameter for place in places.values() if place.pattern}
     # The form that the file has most names of comes last, and so names what is missing.
@@ -100,7 +83,7 @@ def naming_faults(model: PreTrainedModel, stored: Mapping[str, StoredTensor], pl
             wrong.append(f"{name} has shape {shape} in {file}, but the config implies {expected[place][1]}")
         held.setdefault(place, name)
     parameters = {place.parameter for place in held}
-    ties = model.all_tied_weights_keys.items()
+    ties = tied_weights(model).items()
     shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in parameters}
     missing = [
         f"{name} {shape} is missing"

@@ -15,7 +15,6 @@ import torch
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.side_files import SideFiles
-from ghostssm.checkpoint.source import Dialect
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import OutputError
 from ghostssm.files.output_folder import OutputFolder, storing
@@ -25,7 +24,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.units import bytes_text
 
 
-def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: Dialect, untie: bool) -> None:
+def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, untie: bool) -> None:
     """Do what `ghostssm.save` will do with a pruned model, but for its weights; nothing is left behind.
 
     Raises:
@@ -52,12 +51,10 @@ def rehearse_run(folder: Path, output: Path, checkpoint: StreamedCheckpoint, tok
         rehearse_side_files(Path(place), checkpoint, "transformers", untied=False)
 
 
-def rehearse_side_files(
-    place: Path, checkpoint: Checkpoint | StreamedCheckpoint, dialect: Dialect, untied: bool
-) -> None:
+def rehearse_side_files(place: Path, checkpoint: Checkpoint | StreamedCheckpoint, dialect: str, untied: bool) -> None:
     """Write config and side files into an empty folder; raises what writing them raises."""
     files = SideFiles(place)
-    files.write("config.json", lambda place: saving.write_dialect_config(checkpoint, place, dialect))
+    files.write("config.json", lambda place: saving.write_config(checkpoint.model, place, checkpoint.source, dialect))
     saving.write_beside_weights(files, checkpoint, _whole_plan(checkpoint), dialect, None, "", untied, rehearsal=True)
 
 

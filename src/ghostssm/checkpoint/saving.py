@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,23 @@ import torch
 from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
-from ghostssm.checkpoint import mamba_ssm
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
-from ghostssm.checkpoint.manifest import write_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probing import probed
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
-from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_folder import OutputFolder, storing
-from ghostssm.models.families import family_named, family_of, mixers_of
+from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.units import one_or_all
 
 
 def save(
@@ -37,10 +36,11 @@ def save(
     plan: Plan,
     output: Path | str | OutputFolder,
     *,
-    dialect: Dialect = "transformers",
+    dialect: str = "transformers",
     overwrite: bool = False,
     untie: bool = False,
     measured: Measurement | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint whose model a plan was applied to.
 
@@ -50,7 +50,8 @@ def save(
 
     Args:
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no
-            tied heads. measured: goes into the card and the manifest.
+            tied heads. measured: goes into the card and the manifest. request: what was asked for, in JSON values that
+            name no place on this machine; goes into the manifest.
 
     Raises:
         InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
@@ -70,7 +71,7 @@ def save(
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
             fingerprint = checkpoint.source.fingerprint()
-            write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied)
+            write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied, request=request)
         folder.commit()
     files.raise_missing(folder.path)
     return folder.path
@@ -80,18 +81,19 @@ def write_beside_weights(
     files: SideFiles,
     checkpoint: Checkpoint | StreamedCheckpoint,
     plan: Plan,
-    dialect: Dialect,
+    dialect: str,
     measured: Measurement | None,
     fingerprint: str,
     untied: bool,
     *,
+    request: Mapping[str, Any] | None = None,
     rehearsal: bool = False,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
-        fingerprint: of the base model. untied: whether the config's head is tied no more. rehearsal: there are no
-            weights in the folder; what needs them is left out.
+        fingerprint: of the base model. untied: whether the config's head is tied no more. request: as `save`.
+        rehearsal: there are no weights in the folder; what needs them is left out.
 
     Raises:
         NumericalError: what the model in the folder makes of the probe's tokens is not finite.
@@ -105,40 +107,57 @@ def write_beside_weights(
             model_card(Base.of(source), model.config, plan, dialect, measured, untied=untied), place
         ),
     )
-    facts = _facts(checkpoint, plan, dialect, measured, fingerprint, untied)
-    probe, overflow = None, None
+    probe, overflow, lost = None, None, None
     if not rehearsal:
         probe, overflow = files.make("the probe", lambda: probed(files.folder)) or (None, None)
-        missing = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
-        facts |= {} if missing is None else {"left_out": missing.as_json()}
-    facts |= {"missing": list(files.missing)} if files.missing else {}
-    files.write("the manifest", lambda place: write_manifest(files.folder, facts, probe, overflow, place))
+        lost = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
+    manifest = Manifest(
+        ghostssm=__version__,
+        base_model=source.published_name,
+        base_model_sha256=fingerprint,
+        dialect=dialect,
+        untied_head=untied,
+        method=plan.method,
+        state_size_before=plan.state_size,
+        state_size_after=plan.state_sizes[0] if len(set(plan.state_sizes)) == 1 else plan.state_sizes,
+        options=plan.provenance,
+        request=request,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        measured=measured,
+        left_out=lost,
+        missing=tuple(files.missing),
+        overflow=overflow,
+        probe=probe,
+    )
+    files.write("the manifest", lambda place: manifest.write(files.folder, place))
 
 
-def write_config(model: PreTrainedModel, folder: Path, source: Source | None = None) -> None:
-    """The config with every value written out, so that engines whose defaults differ read the same model.
+def write_config(
+    model: PreTrainedModel, folder: Path, source: Source | None = None, dialect: str = "transformers"
+) -> None:
+    """Write config.json in a dialect.
 
-    It counts layers that transformers' class does not load only where they are carried over from a source.
+    Args:
+        source: that the model came from, if what transformers' class does not load is carried over.
     """
-    model.config.architectures = [type(model).__name__]
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    base = source.config if source is not None and source.dialect == dialect else None
+    carried = source is not None and bool(carried_tensors(model, source))
+    config = dialect_named(dialect).from_transformers(model, base, carried)
     config.pop("_name_or_path", None)  # where the base model lay on this disk
-    family = family_of(model.config)
-    config = family.published_form(model.config, config)
-    if family.unread_layers_keys:
-        count, *others = family.unread_layers_keys
-        carried = source is not None and carried_tensors(model, source)
-        config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_dialect(dialect: Dialect, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
-    """Raise InputError unless a dialect has a model class for the result, and a choice where the head is stored."""
-    if dialect != "transformers" and family_named(model_type).is_hybrid:
+def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
+    """Raise InputError unless there is such a dialect, with a model class for the result, and a choice of the head."""
+    written = dialect_named(dialect)
+    if not written.holds_hybrids and family_named(model_type).is_hybrid:
         raise InputError(f"The {dialect} dialect has no {model_type} models; expected the transformers dialect.")
-    if untie and dialect == "mamba_ssm":
-        raise InputError("--untie is for the transformers dialect; the mamba_ssm dialect always stores lm_head.weight.")
-    if needs_own_class and dialect != "transformers":
+    if untie and not written.ties_heads:
+        raise InputError(
+            f"--untie is for the transformers dialect; the {dialect} dialect always stores lm_head.weight."
+        )
+    if needs_own_class and not written.holds_own_class:
         raise InputError(
             f"The {dialect} dialect has no model class for projected states or a state size per layer; expected the "
             "transformers dialect, or a method and options that keep the stock class."
@@ -156,48 +175,18 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, dialect: Dialect) -> None:
+def write_model(checkpoint: Checkpoint, folder: Path, dialect: str) -> None:
     """Write config and weights in a dialect.
 
     Raises:
         NumericalError: NaN or Inf in a weight; nothing was written.
     """
-    model = checkpoint.model
+    model, written = checkpoint.model, dialect_named(dialect)
     check_writable(model.state_dict())
-    if dialect == "transformers":
-        with quiet_transformers(), _without_generation_config(model):
-            model.save_pretrained(folder)
-            add_carried(model, checkpoint.source, folder)
-    else:
-        torch.save(mamba_ssm.from_transformers_tensors(model.state_dict()), folder / "pytorch_model.bin")
-    write_dialect_config(checkpoint, folder, dialect)
-
-
-@contextmanager
-def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context transformers saves none: it refuses some that are published, and changes others."""
-    model.can_generate = lambda: False
-    try:
-        yield
-    finally:
-        del model.can_generate
-
-
-def write_dialect_config(checkpoint: Checkpoint | StreamedCheckpoint, folder: Path, dialect: Dialect) -> None:
-    """Write config.json in a dialect."""
-    model = checkpoint.model
-    if dialect == "transformers":
-        write_config(model, folder, checkpoint.source)
-        return
-    if checkpoint.source.dialect == "mamba_ssm":
-        own = {key: value for key, value in checkpoint.source.config.items() if key in mamba_ssm.CONFIG_KEYS}
-        config = own | {"ssm_cfg": own["ssm_cfg"] | {"d_state": model.config.state_size}}
-        if not model.config.tie_word_embeddings:
-            config["tie_embeddings"] = False
-    else:
-        config = mamba_ssm.from_transformers_config(model.config)
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    written.write_weights(model, folder)
+    if written.keeps_unread:
+        add_carried(model, checkpoint.source, folder)
+    write_config(model, folder, checkpoint.source, dialect)
 
 
 @contextmanager
@@ -211,7 +200,7 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
     if not wanted or not has_tied_head(model):
         yield False
         return
-    tied = dict(model.all_tied_weights_keys)
+    tied = tied_weights(model)
     if len(tied) != 1:
         raise InputError(
             f"--untie is for models that share nothing but the head's weight; this one shares {', '.join(tied)}."
@@ -224,30 +213,3 @@ def untied_head(model: PreTrainedModel, wanted: bool) -> Iterator[bool]:
     finally:
         head.weight = shared
         config.tie_word_embeddings = True
-
-
-def _facts(
-    checkpoint: Checkpoint | StreamedCheckpoint,
-    plan: Plan,
-    dialect: Dialect,
-    measured: Measurement | None,
-    fingerprint: str,
-    untied: bool,
-) -> dict[str, Any]:
-    source = checkpoint.source
-    return {
-        "ghostssm": __version__,
-        "base_model": source.published_name,
-        "base_model_sha256": fingerprint,
-        "dialect": dialect,
-        "untied_head": untied,
-        "method": plan.method,
-        "state_size": {
-            "before": plan.state_size,
-            "after": one_or_all(plan.state_sizes),
-        },
-        "options": {} if plan.provenance is None else plan.provenance.as_json(),
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "device": str(checkpoint.model.device),
-        **({} if measured is None else {"measured": measured.as_json()}),
-    }

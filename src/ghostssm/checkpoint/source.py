@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Literal
+from typing import Any
 
-from ghostssm.checkpoint.mamba_ssm import has_their_names
-from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places, stored_tensors
+from ghostssm.checkpoint.dialects import dialect_of
+from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
 
-Dialect = Literal["transformers", "mamba_ssm"]
 REFERENCE = "reference"
 _HUB_CACHE_ENTRY = "models--"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -38,7 +37,7 @@ class Source:
         name: what the user called it.
         folder: where its files are.
         config: the parsed config.json.
-        dialect: whose config.json it is.
+        dialect: the name of its config.json's.
         hub_id: its name on the hub, if it came from there.
         stamps: size and time of every weight file, as they were found.
     """
@@ -46,7 +45,7 @@ class Source:
     name: str
     folder: Path
     config: dict[str, Any]
-    dialect: Dialect
+    dialect: str
     hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
@@ -108,21 +107,7 @@ def find_source(spec: str, weights: bool = True) -> Source:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
-    return Source(spec, folder, config, _dialect(folder, config), hub_id, _stamps(folder))
-
-
-def _dialect(folder: Path, config: Mapping[str, Any]) -> Dialect:
-    """Whose config it is; of one with the sizes of both, by what the weights are called."""
-    if "ssm_cfg" not in config:
-        return "transformers"
-    if "hidden_size" not in config or "model_type" not in config:
-        return "mamba_ssm"
-    if "d_model" not in config:
-        return "transformers"
-    try:
-        return "mamba_ssm" if has_their_names(stored_tensors(folder)) else "transformers"
-    except ModelError:  # no weights, or broken ones: told when they are wanted
-        return "transformers"
+    return Source(spec, folder, config, dialect_of(config, folder), hub_id, _stamps(folder))
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,15 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.generation import read_generation_config
 from ghostssm.checkpoint.loading import (
@@ -35,12 +27,12 @@ from ghostssm.checkpoint.loading import (
     stored_dtype,
 )
 from ghostssm.checkpoint.naming import places_of_parameters
-from ghostssm.checkpoint.quiet import quiet_transformers
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor
 from ghostssm.models.families import family_of
+from ghostssm.models.transformers_private import as_stored, load_tensors, tied_weights, without_weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ class StreamedBlocks:
     ):
         self.source, self._stored, self.device = source, stored, device
         self._dtype = dtype or stored_dtype(stored)
-        self.model = _without_weights(config, self._dtype)
+        self.model = without_weights(config, self._dtype)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self.names = [names[id(module)] for module in self.modules]
@@ -144,7 +136,7 @@ class StreamedBlocks:
     def outside(self) -> list[str]:
         """The names of the parameters and buffers outside the blocks, without second names of the same tensor."""
         below = {name for block in self.names for name in self._names_below(block)}
-        return [name for name in self._expected if name not in below and name not in self.model.all_tied_weights_keys]
+        return [name for name in self._expected if name not in below and name not in tied_weights(self.model)]
 
     def fill_outside(self, head: bool) -> None:
         """Read what stands outside the blocks; the output head only if it is wanted, or is the embedding as well."""
@@ -154,7 +146,7 @@ class StreamedBlocks:
         self._fill(wanted)
         for name in wanted:
             _put(self.model, name, self.model.get_parameter_or_buffer(name).to(self.device))
-        for name, source in self.model.all_tied_weights_keys.items():
+        for name, source in tied_weights(self.model).items():
             if source in wanted:
                 _put(self.model, name, self.model.get_parameter_or_buffer(source))
         for name, buffer in list(self.model.named_buffers()):
@@ -171,7 +163,7 @@ class StreamedBlocks:
 
     def load_into_opened(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors with the names that files have into the block that is open, and has their shapes."""
-        self._convert_and_load(tensors)
+        load_tensors(self.model, tensors, self._dtype)
 
     def stored_block(self, index: int, block: nn.Module) -> dict[str, Tensor]:
         """The tensors of an opened block, whatever was done to it, under the names that files have.
@@ -180,12 +172,12 @@ class StreamedBlocks:
         """
         prefix = self.names[index]
         named = {f"{prefix}.{name}": value for name, value in block.state_dict().items()}
-        own = {name: value for name, value in named.items() if name not in self.model.all_tied_weights_keys}
+        own = {name: value for name, value in named.items() if name not in tied_weights(self.model)}
         return self._as_stored(own)
 
     def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        reverted = revert_weight_conversion(self.model, tensors)
-        return {name: value.detach().cpu().contiguous() for name, value in reverted.items()}
+        stored = as_stored(self.model, tensors)
+        return {name: value.detach().cpu().contiguous() for name, value in stored.items()}
 
     def _names_below(self, block: str) -> list[str]:
         return [name for name in self._expected if name.startswith(f"{block}.")]
@@ -195,7 +187,7 @@ class StreamedBlocks:
 
         As in transformers, two that are both stored with different values are not tied.
         """
-        ties: dict[str, str] = self.model.all_tied_weights_keys
+        ties = tied_weights(self.model)
         found: dict[str, str] = {}
         for name in with_values_of_their_own(self.model, self._stored, self._dtype):
             ties.pop(name)
@@ -224,31 +216,10 @@ class StreamedBlocks:
                 tensors[name] = self._read(self._tied[name])
             else:
                 tensors |= {stored: self._stored[stored].read() for stored in self._places.get(name, ())}
-        self._convert_and_load(tensors)
+        load_tensors(self.model, tensors, self._dtype)
         filled = {name: self.model.get_parameter_or_buffer(name) for name in wanted}
         assert not any(value.is_meta for value in filled.values())  # names and shapes were checked before
         check_finite(filled, self.source, self._stored)
-
-    def _convert_and_load(self, tensors: Mapping[str, Tensor]) -> None:
-        how = LoadStateDictConfig(
-            dtype=self._dtype,
-            dtype_plan=self.model._get_dtype_plan(self._dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
-        with quiet_transformers():
-            convert_and_load_state_dict_in_model(self.model, dict(tensors), how)
-
-
-def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, its parameters on the meta device, its buffers in place."""
-    with torch.device("meta"), quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    for value in model.state_dict(keep_vars=True).values():
-        value._is_hf_initialized = True  # so that only what no file holds gets values
-    # The steps of from_pretrained for what is missing in the files.
-    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-    model._initialize_missing_keys(is_quantized=False)
-    return model.eval()
 
 
 def _run_on_zeros(module: nn.Module, device: torch.device, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.models.transformers_private import tied_weights
 
 
 def with_values_of_their_own(
@@ -32,7 +33,7 @@ def with_values_of_their_own(
 
     return [
         name
-        for name, other in model.all_tied_weights_keys.items()
+        for name, other in tied_weights(model).items()
         if name in places and other in places and not torch.equal(read(name), read(other))
     ]
 
@@ -43,13 +44,11 @@ def settle_ties(model: PreTrainedModel) -> None:
     transformers has one switch for all ties: where other weights are shared too (Zamba2's blocks) it stays, and a
     reader has to see from the files that the head has values of its own, as transformers does.
     """
-    if not model.all_tied_weights_keys:
+    if not tied_weights(model):
         model.config.tie_word_embeddings = False
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
     """Whether the output head is the embeddings' weight."""
     head: Any = model.get_output_embeddings()
-    return head is not None and any(
-        model.get_parameter_or_buffer(name) is head.weight for name in model.all_tied_weights_keys
-    )
+    return head is not None and any(model.get_parameter_or_buffer(name) is head.weight for name in tied_weights(model))

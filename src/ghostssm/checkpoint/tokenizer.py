@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from ghostssm.checkpoint import mamba_ssm
-from ghostssm.checkpoint.quiet import quiet_transformers
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
+from ghostssm.models.transformers_private import quiet_transformers
 
 _FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
@@ -62,8 +62,7 @@ def load_tokenizer(source: Source, config: PreTrainedConfig, named: str | None) 
     place: str | Path | None = named or (source.folder if own else None)
     if named == REFERENCE:
         place = find_source(REFERENCE, weights=False).folder
-    if place is None and source.dialect == "mamba_ssm" and 0 <= config.vocab_size - mamba_ssm.GPT_NEOX_TOKENS < 64:
-        place = mamba_ssm.GPT_NEOX_TOKENIZER  # what the published state-spaces checkpoints were trained with
+    place = place or dialect_named(source.dialect).default_tokenizer(config.vocab_size)
     if place is None:
         return None
     tokenizer = _read(Path(place) if Path(place).is_dir() else _download(str(place)), source.config)

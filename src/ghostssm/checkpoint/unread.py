@@ -12,13 +12,14 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint import mamba_ssm
+from ghostssm.checkpoint.dialects import Dialect, dialect_named
 from ghostssm.checkpoint.loading import model_config, stored_dtype
 from ghostssm.checkpoint.naming import places_of_parameters
-from ghostssm.checkpoint.source import Dialect, Source
+from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors, write_index
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
+from ghostssm.models.transformers_private import left_in_files
 
 _SHARD_BYTES = 1 << 30
 """Of tensors that are copied together: about what a block has where models are streamed."""
@@ -27,8 +28,7 @@ _ONLY_IN_MIXERS = ".A_log"
 
 def stored_names(folder: Path, dialect: Dialect) -> dict[str, str]:
     """The names of all tensors in a folder's weight files, with those that transformers has for them."""
-    rename = mamba_ssm.to_transformers_name if dialect == "mamba_ssm" else str
-    return {name: rename(name) for name in stored_tensors(folder)}
+    return {name: dialect.to_transformers_name(name) for name in stored_tensors(folder)}
 
 
 def unread_names(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
@@ -40,14 +40,14 @@ def unread_names(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
 
 
 def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
-    """What of a source's unread tensors belongs into every checkpoint of a model in transformers' dialect.
+    """What of a source's unread tensors belongs into every checkpoint of a model in a dialect that keeps it.
 
     These are the weights that its class leaves in the files for other engines. Buffers of older versions, which are
     computed anew, are no such weights. Layers with Mamba-2 mixers of another state size than the model now has would
     fit no engine, so none of the layers is carried over then.
     """
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    if source.dialect != "transformers" or not patterns:
+    patterns = left_in_files(model)
+    if not dialect_named(source.dialect).keeps_unread or not patterns:
         return {}
     stored = stored_tensors(source.folder)
     unread = unread_names(model, {name: name for name in stored})

@@ -6,21 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import (
-    MANIFEST_FILE,
-    PAGE_FILE,
-    RECORD_FILE,
-    Overflow,
-    Probe,
-    file_hash,
-    read_manifest,
-)
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, Probe, file_hash
 from ghostssm.checkpoint.probing import probe_in
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
@@ -42,13 +33,6 @@ _LOADED_NAMES = frozenset(
     }
 )
 _LISTED = 5
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-"""In which a probe may have been computed."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +74,10 @@ def verify(folder: str | Path) -> Verification:
     if not path.is_dir():
         raise ModelError(f"{folder} is no folder; expected a checkpoint that ghostssm wrote.")
     if not (path / MANIFEST_FILE).exists():
-        read_manifest(path)
+        Manifest.read(path)
     notes: list[str] = []
     checks: list[Check] = []
-    manifest: dict[str, Any] = {}
+    manifest = Manifest()
 
     def check(name: str, found_by: Callable[[], str]) -> None:
         try:
@@ -102,8 +86,9 @@ def verify(folder: str | Path) -> Verification:
             checks.append(Check(name, False, str(error)))
 
     def read() -> str:
-        manifest.update(read_manifest(path))
-        return f"written by ghostssm {manifest.get('ghostssm')}"
+        nonlocal manifest
+        manifest = Manifest.read(path)
+        return f"written by ghostssm {manifest.ghostssm}"
 
     check("manifest", read)
     check("files", lambda: _check_files(path, manifest, notes))
@@ -112,25 +97,24 @@ def verify(folder: str | Path) -> Verification:
     if checks[-1].passed:
         check("weights", lambda: _check_weights(path, loaded))
     if loaded:
-        check("logits", lambda: _check_logits(loaded[0], manifest.get("probe")))
-        notes += _overflow_notes(manifest.get("overflow"))
+        check("logits", lambda: _check_logits(loaded[0], manifest.probe))
+        notes += [] if manifest.overflow is None else [manifest.overflow.text]
         check("plan", lambda: _check_plan(path, loaded[0]))
     return Verification(str(folder), tuple(checks), tuple(notes))
 
 
-def _check_files(folder: Path, manifest: dict[str, Any], notes: list[str]) -> str:
-    recorded = manifest.get("files")
-    if not isinstance(recorded, dict) or not recorded:
+def _check_files(folder: Path, manifest: Manifest, notes: list[str]) -> str:
+    recorded = manifest.files
+    if not recorded:
         raise ModelError("the manifest lists no files")
     faults = []
     for name, record in recorded.items():
-        wanted = record.get("sha256") if isinstance(record, dict) else None
         path = folder / name
         if not name or not all(map(is_plain_name, name.split("/"))) or ".." in name.split("/"):
             faults.append(f"{short(name)} in the manifest is no file of this folder")
         elif not path.is_file():
             faults.append(f"{name} is missing")
-        elif file_hash(path) != wanted:
+        elif file_hash(path) != record.sha256:
             if name == _CARD:
                 notes.append(f"{name} was changed")
             else:
@@ -159,17 +143,14 @@ def _check_weights(folder: Path, loaded: list[Checkpoint]) -> str:
     return f"{sum(tensor.numel() for tensor in tensors):,} numbers, all finite"
 
 
-def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
-    try:
-        probe = Probe(**recorded)
-        tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
-        usable = 0 < len(tokens) <= 1024 and all(isinstance(token, int) and 0 <= token < size for token in tokens)
-        found = _computed_again(checkpoint, tokens, _DTYPES[probe.dtype]) if usable else None
-        difference = None if found is None else probe.difference(found)
-    except (TypeError, ValueError, AttributeError, KeyError):
-        raise ModelError("the manifest has no probe that can be read") from None
-    if not usable:
+def _check_logits(checkpoint: Checkpoint, probe: Probe | None) -> str:
+    if probe is None:
+        raise ModelError("the manifest has no probe that can be read")
+    tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
+    if not 0 < len(tokens) <= 1024 or not all(0 <= token < size for token in tokens):
         raise ModelError("the probe's tokens are not of this vocabulary")
+    found = _computed_again(checkpoint, tokens, getattr(torch, probe.dtype))
+    difference = None if found is None else probe.difference(found)
     if difference is None:
         raise NumericalError(f"NaN or Inf in the logits, computed in {probe.dtype}")
     if not difference <= probe.tolerance:
@@ -181,13 +162,6 @@ def _check_logits(checkpoint: Checkpoint, recorded: Any) -> str:
         f"within {difference:.2g} standard deviations of the probe's, computed in {probe.dtype}, allowed "
         f"{probe.tolerance:g}"
     )
-
-
-def _overflow_notes(recorded: Any) -> list[str]:
-    try:
-        return [] if recorded is None else [Overflow(**recorded).text]
-    except TypeError:  # of another version, or written by hand
-        return ["what the manifest says of an overflow can't be read"]
 
 
 def _computed_again(checkpoint: Checkpoint, tokens: Sequence[int], dtype: torch.dtype) -> Probe | None:

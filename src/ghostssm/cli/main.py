@@ -17,6 +17,7 @@ from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
+from ghostssm.models.registration import check_transformers
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
 
@@ -61,9 +62,10 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
-        import ghostssm.checkpoint  # noqa: F401  (PyTorch and transformers, before SIGINT raises an exception)
-
         try:
+            check_transformers()
+            import ghostssm.checkpoint  # noqa: F401  (PyTorch and transformers, before SIGINT raises an exception)
+
             raise_again()
             with terminable(), warnings_told():
                 verb(*args, **kwargs)

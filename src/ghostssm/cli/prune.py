@@ -255,13 +255,13 @@ def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bo
     """Tell where the result is and what it is."""
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
-    from ghostssm.checkpoint.manifest import read_manifest
+    from ghostssm.checkpoint.manifest import Manifest
     from ghostssm.units import one_or_all
 
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
     found = ghostssm.describe(str(outcome.written))
-    missing = LeftOut.from_json(read_manifest(outcome.written).get("left_out"))
+    missing = Manifest.read(outcome.written).left_out or LeftOut()
     before = found.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:

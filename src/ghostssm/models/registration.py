@@ -8,15 +8,33 @@ imported.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from ghostssm.errors import InputError
+
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 23), (5, 23)
+"""Versions that were tried; others may lack what `ghostssm.models.transformers_private` uses."""
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 _BASE_CLASSES = "transformers.models.mamba2.modeling_mamba2"
+
+
+def check_transformers() -> None:
+    """Raise InputError for a version of transformers that was not tried; takes no time."""
+    found = importlib.metadata.version("transformers")
+    if not OLDEST_TRANSFORMERS <= tuple(map(int, re.findall(r"\d+", found)[:2])) <= NEWEST_TRANSFORMERS:
+        (major, oldest), (_, newest) = OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS
+        raise InputError(
+            f"transformers {found} is installed, of which ghostssm uses parts that change between versions; it was "
+            f"tried with {major}.{oldest} up to {major}.{newest}. Install one of these, "
+            f"pip install 'transformers>={major}.{oldest},<{major}.{newest + 1}', or a newer ghostssm."
+        )
 
 
 def register_with_transformers() -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
-from ghostssm.checkpoint.manifest import MANIFEST_FILE
-from ghostssm.errors import InputError, ModelError
+from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine
-from ghostssm.files.reading import read_json_object
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
@@ -37,10 +36,10 @@ def checkpoint_report(folder: Path) -> Report:
         InputError: its manifest or record is broken.
     """
     plan = Plan.read(folder, changes=False)
-    manifest = _manifest(folder)
+    manifest = Manifest.read(folder) if Manifest.is_in(folder) else None
     record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
     described = _described(folder)
-    measured = Measurement.from_json(manifest.get("measured"))
+    measured = None if manifest is None else manifest.measured
     figures: list[Figure] = []
     if record.observations is not None:
         figures += [phantom_figure(record.observations, plan), hankel_figure(record.observations, plan)]
@@ -51,9 +50,9 @@ def checkpoint_report(folder: Path) -> Report:
     if record.decode:
         figures.append(decode_figure(record.decode))
     sizes = sizes_text(plan.state_sizes)
-    base = Path(str(manifest.get("base_model", plan.model_type))).name
+    base = None if manifest is None else manifest.base_model
     return Report(
-        title=f"{base}: state size {plan.state_size} to {sizes}",
+        title=f"{Path(base or plan.model_type).name}: state size {plan.state_size} to {sizes}",
         subtitle=f"method {plan.method}, family {plan.model_type}",
         cards=[
             *_state_cards(plan, described),
@@ -61,8 +60,8 @@ def checkpoint_report(folder: Path) -> Report:
             *_speed_cards(record.decode),
         ],
         figures=figures,
-        missing=_missing(plan, record, manifest, measured),
-        details={"Manifest": manifest} if manifest else {},
+        missing=_missing(plan, record, manifest),
+        details={} if manifest is None else {"Manifest": manifest.as_json()},
     )
 
 
@@ -138,13 +137,6 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
     ]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(folder / MANIFEST_FILE, InputError)
-    except FileNotFoundError:
-        return {}
-
-
 def _described(folder: Path) -> Description | None:
     try:
         return describe(str(folder))
@@ -200,13 +192,11 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
     return [Card("Decoding", f"{ratios[best]:.2f}x dense", f"measured at batch {best}" + (f"; {rest}" if rest else ""))]
 
 
-def _missing(
-    plan: Plan, record: Record, manifest: Mapping[str, Any], measured: Measurement | None
-) -> list[tuple[str, str]]:
-    base = manifest.get("base_model", "MODEL")
+def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tuple[str, str]]:
+    base = (None if manifest is None else manifest.base_model) or "MODEL"
     made = plan.provenance
     size = plan.kept_state_size if made is None else made.requested_state_size
-    words = ["ghostssm", "prune", str(base), "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
+    words = ["ghostssm", "prune", base, "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
     again = shlex.join(words)
     if made is not None:
         seen = made.calibration
@@ -217,10 +207,10 @@ def _missing(
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:
         missing.append((", ".join(unreported), f"{again} --report"))
-    if record.losses is None or measured is None:
+    if record.losses is None or manifest is None or manifest.measured is None:
         missing.append(("excess loss and its windows", f"{again} --evaluate TEXT"))
     if not plan.has_scores:
         missing.append(("scores", again))
-    if not manifest:
+    if manifest is None:
         missing.append(("what produced the checkpoint (ghostssm.json)", again))
     return missing

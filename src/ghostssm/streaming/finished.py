@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import GhostError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -16,7 +16,7 @@ from ghostssm.units import text_name
 
 def may_be_finished(output: Path) -> bool:
     """Whether an output is there and no run is under way that would write it."""
-    return (output / MANIFEST_FILE).is_file() and not run_folder_of(output).exists()
+    return Manifest.is_in(output) and not run_folder_of(output).exists()
 
 
 def finished_run(
@@ -35,21 +35,19 @@ def finished_run(
         base_fingerprint: of the model to prune. windows: to calibrate on. held_out: to measure on, if that is wanted.
     """
     try:
-        manifest = read_manifest(folder)
-        options = manifest["options"]
-        written = (
-            *(manifest[key] for key in ("base_model_sha256", "dialect", "method")),
-            *(options[key] for key in ("requested_state_size", "groups", "seed")),
-            options["calibration"]["tokens_sha256"],
-        )
-        measured = Measurement.from_json(manifest.get("measured"))
-        plan = Plan.read(folder, changes=False)
-    except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
+        manifest, plan = Manifest.read(folder), Plan.read(folder, changes=False)
+    except GhostError:  # not a folder of ours, or a broken one
         return None
+    if (made := manifest.options) is None:
+        return None
+    written = (
+        *(manifest.base_model_sha256, manifest.dialect, manifest.method),
+        *(made.requested_state_size, made.groups, made.seed, made.calibration.tokens_sha256),
+    )
     wanted = (base_fingerprint, "transformers", method, state_size, groups, seed, windows.fingerprint)
-    if written != wanted or not _covers(measured, held_out):
+    if written != wanted or not _covers(manifest.measured, held_out):
         return None
-    return StreamedRun(plan, measured)
+    return StreamedRun(plan, manifest.measured)
 
 
 def _covers(measured: Measurement | None, held_out: Windows | None) -> bool:

@@ -255,23 +255,38 @@ class RunFolder(Journal):
         return shards
 
     def finish(
-        self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None = None
+        self,
+        checkpoint: StreamedCheckpoint,
+        plan: Plan,
+        fingerprint: str,
+        measured: Measurement | None = None,
+        request: Mapping[str, Any] | None = None,
     ) -> None:
         """Write what belongs beside the pruned model, put it in its place, and remove the run's folder.
+
+        Args:
+            fingerprint: of the base model. measured, request: as `ghostssm.save`.
 
         Raises:
             StorageError: the disk failed; what is done can be resumed.
             IncompleteError: it is in its place, but without something that belongs beside the weights; says what.
         """
-        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint, measured))
+        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint, measured, request))
 
     def _finish(
-        self, checkpoint: StreamedCheckpoint, plan: Plan, fingerprint: str, measured: Measurement | None
+        self,
+        checkpoint: StreamedCheckpoint,
+        plan: Plan,
+        fingerprint: str,
+        measured: Measurement | None,
+        request: Mapping[str, Any] | None,
     ) -> None:
         files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
         if not _is_in_place(self.folder):
             with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
-                write_beside_weights(files, checkpoint, plan, "transformers", measured, fingerprint, False)
+                write_beside_weights(
+                    files, checkpoint, plan, "transformers", measured, fingerprint, False, request=request
+                )
                 for file in (*self.output.iterdir(), self.output):
                     durable.synchronise(file)
                 durable.write_durably(self.folder / "finished", lambda path: path.touch())

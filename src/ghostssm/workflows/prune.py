@@ -77,7 +77,9 @@ def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: 
         measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
     try:
-        written = save(smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured)
+        written = save(
+            smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
+        )
     except IncompleteError as error:
         _keep(record, error.folder)
         raise
@@ -166,6 +168,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         offload=asked.offload,
         held_out=held_out,
         processes=processes,
+        request=asked.as_json(),
         progress=progress,
     )
     processes.leave()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
@@ -222,7 +223,7 @@ def _check_belonging(request: PruneRequest) -> None:
 
 def _check_streamed(request: PruneRequest) -> None:
     """Raise InputError for what needs the whole model at once."""
-    if request.dialect != "transformers":
+    if not dialect_named(request.dialect).is_streamed:
         raise InputError(
             f"The {request.dialect} dialect has all weights in one file, which --stream can't write; expected the "
             "transformers dialect."

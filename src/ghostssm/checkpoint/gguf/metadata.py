@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,10 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, is_hub_id
+from ghostssm.errors import ModelError
+from ghostssm.units import sizes_text
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,20 @@ class Metadata:
 def metadata_of(source: Source) -> Metadata:
     """What a checkpoint's model card (README.md) and ``ghostssm.json`` say; both may be missing."""
     card = _card(source.folder / "README.md")
-    manifest = _manifest(source.folder / "ghostssm.json")
-    base = manifest.get("base_model") or card.get("base_model")
+    try:
+        manifest = Manifest.read(source.folder)
+    except ModelError:
+        manifest = Manifest()
+    base = manifest.base_model or card.get("base_model")
     if isinstance(base, list):
         base = base[0] if base else None
     if base and not is_hub_id(str(base)):
         base = Path(str(base)).name  # a folder's name, not where it lay on someone's disk
     description = None
-    if "method" in manifest and "state_size" in manifest:
-        before, after = manifest["state_size"].get("before"), manifest["state_size"].get("after")
-        description = f"Recurrent state pruned from {before} to {after} channels by ghostssm ({manifest['method']})"
+    before, after = manifest.state_size_before, manifest.state_size_after
+    if manifest.method is not None and before is not None and after is not None:
+        kept = sizes_text((after,) if isinstance(after, int) else after)
+        description = f"Recurrent state pruned from {before} to {kept} channels by ghostssm ({manifest.method})"
     license = card.get("license")
     return Metadata(
         name=Path(source.name).resolve().name if Path(source.name).is_dir() else source.name.rpartition("/")[2],
@@ -69,11 +75,3 @@ def _card(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found or {}
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("state_size", {}), dict) else {}

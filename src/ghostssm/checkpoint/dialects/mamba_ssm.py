@@ -7,14 +7,16 @@ stand beside its own; they say nothing of the sizes here.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import Mamba2Config, PreTrainedConfig
+import torch
+from transformers import Mamba2Config, PreTrainedModel
 
-from ghostssm.checkpoint.config_checks import with_floats
+from ghostssm.checkpoint.config_checks import checked_config
+from ghostssm.checkpoint.dialects.base import Dialect
+from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import ModelError
 
 CONFIG_KEYS = frozenset(
@@ -62,9 +64,8 @@ _SSM_IGNORED = frozenset(
         "sequence_parallel",
     }
 )
-# Keys of this dialect, those of ssm_cfg with its name before them, to the keys of transformers that say the same. The
-# class says by itself what transformers' Mamba-2 can't have otherwise.
-TRANSLATED_KEYS: Mapping[str, str] = {
+# The class says by itself what transformers' Mamba-2 can't have otherwise.
+_TRANSLATED_KEYS: Mapping[str, str] = {
     "d_model": "hidden_size",
     "n_layer": "num_hidden_layers",
     "pad_vocab_size_multiple": "vocab_size",
@@ -81,21 +82,96 @@ TRANSLATED_KEYS: Mapping[str, str] = {
     **dict.fromkeys(("d_intermediate", "attn_layer_idx", "attn_cfg", "rms_norm"), "model_type"),
     **{f"ssm_cfg.{key}": "model_type" for key in ("layer", *_SSM_FIXED)},
 }
-IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
-"""Keys of transformers that a config of this dialect says without one: sizes that follow from others, and defaults."""
+# Sizes that follow from others, and defaults.
+_IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
 # Which transformers' own configs have under other names, or not at all.
 _HUB_KEYS = frozenset({"torch_dtype", "tie_word_embeddings", "model_type", "_name_or_path"})
 _EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
-GPT_NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
-GPT_NEOX_TOKENS = 50277
+# What the published state-spaces checkpoints were trained with.
+_GPT_NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_GPT_NEOX_TOKENS = 50277
 
 
-def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
-    """Translate a config.json with ``ssm_cfg``.
+class MambaSsm(Dialect):
+    """mamba_ssm loads Mamba-2 models only, from one file that holds the head even if it is tied."""
 
-    Raises:
-        ModelError: a Mamba-1 or Mamba-3 model, or a variant that transformers' Mamba-2 cannot express.
-    """
+    name, library = "mamba_ssm", "mamba-ssm"
+    holds_hybrids = holds_own_class = ties_heads = is_streamed = keeps_unread = False
+    translated_keys, implied_keys = _TRANSLATED_KEYS, _IMPLIED_KEYS
+
+    def recognises(self, config: Mapping[str, Any], folder: Path) -> bool:
+        """Of a config with the sizes of both dialects, by what the weights are called."""
+        if "ssm_cfg" not in config:
+            return False
+        if "hidden_size" not in config or "model_type" not in config:
+            return True
+        if "d_model" not in config:
+            return False
+        try:
+            return any(self.to_transformers_name(name) != name for name in stored_tensors(folder))
+        except ModelError:  # no weights, or broken ones: told when they are wanted
+            return False
+
+    def to_transformers(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+        config = checked_config(config, where)
+        _check(config)
+        ssm = config["ssm_cfg"]
+        values = _SSM_DEFAULTS | {key: value for key, value in ssm.items() if key in _SSM_DEFAULTS}
+        multiple = config.get("pad_vocab_size_multiple", 8)
+        return {
+            "model_type": Mamba2Config.model_type,
+            "architectures": ["Mamba2ForCausalLM"],
+            "hidden_size": config["d_model"],
+            "num_hidden_layers": config["n_layer"],
+            "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+            "state_size": values["d_state"],
+            "conv_kernel": values["d_conv"],
+            "expand": values["expand"],
+            "head_dim": values["headdim"],
+            "num_heads": values["expand"] * config["d_model"] // values["headdim"],
+            "n_groups": values["ngroups"],
+            "time_step_limit": values["dt_limit"],
+            "use_bias": values["bias"],
+            "use_conv_bias": values["conv_bias"],
+            "chunk_size": values["chunk_size"],
+            "residual_in_fp32": config.get("residual_in_fp32", True),
+            "tie_word_embeddings": config.get("tie_embeddings", config.get("tie_word_embeddings", True)),
+            "bos_token_id": config.get("bos_token_id", 0),
+            "eos_token_id": config.get("eos_token_id", 0),
+            "pad_token_id": config.get("pad_token_id", 0),
+        }
+
+    def from_transformers(
+        self, model: PreTrainedModel, base: Mapping[str, Any] | None, carried: bool
+    ) -> dict[str, Any]:
+        if base is None:
+            return _from_transformers(model.config)
+        own = {key: value for key, value in base.items() if key in CONFIG_KEYS}
+        untied = {} if model.config.tie_word_embeddings else {"tie_embeddings": False}
+        return own | {"ssm_cfg": own["ssm_cfg"] | {"d_state": model.config.state_size}} | untied
+
+    def to_transformers_name(self, name: str) -> str:
+        return _EMBEDDING_OURS if f"backbone.{name.removeprefix('backbone.')}" == _EMBEDDING_THEIRS else name
+
+    def write_weights(self, model: PreTrainedModel, folder: Path) -> None:
+        tensors = model.state_dict()
+        renamed = {_EMBEDDING_THEIRS if name == _EMBEDDING_OURS else name: value for name, value in tensors.items()}
+        renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])  # it loads strictly, a tied head as well
+        torch.save(renamed, folder / "pytorch_model.bin")
+
+    def how_to_load(self, own_class: bool) -> str:
+        return (
+            "```python\n"
+            "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
+            'model = MambaLMHeadModel.from_pretrained("PATH")\n```'
+        )
+
+    def default_tokenizer(self, vocab_size: int) -> str | None:
+        return _GPT_NEOX_TOKENIZER if 0 <= vocab_size - _GPT_NEOX_TOKENS < 64 else None
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a Mamba-1 or Mamba-3 model, or a variant that transformers' Mamba-2 cannot express."""
     ssm = config["ssm_cfg"]
     if not isinstance(ssm, Mapping):
         raise ModelError(f"ssm_cfg in config.json is {ssm!r}; expected an object.")
@@ -125,43 +201,9 @@ def to_transformers_config(config: Mapping[str, Any]) -> Mamba2Config:
     ]
     if faults:
         raise ModelError("This mamba_ssm config can't be read as a Mamba-2 model: " + "; ".join(faults) + ".")
-    values = _SSM_DEFAULTS | {key: value for key, value in ssm.items() if key in _SSM_DEFAULTS}
-    try:
-        width = values["expand"] * config["d_model"]
-        multiple = config.get("pad_vocab_size_multiple", 8)
-        sizes = {
-            "hidden_size": config["d_model"],
-            "num_hidden_layers": config["n_layer"],
-            "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
-            "state_size": values["d_state"],
-            "conv_kernel": values["d_conv"],
-            "expand": values["expand"],
-            "head_dim": values["headdim"],
-            "num_heads": width // values["headdim"],
-            "n_groups": values["ngroups"],
-            "time_step_limit": tuple(values["dt_limit"]),
-            "use_bias": values["bias"],
-            "use_conv_bias": values["conv_bias"],
-            "chunk_size": values["chunk_size"],
-            "residual_in_fp32": config.get("residual_in_fp32", True),
-            "tie_word_embeddings": config.get("tie_embeddings", config.get("tie_word_embeddings", True)),
-            "bos_token_id": config.get("bos_token_id", 0),
-            "eos_token_id": config.get("eos_token_id", 0),
-            "pad_token_id": config.get("pad_token_id", 0),
-            "architectures": ["Mamba2ForCausalLM"],
-        }
-        return Mamba2Config(**with_floats(sizes, Mamba2Config))
-    except Exception as error:  # transformers' validation raises many classes
-        raise ModelError(f"The sizes in config.json are not those of a Mamba-2 model: {error}") from None
 
 
-def without_their_keys(config: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """A config of transformers' without what a conversion left of mamba_ssm's, whose sizes nothing would keep true."""
-    left = CONFIG_KEYS - {field.name for field in dataclasses.fields(config_class)} if "ssm_cfg" in config else set()
-    return {key: value for key, value in config.items() if key not in left}
-
-
-def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
+def _from_transformers(config: Mamba2Config) -> dict[str, Any]:
     """The config.json that makes mamba_ssm build the same model."""
     limit = tuple(config.time_step_limit)
     # The default is left out: strict JSON has no infinity.
@@ -191,20 +233,3 @@ def from_transformers_config(config: Mamba2Config) -> dict[str, Any]:
         "pad_vocab_size_multiple": 1,
         "tie_embeddings": config.tie_word_embeddings,
     }
-
-
-def has_their_names(names: Iterable[str]) -> bool:
-    """Whether weights are called as mamba_ssm does."""
-    return any(to_transformers_name(name) != name for name in names)
-
-
-def to_transformers_name(name: str) -> str:
-    """Of a stored tensor, with or without the base model's prefix."""
-    return _EMBEDDING_OURS if f"backbone.{name.removeprefix('backbone.')}" == _EMBEDDING_THEIRS else name
-
-
-def from_transformers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict under mamba_ssm's names; a tied head is written too, since mamba_ssm loads strictly."""
-    renamed = {_EMBEDDING_THEIRS if name == _EMBEDDING_OURS else name: value for name, value in tensors.items()}
-    renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])
-    return renamed
