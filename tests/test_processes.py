@@ -93,7 +93,7 @@ def together(
 ) -> dict[int, Outcome]:
     """Run in so many processes; what became of those that told."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostssm._api", "transformers.models.mamba2.modeling_mamba2", __name__])
+    context.set_forkserver_preload(["ghostssm.workflows.prune", "transformers.models.mamba2.modeling_mamba2", __name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

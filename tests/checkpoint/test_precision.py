@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import ghostssm
 from ghostssm.checkpoint.manifest import probe_tokens
 from ghostssm.checkpoint.probing import probe_in, probed
-from ghostssm.errors import NumericalError, PrecisionWarning
+from ghostssm.errors import GhostWarning, NumericalError, PrecisionWarning
 from ghostssm.models.mixer import Mixer
 from ghostssm.recovery import repair
 from tests.cli.test_cli import prune_arguments
@@ -220,6 +220,7 @@ def test_activations_beyond_float32_are_an_error_without_calibration_too(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.* stored as float32 in a float16 checkpoint")
 def test_loading_in_a_dtype_that_is_too_narrow_blames_the_dtype(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -239,3 +240,14 @@ def test_loading_in_a_dtype_that_is_too_narrow_blames_the_dtype(tmp_path: Path) 
     safetensors.torch.save_file(mixed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"--dtype bf16"):
         ghostssm.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("road", [ghostssm.load, ghostssm.stream], ids=["in memory", "streamed"])
+def test_tensors_that_are_stored_wider_are_named(tmp_path: Path, road: Callable[..., Any]) -> None:
+    """Some keep A_log, D and dt_bias in float32; transformers loads all of a model in one dtype."""
+    model = tiny_model().to(torch.bfloat16)
+    for block in model.backbone.layers:
+        block.mixer.A_log.data = block.mixer.A_log.data.float()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.warns(GhostWarning, match=r"A_log and 2 more of .* are stored as float32 in a bfloat16 checkpoint"):
+        road(str(tmp_path / "model"))

@@ -137,7 +137,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def register(method: Method) -> None:
+def register_method(method: Method) -> None:
     """Make a method known by its name, also in recipes; an earlier one of that name is replaced."""
     _METHODS[method.name] = method
 

@@ -62,7 +62,7 @@ class ModelStep:
 _STEPS: dict[str, MixerStep | ModelStep] = {}
 
 
-def register(step: MixerStep | ModelStep) -> None:
+def register_step(step: MixerStep | ModelStep) -> None:
     """Make a step known by its name, in recipes; an earlier one of that name is replaced."""
     if not re.fullmatch(r"[a-z][a-z-]*", step.name):
         raise InputError(f"A step can't be called {step.name!r}; expected lower-case letters and hyphens.")

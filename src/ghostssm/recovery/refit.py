@@ -19,7 +19,7 @@ from ghostssm.models.mixer import Mixer, gated_norm
 from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
 from ghostssm.ops.step import at_least_float32, project_streams
-from ghostssm.recovery.base import MixerStep, register
+from ghostssm.recovery.base import MixerStep, register_step
 
 DEFAULT_STEPS = 100
 LEARNING_RATE = 0.02
@@ -215,4 +215,4 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
                 value.copy_(parameters[name])
 
 
-register(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))
+register_step(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))

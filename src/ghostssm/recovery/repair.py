@@ -13,7 +13,7 @@ from ghostssm.calibration.processes import Processes
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
-from ghostssm.recovery.base import MixerStep, register
+from ghostssm.recovery.base import MixerStep, register_step
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
@@ -193,4 +193,4 @@ def _repair(block: PrunedBlock, amount: int, seed: int) -> None:
     repair_output(mixer, block.streams(), targets, walk.processes, walk.first_window)
 
 
-register(MixerStep("repair", "fit D and out_proj to the dense output, in closed form", _repair))
+register_step(MixerStep("repair", "fit D and out_proj to the dense output, in closed form", _repair))
