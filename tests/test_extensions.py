@@ -48,7 +48,7 @@ def test_a_step_of_mixer_scope() -> None:
     def halve(block: Any, amount: int, seed: int) -> None:
         seen.append((amount, len(block.dense_outputs)))
         with torch.no_grad():
-            block.mixer.D /= 2
+            block.mixer.D.div_(2)
 
     ghostssm.register_step(ghostssm.MixerStep("halve", "half of D", halve, default_amount=3))
     model = tiny_model()
