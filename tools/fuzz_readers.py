@@ -93,10 +93,13 @@ class Watch:
 
 def watch(folder: Path) -> Watch:
     """Watch this process from now on; only Python's own files and ghostssm's may be opened beside the folder."""
-    own = Path(ghostssm.__file__).parent
+    own, zipped = Path(ghostssm.__file__).parent, [place for place in sys.path if place.endswith(".zip")]
     watching = Watch(
         folder.resolve(),
-        tuple(str(Path(p).resolve()) for p in (*sysconfig.get_paths().values(), own, "/dev/null", "/proc/meminfo")),
+        tuple(
+            str(Path(p).resolve())
+            for p in (*sysconfig.get_paths().values(), *zipped, own, "/dev/null", "/proc/meminfo")
+        ),
     )
     sys.addaudithook(watching)
     return watching
