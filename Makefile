@@ -6,19 +6,31 @@ DEMO_TEXT := --windows 8 --window-length 1024
 
 DEMO_METHODS := ghost magnitude random output+repair output+refit50+repair balanced+per-layer
 
-.PHONY: demo test lint docs clean
+# A test worker per core, each on one thread; four at the most, for they take a gigabyte each.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist worksteal
+TYPES := build/mypy.txt
+
+.PHONY: demo test lint style docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
 	$(BIN)/ghostssm prune reference --state-size 32 --calibration stdlib $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
 
-test: lint
-	$(BIN)/python -m pytest
+# mypy works beside the tests. What it finds comes after their summary; where it finds nothing, that is the last line.
+test: style
+	@mkdir -p $(dir $(TYPES))
+	$(BIN)/mypy >$(TYPES) 2>&1 & mypy=$$!; \
+	$(BIN)/python -m pytest $(WORKERS); tests=$$?; \
+	wait $$mypy || { cat $(TYPES); exit 1; }; \
+	exit $$tests
 
-lint: $(VENV)/installed
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT
     python benchmarks/fidelity.py MODEL --calibration TEXT --last-words PASSAGES
     python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT --copying 1024
-    python benchmarks/fidelity.py RECALL_MODEL --recall 64
+    PYTHONPATH=tools python benchmarks/fidelity.py RECALL_MODEL --recall 64
 
 The first form takes any two texts: of one kind, or, to see what calibration on other text costs, of two. The second
 measures the loss of the last word of every passage (a text with one on each line), as LAMBADA does. The third measures,
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -23,9 +22,10 @@ from interleaved import print_machine
 
 import ghostssm
 from ghostssm.evaluation.copying import copying, copying_in_reach
-from ghostssm.evaluation.memory import peak_bytes, reset_peak
-from ghostssm.evaluation.recall import Recall, associative_recall, last_words, recall_of
+from ghostssm.evaluation.recall import Recall, last_words
+from ghostssm.evaluation.speed import peak_bytes, reset_peak
 from ghostssm.text.sources import read_passages
+from ghostssm.workflows.compare import measure_cell
 
 RECIPES = (
     "ghost",
@@ -137,17 +137,20 @@ class OnRecall:
     """Accuracy lost on associative recall; the standard error is over sequences."""
 
     def __init__(self, args: argparse.Namespace):
+        from associative_recall import associative_recall, recall_of  # from tools/
+
+        self.recall_of = recall_of
         self.model = ghostssm.load(args.model, dtype=torch.float32).model
         values = self.model.config.vocab_size // 2
         draw = torch.Generator().manual_seed(7)
         ids, _ = associative_recall(args.windows, args.recall, values, values, draw)
         self.windows = ghostssm.Windows(ids, "associative recall", "", 1.0, 7)
         self.test = associative_recall(args.text_windows, args.recall, values, values, draw)
-        self.dense = recall_of(self.model, *self.test)
+        self.dense = self.recall_of(self.model, *self.test)
         print(f"{args.recall} pairs, {args.text_windows} sequences; dense accuracy {self.dense.accuracy:.2%}")
 
     def cost(self, model: torch.nn.Module) -> tuple[float, float, str]:
-        lost = self._by_sequence(self.dense) - self._by_sequence(recall_of(model, *self.test))
+        lost = self._by_sequence(self.dense) - self._by_sequence(self.recall_of(model, *self.test))
         return lost.mean().item(), (lost.std() / len(lost) ** 0.5).item(), ""
 
     def _by_sequence(self, recall: Recall) -> torch.Tensor:
@@ -159,6 +162,7 @@ def main() -> None:
     print_machine()
     kind = OnRecall if args.recall else OnLastWords if args.last_words else OnCopying if args.copying else OnText
     task = kind(args)
+    device = task.model.device
     calibration = ghostssm.Calibration(task.model, task.windows)
     recipes = [str(ghostssm.Recipe.parse(recipe)) for recipe in args.recipes]
     unit = "excess loss" if args.recall is None else "accuracy lost"
@@ -167,12 +171,9 @@ def main() -> None:
     for size in args.state_size:
         first = None
         for recipe in recipes:
-            reset_peak(task.model.device)
-            begun = time.perf_counter()
-            plan = calibration.plan(recipe, size)
-            seconds, peak = time.perf_counter() - begun, peak_bytes(task.model.device)
-            with ghostssm.pruned(task.model, plan) as smaller:
-                mean, error, remark = task.cost(smaller)
+            reset_peak(device)
+            outcome = measure_cell(calibration, (recipe, size), lambda model: (peak_bytes(device), *task.cost(model)))
+            plan, seconds, (peak, mean, error, remark) = outcome.plan, outcome.seconds, outcome.measured
             first = mean if first is None else first
             sizes = " ".join(map(str, plan.state_sizes)) if plan.per_layer else f"{plan.mean_state_size:g}"
             print(

@@ -17,7 +17,7 @@ import torch
 from gpu_common import SHAPES, TINY, Shape, device_of, parser, report, say
 
 import ghostssm
-from ghostssm.evaluation.memory import peak_bytes, reset_peak
+from ghostssm.evaluation.speed import peak_bytes, reset_peak
 from ghostssm.text.windows import Windows
 
 

@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bfloat16", action="store_true", help="weights in bfloat16")
-    parser.add_argument("--pack-weights", action="store_true", help="accelerate(model, pack_weights=True)")
     args = parser.parse_args()
 
     print_machine()
@@ -41,7 +40,7 @@ def main() -> None:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(pruned(model, first_channels(model, size)))
                 if own:
-                    ghostssm.accelerate(model, pack_weights=args.pack_weights)
+                    ghostssm.accelerate(model)
                     stack.callback(ghostssm.restore, model)
                 tokens[name] = decode(model, args.batch, args.steps, seconds[name])
 

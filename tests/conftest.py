@@ -26,7 +26,8 @@ transformers.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
+def _one_thread() -> None:
+    """As in the processes that tests start: matrix products may round otherwise with other numbers of threads."""
     torch.set_num_threads(1)
 
 

@@ -152,26 +152,6 @@ def test_pruning_an_accelerated_model() -> None:
         torch.testing.assert_close(stepwise(model, ids, [18, 1, 1]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_weights_follow_the_weights() -> None:
-    model, ids = tiny_model(use_bias=True, tie_word_embeddings=False), tokens(3, 20)
-    plan = Calibration(model, random_windows(2, 40)).plan("ghost", 5)
-    pieces = [17, 1, 1, 1]
-    with torch.inference_mode():
-        expected = stepwise(model, ids, pieces)
-        accelerate(model, pack_weights=True)
-        torch.testing.assert_close(stepwise(model, ids, pieces), expected, rtol=1e-4, atol=1e-4)
-        with pruned(model, plan):
-            small = stepwise(model, ids, pieces)
-        assert not torch.allclose(small, expected, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(stepwise(model, ids, pieces), expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        model.backbone.layers[0].mixer.in_proj.weight.mul_(0.5)
-        changed = stepwise(model, ids, pieces)
-        restore(model)
-        torch.testing.assert_close(changed, stepwise(model, ids, pieces), rtol=1e-4, atol=1e-4)
-    assert "forward" not in model.lm_head.__dict__
-
-
 def test_an_impossible_state_dtype() -> None:
     with pytest.raises(InputError, match="float16"):
         accelerate(tiny_model(), state_dtype=torch.float16)

@@ -276,7 +276,7 @@ def test_a_decode_loop_that_records_gradients(case: str) -> None:
 
 def test_a_copy_of_an_accelerated_model_is_its_own() -> None:
     model, ids = tiny_model(), tokens(2, 12)
-    ghostssm.accelerate(model, pack_weights=True)
+    ghostssm.accelerate(model)
     before = logits_of(model, ids)
     twin, expected = copy.deepcopy(model), tiny_model()
     with torch.no_grad():

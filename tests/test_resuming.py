@@ -120,7 +120,7 @@ def test_killed_at_random_moments(spec: str, tmp_path: Path, moments: int) -> No
     """Runs are killed again and again, and go on each time."""
     expected, output = prune(spec, tmp_path / "whole"), tmp_path / "out"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostssm._api", "transformers.models.mamba2.modeling_mamba2", __name__])
+    context.set_forkserver_preload(["ghostssm.workflows.prune", "transformers.models.mamba2.modeling_mamba2", __name__])
     chance = random.Random(0)
     killed, length = 0, 0.0
     for number in itertools.count():

@@ -12,11 +12,18 @@ import torch
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation import evaluate
 from ghostssm.plan.measurement import Difference, Searched
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.pruning import smallest
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
 from tests.conftest import random_windows, tiny_model
+
+
+def search_of(plan: Plan) -> Searched:
+    assert plan.provenance is not None
+    assert plan.provenance.search is not None
+    return plan.provenance.search
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def test_the_smallest_size_within_every_bound_is_found(multiple: int, state_size
         if enough:
             plan = smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
             assert plan.kept_state_size == enough[0]
-            assert plan.provenance["search"]["max_excess_loss"] == bound
+            assert search_of(plan).max_excess_loss == bound
         else:
             with pytest.raises(InputError, match="allow more"):
                 smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
@@ -72,23 +79,21 @@ def test_the_bound_holds_on_windows_that_calibrated_nothing() -> None:
     size = plan.kept_state_size
     assert size % 4 == 0
     assert excess(size) <= bound
-    searched = Searched.of(plan.provenance)
-    assert searched is not None
+    searched = search_of(plan)
     assert (searched.max_excess_loss, searched.windows) == (bound, 2)
     assert searched.excess.mean == pytest.approx(excess(size), abs=1e-6)
 
 
 def test_a_search_without_a_standard_error() -> None:
     plan = smallest_plan(tiny_model(), random_windows(4, 60), "random", 100.0)
-    assert plan.provenance["search"]["standard_error"] is None
-    searched = Searched.of(plan.provenance)
-    assert searched is not None
+    assert search_of(plan).as_json()["standard_error"] is None
+    searched = search_of(plan)
     assert "±" not in searched.text
 
 
 @pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}])
 def test_a_provenance_without_a_search(foreign: dict[str, Any]) -> None:
-    assert Searched.of(foreign) is None
+    assert Searched.from_json(foreign) is None
 
 
 def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import train_reference
 
 import ghostssm
-
-TOOL = Path(__file__).parents[1] / "tools" / "train_reference.py"
+from ghostssm.text.stdlib import stdlib_texts
 
 
 @pytest.mark.slow
-def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path) -> None:
+def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A few modules show that the tool works; a tokenizer of all of them takes half a minute.
+    monkeypatch.setattr(train_reference, "stdlib_texts", lambda held_out, tests=False: stdlib_texts(held_out)[:30])
     sizes = ["--layers", "1", "--hidden-size", "32", "--head-dim", "8", "--state-size", "16", "--vocab-size", "300"]
     run = ["--steps", "2", "--warmup", "1", "--batch", "2", "--window", "64", "--no-compile"]
-    command = [sys.executable, str(TOOL), "--output", str(tmp_path / "model"), *sizes, *run]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["train_reference", "--output", str(tmp_path / "model"), *sizes, *run])
+    train_reference.main()
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["held_out_loss"][-1][0] == 2
     checkpoint = ghostssm.load(str(tmp_path / "model"))

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from associative_recall import associative_recall, recall_of
 from torch import Tensor
 from train_reference import Trainee, descend, optimizer_for
-
-from ghostssm.evaluation.recall import associative_recall, recall_of
 
 ROUNDS = (1, 2, 4, 8)
 """The sequences of a batch take turns. Those held out have one round; of several the first are easier, as fewer pairs

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, mixer_forward
-from ghostssm.ops.norm import rms_norm
+from ghostssm.ops.conv_norm import rms_norm
 from ghostssm.text.sources import read_text
 from ghostssm.text.stdlib import stdlib_texts
 

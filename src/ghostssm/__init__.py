@@ -10,89 +10,37 @@ ghostssm.save(checkpoint, plan, "mamba2-130m-n64")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import ast
+import sys
+from importlib import import_module, resources
+from typing import Any
 
 from ghostssm.models.registration import check_transformers, register_with_transformers
 
-if TYPE_CHECKING:
-    from ghostssm._api import *
 
-__all__ = [
-    "Advice",
-    "Calibration",
-    "Checkpoint",
-    "Comparison",
-    "Description",
-    "Difference",
-    "Evaluation",
-    "Evidence",
-    "ExportedGGUF",
-    "GhostError",
-    "GhostWarning",
-    "HubError",
-    "IncompleteError",
-    "InputError",
-    "LayoutError",
-    "Measurement",
-    "Method",
-    "ModelError",
-    "NumericalError",
-    "OutputError",
-    "OutputFolder",
-    "Plan",
-    "PlanError",
-    "PrecisionWarning",
-    "Recipe",
-    "Row",
-    "SSDLayout",
-    "Selection",
-    "Source",
-    "StorageError",
-    "StreamedCheckpoint",
-    "StreamedRun",
-    "Text",
-    "TextError",
-    "Verification",
-    "Windows",
-    "__version__",
-    "accelerate",
-    "advise",
-    "apply_plan",
-    "compare",
-    "cut_windows",
-    "describe",
-    "engine_names",
-    "evaluate",
-    "evaluation_windows",
-    "export_checkpoint",
-    "export_gguf",
-    "find_source",
-    "load",
-    "method_named",
-    "method_names",
-    "nearest_state_size",
-    "pad_state",
-    "prune_streamed",
-    "pruned",
-    "push_to_hub",
-    "read_text",
-    "register_method",
-    "restore",
-    "save",
-    "smallest_plan",
-    "stream",
-    "verify",
-]
+def _places() -> dict[str, tuple[str, str]]:
+    """Public name to its module and its name there, as __init__.pyi has them."""
+    stub = ast.parse((resources.files("ghostssm") / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {str(each.asname): (str(node.module), each.name) for node in imports for each in node.names}
+
+
+_PLACES = _places()
+__all__ = sorted(_PLACES)  # noqa: PLE0605  (names of the stub)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library at first use: PyTorch takes seconds, and ``ghostssm --help`` needs none of it."""
-    if name not in __all__:
+    """Import a public name at its first use: PyTorch takes seconds, and ``ghostssm --help`` needs none of it."""
+    if name not in _PLACES:
         raise AttributeError(f"module 'ghostssm' has no attribute {name!r}")
+    module, own_name = _PLACES[name]
+    if module == "ghostssm._version":
+        return getattr(import_module(module), own_name)
     check_transformers()
-    from ghostssm import _api
-
-    return getattr(_api, name)
+    value = globals()[name] = getattr(import_module(module), own_name)
+    if "IPython" in sys.modules:
+        import_module("ghostssm.report.notebook").register_with_ipython()
+    return value
 
 
 def __dir__() -> list[str]:

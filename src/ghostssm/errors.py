@@ -15,7 +15,7 @@ class GhostError(Exception):
     """Base of every error that ghostssm raises on purpose.
 
     Attributes:
-        told: another process of the run has raised it too, and tells it.
+        told: another process of the run has raised it too and prints it, so this one stays silent.
     """
 
     told = False

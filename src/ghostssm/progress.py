@@ -10,3 +10,11 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """The listener who does nothing."""
+
+
+Notify = Callable[[str], None]
+"""Called with a sentence for the person who waits."""
+
+
+def unheard(message: str) -> None:
+    """The listener who hears no sentence."""

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 
 import ghostssm
-from ghostssm import tensorfile
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import ModelError
+from ghostssm.files import tensors
 from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 from tests.checkpoint.test_bad_checkpoints import edit_config
 from tests.checkpoint.test_round_trip import logits_of, mamba_ssm_folder
@@ -165,7 +165,7 @@ def test_a_pickle_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> Non
 def test_one_pickled_tensor_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = mamba_ssm_folder(tmp_path, None)
     asked: list[int] = []
-    read = tensorfile.read_at
+    read = tensors.read_at
 
     def noted(file: Path, name: str, start: int, shape: tuple[int, ...], *rest: Any) -> torch.Tensor:
         asked.append(shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import warnings
@@ -16,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm import pruning
 from ghostssm.checkpoint.manifest import probe_tokens
 from ghostssm.checkpoint.probing import probe_in, probed
-from ghostssm.errors import NumericalError, PrecisionWarning
-from ghostssm.plan.decision import Decision
+from ghostssm.errors import GhostWarning, NumericalError, PrecisionWarning
+from ghostssm.models.mixer import Mixer
+from ghostssm.recovery import repair
 from tests.cli.test_cli import prune_arguments
 from tests.conftest import Run, random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
@@ -164,14 +163,14 @@ def test_a_repaired_weight_that_the_stored_dtype_cannot_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, road: Callable[..., Path]
 ) -> None:
     tiny_model().half().save_pretrained(tmp_path / "model")
-    repaired = pruning.mended
 
-    def huge(*args: Any) -> Decision:
+    def huge(mixer: Mixer, *_: Any) -> float:
         """Numbers that float32 holds and float16 does not."""
-        decision, mixer = repaired(*args), args[2]
-        return dataclasses.replace(decision, changes={"out_proj.weight": mixer.out_proj.weight.detach() * 1e6})
+        with torch.no_grad():
+            mixer.out_proj.weight *= 1e6
+        return 1.0
 
-    monkeypatch.setattr(pruning, "mended", huge)
+    monkeypatch.setattr(repair, "repair_output", huge)
     with pytest.raises(
         NumericalError,
         match=r"layers\.0\.mixer\.out_proj\.weight .*65504.*export MODEL --format transformers --dtype bf16",
@@ -221,6 +220,7 @@ def test_activations_beyond_float32_are_an_error_without_calibration_too(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.* stored as float32 in a float16 checkpoint")
 def test_loading_in_a_dtype_that_is_too_narrow_blames_the_dtype(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -240,3 +240,14 @@ def test_loading_in_a_dtype_that_is_too_narrow_blames_the_dtype(tmp_path: Path) 
     safetensors.torch.save_file(mixed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"--dtype bf16"):
         ghostssm.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("road", [ghostssm.load, ghostssm.stream], ids=["in memory", "streamed"])
+def test_tensors_that_are_stored_wider_are_named(tmp_path: Path, road: Callable[..., Any]) -> None:
+    """Some keep A_log, D and dt_bias in float32; transformers loads all of a model in one dtype."""
+    model = tiny_model().to(torch.bfloat16)
+    for block in model.backbone.layers:
+        block.mixer.A_log.data = block.mixer.A_log.data.float()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.warns(GhostWarning, match=r"A_log and 2 more of .* are stored as float32 in a bfloat16 checkpoint"):
+        road(str(tmp_path / "model"))

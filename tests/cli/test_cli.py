@@ -51,7 +51,7 @@ def test_a_gpu_that_is_left_idle_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
     assert code == 0
     assert "computing on the CPU; --device cuda would take the Some GPU" in err
 
@@ -277,7 +277,7 @@ def test_an_interrupt_leaves_nothing(
 
     monkeypatch.setattr("ghostssm.checkpoint.saving.write_model", interrupted)
     before = sorted(path.name for path in tmp_path.iterdir())
-    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"))
+    code, _, err = run(*prune_arguments(small, text_file, tmp_path / "out"), "--method", "ghost")
     assert code == 130
     assert "nothing half-written is left" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before

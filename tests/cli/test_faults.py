@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,9 @@ else:  # as the script that installers write
 )
 def test_an_interrupt_while_libraries_are_imported(moment: str, entry: str) -> None:
     command = [sys.executable, "-c", STARTING, moment, entry]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    # A process in the background ignores SIGINT, and so would its children.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, preexec_fn=default)
     assert ended.returncode == 130
     assert ended.stderr == "error: interrupted; nothing half-written is left.\n"
 

@@ -129,7 +129,7 @@ def test_the_accelerated_model_through_its_cache(case: str, backend: str, monkey
     run = partial(stepwise, model, ids)
     with torch.inference_mode():
         stock = [run([20]), run([12, 1, 1, 5, 1]), run([17, 1, 1, 1], mask)]
-        accelerate(model, pack_weights=True)
+        accelerate(model)
         model.double().float()  # buffers are other tensors then
         own = [run([20]), run([12, 1, 1, 5, 1]), run([17, 1, 1, 1], mask)]
         restore(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
+import ghostssm
+from ghostssm.errors import ModelError
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.own_class import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
 from tests.conftest import VOCABULARY, draw_weights, tiny_model
@@ -29,7 +32,6 @@ MIXED: dict[str, Any] = {
 SHAPES: list[dict[str, Any]] = [
     {"projected_state_sizes": [4] * LAYERS},
     MIXED,
-    MIXED | {"projection_heads": True},
 ]
 PIECES = [[23], [12, 1, 1, 4, 1, 4], [1, 1, 21], [2, 20, 1]]
 
@@ -66,14 +68,6 @@ def tiny_ghost(seed: int = 0, **fields: Any) -> GhostMamba2ForCausalLM:
         if name.endswith(("B_projection", "C_projection")):
             torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
-
-
-def random_projections(count: int, n: int = 16, r: int = 5, seed: int = 1) -> Projections:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(count, n, r, generator=generator) / 2, torch.randn(count, n, r, generator=generator) / 2)
-        for _ in range(LAYERS)
-    ]
 
 
 def through_cache(model: Any, ids: Tensor, pieces: list[int]) -> Tensor:
@@ -127,17 +121,6 @@ def test_one_hot_projections_select_channels(pieces: list[int]) -> None:
     assert_same(through_cache(model, ids, pieces), through_cache(sliced, ids, pieces))
 
 
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("shape", GROUPS)
-def test_heads_with_their_groups_projection(shape: dict[str, Any], pieces: list[int]) -> None:
-    stock, ids = tiny_model(**shape), tokens(2, 23)
-    groups = stock.config.n_groups
-    by_group = random_projections(groups)
-    by_head = [(B.repeat_interleave(8 // groups, dim=0), C.repeat_interleave(8 // groups, dim=0)) for B, C in by_group]
-    expected = through_cache(ghost_of(stock, by_group), ids, pieces)
-    assert_same(through_cache(ghost_of(stock, by_head, projection_heads=True), ids, pieces), expected)
-
-
 def brute_force(mixer: Any, hidden: Tensor) -> Tensor:
     """The mixer in float64, token by token and head by head, with nothing of transformers in it."""
     h, p, g, n = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
@@ -153,11 +136,10 @@ def brute_force(mixer: Any, hidden: Tensor) -> Tensor:
     y = torch.zeros(b, length, h, p, dtype=torch.float64)
     for head in range(h):
         group = head // (h // g)
-        own = head if w["B_projection"].shape[0] == h else group
         span, channel = slice(group * n, (group + 1) * n), slice(head * p, (head + 1) * p)
         state = torch.zeros(b, p, w["B_projection"].shape[-1], dtype=torch.float64)
         for t in range(length):
-            small_B, small_C = B[:, t, span] @ w["B_projection"][own], C[:, t, span] @ w["C_projection"][own]
+            small_B, small_C = B[:, t, span] @ w["B_projection"][group], C[:, t, span] @ w["C_projection"][group]
             decay = torch.exp(-w["A_log"][head].exp() * dt[:, t, head])
             u = dt[:, t, head, None] * x[:, t, channel]
             state = decay[:, None, None] * state + u[:, :, None] * small_B[:, None, :]
@@ -168,10 +150,9 @@ def brute_force(mixer: Any, hidden: Tensor) -> Tensor:
     return (normed.flatten(-2) * w["norm.weight"]) @ w["out_proj.weight"].T
 
 
-@pytest.mark.parametrize("projection_heads", [False, True])
-def test_chunks_and_steps_against_brute_force(projection_heads: bool) -> None:
+def test_chunks_and_steps_against_brute_force() -> None:
     fields = {"state_sizes": [16, 7, 9], "projected_state_sizes": [3, 7, 1]}
-    model = tiny_ghost(n_groups=2, projection_heads=projection_heads, **fields)
+    model = tiny_ghost(n_groups=2, **fields)
     hidden = torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         for layer, block in enumerate(model.backbone.layers):
@@ -287,7 +268,7 @@ def test_save_and_load(shape: dict[str, Any], tied: bool, tmp_path: Path) -> Non
         assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model.backbone(ids)[0])
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is GhostMamba2Config
-    for name in ("state_sizes", "projected_state_sizes", "projection_heads"):
+    for name in ("state_sizes", "projected_state_sizes"):
         assert getattr(config, name) == getattr(model.config, name)
     assert isinstance(AutoModelForCausalLM.from_config(config), GhostMamba2ForCausalLM)
 
@@ -407,7 +388,6 @@ def test_base_class_registration() -> None:
         ({"state_sizes": [16, 8.5, 16]}, "state_sizes"),
         ({"state_sizes": 16}, "state_sizes"),
         ({"projected_state_sizes": [True] * 3}, "projected_state_sizes"),
-        ({"projection_heads": "yes"}, "projection_heads"),
         ({"n_groups": 3}, "n_groups = 3 does not divide"),
         ({"head_dim": 5}, "hidden_size"),
     ],
@@ -416,6 +396,23 @@ def test_bad_configs(fields: dict[str, Any], message: str) -> None:
     stock = tiny_model().config
     with pytest.raises(StrictDataclassError, match=message):
         config_of(stock, **fields)
+
+
+def test_configs_of_earlier_versions(tmp_path: Path) -> None:
+    """They say whether projections are per head; no more than per group is left."""
+    config = config_of(tiny_model().config, projection_heads=False, **MIXED)
+    assert "projection_heads" not in config.to_dict()
+    with pytest.raises(ValueError, match=r"projection_heads is True: .* expected false"):
+        config_of(tiny_model().config, projection_heads=True, **MIXED)
+    tiny_ghost(**MIXED).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    for by_head in (False, True):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"projection_heads": by_head}))
+        if by_head:
+            with pytest.raises(ModelError, match="projection_heads is True"):
+                ghostssm.load(str(tmp_path))
+        else:
+            assert isinstance(ghostssm.load(str(tmp_path)).model, GhostMamba2ForCausalLM)
 
 
 def test_a_config_is_checked_again_before_saving(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
+from ghostssm.ops.conv_norm import gated_rms_norm, rms_norm
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, decode_step_reference, norm_step
-from ghostssm.ops.norm import gated_rms_norm, rms_norm
 
 BFLOAT16_STEP = torch.finfo(torch.bfloat16).eps
 GUARD = 64
@@ -28,7 +28,7 @@ def guarded(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
 
 def weights_of(
     heads: int, channels: int, groups: int, n: int, dtype: torch.dtype, device: str, *,
-    width: int = 4, bias: bool = True, maps: int | None = None, r: int | None = None,
+    width: int = 4, bias: bool = True, r: int | None = None,
 ) -> StepWeights:  # fmt: skip
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype)
@@ -40,8 +40,8 @@ def weights_of(
         A_log=draw(heads),
         D=draw(heads),
         groups=groups,
-        B_maps=None if maps is None else draw(maps, n, r or n, scale=n**-0.5),
-        C_maps=None if maps is None else draw(maps, n, r or n, scale=n**-0.5),
+        B_maps=None if r is None else draw(groups, n, r, scale=n**-0.5),
+        C_maps=None if r is None else draw(groups, n, r, scale=n**-0.5),
     )
 
 
@@ -116,9 +116,9 @@ def test_dtypes_of_weights_and_state_are_independent(fused: str, dtype: str, sta
     check(fused, n=24, groups=2, b=2, heads=4, dtype=getattr(torch, dtype), state_dtype=getattr(torch, state_dtype))
 
 
-@pytest.mark.parametrize(("n", "r", "maps"), [(64, 48, 2), (64, 20, 4), (33, 33, 2), (16, 1, 2)])
-def test_projected_streams(fused: str, n: int, r: int, maps: int) -> None:
-    check(fused, n=n, groups=2, b=2, heads=4, r=r, maps=maps)
+@pytest.mark.parametrize(("n", "r"), [(64, 48), (64, 20), (33, 33), (16, 1)])
+def test_projected_streams(fused: str, n: int, r: int) -> None:
+    check(fused, n=n, groups=2, b=2, heads=4, r=r)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -148,7 +148,7 @@ def test_norm_between_blocks(fused: str, dtype: torch.dtype) -> None:
 
 def test_without_the_kernels_the_definition_holds_too(fresh_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "device_types", set())
-    check("cpu", n=12, groups=2, b=2, heads=4, p=8, r=5, maps=4)
+    check("cpu", n=12, groups=2, b=2, heads=4, p=8, r=5)
     check("cpu", n=12, groups=2, b=2, heads=4, p=8, state_dtype=torch.bfloat16)
     monkeypatch.setattr(compiled, "kernels", None)
     check("cpu", n=12, groups=2, b=2, heads=4, p=8, gate=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
 
 from ghostssm.ops import compiled
-from ghostssm.ops.conv import causal_conv
+from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked, ssd_reference, ssd_step
 
 CASES = [

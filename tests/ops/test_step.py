@@ -83,3 +83,13 @@ def test_conv_step(width: int, bias: bool) -> None:
     expected = F.silu((shifted * weight).sum(-1) + (0 if offset is None else offset))
     torch.testing.assert_close(step.conv_step_(window, x, weight, offset), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(window, shifted)
+
+
+def test_a_process_keeps_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When numba starts its pool it sets OpenMP's number of threads, which is torch's as well."""
+    if compiled.kernels is None:
+        pytest.skip("without the loops there is no pool")
+    monkeypatch.setattr(compiled.kernels, "use_threads", lambda count: torch.set_num_threads(count + 1))
+    before = torch.get_num_threads()
+    compiled.arrays(torch.zeros(1))
+    assert torch.get_num_threads() == before

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from ghostssm.plan.plan import Plan, Selection
+from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.plan import Plan
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import hankel_figure
 from ghostssm.report.page import Report, html_page
-from ghostssm.report.record import Observations
 from ghostssm.workflows.compare import Row
+from ghostssm.workflows.record import Observations
 
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -132,8 +133,8 @@ def test_no_row_of_a_legend_is_cut_off_on_a_phone(browser: Any, tmp_path: Path) 
 def test_sizes_of_their_own_leave_the_axis_alone_until_a_layer_is_chosen(browser: Any, tmp_path: Path) -> None:
     names = ["layers.0.mixer", "layers.1.mixer"]
     values = {name: torch.arange(8.0, 0.0, -1.0, dtype=torch.float64)[None] for name in names}
-    selections = {name: Selection((tuple(range(size)),)) for name, size in zip(names, (2, 4), strict=True)}
-    plan = Plan("ghost", "mamba2", 1, 8, selections, per_layer=True)
+    kept = {name: Decision(Selection((tuple(range(size)),))) for name, size in zip(names, (2, 4), strict=True)}
+    plan = Plan("ghost", "mamba2", 1, 8, kept, per_layer=True)
     page = tmp_path / "page.html"
     page.write_text(html_page(Report("page", "", [], [hankel_figure(Observations({}, {}, values, "text", 1), plan)])))
     show(browser, page)

@@ -30,10 +30,10 @@ from ghostssm.report.building import checkpoint_report
 from ghostssm.report.figures import MOST_CHANNELS
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
-from ghostssm.report.measuring import observe
 from ghostssm.report.page import Report, html_page
-from ghostssm.report.record import Observations, Record
 from ghostssm.workflows.compare import Row
+from ghostssm.workflows.observing import observe
+from ghostssm.workflows.record import Observations, Record
 from tests.conftest import random_windows, tiny_model
 
 _LIMIT = 2_000_000
@@ -117,7 +117,8 @@ def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp
     assert [figure.name for figure in report.figures] == ["saliency"]
     assert any("--report" in command for _, command in report.missing)
     assert any("--evaluate" in command for _, command in report.missing)
-    sizes = dataclasses.replace(plan, per_layer=True, provenance=plan.provenance | {"groups": "pooled"})
+    assert plan.provenance is not None
+    sizes = dataclasses.replace(plan, per_layer=True, provenance=dataclasses.replace(plan.provenance, groups="pooled"))
     sizes.save(folder)
     words = shlex.split(checkpoint_report(folder).missing[0][1])
     assert words[words.index("--state-size") + 1] == "4"

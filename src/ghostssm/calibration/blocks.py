@@ -1,4 +1,4 @@
-"""Where a walk gets a model's blocks from: from memory, or from whatever fills each one when its turn comes."""
+"""The blocks that a walk visits: those of a model in memory, or blocks that are filled when their turn comes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Blocks(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The whole model: its config and forward pass. What stands before its blocks has its weights."""
+        """The whole model, for its config and forward pass. Modules before its blocks have their weights."""
         ...
 
     @property
@@ -29,7 +29,7 @@ class Blocks(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The device of the weights."""
         ...
 
     def opened(self, index: int) -> AbstractContextManager[nn.Module]:
@@ -37,7 +37,7 @@ class Blocks(Protocol):
         ...
 
     def runnable(self) -> AbstractContextManager[None]:
-        """Within the context the model's forward pass shows what its blocks return, be the numbers what they may."""
+        """Within the context the model's forward pass shows what its blocks return; the numbers may be anything."""
         ...
 
 
@@ -64,10 +64,10 @@ class LoadedBlocks:
 
 
 def blocks_of(model: PreTrainedModel | Blocks) -> Blocks:
-    """The blocks of a model, or what stands for them already.
+    """The blocks of a model; blocks are returned as they are.
 
     Raises:
-        InputError: neither.
+        InputError: the argument is neither a model nor blocks.
     """
     check_model(model.model if hasattr(model, "opened") else model)
     return LoadedBlocks(model) if isinstance(model, PreTrainedModel) else model

@@ -23,10 +23,9 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.text.windows import Windows
 
 _SHAPE_TOKENS = 2
-"""Of the first window, so many tokens run through the real blocks, to see what their outputs look like."""
-
-
+"""Tokens of the first window that run through the real blocks, to see what their outputs look like."""
 _LARGE_BYTES = 1 << 16
+"""Arguments of at least so many bytes are kept in the scratch room."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def block_calls(
 
     Args:
         dtype: to convert floating-point tensors to.
-        scratch: where the hidden states are to be, and the largest of the arguments.
+        scratch: the room for the hidden states and the largest arguments.
 
     Returns:
         (count, l, hidden_size), and for every batch of the windows one call per block. A tensor that several blocks
@@ -77,7 +76,7 @@ def block_calls(
             kept = _Kept(dtype, kept_before, partial(_kept_large, scratch, f"batch {number}"))
             # `seen` holds on to the tensors, so that their identities stay unique.
             batches.append([call.map(kept) for _, call in seen])
-            kept_before = kept_before or list(kept.found.values())
+            kept_before = kept_before or list(kept.by_identity.values())
             first = seen[0][0]
             if hidden is None:
                 hidden = scratch.empty((len(windows), *first.shape[1:]), dtype, first.device)
@@ -117,7 +116,7 @@ def logits_after(blocks: Blocks, rests: Sequence[tuple[Any, ...] | None], hidden
 
 
 def captured_output(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Call ``run`` until ``module`` is done, and return the hidden states that it gives."""
+    """Call ``run`` until ``module`` is done, and return the hidden states that the module gives."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         raise _Captured(output[0] if isinstance(output, tuple) else output)
@@ -126,7 +125,7 @@ def captured_output(module: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 
 def captured_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Call ``run`` until it calls ``module``, and return the hidden states that that one gets."""
+    """Call ``run`` until it calls ``module``, and return the hidden states that the module gets."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Captured(_hidden_and_rest(args, kwargs)[0])
@@ -158,7 +157,7 @@ def _hidden_and_rest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 def _replaced_blocks(
     modules: Sequence[nn.Module], rests: Sequence[tuple[Any, ...] | None], answer: Callable[[Tensor, Call], Tensor]
 ) -> Iterator[None]:
-    """Within the context blocks do nothing but ask what to return for the hidden states and the call that they get."""
+    """Within the context every block does nothing but return ``answer(hidden states, call)``."""
 
     def forward(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
         hidden = answer(*_hidden_and_rest(args, kwargs))
@@ -177,22 +176,22 @@ def _replaced_blocks(
 
 
 class _Kept:
-    """The tensors to keep for those that blocks got: known by identity, or equal to one of an earlier batch."""
+    """The tensor to keep for each that a block got: itself, or an equal one of an earlier batch; known by identity."""
 
     def __init__(self, dtype: torch.dtype, before: Sequence[Tensor], store: Callable[[int, Tensor], Tensor]):
         self._dtype, self._before, self._store = dtype, before, store
-        self.found: dict[int, Tensor] = {}
+        self.by_identity: dict[int, Tensor] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.found:
+        if id(tensor) not in self.by_identity:
             converted = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
             equal = (k for k in self._before if k.dtype == converted.dtype and torch.equal(k, converted.to(k.device)))
             known = next(equal, None)
-            self.found[id(tensor)] = self._store(len(self.found), converted) if known is None else known
-        return self.found[id(tensor)]
+            self.by_identity[id(tensor)] = self._store(len(self.by_identity), converted) if known is None else known
+        return self.by_identity[id(tensor)]
 
 
 def _kept_large(scratch: Scratch, batch: str, number: int, tensor: Tensor) -> Tensor:
-    """Where a tensor of a batch's calls is to be: large ones in the scratch room."""
+    """The tensor as it is kept: a large one in the scratch room."""
     large = tensor.numel() * tensor.element_size() >= _LARGE_BYTES
     return scratch.keep(f"{batch}, argument {number}", tensor) if large else tensor

@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from ghostssm.calibration.walk import LayerWalk
 
 _KEPT_STREAM_BYTES = 256 << 20
-"""So much of what scoring computed is kept for carrying the hidden states on; the rest is computed again."""
+"""Bytes of streams that are kept from scoring until the hidden states are carried on; others are computed again."""
 
 _MEASURED_TOKENS = 8192
-"""Of the windows, so many tokens serve to measure what a decision would do."""
+"""Tokens of the windows on which the effect of a decision is measured."""
 
 
 class _WalkedBlock:
-    """A block copy and the view of its mixer; what the dense and the pruned state of it share."""
+    """A copy of a block with the view of its mixer; the part that open and pruned blocks share."""
 
     def __init__(self, walk: LayerWalk, index: int, block: nn.Module, mixer: Mixer | None):
         self.walk, self.index, self._block, self.mixer = walk, index, block, mixer
 
     @property
     def present_mixer(self) -> Mixer:
-        """The mixer, for questions that only a block with one can answer."""
+        """The mixer of a block that must have one."""
         assert self.mixer is not None, "this block has no Mamba-2 mixer"
         return self.mixer
 
     def inputs(self) -> Iterator[Tensor]:
-        """What the mixer is called with, (b, l, hidden_size), batch by batch."""
+        """The mixer's inputs, (b, l, hidden_size), batch by batch."""
         for _, call in self.walk.calls(self.index, self._block):
             yield captured_input(self.present_mixer.module, call)
 
@@ -51,8 +51,8 @@ class _WalkedBlock:
         for number, (span, call) in enumerate(self.walk.calls(self.index, self._block)):
 
             def mixed(_: Mixer, hidden_states: Tensor, number: int = number, **__: Any) -> Tensor:
-                found: Tensor = forward(number, hidden_states)
-                return found
+                output: Tensor = forward(number, hidden_states)
+                return output
 
             with torch.inference_mode(), replaced_forward(mixers, mixed):
                 output: Any = call()
@@ -69,10 +69,10 @@ class _WalkedBlock:
 class OpenBlock(_WalkedBlock):
     """A block of a walk that is not pruned yet.
 
-    Sums and means are over the windows of all processes: where several share them, all must ask the same.
+    Sums and means are over the windows of all processes, so that all of them must call the same methods in turn.
 
     Attributes:
-        index: of the block. original: as the model has it, with its weights in their own precision.
+        index: the block's number. original: the model's own block, with its weights in their own precision.
         mixer: the view of the copy's mixer, if it has one.
     """
 
@@ -80,6 +80,7 @@ class OpenBlock(_WalkedBlock):
         super().__init__(walk, index, block, walk.family.mixer(block, index))
         self.original = original
         self._kept: dict[int, Streams] = {}
+        self._pruned: PrunedBlock | None = None
 
     def stored_mixer(self) -> Mixer:
         """The mixer as the model has it, in its own precision."""
@@ -88,7 +89,7 @@ class OpenBlock(_WalkedBlock):
         return mixer
 
     def streams(self) -> Iterator[Streams]:
-        """What the recurrence works on, batch by batch; as many as fit are kept for what is asked later."""
+        """The mixer's streams, batch by batch; as many as fit are kept for later calls."""
         self._kept.clear()
         room = _KEPT_STREAM_BYTES
         for number, hidden in enumerate(self.inputs()):
@@ -118,7 +119,7 @@ class OpenBlock(_WalkedBlock):
 
     def changes(self, decisions: Sequence[Decision]) -> list[float]:
         """The mean squared change of the mixer's output that each decision would make, on the first windows."""
-        mixer, found = self.present_mixer, list[tuple[list[float], int]]()
+        mixer, sums = self.present_mixer, list[tuple[list[float], int]]()  # of squares, and over how many tokens
         tokens = self.walk.first_window * self.walk.hidden.shape[1]
         with torch.inference_mode():
             for number, hidden in enumerate(self.inputs()):
@@ -128,14 +129,14 @@ class OpenBlock(_WalkedBlock):
                 dense = output_of_streams(mixer, streams)
                 changed = (output_of_streams(mixer, _decided(streams, decision)) - dense for decision in decisions)
                 totals = [change.double().square().sum().item() for change in changed]
-                found.append((totals, dense.shape[0] * dense.shape[1]))
-                tokens += found[-1][1]
-        found = self.walk.processes.gather(found)
-        measured = sum(count for _, count in found)
-        return [sum(totals[index] for totals, _ in found) / measured for index in range(len(decisions))]
+                sums.append((totals, dense.shape[0] * dense.shape[1]))
+                tokens += sums[-1][1]
+        sums = self.walk.processes.gather(sums)
+        measured = sum(count for _, count in sums)
+        return [sum(totals[index] for totals, _ in sums) / measured for index in range(len(decisions))]
 
     def outputs(self) -> list[Tensor]:
-        """What the mixer makes of its inputs, batch by batch."""
+        """The mixer's outputs, batch by batch."""
         with torch.inference_mode():
             return [
                 self.walk.keep(f"outputs {number}", self._output(number, hidden))
@@ -151,10 +152,10 @@ class OpenBlock(_WalkedBlock):
         self._advance(self._last_output)
 
     def prune(self, decision: Decision, *, keep_outputs: bool = False) -> PrunedBlock:
-        """Prune the copy and give it the decision's parameters; the dense block can't be asked any more.
+        """Prune the copy and give it the decision's parameters; this object is of no use afterwards.
 
         Args:
-            keep_outputs: so that recovery steps know what the dense mixer gave.
+            keep_outputs: keep the dense mixer's outputs, for recovery steps.
         """
         outputs = self.outputs() if keep_outputs else []
         mixer, family = self.present_mixer, self.walk.family
@@ -165,7 +166,14 @@ class OpenBlock(_WalkedBlock):
         kept = {} if decision.changes else self._kept
         self.mixer, self._kept = None, {}
         pruned = replace(view, projection=decision.projection)
-        return PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+        self._pruned = PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+        return self._pruned
+
+    def close(self) -> None:
+        """Let go of all weights, also of those of the pruned block; neither of the two can be used any more."""
+        if self._pruned is not None:
+            vars(self._pruned).clear()
+        vars(self).clear()
 
     def _streams_of(self, number: int, hidden: Tensor) -> Streams:
         kept = self._kept.get(number)
@@ -187,7 +195,7 @@ class PrunedBlock(_WalkedBlock):
     """A block of a walk that a decision was applied to; recovery steps change its mixer's parameters in place.
 
     Attributes:
-        mixer: the view of the pruned mixer. dense_outputs: what the dense mixer gave, batch by batch, if it was kept.
+        mixer: the view of the pruned mixer. dense_outputs: of the dense mixer, batch by batch; empty if not kept.
     """
 
     def __init__(
@@ -210,7 +218,7 @@ class PrunedBlock(_WalkedBlock):
         }
 
     def streams(self) -> Iterator[Streams]:
-        """What the recurrence works on with the parameters as they are, batch by batch."""
+        """The mixer's streams with the parameters of now, batch by batch."""
         for number, hidden in enumerate(self.inputs()):
             with torch.inference_mode():
                 yield self._streams_of(number, hidden)
@@ -220,7 +228,7 @@ class PrunedBlock(_WalkedBlock):
         self._advance(self._output)
 
     def decision(self) -> Decision:
-        """What was decided, with every parameter that a recovery step has changed since."""
+        """The decision, with every parameter that a recovery step has changed since."""
         parameters = self.present_mixer.module.named_parameters()
         changed = {
             name: value.detach().clone()
@@ -243,7 +251,7 @@ class PrunedBlock(_WalkedBlock):
 
 
 class _Versions:
-    """The parameters behind a mixer's streams, as they were: kept streams are good until one of them changes."""
+    """A record of the parameters behind a mixer's streams: kept streams are good until one of these changes."""
 
     def __init__(self, mixer: Mixer):
         self._tensors = self._behind_streams(mixer)
@@ -269,7 +277,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _decided(streams: Streams, decision: Decision) -> Streams:
-    """The streams that a dense mixer's become under a decision that changes none of the weights behind them."""
+    """A dense mixer's streams, cut and projected by a decision that changes none of the weights behind them."""
     selection = decision.selection
     kept = streams.select(selection.padded(selection.width))
     return kept if decision.projection is None else kept.project(decision.projection)

@@ -1,6 +1,6 @@
 """The processes that share a run: their windows, sums and decisions.
 
-``torchrun`` starts them and says by environment variables which of them each is. Process 0 decides and writes. What is
+``torchrun`` starts them and tells each its number by environment variables. Process 0 decides and writes. What is
 summed in a fixed order (statistics, samples) is gathered window by window, so that the result does not depend on how
 many processes there are; large sums (Gram matrices) are reduced, which can change their last digits.
 """
@@ -28,7 +28,7 @@ T = TypeVar("T")
 Ask = Callable[..., Any]
 
 TIMEOUT = timedelta(minutes=30)
-"""So long a process waits for another one: far longer than the first one takes to decide on a mixer."""
+"""The longest that a process waits for another one: far more than process 0 needs to decide on a mixer."""
 _POLL_SECONDS = 0.0005
 
 
@@ -36,7 +36,7 @@ class Processes:
     """This process and the others of its run; one process alone needs no communication.
 
     Attributes:
-        rank: this process, counted from 0. size: of them all. device: where tensors from others are to be.
+        rank: this process's number, from 0. size: how many there are. device: for tensors that come from others.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: str | torch.device = "cpu"):
@@ -44,10 +44,10 @@ class Processes:
 
     @classmethod
     def join(cls, device: str | torch.device = "cpu", timeout: timedelta = TIMEOUT) -> Processes:
-        """Meet the other processes that torchrun started; without torchrun there is this one alone.
+        """Connect to the other processes that torchrun started; without torchrun there is this one alone.
 
         Args:
-            device: of the run; sums on a CUDA device are reduced there.
+            device: the run's; sums on a CUDA device are reduced there.
 
         Raises:
             ProcessError: the others can't be reached.
@@ -63,7 +63,7 @@ class Processes:
         return cls(dist.get_rank(), size, device)
 
     def leave(self) -> None:
-        """Part from the others, at the end of a run that went well."""
+        """Disconnect from the others, at the end of a run that went well."""
         if self.size > 1:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
@@ -112,15 +112,15 @@ class Processes:
         return value if self.rank == 0 else self._unpacked(packed)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What a function gives on process 0, or the GhostError that it raises there, on all."""
+        """Call a function on process 0 alone; every process returns its value or raises its GhostError."""
         if self.size == 1:
             return work()
         if self.rank:
-            failed, found = self.broadcast()
+            failed, outcome = self.broadcast()
             if failed:
-                found.told = True
-                raise found
-            result: T = found
+                outcome.told = True
+                raise outcome
+            result: T = outcome
             return result
         try:
             result = work()
@@ -131,11 +131,11 @@ class Processes:
         return result
 
     def decide_once(self, decide: Callable[[Ask], T], answer: Ask) -> T:
-        """What process 0 decides, on all of them. What it asks meanwhile, every process answers for its own windows.
+        """Process 0 decides, and every process returns the decision. Its questions are answered over all windows.
 
         Args:
-            decide: gets a function to ask with: a question's name and what else belongs to it.
-            answer: gives the answer over all processes; all of them must call it with the same question.
+            decide: gets the function that asks; a question is a name and its arguments.
+            answer: answers a question over all processes; each of them calls it at the same time.
         """
         if self.size == 1:
             return decide(answer)
@@ -169,12 +169,12 @@ class Processes:
         return torch.frombuffer(room.getbuffer(), dtype=torch.uint8)
 
     def _unpacked(self, packed: Tensor) -> Any:
-        """What another process of this run packed: nothing from a file, so that any class may be in it."""
+        """A value that another process of this run packed; any class may be in it, since it comes from no file."""
         return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location=self.device, weights_only=False)
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of several on one machine that are to use CUDA, each takes one."""
+    """This process's device: of several processes on one machine that use CUDA, each has a GPU of its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
@@ -183,7 +183,7 @@ def _checksum(packed: Tensor) -> int:
 
 
 def _finished(start: Callable[[], Any]) -> None:
-    """Start a collective operation and wait for its end, open to signals meanwhile."""
+    """Start a collective operation and wait for its end; signals are heard meanwhile."""
     try:
         work = start()
         while not work.is_completed():

@@ -5,11 +5,10 @@ At one token, what state channel n of group g adds to the mixer's output is
     C[g, n] * M[g, :, n],      M[g] = P W diag(after) (1 - share * v v^T / (k p rms^2)) diag(before / rms) H[g]
 
 H[g] is the state of the group's heads as a matrix (k * p, n), v what the norm normalises and rms^2 = |v|^2 / (k p) +
-eps, W the columns of out_proj,
-`before` and `after` what multiplies the output on either side of the norm (the gate silu(z) on one of them, the norm's
-weight after it), and P a random map of the output's directions to a few (Johnson & Lindenstrauss 1984), with
-E[P^T P] = 1: inner products keep their expectation, and a sample takes little memory. So the channels' output errors,
-their correlations, and both Gramians all come from the pairs (M, C).
+eps, W the columns of out_proj, `before` and `after` what multiplies the output on either side of the norm (the gate
+silu(z) on one of them, the norm's weight after it), and P a random map of the output's directions to a few (Johnson &
+Lindenstrauss 1984), with E[P^T P] = 1: inner products keep their expectation, and a sample takes little memory. So the
+channels' output errors, their correlations, and both Gramians all come from the pairs (M, C).
 
 With share = 1 this is the derivative of the gated norm: exact for small changes, but it has the loss of a part of v in
 v's own direction cost nothing, which is wrong for large ones. With share = 0 the rms counts as fixed. Which of them
@@ -81,7 +80,7 @@ class OutputSamples:
         return torch.stack([_gram(self.readouts[:, g]) for g in range(self.readouts.shape[1])]) / len(self)
 
     def split(self, held_out: float) -> tuple[OutputSamples, OutputSamples]:
-        """The first samples and the last ones, of which there is this fraction."""
+        """The samples in two parts, of which the last has this fraction."""
         count = len(self) - max(1, round(held_out * len(self)))
         parts = (self.maps, self.readouts, self.directions, self.along)
         return OutputSamples(*(part[:count] for part in parts)), OutputSamples(*(part[count:] for part in parts))
@@ -110,25 +109,25 @@ def sample_outputs(
     is drawn depends on the seed and on the number of a batch's first window.
 
     Args:
-        tokens: in all batches together.
-        samples: about so many; all tokens if there are fewer.
+        tokens: how many there are in all batches.
+        samples: about how many to take; all tokens if there are fewer.
         directions: of the output per sample, drawn anew for every position; None for all, without a random map.
         first: the number of the first window.
     """
     stride = max(1, tokens // samples)
-    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    taken: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with torch.inference_mode():
         for streams in batches:
             generator = torch.Generator().manual_seed(_mixed(seed, first))
             first += len(streams.dt)
             shift = int(torch.randint(stride, (), generator=generator))
             for position, state in states_at(mixer, streams, range(shift, streams.dt.shape[1], stride)):
-                found.append(_sample(mixer, _at(streams, position), state, directions, generator))
-    return OutputSamples(*(torch.cat(part) for part in zip(*found, strict=True)))
+                taken.append(_sample(mixer, _at(streams, position), state, directions, generator))
+    return OutputSamples(*(torch.cat(part) for part in zip(*taken, strict=True)))
 
 
 def _mixed(seed: int, window: int) -> int:
-    """One seed for both."""
+    """One seed from a seed and the number of a window."""
     return int(np.random.SeedSequence((seed % 2**64, window)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,4 +1,4 @@
-"""Room for what grows with the windows: memory, or memory-mapped files."""
+"""The room for tensors that grow with the windows: memory, or memory-mapped files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scratch:
         self._kept: dict[str, Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of any contents; on the device, or in a file.
+        """An uninitialised tensor, on the device or in a file.
 
         Raises:
             OutputError: the folder can't be written, or the disk is too small.
@@ -54,7 +54,7 @@ class Scratch:
         return mapped.view(*shape)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, in a file if there is a folder; what was kept under the same name before is gone then."""
+        """Keep a tensor and return it, in a file if there is a folder; the file of a name is used again."""
         if self._folder is None:
             return tensor
         before = self._kept.get(name)

@@ -34,12 +34,12 @@ class LayerStatistics:
 
 def gather_statistics(mixer: Mixer, batches: Iterable[Streams], processes: Processes | None = None) -> LayerStatistics:
     """Statistics of a mixer whose streams arrive in batches, over those of all processes."""
-    found: list[tuple[ChannelEnergies, int]] = []
+    parts: list[tuple[ChannelEnergies, int]] = []
     with torch.inference_mode():
         for streams in batches:
             energies = channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C)
-            found.append((energies, streams.dt.shape[0] * streams.dt.shape[1]))
-    found = (processes or Processes()).gather(found)
-    total = reduce(add, (energies for energies, _ in found))
-    tokens = sum(count for _, count in found)
+            parts.append((energies, streams.dt.shape[0] * streams.dt.shape[1]))
+    parts = (processes or Processes()).gather(parts)
+    total = reduce(add, (energies for energies, _ in parts))
+    tokens = sum(count for _, count in parts)
     return LayerStatistics(total.output / tokens, total.state / tokens, total.readout / tokens, tokens)

@@ -40,7 +40,7 @@ class LayerWalk:
 
     Attributes:
         hidden: (count, l, hidden_size), what reaches the next block.
-        tokens: in all windows, those of other processes included.
+        tokens: how many there are in all windows, those of other processes included.
         first_window: the number of this process's first window.
     """
 
@@ -53,9 +53,9 @@ class LayerWalk:
     ):
         """
         Args:
-            model: or where its blocks come from.
-            windows: all of them; this process walks with its own share.
-            scratch: where what grows with the windows is to be; memory if not given.
+            model: in memory, or its blocks.
+            windows: those of all processes; this one walks with its own share.
+            scratch: the room for what grows with the windows; memory if not given.
         """
         self.processes = processes or Processes()
         self.first_window, own = self.processes.share(windows)
@@ -74,11 +74,14 @@ class LayerWalk:
         """Front to back, each with its weights.
 
         Args:
-            first: block to begin with; what reaches it must be put into ``hidden`` then.
+            first: the block to begin with; the caller puts what reaches it into ``hidden``.
         """
         for index in range(first, len(self)):
             with self._source.opened(index) as original:
-                yield OpenBlock(self, index, original, copy.deepcopy(original).to(self.hidden.dtype))
+                block = OpenBlock(self, index, original, copy.deepcopy(original).to(self.hidden.dtype))
+                del original
+                yield block
+                block.close()  # the caller's variable still names it, and memory has room for one block
 
     def calls(self, index: int, block: nn.Module) -> Iterator[tuple[slice, partial[Any]]]:
         """For each batch its windows, and the call of a copy of block ``index`` with what reaches it."""
@@ -88,5 +91,5 @@ class LayerWalk:
             yield span, partial(block, self.hidden[span].to(device), *call.args, **call.kwargs)
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, where what grows with the windows is to be."""
+        """Keep a tensor in the room for what grows with the windows, and return it (`Scratch.keep`)."""
         return self.scratch.keep(name, tensor)

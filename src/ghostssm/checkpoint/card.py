@@ -19,8 +19,7 @@ from ghostssm.checkpoint.loading import empty_model
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import REFERENCE, Source
 from ghostssm.engines import advise
-from ghostssm.models.families import family_of, mixers_of
-from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.models.families import family_of, layout_of, mixers_of
 from ghostssm.plan.measurement import Measurement, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.units import sizes_text, text_name
@@ -105,7 +104,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["mamba2", "state-space-model", "pruned", "ghostssm"],
     )
-    own_class = config.model_type == GhostMamba2Config.model_type
+    own_class = family_of(config).is_own_class
     sections = [
         _summary(base, config, plan, untied),
         _origin(plan),
@@ -124,7 +123,7 @@ def _summary(base: Base, config: PreTrainedConfig, plan: Plan, untied: bool) -> 
     size = sizes_text(kept)
     padding = "" if stored == kept else f", padded to {sizes_text(stored)}"
     by_layer = "" if len(set(kept)) == 1 else f"| by layer | | {' '.join(map(str, kept))} |\n"
-    width = family_of(config).layout(config).intermediate_size
+    width = layout_of(config).intermediate_size
     before, after = (4 * width * total for total in (plan.state_size * len(stored), sum(stored)))
     original = copy.deepcopy(config)
     family_of(config).set_state_size(original, plan.state_size)

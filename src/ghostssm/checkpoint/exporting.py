@@ -20,8 +20,7 @@ from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
-from ghostssm.models.families import mixers_of
-from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.models.families import family_of, mixers_of
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
 from ghostssm.plan.plan import Plan
 from ghostssm.units import text_name
@@ -75,7 +74,7 @@ def export_checkpoint(
 
 def require_stock(checkpoint: Checkpoint, who: str) -> None:
     """Raise InputError, saying what to do, if only our own class can express a model."""
-    if checkpoint.model.config.model_type != GhostMamba2Config.model_type:
+    if not family_of(checkpoint.model.config).is_own_class:
         return
     mixers = mixers_of(checkpoint.model)
     if any(mixer.projection is not None for mixer in mixers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
-from ghostssm.errors import CONVERT, InputError, ModelError, NumericalError
+from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import quiet_transformers
 
@@ -74,7 +75,7 @@ def load(
     config = model_config(source)
     stored = checked_tensors(source, config)
     with quiet_transformers():
-        model = _build(source, config, stored, dtype or stored_dtype(stored))
+        model = _build(source, config, stored, dtype_in_memory(stored, dtype, source))
     check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
@@ -203,6 +204,24 @@ def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     for tensor in stored.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def dtype_in_memory(stored: dict[str, StoredTensor], wanted: torch.dtype | None, source: Source) -> torch.dtype:
+    """The dtype that was asked for, or else the stored one. Warns of tensors that are stored wider."""
+    if wanted is not None:
+        return wanted
+    dtype = stored_dtype(stored)
+    wider = [name for name, tensor in stored.items() if tensor.dtype.itemsize > dtype.itemsize]
+    if wider:
+        here, there = (str(each).removeprefix("torch.") for each in (dtype, stored[wider[0]].dtype))
+        more = f" and {len(wider) - 1} more" if len(wider) > 1 else ""
+        warnings.warn(
+            f"{wider[0]}{more} of {source.name} {'are' if more else 'is'} stored as {there} in a {here} checkpoint; "
+            f"transformers loads {here}, and so is what is written.",
+            GhostWarning,
+            stacklevel=2,
+        )
+    return dtype
 
 
 def _build(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, note_idle_gpu, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note, note_if, print_json, print_table, progress_reporter
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
@@ -44,6 +44,7 @@ def bench(
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
     from ghostssm.evaluation.speed import Speedup, first_channels, measure
     from ghostssm.pruning.feasibility import check_state_size
+    from ghostssm.workflows.remarks import idle_gpu_remark
 
     if min(batch) < 1:
         raise InputError(f"The batch size is {min(batch)}; expected at least 1.")
@@ -54,7 +55,7 @@ def bench(
         check_state_size(size, described.layout.state_size)
     dense = described.layout.state_size
     sizes = [dense, *(size for size in state_size if size != dense)]
-    note_idle_gpu(device)
+    note_if(idle_gpu_remark(device))
     loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
     machine = measure_machine(batch, device)
     plans = {size: first_channels(loaded, size) for size in sizes}

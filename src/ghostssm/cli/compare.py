@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note, note_idle_gpu, note_same_text, print_json, print_table, progress_reporter
-from ghostssm.cli.report import check_drawable, write_page
+from ghostssm.cli.console import note, note_if, print_json, print_table, progress_reporter
+from ghostssm.cli.report import check_drawable
 
 
 def compare(
@@ -55,8 +55,9 @@ def compare(
     from ghostssm.evaluation.roofline import measure_machine
     from ghostssm.files.output_file import OutputFile
     from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
-    from ghostssm.report.measuring import observe
-    from ghostssm.workflows.comparison_table import comparison_cells
+    from ghostssm.workflows.compare import comparison_cells
+    from ghostssm.workflows.observing import observe
+    from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark
 
     arguments.check_separated("--methods", methods)
     recipes = [ghostssm.Recipe.parse(name) for name in methods or ()]
@@ -73,7 +74,7 @@ def compare(
     limit = described.layout.state_size
     for size in state_size:
         check_state_size(size, limit)
-    note_idle_gpu(device)
+    note_if(idle_gpu_remark(device))
     checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     calibration_windows = ghostssm.cut_windows(
@@ -81,7 +82,7 @@ def compare(
     )
     test_text = ghostssm.read_text(text, "evaluation")
     test_windows = ghostssm.evaluation_windows(test_text, vocabulary, window_length, text_windows)
-    note_same_text(calibration_windows, test_windows)
+    note_if(same_text_remark(calibration_windows, test_windows))
     note(
         f"windows of {window_length} tokens: calibrating on {len(calibration_windows)} of "
         f"{calibration_windows.text_name}, measuring on {len(test_windows)} of {test_windows.text_name}"
@@ -102,6 +103,7 @@ def compare(
             observations = observe(checkpoint.model, calibration_windows, progress)
     if file is not None:
         from ghostssm.report.building import comparison_report
+        from ghostssm.report.page import write_page
 
         settings = {
             "ghostssm": ghostssm.__version__,

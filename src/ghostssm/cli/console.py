@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,15 +22,11 @@ from ghostssm.errors import GhostWarning
 from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
-if TYPE_CHECKING:
-    from ghostssm.text.windows import Windows
-
 __all__ = [
     "bytes_text",
     "is_first_process",
     "note",
-    "note_idle_gpu",
-    "note_same_text",
+    "note_if",
     "print_error",
     "print_facts",
     "print_json",
@@ -41,6 +37,8 @@ __all__ = [
 
 _PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when nobody watches."""
+_bars: list[RichProgress] = []
+"""What is drawn at the moment."""
 
 
 def is_first_process() -> bool:
@@ -125,23 +123,19 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def note(message: str) -> None:
-    """A line for the person at the terminal, kept out of standard output."""
-    if is_first_process():
+    """A line for the person at the terminal, kept out of standard output; above the bars, while there are some."""
+    if not is_first_process():
+        return
+    if _bars:
+        _bars[-1].console.print(message, markup=False, highlight=False, soft_wrap=True)
+    else:
         print(message, file=sys.stderr, flush=True)
 
 
-def note_idle_gpu(device: str) -> None:
-    """Say that a GPU is there where the work is about to be done without it."""
-    import torch
-
-    if device == "cpu" and torch.cuda.is_available():
-        note(f"computing on the CPU; --device cuda would take the {torch.cuda.get_device_name()}")
-
-
-def note_same_text(calibration: Windows, evaluation: Windows) -> None:
-    """Say so where the loss is measured on what the state was cut for."""
-    if calibration.text_fingerprint == evaluation.text_fingerprint:
-        note(f"calibrating and measuring on the same text, {evaluation.text_name}: other text will lose more")
+def note_if(message: str | None) -> None:
+    """A note, if there is one."""
+    if message is not None:
+        note(message)
 
 
 @contextmanager
@@ -151,7 +145,7 @@ def progress_reporter() -> Iterator[Progress]:
         yield _PlainProgress()
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars, _shown(bars):
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -159,9 +153,18 @@ def progress_reporter() -> Iterator[Progress]:
                 tasks[what] = bars.add_task(what, total=total)
             elif not done:
                 bars.reset(tasks[what], total=total)  # the time left is that of this round
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total, visible=done < total)
 
         yield report
+
+
+@contextmanager
+def _shown(bars: RichProgress) -> Iterator[None]:
+    _bars.append(bars)
+    try:
+        yield
+    finally:
+        _bars.remove(bars)
 
 
 class _PlainProgress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note_idle_gpu, print_facts, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note_if, print_facts, print_json, print_table, progress_reporter
 from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def evaluate(
     import ghostssm
     from ghostssm.cli.text_loss import Measuring, print_excess, print_loss
     from ghostssm.errors import InputError
+    from ghostssm.workflows.remarks import idle_gpu_remark
 
     if sum((last_words is not None, copying, bool(tasks))) > 1:
         raise InputError("Give at most one of --last-words, --copying and --tasks.")
@@ -103,7 +104,7 @@ def evaluate(
         names = [name for value in tasks for name in value.split(",") if name]
         _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
         return
-    note_idle_gpu(device)
+    note_if(idle_gpu_remark(device))
     if last_words is not None:
         checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
         _evaluate_last_words(checkpoint, last_words, limit, as_json)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import is_first_process, note_idle_gpu
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
+from ghostssm.cli.report import check_drawable
+
+if TYPE_CHECKING:
+    from ghostssm.pruning.recipe import Recipe
+    from ghostssm.workflows.prune_request import PruneOutcome
 
 
 def prune(
-    context: typer.Context,
     model: arguments.Model,
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="Folder for the checkpoint and the plan.")],
     state_size: Annotated[
@@ -66,15 +71,15 @@ def prune(
         ),
     ] = False,
     multiple: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--multiple",
             min=1,
-            help="Of sizes per layer, and of sizes that are searched.",
+            help="Of sizes per layer, and of sizes that are searched; 8 if not given.",
             rich_help_panel=arguments.HOW_PANEL,
             metavar="N",
         ),
-    ] = 8,
+    ] = None,
     engine: arguments.Engines = None,
     calibration: arguments.CalibrationText = "wikitext2",
     windows: arguments.CalibrationWindows = 128,
@@ -117,15 +122,15 @@ def prune(
         ),
     ] = False,
     batch: Annotated[
-        list[int],
+        list[int] | None,
         typer.Option(
             "--batch",
             metavar="B ...",
             min=1,
-            help="With --report: batch sizes to decode at.",
+            help="With --report: batch sizes to decode at; 1, 8 and 32 if not given.",
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
-    ] = [1, 8, 32],  # noqa: B006  (read only)
+    ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -136,13 +141,13 @@ def prune(
         ),
     ] = None,
     private: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--private/--public",
-            help="Of a repository that --push-to-hub makes.",
+            help="Of a repository that --push-to-hub makes; private if not given.",
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
-    ] = True,
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -178,71 +183,116 @@ def prune(
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     """
-    import ghostssm
-    from ghostssm.checkpoint.hub import check_hub_target
-    from ghostssm.checkpoint.saving import check_dialect
-    from ghostssm.cli.pruning import in_memory, sizes, streamed
-    from ghostssm.cli.pruning.job import Job, wanted_recipe
-    from ghostssm.cli.pruning.outcome import print_outcome
-    from ghostssm.cli.report import check_drawable
-    from ghostssm.files.output_folder import check_apart
-    from ghostssm.pruning.feasibility import check_original, check_recipe
+    from ghostssm.workflows.prune import prune as carry_out
+    from ghostssm.workflows.prune_request import PruneRequest
 
     begun = time.perf_counter()
-    check_apart(output, model)
-    arguments.check_needed(context, "--evaluate", evaluate is not None, "text_windows")
-    arguments.check_needed(context, "--report", with_report, "batch")
-    arguments.check_needed(context, "--push-to-hub", push_to_hub is not None, "private")
-    arguments.check_needed(context, "--stream", stream, "offload", "resume")
-    if stream:
-        streamed.check_streamed_options(dialect, max_excess_loss, untie, with_report)
-    else:
-        streamed.check_not_shared()
-        folder = ghostssm.OutputFolder(output, overwrite)
-    recipe = wanted_recipe(method, repair, refit, per_layer)
-    sizes_vary = recipe.per_layer or max_excess_loss is not None
-    arguments.check_needed(context, "--per-layer or --max-excess-loss", sizes_vary, "multiple")
-    described = ghostssm.describe(model)
-    check_original(described.is_stock)
-    check_recipe(recipe, described.family)
-    check_dialect(dialect, described.family, not recipe.stock, untie)
-    if push_to_hub is not None:
-        check_hub_target(push_to_hub)
     if with_report:
         check_drawable()
-    target = sizes.wanted_target(described.layout.state_size, state_size, budget, max_excess_loss)
-    if engine:
-        sizes.check_engine_dialects(engine, dialect)
-        target = sizes.suited_target(
-            target, described, recipe, groups, engine, described.tied_head and not untie, multiple
-        )
-    sizes.check_smaller(target, described.layout.state_size)
-    job = Job(
+    request = PruneRequest(
         model=model,
+        output=output,
+        state_size=state_size,
+        budget=budget,
+        max_excess_loss=max_excess_loss,
+        recipe=str(_recipe(method, repair, refit, per_layer)),
+        multiple=multiple,
+        engines=tuple(engine or ()),
+        groups=groups,
+        calibration=calibration,
+        windows=windows,
+        window_length=window_length,
+        seed=seed,
+        evaluate=evaluate,
+        text_windows=text_windows,
+        dialect=dialect,
+        untie=untie,
+        report=with_report,
+        batches=None if batch is None else tuple(batch),
+        push_to_hub=push_to_hub,
+        private=private,
         tokenizer=tokenizer,
         device=device,
-        description=described,
-        recipe=recipe,
-        target=target,
-        groups=groups,
-        multiple=multiple,
-        seed=seed,
-        calibration=calibration,
-        calibration_windows=windows,
-        evaluation=evaluate,
-        evaluation_windows=text_windows,
-        window_length=window_length,
-        output=output,
+        stream=stream,
+        offload=offload,
+        resume=resume,
         overwrite=overwrite,
     )
-    note_idle_gpu(device)
-    if stream:
-        outcome = streamed.prune_streamed(job, resume, offload)
-    else:
-        outcome = in_memory.prune_in_memory(
-            job, folder, dialect, untie=untie, report_batches=batch if with_report else ()
+    with progress_reporter() as progress:
+        outcome = carry_out(request, progress=progress, notify=note)
+    page = _page(outcome.written) if with_report else None
+    _print(outcome, page, time.perf_counter() - begun, as_json)
+
+
+def _page(folder: Path) -> Path:
+    """Draw what the run measured."""
+    from ghostssm.checkpoint.manifest import PAGE_FILE
+    from ghostssm.files.output_file import OutputFile
+    from ghostssm.report.building import checkpoint_report
+    from ghostssm.report.page import write_page
+
+    page = folder / PAGE_FILE
+    write_page(OutputFile(page), checkpoint_report(folder))
+    return page
+
+
+def _recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
+    """The recipe that a method's name and the options beside it make together."""
+    from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
+    from ghostssm.recovery import Step
+
+    base = DEFAULT_RECIPE if method is None else Recipe.parse(method)
+    steps = list(base.steps)
+    if refit is not None:
+        steps = [step for step in steps if step.name != "refit"]
+        steps[:0] = [Step("refit", refit)] if refit else []
+    if repair is not None:
+        steps = [step for step in steps if step.name != "repair"] + [Step("repair")] * repair
+    return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
+
+
+def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bool) -> None:
+    """Tell where the result is and what it is."""
+    import ghostssm
+    from ghostssm.checkpoint.left_out import LeftOut
+    from ghostssm.checkpoint.manifest import Manifest
+    from ghostssm.units import one_or_all
+
+    plan, measured = outcome.plan, outcome.measured
+    searched = None if plan.provenance is None else plan.provenance.search
+    found = ghostssm.describe(str(outcome.written))
+    missing = Manifest.read(outcome.written).left_out or LeftOut()
+    before = found.state_bytes(plan.state_size)
+    after = one_or_all(plan.state_sizes)
+    if as_json:
+        print_json(
+            {
+                "output": str(outcome.written),
+                "method": plan.method,
+                "state_size": {"before": plan.state_size, "after": after},
+                "state_bytes": {"before": before, "after": found.state_bytes()},
+                "measured": None if measured is None else measured.as_json(),
+                "searched": None if searched is None else searched.as_json(),
+                "left_out": missing.as_json(),
+                "report": None if page is None else str(page),
+                "hub": outcome.address,
+                "seconds": seconds,
+            }
         )
-    address = None
-    if push_to_hub is not None and is_first_process():
-        address = ghostssm.push_to_hub(outcome.written, push_to_hub, private=private)
-    print_outcome(outcome, address, time.perf_counter() - begun, as_json)
+        return
+    for text in missing.notes:
+        note(f"note: {text}")
+    facts = [
+        ("written", str(outcome.written)),
+        ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
+        ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
+    ]
+    if searched is not None:
+        facts.append(("excess loss", searched.text))
+    if measured is not None:
+        facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
+    if page is not None:
+        facts.append(("report", str(page)))
+    if outcome.address is not None:
+        facts.append(("uploaded", outcome.address))
+    print_facts([*facts, ("time", f"{seconds:.0f} s")])

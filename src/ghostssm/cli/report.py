@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ghostssm.checkpoint.manifest import PAGE_FILE
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
-
-if TYPE_CHECKING:
-    from ghostssm.files.output_file import OutputFile
-    from ghostssm.report.page import Report
 
 
 def report(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that 'ghostssm prune' wrote.")],
     output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help=f"The page; DIR/{PAGE_FILE} if not given.")
+        str | None, typer.Option("--output", metavar="FILE", help="The page; DIR/report.html if not given.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
     as_json: arguments.AsJson = False,
@@ -30,6 +25,7 @@ def report(
     ghostssm report mamba2-130m-n64
     ghostssm report mamba2-130m-n64 --output n64.html --overwrite
     """
+    from ghostssm.checkpoint.manifest import PAGE_FILE
     from ghostssm.errors import InputError
     from ghostssm.files.output_file import OutputFile
     from ghostssm.plan.file import PLAN_FILE
@@ -41,6 +37,7 @@ def report(
     file = OutputFile(where / PAGE_FILE if output is None else output, overwrite)
     check_drawable()
     from ghostssm.report.building import checkpoint_report
+    from ghostssm.report.page import write_page
 
     found = checkpoint_report(where)
     write_page(file, found)
@@ -64,14 +61,3 @@ def report(
 def check_drawable() -> None:
     """Raise InputError at once, rather than after the work, if figures can't be drawn."""
     import_module("ghostssm.report.figures")
-
-
-def write_page(file: OutputFile, report: Report) -> None:
-    """Write a report's page, whole or not at all."""
-    from ghostssm.files.output_folder import storing
-    from ghostssm.report.page import html_page
-
-    page = html_page(report)
-    with file, storing(file.path):
-        file.partial.write_text(page, encoding="utf-8")
-        file.commit()

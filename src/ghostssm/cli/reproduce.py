@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +13,8 @@ from ghostssm.cli.console import note, print_json, print_table, progress_reporte
 from ghostssm.files.interrupts import Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ghostssm.workflows.published import Wanted
-    from ghostssm.workflows.reproduction import Results
+    from ghostssm.workflows.reproduction import Measured
 
 MARKDOWN_FILE = "results.md"
 
@@ -107,7 +106,8 @@ def reproduce(
     drawn = printed_tables(wanted, results.cells)
     library.write_whole(Path(output) / MARKDOWN_FILE, markdown_page(drawn, settings))
     if as_json:
-        print_json({"source": source(), "output": output, "cells": _as_json(wanted, results)})
+        entries = [_as_json(cell, results.cells.get(cell.key)) for cell in wanted]
+        print_json({"source": source(), "output": output, "cells": entries})
     else:
         for one in drawn:
             print(one.title)
@@ -116,25 +116,12 @@ def reproduce(
         print(f"published: {source()}")
         print(f"written: {results.path}, {Path(output) / MARKDOWN_FILE}")
     if failures:
-        listed = "".join(f"\n  - {' '.join(map(str, failure.key))}: {failure.reason}" for failure in failures)
+        listed = "".join(f"\n  - {' '.join(map(str, key))}: {reason}" for key, reason in failures.items())
         raise GhostError(f"{len(failures)} cells could not be measured; the same command tries them again:{listed}")
 
 
-def _as_json(wanted: Sequence[Wanted], results: Results) -> list[dict[str, object]]:
-    entries: list[dict[str, object]] = []
-    for cell in wanted:
-        measured = results.cells.get(cell.key)
-        entries.append(
-            {
-                "table": cell.table,
-                "model": cell.model,
-                "method": cell.method,
-                "sparsity": cell.sparsity,
-                "state_size": cell.state_size,
-                "published": cell.published,
-                "measured": None if measured is None else measured.perplexity,
-                "loss": None if measured is None else measured.loss,
-                "seconds": None if measured is None else measured.seconds,
-            }
-        )
-    return entries
+def _as_json(cell: Wanted, measured: Measured | None) -> dict[str, object]:
+    results: dict[str, object] = {"measured": None, "loss": None, "seconds": None}
+    if measured is not None:
+        results = {"measured": measured.perplexity, "loss": measured.loss, "seconds": measured.seconds}
+    return dataclasses.asdict(cell) | results

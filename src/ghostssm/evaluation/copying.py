@@ -71,8 +71,8 @@ class Copying:
 def copied_positions(ids: Tensor, context: int = CONTEXT, distance: int = DISTANCE) -> Tensor:
     """Which tokens are copied from far back.
 
-    A token is if it and the ``context`` tokens before it occurred before in its window, and the nearest such earlier
-    occurrence of it lies at least ``distance`` tokens back.
+    A token is copied if it and the ``context`` tokens before it occurred before in its window, and the nearest such
+    occurrence lies at least ``distance`` tokens back.
 
     Args:
         ids: (count, length), int64, not negative; rows are windows of their own.
@@ -86,9 +86,9 @@ def copied_positions(ids: Tensor, context: int = CONTEXT, distance: int = DISTAN
     if context < 1 or distance < 2:
         raise InputError(f"A context of {context} and a distance of {distance} tokens; expected at least 1 and 2.")
     count, length = ids.shape
-    found = torch.zeros(count, length, dtype=torch.bool, device=ids.device)
+    copied = torch.zeros(count, length, dtype=torch.bool, device=ids.device)
     if length <= context:
-        return found
+        return copied
     # Every different n-gram of a window gets a number: the numbers of its first n - 1 tokens and of the last, paired.
     gram = torch.arange(count, device=ids.device)[:, None].expand(count, length)
     tokens = int(ids.max()) + 1
@@ -101,8 +101,8 @@ def copied_positions(ids: Tensor, context: int = CONTEXT, distance: int = DISTAN
     far = order[1:] - order[:-1] >= distance  # of one window, since n-grams of two windows have different numbers
     at_start = torch.zeros_like(order, dtype=torch.bool)
     at_start[order[1:]] = again & far
-    found[:, context:] = at_start.view(count, -1)
-    return found
+    copied[:, context:] = at_start.view(count, -1)
+    return copied
 
 
 def copying(

@@ -95,7 +95,7 @@ def evaluate(
     Args:
         model: in memory, through which batch goes by batch; or its blocks, of which each takes all windows in turn, so
             that memory holds one of them and the hidden states of all windows.
-        scratch: where these hidden states are to be; memory if not given.
+        scratch: the room for these hidden states; memory if not given.
 
     Raises:
         NumericalError: a loss that is not finite.
@@ -114,7 +114,7 @@ def token_losses(
     Raises:
         NumericalError: a loss that is not finite.
     """
-    losses = []
+    batches = []
     blocks = blocks_of(model)
     rests = outputs_besides_hidden(blocks, windows)
     hidden_states = _by_batch(blocks, windows, progress) if isinstance(model, PreTrainedModel) else None
@@ -129,15 +129,15 @@ def token_losses(
             ],
             dim=1,
         )
-        losses.append(by_token.cpu())
+        batches.append(by_token.cpu())
     progress("windows", len(windows), len(windows))
-    found = torch.cat(losses)
-    if not torch.isfinite(found).all():
+    losses = torch.cat(batches)
+    if not torch.isfinite(losses).all():
         raise NumericalError(
             f"The loss on {windows.text_name!r} is not finite; the model's activations overflow. "
             "Evaluate the unpruned model on the same text; if it does not overflow, keep more of the state."
         )
-    return found
+    return losses
 
 
 def logits_of(blocks: Blocks, windows: Windows) -> Iterator[tuple[slice, Tensor]]:

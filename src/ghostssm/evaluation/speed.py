@@ -1,20 +1,22 @@
-"""Prefill and decode speed of a model under several plans, measured in turn in one process."""
+"""Prefill and decode speed, and peak memory, of a model under several plans, measured in turn in one process."""
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ghostssm.evaluation.memory import peak_bytes, reset_peak
 from ghostssm.evaluation.roofline import wait_for
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import family_of, layout_of, mixers_of
 from ghostssm.models.forward import replaced_forward
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -24,6 +26,8 @@ from ghostssm.progress import Progress, silent
 Key = TypeVar("Key", bound=Hashable)
 _ROUNDS = 3
 _STEPS = 6
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -119,9 +123,32 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let the peak start again from what is in use now; in a processor's memory where the system can (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        _CLEAR_PEAK.write_text("5")
+    except OSError:
+        return
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory since the last reset: of tensors on a GPU, else resident; since the start of the process where
+    there is no reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def first_channels(model: PreTrainedModel, state_size: int) -> Plan:
     """The plan that keeps the first channels everywhere: which channels are kept has no influence on speed."""
-    layout = family_of(model.config).layout(model.config)
+    layout = layout_of(model.config)
     first = Decision(Selection.whole(layout.with_state_size(state_size)))
     return Plan(
         method="first",

@@ -70,6 +70,8 @@ def adding(folder: Path) -> Iterator[Path]:
     try:
         yield place
         for path in place.iterdir():
+            if path.is_dir():
+                _discard(folder / path.name)
             path.replace(folder / path.name)
     finally:
         _discard(place)

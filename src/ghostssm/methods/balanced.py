@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 from ghostssm.methods.selection import Cut
 from ghostssm.models.mixer import Projection
 from ghostssm.plan.decision import Decision, Selection
@@ -134,7 +134,7 @@ def _factor(gramian: Tensor, ridge: float) -> Tensor:
     return factor
 
 
-register(
+register_method(
     Method(
         "balanced",
         "balanced projection of the state (own model class)",

@@ -78,7 +78,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Known:
-    """Evidence that is there already; to ask for what is None is a mistake in the method."""
+    """Evidence that was worked out before; a method that asks for what is None gets an InputError."""
 
     known_statistics: LayerStatistics | None = None
     known_samples: OutputSamples | None = None
@@ -137,7 +137,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def register(method: Method) -> None:
+def register_method(method: Method) -> None:
     """Make a method known by its name, also in recipes; an earlier one of that name is replaced."""
     _METHODS[method.name] = method
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 from ghostssm.ops.step import at_least_float32
 
 
@@ -27,10 +27,10 @@ def taylor(evidence: Evidence) -> Tensor:
 
 
 _PUBLISHED = "gate gradients, one threshold for the whole model, as published"
-register(Method("random", "seeded random choice", random, one_shot=True))
-register(Method("magnitude", "product of the norms of a channel's B and C rows", magnitude, one_shot=True))
-register(Method("taylor", _PUBLISHED, taylor, one_shot=True, scope="model", streamable=False))
-register(
+register_method(Method("random", "seeded random choice", random, one_shot=True))
+register_method(Method("magnitude", "product of the norms of a channel's B and C rows", magnitude, one_shot=True))
+register_method(Method("taylor", _PUBLISHED, taylor, one_shot=True, scope="model", streamable=False))
+register_method(
     Method(
         "taylor-layer", "gate gradients, the same state size in every layer", taylor, one_shot=True, streamable=False
     )

@@ -6,7 +6,7 @@ Source: Menezes & Kyrillidis 2026.
 
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 
 
 def ghost(evidence: Evidence) -> Tensor:
@@ -29,7 +29,7 @@ def product(evidence: Evidence) -> Tensor:
     return (evidence.statistics.state_energy * evidence.statistics.readout_energy).sqrt()
 
 
-register(Method("ghost", "per-token product of state and readout energy, as published", ghost))
-register(Method("controllability", "energy that a channel stores", controllability))
-register(Method("observability", "energy with which a channel is read", observability))
-register(Method("product", "controllability times observability, averaged separately", product))
+register_method(Method("ghost", "per-token product of state and readout energy, as published", ghost))
+register_method(Method("controllability", "energy that a channel stores", controllability))
+register_method(Method("observability", "energy with which a channel is read", observability))
+register_method(Method("product", "controllability times observability, averaged separately", product))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 from ghostssm.methods.selection import Cut
 from ghostssm.plan.decision import Decision, Selection
 
@@ -103,5 +103,5 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
     return evidence.least_change([Decision(choice) for choice in choices])
 
 
-register(Method("output-single", "change of the block's output, channel by channel", single))
-register(Method("output", "change of the block's output, removed channels together", single, decide=decide))
+register_method(Method("output-single", "change of the block's output, channel by channel", single))
+register_method(Method("output", "change of the block's output, removed channels together", single, decide=decide))

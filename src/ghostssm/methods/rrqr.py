@@ -14,7 +14,7 @@ import scipy.linalg  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 from ghostssm.methods.selection import Cut
 from ghostssm.plan.decision import Decision, Selection
 
@@ -63,4 +63,4 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
     return Decision(Selection(tuple(tuple(strong_pivots(gram, cut.state_size)) for gram in grams)))
 
 
-register(Method("rrqr", "strong rank-revealing QR on the balanced factors", score, decide=decide))
+register_method(Method("rrqr", "strong rank-revealing QR on the balanced factors", score, decide=decide))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghostssm.methods.base import Evidence, Method, register
+from ghostssm.methods.base import Evidence, Method, register_method
 from ghostssm.methods.selection import Cut
 from ghostssm.ops.step import at_least_float32
 from ghostssm.plan.decision import Decision, Selection
@@ -69,4 +69,4 @@ for _name, _summary, _decider in (
     ("sparsegpt", "reference: zeros among the B and C weights; the state stays whole", decide_B_and_C),
     ("sparsegpt-all", "reference: zeros in all of in_proj; the state stays whole", decide_all),
 ):
-    register(Method(_name, _summary, score, decide=_decider, shrinks=False))
+    register_method(Method(_name, _summary, score, decide=_decider, shrinks=False))

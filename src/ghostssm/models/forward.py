@@ -26,24 +26,21 @@ from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, mixer_output, split_streams
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, norm_step
-from ghostssm.ops.packed import PackedLinear
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
 
 Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""
-_PACKED = ("seq_idx", "cu_seqlens")
-"""What tells mixers that a row holds several sequences, one after the other."""
+_SEVERAL_SEQUENCES = ("seq_idx", "cu_seqlens")
+"""Arguments that say that a row holds several sequences, one after the other."""
 
 
-def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float32, pack_weights: bool = False) -> None:
+def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float32) -> None:
     """Give every Mamba-2 mixer of a model the faster forward; a no-op where it has it already.
 
     Args:
         state_dtype: of the recurrent state in the cache, float32 or bfloat16. bfloat16 halves the state's traffic and
             rounds it once per token.
-        pack_weights: also keep the mixers' projections and the output head in the layout that the processor multiplies
-            fastest. Costs the memory of these weights once more.
 
     Raises:
         InputError: another state dtype.
@@ -55,22 +52,12 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
         _replace(mixer, partial(fast_forward, state_dtype=state_dtype))
     for norm in _block_norms(model):
         norm.__dict__["forward"] = partial(_norm_forward, norm)
-    if pack_weights:
-        for linear in _projections(model):
-            linear.__dict__["forward"] = PackedLinear(linear)
 
 
 def restore(model: PreTrainedModel) -> None:
     """Take back all that `accelerate` did."""
-    for module in (*(mixer.module for mixer in mixers_of(model)), *_projections(model), *_block_norms(model)):
+    for module in (*(mixer.module for mixer in mixers_of(model)), *_block_norms(model)):
         module.__dict__.pop("forward", None)
-
-
-def _projections(model: PreTrainedModel) -> list[nn.Linear]:
-    """The large products of a decode step: of every mixer, and the output head."""
-    linears = [linear for mixer in mixers_of(model) for linear in (mixer.in_proj, mixer.out_proj)]
-    head = model.get_output_embeddings()
-    return [*linears, head] if isinstance(head, nn.Linear) else linears
 
 
 def _block_norms(model: PreTrainedModel) -> list[nn.Module]:
@@ -100,7 +87,7 @@ def replaced_forward(mixers: Sequence[Mixer], forward: Forward | None = None) ->
 
 
 def refresh(model: PreTrainedModel) -> None:
-    """After the sizes of a model's mixers changed: let replaced forwards see the new ones."""
+    """Let replaced forwards see the new sizes of a model's mixers, after a change of these."""
     for mixer in mixers_of(model):
         replacement = mixer.module.__dict__.get("forward")
         if isinstance(replacement, _Replacement):
@@ -115,7 +102,7 @@ class _Replacement:
     forward: Forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if any(kwargs.get(name) is not None for name in _PACKED):
+        if any(kwargs.get(name) is not None for name in _SEVERAL_SEQUENCES):
             # Only transformers' kernels keep sequences in one row apart; without them it says so.
             module = self.mixer.module
             return type(module).forward(module, *args, **kwargs)  # type: ignore[no-any-return]

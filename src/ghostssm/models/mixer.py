@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.conv import causal_conv
-from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
 
@@ -27,7 +26,7 @@ class Projection:
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
 
     Attributes:
-        B, C: (j, n, r); j is the number of groups, or of heads for maps of their own.
+        B, C: (g, n, r).
     """
 
     B: Tensor
@@ -58,7 +57,7 @@ class Mixer:
         dt_bias, A_log, D: (h,).
         norm: None where y is gated only.
         dt_limit: bounds of dt after softplus.
-        input_multiplier: of what in_proj gets. row_multipliers: (in_proj_rows,), of what it gives; None for none.
+        input_multiplier: of in_proj's input. row_multipliers: (in_proj_rows,), of its output; None for none.
         projection: of B and C onto a smaller state, if there is one.
     """
 
@@ -85,7 +84,7 @@ class Mixer:
 
     @property
     def state_size(self) -> int:
-        """Of the recurrent state: r if there is a projection, else n."""
+        """The size of the recurrent state: r if there is a projection, else n."""
         return self.layout.state_size if self.projection is None else self.projection.B.shape[-1]
 
     def current(self) -> Mixer:
@@ -104,7 +103,7 @@ class Mixer:
         return self.layout.split_in_proj(projected)
 
     def scaled_input(self, hidden: Tensor) -> Tensor:
-        """What in_proj gets."""
+        """The input of in_proj."""
         return hidden if self.input_multiplier == 1 else hidden * self.input_multiplier
 
     def with_state_size(self, state_size: int) -> Mixer:
@@ -117,7 +116,7 @@ class Streams:
     """What the recurrence of one mixer works on, after conv, SiLU, softplus and limits.
 
     Attributes:
-        x: (b, l, h, p). B, C: (b, l, g, n), or (b, l, j, r) if they are projected. dt: (b, l, h). z: (b, l, h * p).
+        x: (b, l, h, p). B, C: (b, l, g, n), or (b, l, g, r) if they are projected. dt: (b, l, h). z: (b, l, h * p).
             All but z in float32 or better.
     """
 
@@ -150,7 +149,7 @@ def mixer_streams(mixer: Mixer, hidden: Tensor) -> Streams:
 
 
 def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor | None = None) -> Streams:
-    """What is left of `mixer_streams` after in_proj.
+    """The steps of `mixer_streams` after in_proj.
 
     Args:
         xBC: (b, m, conv_dim), m >= l: the convolution's input, with as many earlier positions before it as are known.
@@ -202,6 +201,6 @@ def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
 
 
 def normed_output(mixer: Mixer, s: Streams) -> Tensor:
-    """What out_proj gets, (b, l, h * p), from a state of zeros."""
+    """The input of out_proj, (b, l, h * p), from a state of zeros."""
     y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
     return gated_norm(mixer.norm, y, s.z, mixer.layout.n_groups)

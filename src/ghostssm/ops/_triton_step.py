@@ -93,7 +93,6 @@ def prepare_streams(
     GROUPS: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
-    MAPS: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -103,8 +102,8 @@ def prepare_streams(
     """B or C of one group and one sequence: convolution, SiLU, projection; and step and decay of some of the heads.
 
     Program (2 * g, b), B of all groups first. xBC (b, INNER + 2 g n) and dt (b, HEADS) with row strides, window (b,
-    channels, WIDTH) in place, weight (channels, WIDTH), bias (channels,) or None, maps (GROUPS * MAPS, N, R) or None,
-    dt_bias and A_log (HEADS,), out (b, 2, GROUPS * MAPS, R) and steps (b, 2, HEADS) float32.
+    channels, WIDTH) in place, weight (channels, WIDTH), bias (channels,) or None, maps (GROUPS, N, R) or None,
+    dt_bias and A_log (HEADS,), out (b, 2, GROUPS, R) and steps (b, 2, HEADS) float32.
     """
     SHARE: tl.constexpr = (HEADS + 2 * GROUPS - 1) // (2 * GROUPS)
     part = tl.program_id(0)
@@ -131,20 +130,17 @@ def prepare_streams(
     if B_maps is None:
         tl.store(out + (sequence * 2 * GROUPS + part) * N + lanes, stream, mask=lanes < N)
     else:
-        for index in range(MAPS):
+        for first in range(0, R, MAP_COLUMNS):
+            columns = first + tl.arange(0, MAP_COLUMNS)
+            cells = group * N * R + lanes[:, None] * R + columns[None, :]
+            inside = (lanes[:, None] < N) & (columns[None, :] < R)
+            if part < GROUPS:
+                entries = tl.load(B_maps + cells, mask=inside, other=0.0).to(tl.float32)
+            else:
+                entries = tl.load(C_maps + cells, mask=inside, other=0.0).to(tl.float32)
+            mapped = tl.sum(entries * stream[:, None], axis=0)
             # Parts count B's groups, then C's, and so do the rows of out.
-            row = part * MAPS + index
-            matrix = (group * MAPS + index) * N * R
-            for first in range(0, R, MAP_COLUMNS):
-                columns = first + tl.arange(0, MAP_COLUMNS)
-                cells = matrix + lanes[:, None] * R + columns[None, :]
-                inside = (lanes[:, None] < N) & (columns[None, :] < R)
-                if part < GROUPS:
-                    entries = tl.load(B_maps + cells, mask=inside, other=0.0).to(tl.float32)
-                else:
-                    entries = tl.load(C_maps + cells, mask=inside, other=0.0).to(tl.float32)
-                mapped = tl.sum(entries * stream[:, None], axis=0)
-                tl.store(out + (sequence * 2 * GROUPS * MAPS + row) * R + columns, mapped, mask=columns < R)
+            tl.store(out + (sequence * 2 * GROUPS + part) * R + columns, mapped, mask=columns < R)
 
 
 @triton.jit
@@ -195,7 +191,7 @@ def step_state(
     HEADS: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
-    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -204,7 +200,7 @@ def step_state(
     """ROWS rows of one head's state, for one sequence. Program (h * blocks, b), the blocks of a head beside each other.
 
     xBC (b, CHANNELS) and z (b, h * p) or None with row strides; window (b, CHANNELS, WIDTH) in place; D (h,); BC
-    (b, 2, PARTS, R) and steps (b, 2, h), of which the second is the decay, from `prepare_streams`; state (b, h, p, R)
+    (b, 2, GROUPS, R) and steps (b, 2, h), of which the second is the decay, from `prepare_streams`; state (b, h, p, R)
     in place; out (b, h * p) float32. SPANS cuts the state's columns: pairs of a first column and a power of two.
     """
     BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
@@ -220,9 +216,9 @@ def step_state(
     new, older, filters, offset = _load_conv(
         xBC + sequence * row_stride, own_window, weight, bias, channels, inside, WIDTH, TAPS
     )
-    part = head // (HEADS // PARTS)
-    B = BC + (sequence * 2 * PARTS + part) * R
-    C = B + PARTS * R
+    group = head // (HEADS // GROUPS)
+    B = BC + (sequence * 2 * GROUPS + group) * R
+    C = B + GROUPS * R
     own = state + (sequence * HEADS + head) * P * R
     before = ()
     for k in tl.static_range(len(SPANS)):
@@ -268,15 +264,15 @@ def decode_step_(
     batch, channels, width = window.shape
     xBC, dt, taps = with_dense_rows(xBC), with_dense_rows(dt), weights.taps.contiguous()
     z = None if z is None else with_dense_rows(z)
-    n = (channels - heads * p) // (2 * weights.groups)
+    groups = weights.groups
+    n = (channels - heads * p) // (2 * groups)
     maps = (weights.B_maps, weights.C_maps)
-    parts = weights.groups if maps[0] is None else len(maps[0])
-    streams = torch.empty(batch, 2, parts, r, dtype=torch.float32, device=state.device)
+    streams = torch.empty(batch, 2, groups, r, dtype=torch.float32, device=state.device)
     steps = torch.empty(batch, 2, heads, dtype=torch.float32, device=state.device)
     out = torch.empty(batch, heads * p, dtype=torch.float32, device=state.device)
     shape = StepShape.of(p, r, TILE)
     with gpu.on_device_of(state):
-        prepare_streams[(2 * weights.groups, batch)](
+        prepare_streams[(2 * groups, batch)](
             xBC,
             stride_of(xBC),
             window,
@@ -291,14 +287,13 @@ def decode_step_(
             steps,
             INNER=heads * p,
             HEADS=heads,
-            GROUPS=weights.groups,
+            GROUPS=groups,
             N=n,
             R=r,
-            MAPS=parts // weights.groups,
             WIDTH=width,
             TAPS=triton.next_power_of_2(width),
             LANES=triton.next_power_of_2(n),
-            HEAD_LANES=triton.next_power_of_2(-(-heads // (2 * weights.groups))),
+            HEAD_LANES=triton.next_power_of_2(-(-heads // (2 * groups))),
             MAP_COLUMNS=_MAP_COLUMNS,
             num_warps=WARPS,
         )
@@ -319,7 +314,7 @@ def decode_step_(
             HEADS=heads,
             P=p,
             R=r,
-            PARTS=parts,
+            GROUPS=groups,
             WIDTH=width,
             TAPS=triton.next_power_of_2(width),
             ROWS=shape.rows,

@@ -36,5 +36,8 @@ def arrays(*tensors: Tensor) -> list[object]:
     A contiguous tensor shares its memory with its array; another one is copied, so that the loops are compiled once and
     their inner ones run in vector lanes.
     """
-    kernels.use_threads(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    kernels.use_threads(threads)
+    if torch.get_num_threads() != threads:  # numba has just started its pool, which sets OpenMP's number for everyone
+        torch.set_num_threads(threads)
     return [tensor.detach().contiguous().numpy() for tensor in tensors]

@@ -4,8 +4,8 @@ On a GPU with triton these are three kernels: one for B and C, which all heads o
 up to y, which reads the state once, writes it once and keeps all between in registers, and one for norm and gate.
 Elsewhere `ghostssm.ops.step` does it step by step.
 
-Shape letters as in `ghostssm.ops.ssd`; c is the number of the convolution's channels, j is g or h, the number of
-projections, and r the size of the state: n without a projection.
+Shape letters as in `ghostssm.ops.ssd`; c is the number of the convolution's channels, and r the size of the state: n
+without a projection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import gpu
-from ghostssm.ops.norm import gated_rms_norm
+from ghostssm.ops.conv_norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd_step
 from ghostssm.ops.step import at_least_float32, conv_step_, project_streams, ssd_step_
 
@@ -30,7 +30,7 @@ class StepWeights:
         taps: (c, width). bias: (c,) or None.
         dt_bias, A_log, D: (h,).
         groups: g.
-        B_maps, C_maps: (j, n, r), of B and C onto a smaller state after SiLU; both None for none.
+        B_maps, C_maps: (g, n, r), of B and C onto a smaller state after SiLU; both None for none.
     """
 
     taps: Tensor
@@ -43,7 +43,7 @@ class StepWeights:
     C_maps: Tensor | None = None
 
     def streams(self, mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, h, p), B and C (b, j, r) from what the convolution gives, (b, c)."""
+        """x (b, h, p), B and C (b, g, r) from what the convolution gives, (b, c)."""
         inner = len(self.D) * head_dim
         half = (mixed.shape[1] - inner) // 2
         x, B, C = mixed.split([inner, half, half], dim=1)

@@ -19,9 +19,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
-    """B or C (..., g, n) through maps (j, n, r), of which each group has j / g: (..., j, r)."""
-    by_group = maps.to(stream.dtype).unflatten(0, (stream.shape[-2], -1))
-    return torch.einsum("...gn,gknr->...gkr", stream, by_group).flatten(-3, -2)
+    """B or C (..., g, n) through maps (g, n, r): (..., g, r)."""
+    return torch.einsum("...gn,gnr->...gr", stream, maps.to(stream.dtype))
 
 
 def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

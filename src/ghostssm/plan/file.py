@@ -1,7 +1,7 @@
 """A plan on disk: ``plan.json``, and its tensors in ``plan.tensors``.
 
 The tensors are the method's scores, one float64 tensor (g, n) per mixer; projections; and the parameters that were
-changed. What a file holds is checked in full, and every fault of it is told at once.
+changed. A file is checked in full, and all its faults are listed at once.
 """
 
 from __future__ import annotations

@@ -35,15 +35,20 @@ class Measurement:
     excess: Difference
 
     @classmethod
-    def from_json(cls, found: Any) -> Measurement | None:
-        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
+    def from_json(cls, document: Any) -> Measurement | None:
+        """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            losses = [float(found[key]) for key in ("dense_loss", "pruned_loss", "excess_loss")]
-            error = found["standard_error"]
+            losses = [float(document[key]) for key in ("dense_loss", "pruned_loss", "excess_loss")]
+            error = document["standard_error"]
             dense, pruned, excess = losses
             difference = Difference(excess, math.nan if error is None else float(error))
             return cls(
-                str(found["text"]), int(found["windows"]), int(found["window_length"]), dense, pruned, difference
+                str(document["text"]),
+                int(document["windows"]),
+                int(document["window_length"]),
+                dense,
+                pruned,
+                difference,
             )
         except (TypeError, ValueError, KeyError, OverflowError):
             return None
@@ -67,7 +72,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Searched:
-    """What the search for the smallest state within a bound on the loss measured of the state that it found.
+    """The excess loss of the state that the search for the smallest one within a bound chose.
 
     Attributes:
         max_excess_loss: the bound, nats per token. windows: those held out of the calibration windows.
@@ -79,12 +84,12 @@ class Searched:
     excess: Difference
 
     @classmethod
-    def from_json(cls, found: Any) -> Searched | None:
-        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
+    def from_json(cls, document: Any) -> Searched | None:
+        """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            error = math.nan if found["standard_error"] is None else float(found["standard_error"])
-            excess = Difference(float(found["excess_loss"]), error)
-            return cls(float(found["max_excess_loss"]), int(found["held_out_windows"]), excess)
+            error = math.nan if document["standard_error"] is None else float(document["standard_error"])
+            excess = Difference(float(document["excess_loss"]), error)
+            return cls(float(document["max_excess_loss"]), int(document["held_out_windows"]), excess)
         except (KeyError, TypeError, ValueError):
             return None
 

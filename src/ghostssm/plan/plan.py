@@ -1,4 +1,4 @@
-"""A plan: what becomes of every mixer's state. A frozen value that is made, saved, read and applied apart."""
+"""A plan: what becomes of every mixer's state. A frozen value; making, saving, reading and applying it are separate."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ class Plan:
                 else "the plan names other mixers than the model has"
             )
         for attribute in ("n_groups", "state_size"):
-            found = sorted({getattr(layout, attribute) for layout in layouts.values()})
-            if found != [getattr(self, attribute)]:
-                faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {found}")
+            sizes = sorted({getattr(layout, attribute) for layout in layouts.values()})
+            if sizes != [getattr(self, attribute)]:
+                faults.append(f"the plan's {attribute} is {getattr(self, attribute)}, the model's is {sizes}")
         if faults:
             raise PlanError(
                 "The plan does not fit this model: " + "; ".join(faults) + ". Prune this model to get its plan."

@@ -49,13 +49,13 @@ class Provenance:
         return values | ({} if self.search is None else {"search": self.search.as_json()})
 
     @classmethod
-    def from_json(cls, found: Any) -> Provenance | None:
-        """What `as_json` gave; None for anything else, since what a file holds may be anybody's."""
-        if not isinstance(found, dict) or not isinstance(found.get("calibration"), dict):
+    def from_json(cls, document: Any) -> Provenance | None:
+        """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
+        if not isinstance(document, dict) or not isinstance(document.get("calibration"), dict):
             return None
-        text, search = found["calibration"], found.get("search")
+        text, search = document["calibration"], document.get("search")
         numbers = ("requested_state_size", "seed", "multiple")
-        if any(type(found.get(name)) is not int for name in numbers) or not isinstance(found.get("groups"), str):
+        if any(type(document.get(name)) is not int for name in numbers) or not isinstance(document.get("groups"), str):
             return None
         if any(type(text.get(name)) is not int for name in ("windows", "window_length")):
             return None
@@ -64,10 +64,10 @@ class Provenance:
         if type(text.get("seed")) not in (int, type(None)):
             return None
         return cls(
-            found["requested_state_size"],
-            found["groups"],
-            found["seed"],
-            found["multiple"],
+            document["requested_state_size"],
+            document["groups"],
+            document["seed"],
+            document["multiple"],
             CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
             Searched.from_json(search),
         )

@@ -21,7 +21,6 @@ from ghostssm.models.families.base import Family
 from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.mixer import Mixer
-from ghostssm.models.own_class import GhostMamba2Config
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 
@@ -81,7 +80,7 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
             "Prune with a method that keeps the stock class, such as output or ghost."
         )
     family = family_of(model.config)
-    if model.config.model_type == GhostMamba2Config.model_type:
+    if family.is_own_class:
         return _padded_stock(model, state_size)
     for mixer in mixers:
         prune_mixer(family, mixer, Selection.whole(mixer.layout), state_size)
@@ -197,7 +196,7 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
 
 
 def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) -> list[str]:
-    """What keeps a plan's new parameters from going into a model whose mixers are sliced."""
+    """Reasons why a plan's new parameters don't fit a model whose mixers are sliced."""
     rows: dict[str, int] = {}
     for mixer in mixers:
         layout = mixer.layout.with_state_size(plan.decisions[mixer.name].selection.width)
@@ -217,7 +216,7 @@ def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) 
 
 
 def _projection_faults(mixer: Mixer, decision: Decision) -> list[str]:
-    """What keeps a decision's projection from going into a mixer that is sliced by its selection."""
+    """Reasons why a decision's projection doesn't fit a mixer that is sliced by its selection."""
     if decision.projection is None:
         return []
     expected = (mixer.layout.n_groups, decision.selection.width, decision.width)

@@ -1,4 +1,4 @@
-"""Which recipes and state sizes a model can be asked for, told before the work rather than after it."""
+"""Checks of what can be asked of a model, a recipe and a state size, before any work."""
 
 from __future__ import annotations
 

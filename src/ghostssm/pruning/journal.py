@@ -1,4 +1,4 @@
-"""What has been decided so far, while a plan is made."""
+"""The decisions so far, while a plan is made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Journal:
         self.scores: dict[str, Tensor] = {}
 
     def restore(self, hidden: Tensor) -> None:
-        """Put what reaches block number ``done`` into the hidden states, which reach the first block."""
+        """Replace the hidden states that reach the first block by those that reach block number ``done``."""
 
     def record(
         self,

@@ -38,7 +38,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """The recipe that is written like this; raises InputError for an unknown part."""
+        """The recipe that a text spells; raises InputError for an unknown part."""
         method, *parts = text.split("+")
         try:
             steps = tuple(Step.parse(part) for part in parts if part != _PER_LAYER)

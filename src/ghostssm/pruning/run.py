@@ -24,7 +24,7 @@ from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource, Known
 from ghostssm.methods.selection import Cut, Groups, select, select_together
-from ghostssm.models.families import check_plain, family_of, mixers_of
+from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -41,7 +41,7 @@ from ghostssm.units import text_name
 
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Of a layer's state: where budgets per layer measure what a smaller one costs."""
+"""Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -68,8 +68,8 @@ class Calibration:
         """
         Args:
             model: in memory, or its blocks, wherever they come from.
-            scratch: where what grows with the windows is to be; memory if not given.
-            processes: that share the windows, which each of them is given in full; recipes must be streamable then.
+            scratch: the room for what grows with the windows; memory if not given.
+            processes: those that share the windows. Each is given all of them; recipes must be streamable then.
         """
         self.processes = processes or Processes()
         self.blocks = blocks_of(model)
@@ -110,7 +110,7 @@ class Calibration:
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
             multiple: of state sizes per layer.
-            journal: keeps the decisions as they are made, and may know the first of them already; memory if not given.
+            journal: records the decisions, and may hold the first of them already; in memory if not given.
 
         Raises:
             InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
@@ -118,7 +118,7 @@ class Calibration:
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         check_recipe(recipe, self.model.config.model_type)
-        layout = family_of(self.model.config).layout(self.model.config)
+        layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
         run = _Run(self, recipe, groups, seed, progress, journal or Journal())
         sizes = [state_size] * len(mixers_of(self.model))
@@ -227,7 +227,7 @@ class _Run:
                 yield block, family.mixer(block, index)
 
     def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
-        """What methods that look at the unpruned model decide for all mixers at once."""
+        """Decisions and scores for all mixers at once, by a method that looks at the unpruned model."""
         method, scores = self.recipe.registered, dict[str, Tensor]()
         for _, mixer in self._mixers():
             if mixer is not None:
@@ -242,13 +242,13 @@ class _Run:
         }
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
-        """Where nothing is recovered, no activations are wanted."""
+        """Record decisions without a walk: with nothing to recover, no activations are needed."""
         for index, (block, mixer) in enumerate(self._mixers()):
             if index >= self.journal.done:
                 self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))
 
     def _front_to_back(self, sizes: Sequence[int], known: dict[str, tuple[Decision, Tensor]]) -> None:
-        """Each mixer on the activations that the pruned mixers before it leave; as published for GHOST."""
+        """Decide on each mixer by the activations that the pruned mixers before it leave; as published for GHOST."""
         journal, steps = self.journal, self._mixer_steps()
         if journal.done == len(self.calibration.blocks.modules):
             return
@@ -307,7 +307,7 @@ class _Run:
 
 
 class _Unpruned(Known):
-    """What a one-shot method may ask about a mixer besides its weights: gate gradients."""
+    """Evidence for a one-shot method, which may ask for gate gradients besides the weights."""
 
     def __init__(self, calibration: Calibration, name: str, progress: Progress):
         super().__init__()
@@ -318,9 +318,9 @@ class _Unpruned(Known):
 
 
 class _Walked:
-    """What can be asked about a walked mixer, number ``index``.
+    """Evidence on the mixer of a block of a walk.
 
-    Of the first one, which sees what no plan changes, the answers are worked out once for all plans.
+    No plan changes what reaches the first mixer (``index`` 0), so its evidence is worked out once for all plans.
     """
 
     def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int):
@@ -349,7 +349,7 @@ class _Walked:
 
 
 class _Asked:
-    """The same questions, put to the mixer on all processes."""
+    """Evidence that process 0 asks for and all processes work out together."""
 
     def __init__(self, ask: Ask):
         self.statistics: Callable[[], LayerStatistics] = partial(ask, "statistics")
@@ -364,7 +364,7 @@ def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Ten
 
 
 def _changed(model: PreTrainedModel, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a model that are not as they were, by full name."""
+    """The parameters of a model that have changed, by full name."""
     return {
         name: value.detach().clone() for name, value in model.named_parameters() if not torch.equal(value, before[name])
     }

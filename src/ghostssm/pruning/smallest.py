@@ -14,7 +14,7 @@ from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation import Evaluation
 from ghostssm.evaluation.measurement import evaluate_in_float32
 from ghostssm.methods.selection import Groups
-from ghostssm.models.families import family_of
+from ghostssm.models.families import layout_of
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
@@ -61,7 +61,7 @@ def smallest_plan(
         raise InputError(
             f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
         )
-    limit = family_of(model.config).layout(model.config).state_size
+    limit = layout_of(model.config).state_size
     sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
     if not sizes:
         raise InputError(

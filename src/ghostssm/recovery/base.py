@@ -62,7 +62,7 @@ class ModelStep:
 _STEPS: dict[str, MixerStep | ModelStep] = {}
 
 
-def register(step: MixerStep | ModelStep) -> None:
+def register_step(step: MixerStep | ModelStep) -> None:
     """Make a step known by its name, in recipes; an earlier one of that name is replaced."""
     if not re.fullmatch(r"[a-z][a-z-]*", step.name):
         raise InputError(f"A step can't be called {step.name!r}; expected lower-case letters and hyphens.")
@@ -96,11 +96,11 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """The step that is written like this."""
-        found = re.fullmatch(r"([a-z-]+)(\d*)", text)
-        if found is None:
+        """The step that a text spells, such as ``refit100``."""
+        match = re.fullmatch(r"([a-z-]+)(\d*)", text)
+        if match is None:
             raise InputError(f"No recovery step is called {text!r}; expected one of: {', '.join(step_names())}.")
-        return cls(found[1], int(found[2]) if found[2] else None)
+        return cls(match[1], int(match[2]) if match[2] else None)
 
     def __str__(self) -> str:
         return self.name if self.amount is None else f"{self.name}{self.amount}"

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.models.mixer import Mixer, gated_norm
-from ghostssm.ops.conv import causal_conv
+from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd, ssd_chunked
 from ghostssm.ops.step import at_least_float32, project_streams
-from ghostssm.recovery.base import MixerStep, register
+from ghostssm.recovery.base import MixerStep, register_step
 
 DEFAULT_STEPS = 100
 LEARNING_RATE = 0.02
-"""Of Adam, for a parameter whose root mean square is 1; for others in proportion."""
+"""Adam's, for a parameter whose root mean square is 1; it is in proportion for others."""
 MOST_TOKENS = 32768
-"""Of the calibration windows, so many tokens are kept in memory for a mixer's refit."""
+"""Tokens of the calibration windows that are kept in memory for a mixer's refit."""
 _CHECK_EVERY = 20
-"""Steps between two looks at the held-out windows."""
+"""Steps between two measurements on the held-out windows."""
 _CAUTION = 0.3
-"""Factor on the learning rate while no look has found an improvement."""
+"""Factor on the learning rate after each measurement until one shows an improvement."""
 _TOKENS_PER_STEP = 1024
 _HELD_OUT_ONE_IN = 8
 
@@ -84,8 +84,8 @@ def joined(parts: Sequence[RefitData]) -> RefitData:
 def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
     """Refit a mixer's B and C rows, their convolution, dt_bias, A_log, D, norm and projection, in place.
 
-    Every eighth window is held out. What did best on these is kept, which may be what was there before the first step.
-    With one window only nothing changes.
+    Every eighth window is held out. The values that do best on these are kept, which may be those before the first
+    step. One window alone changes nothing.
 
     Returns:
         held-out error after over held-out error before, at most 1.
@@ -194,7 +194,7 @@ class _Trial:
 
 
 def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
-    """On the first windows of all processes; process 0 refits, and tells what came out."""
+    """Process 0 refits on the first windows of all processes; the others take over its parameters."""
     mixer, walk = block.present_mixer, block.walk
     data, tokens = [], walk.first_window * walk.hidden.shape[1]
     for hidden, target in zip(block.inputs(), block.dense_outputs, strict=True):
@@ -208,11 +208,11 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
         refit(mixer, joined(data), amount, seed)
         return {name: value.detach() for name, value in mixer.module.named_parameters()}
 
-    found = walk.processes.from_first(refitted)
+    parameters = walk.processes.from_first(refitted)
     if walk.processes.rank:
         with torch.no_grad():
             for name, value in mixer.module.named_parameters():
-                value.copy_(found[name])
+                value.copy_(parameters[name])
 
 
-register(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))
+register_step(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))

@@ -13,13 +13,13 @@ from ghostssm.calibration.processes import Processes
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
-from ghostssm.recovery.base import MixerStep, register
+from ghostssm.recovery.base import MixerStep, register_step
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
 _HELD_OUT_ONE_IN = 8
 _SKIP_TOKENS = 4096
-"""Of the windows, so many tokens serve to fit D, which has one number per head."""
+"""Tokens of the windows to which D is fitted, which has one number per head."""
 _SKIP_STEPS = 2
 _SKIP_RIDGE = 1e-6
 _SKIP_DIFFERENCE = 1e-2
@@ -50,7 +50,7 @@ class _Normal:
         self.energy += missing.double().square().sum().item()
 
     def add_up(self, processes: Processes) -> None:
-        """The sums over all processes."""
+        """Add up the sums of all processes."""
         energy = torch.tensor([self.energy], dtype=torch.float64)
         processes.add(self.gram, self.cross, energy)
         self.energy = energy.item()
@@ -78,7 +78,7 @@ def repair_skip(
 ) -> float:
     """Fit D to the wanted outputs, in place, by Gauss-Newton steps: only the norm makes the output nonlinear in D.
 
-    A step that does not lower the error on every eighth window, which no step is fitted to, is not taken.
+    Every eighth window is held out; a step that does not lower the error there is not taken.
 
     Args, returns: as `repair_output`; every process fits to the positions that all of them sample.
     """
@@ -187,10 +187,10 @@ def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]
 
 
 def _repair(block: PrunedBlock, amount: int, seed: int) -> None:
-    """D first, then out_proj on what D leaves."""
+    """Fit D first, then out_proj to what is still missing."""
     mixer, targets, walk = block.present_mixer, block.dense_outputs, block.walk
     repair_skip(mixer, block.streams(), targets, walk.processes)
     repair_output(mixer, block.streams(), targets, walk.processes, walk.first_window)
 
 
-register(MixerStep("repair", "fit D and out_proj to the dense output, in closed form", _repair))
+register_step(MixerStep("repair", "fit D and out_proj to the dense output, in closed form", _repair))

@@ -17,13 +17,12 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
 from ghostssm.report.figures.cost import decode_figure, size_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
-from ghostssm.report.measuring import predicted_speed
 from ghostssm.report.page import Card, Report, Table
-from ghostssm.report.record import DecodeSpeed, Observations, Record, WindowLosses
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row
-from ghostssm.workflows.comparison_table import comparison_cells
+from ghostssm.workflows.compare import Comparison, Row, comparison_cells
+from ghostssm.workflows.observing import predicted_speed
+from ghostssm.workflows.record import DecodeSpeed, Observations, Record, WindowLosses
 
 _NO_LOSS = 700.0
 """No loss is so large: its perplexity would be no number."""

@@ -13,6 +13,8 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ghostssm._version import __version__
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import storing
 
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure
@@ -133,3 +135,15 @@ def _missing_html(missing: Sequence[tuple[str, str]]) -> str:
         return ""
     lines = "".join(f"<li>{escape(what)}: <code>{escape(command)}</code></li>" for what, command in missing)
     return f'<section class="missing"><p>Not shown, and what adds it:</p><ul>{lines}</ul></section>'
+
+
+def write_page(file: OutputFile, report: Report) -> None:
+    """Write a report's page, whole or not at all.
+
+    Raises:
+        StorageError: writing failed; nothing is left behind.
+    """
+    page = html_page(report)
+    with file, storing(file.path):
+        file.partial.write_text(page, encoding="utf-8")
+        file.commit()

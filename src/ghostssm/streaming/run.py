@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def prune_streamed(
     offload: Path | None = None,
     held_out: Windows | None = None,
     processes: Processes | None = None,
+    request: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> StreamedRun:
     """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
@@ -72,6 +73,7 @@ def prune_streamed(
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
+        request: what was asked for, in JSON values, for the manifest.
 
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.
@@ -117,7 +119,7 @@ def prune_streamed(
             run.assemble(plan)
             after = losses("pruned", lambda: find_source(str(run.output)))
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None
-            run.finish(checkpoint, plan, fingerprint, measured)
+            run.finish(checkpoint, plan, fingerprint, measured, request)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(run.how_to_go_on()) from None
         except Terminated:

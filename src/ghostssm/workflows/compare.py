@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Generic, TypeVar
+
+from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.speed import decode_speeds, first_channels
 from ghostssm.methods.selection import Groups
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
@@ -19,10 +22,43 @@ from ghostssm.pruning.feasibility import check_recipe, check_state_size
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.windows import Windows
+from ghostssm.units import bytes_text, plus_minus
 
 Cell = tuple[str, int]
 """A method's name and a state size."""
 DENSE = "dense"
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Measured]):
+    """A cell's plan, what was measured of the model that it prunes, and the seconds to calibrate and decide."""
+
+    plan: Plan
+    measured: Measured
+    seconds: float
+
+
+def measure_cell(
+    calibration: Calibration,
+    cell: Cell,
+    measure: Callable[[PreTrainedModel], Measured],
+    *,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> Outcome[Measured]:
+    """Prune by a method to a state size, and measure. The model is left as it was.
+
+    Args:
+        calibration: the same for all cells of a model, so that they share evidence.
+        measure: gets the pruned model.
+    """
+    begun = time.perf_counter()
+    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress)
+    seconds = time.perf_counter() - begun
+    with pruned(calibration.model, plan) as smaller:
+        return Outcome(plan, measure(smaller), seconds)
 
 
 @dataclass(frozen=True)
@@ -64,12 +100,6 @@ class Comparison:
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
 
 
-class _Result(NamedTuple):
-    plan: Plan
-    evaluation: Evaluation
-    seconds: float
-
-
 def compare(
     checkpoint: Checkpoint,
     calibration_windows: Windows,
@@ -90,7 +120,7 @@ def compare(
         batches: batch sizes at which to measure decoding; empty for none.
     """
     model = checkpoint.model
-    layout = family_of(model.config).layout(model.config)
+    layout = layout_of(model.config)
     for state_size in state_sizes:
         check_state_size(state_size, layout.state_size)
     recipes = [Recipe.parse(method) for method in methods]
@@ -100,17 +130,13 @@ def compare(
     calibration = Calibration(model, calibration_windows)
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
-    results: dict[Cell, _Result] = {}
+    outcomes: dict[Cell, Outcome[Evaluation]] = {}
     for done, cell in enumerate(cells, 1):
         progress("models", done, len(cells) + 1)
-        begun = time.perf_counter()
-        plan = calibration.plan(*cell, groups=groups, seed=seed)
-        seconds = time.perf_counter() - begun
-        with pruned(model, plan) as smaller:
-            results[cell] = _Result(plan, evaluate(smaller, windows), seconds)
+        outcomes[cell] = measure_cell(calibration, cell, partial(evaluate, windows=windows), groups=groups, seed=seed)
     progress("models", len(cells) + 1, len(cells) + 1)
 
-    plans = {cell: result.plan for cell, result in results.items()}
+    plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
     whole = first_channels(model, layout.state_size)
     # Which channels a stock model keeps has no influence on its speed: each size is timed once.
     shape: dict[Cell, Cell | int] = {
@@ -138,6 +164,30 @@ def compare(
         )
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
-    rows += [row(cell, r.plan, r.evaluation, r.seconds) for cell, r in results.items()]
-    evaluations = {(DENSE, layout.state_size): dense} | {cell: result.evaluation for cell, result in results.items()}
+    rows += [row(cell, outcome.plan, outcome.measured, outcome.seconds) for cell, outcome in outcomes.items()]
+    evaluations = {(DENSE, layout.state_size): dense} | {cell: outcome.measured for cell, outcome in outcomes.items()}
     return Comparison(tuple(rows), plans, evaluations)
+
+
+def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines, the largest state and the smallest loss first.
+
+    A stored state that is larger than the one asked for stands in brackets behind it.
+    """
+    batches = list(rows[0].tokens_per_second)
+    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers += [f"tok/s, batch {batch}" for batch in batches]
+    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
+
+
+def _cells(row: Row) -> list[str]:
+    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
+    return [
+        row.method,
+        f"{row.state_size}{padded}",
+        f"{row.perplexity:.3f}",
+        f"{row.bits_per_byte:.4f}",
+        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
+        bytes_text(row.state_bytes),
+    ]

@@ -10,10 +10,10 @@ from importlib import resources
 from typing import Any, Literal
 
 from ghostssm.errors import InputError
+from ghostssm.workflows.compare import DENSE
 
 TableName = Literal["sparsity", "size"]
 """One model at several sparsities; several models at one."""
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Wanted:
         table: the table that it stands in.
         model: the published checkpoint's hub id.
         method: a recipe, or ``dense``.
-        state_size: N' to prune to; the model's own N for ``dense``.
         sparsity: the share of the state that goes, as the table has it; None for a state size of the user's.
+        state_size: N' to prune to; the model's own N for ``dense``.
         published: perplexity, None where the paper has none.
     """
 
     table: TableName
     model: str
     method: str
-    state_size: int
     sparsity: float | None
+    state_size: int
     published: float | None
 
     @property
@@ -85,9 +85,9 @@ def tables_named(names: Sequence[str] | None) -> tuple[TableName, ...]:
 
 def published_models(tables: Sequence[TableName] | None = None) -> tuple[str, ...]:
     """Hub ids of the models in some tables, in all if not given, smallest first."""
-    found = _document()["tables"]
-    wanted = {model for name in tables or table_names() for model in found[name]["models"]}
-    return tuple(model for model in found["size"]["models"] if model in wanted)
+    all_tables = _document()["tables"]
+    wanted = {model for name in tables or all_tables for model in all_tables[name]["models"]}
+    return tuple(model for model in all_tables["size"]["models"] if model in wanted)
 
 
 def cells(
@@ -98,28 +98,27 @@ def cells(
     Args:
         methods: recipes; the paper's if not given. state_sizes: N' in place of the table's sparsities.
     """
-    found = _document()["tables"][table]
-    models, sparsities = found["models"], found["sparsities"]
-    own = {model: published_sizes(model).state_size for model in models}
+    numbers = _document()["tables"][table]
+    sizes = {model: published_sizes(model).state_size for model in numbers["models"]}
     wanted = [
-        Wanted(table, model, DENSE, own[model], None, dense)
-        for model, dense in zip(models, found["dense"], strict=True)
+        Wanted(table, model, DENSE, None, sizes[model], dense)
+        for model, dense in zip(sizes, numbers["dense"], strict=True)
     ]
-    for method in methods or found["methods"]:
-        numbers = found["methods"].get(method, [None] * max(len(models), len(sparsities)))
-        of_paper = [
-            (model, _state_size(own[model], sparsity), sparsity, numbers[row + column])
-            for row, model in enumerate(models)
-            for column, sparsity in enumerate(sparsities)
+    places = [(model, sparsity) for model in sizes for sparsity in numbers["sparsities"]]
+    for method in methods or numbers["methods"]:
+        # The paper does not say how it rounds N'.
+        row = [
+            Wanted(table, model, method, sparsity, max(1, round(sizes[model] * (1 - sparsity))), number)
+            for (model, sparsity), number in zip(
+                places, numbers["methods"].get(method, [None] * len(places)), strict=True
+            )
         ]
-        by_place = {(model, r): number for model, r, _, number in of_paper}
-        places = of_paper
         if state_sizes:
-            places = [(model, r, None, by_place.get((model, r))) for r in state_sizes for model in models]
-        wanted += [Wanted(table, model, method, r, sparsity, number) for model, r, sparsity, number in places]
+            known = {cell.key: cell.published for cell in row}
+            row = [
+                Wanted(table, model, method, None, size, known.get((model, method, size)))
+                for size in state_sizes
+                for model in sizes
+            ]
+        wanted += row
     return wanted
-
-
-def _state_size(state_size: int, sparsity: float) -> int:
-    """N' at a sparsity; the paper does not say how it rounds."""
-    return max(1, round(state_size * (1 - sparsity)))

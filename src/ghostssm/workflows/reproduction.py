@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.description import describe
-from ghostssm.checkpoint.loading import load
+from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
 from ghostssm.files.output_file import OutputFile
-from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning.feasibility import check_recipe, check_state_size
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.sources import Text, read_text
 from ghostssm.text.windows import cut_windows, evaluation_windows
-from ghostssm.workflows.published import DENSE, Sizes, Wanted, published_models, published_sizes
+from ghostssm.workflows.compare import DENSE, measure_cell
+from ghostssm.workflows.published import Sizes, Wanted, published_models, published_sizes
 
 RESULTS_FILE = "results.json"
 _FORMAT, _VERSION = "ghostssm-reproduction", 1
@@ -77,14 +77,6 @@ class Measured:
         return perplexity_of(self.loss)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A cell that could not be measured, and why."""
-
-    key: Key
-    reason: str
-
-
 class Results:
     """The finished cells of a folder, in ``results.json``; each is there, whole, as soon as it is added.
 
@@ -94,13 +86,9 @@ class Results:
 
     def __init__(self, folder: Path | str, settings: Settings, texts: Mapping[str, Text]):
         self.path = Path(folder) / RESULTS_FILE
-        self._settings = {
-            "windows": settings.windows,
-            "text_windows": settings.text_windows,
-            "window_length": settings.window_length,
-            "seed": settings.seed,
-            **{f"{role}_sha256": text.fingerprint for role, text in texts.items()},
-        }
+        # A text is the same by its characters, whatever it is called.
+        numbers = {name: value for name, value in asdict(settings).items() if name not in ("calibration", "text")}
+        self._settings = numbers | {f"{role}_sha256": text.fingerprint for role, text in texts.items()}
         self._names = {f"{role}_text": text.name for role, text in texts.items()}
         self.models: dict[str, str] = {}
         self.cells: dict[Key, Measured] = {}
@@ -124,18 +112,7 @@ class Results:
             "version": _VERSION,
             "settings": self._settings | self._names,
             "models": self.models,
-            "cells": [
-                {
-                    "model": cell.model,
-                    "method": cell.method,
-                    "state_size": cell.state_size,
-                    "loss": cell.loss,
-                    "windows": cell.windows,
-                    "seconds": round(cell.seconds, 1),
-                    "made_with": dict(cell.made_with),
-                }
-                for cell in self.cells.values()
-            ],
+            "cells": [asdict(cell) for cell in self.cells.values()],
         }
         write_whole(self.path, json.dumps(document, indent=1) + "\n")
 
@@ -149,9 +126,9 @@ class Results:
         if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
             raise OutputError(f"{self.path} is not what ghostssm reproduce writes; name another --output.")
         try:
-            found, models = document["settings"], dict(document["models"])
-            cells = {cell.key: cell for cell in (Measured(**entry) for entry in document["cells"])}
-            before = {key: found.get(key) for key in self._settings}
+            before = {key: document["settings"].get(key) for key in self._settings}
+            models, cells = dict(document["models"]), [Measured(**entry) for entry in document["cells"]]
+            finished = {cell.key: cell for cell in cells}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise OutputError(
                 f"{self.path} is damaged ({type(error).__name__}: {error}); move it away, or name another --output."
@@ -163,7 +140,7 @@ class Results:
                 "name another --output, or the same settings."
             )
         self.models |= models
-        self.cells |= cells
+        self.cells |= finished
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -174,10 +151,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     try:
         with OutputFile(path, overwrite=True) as file:
-            with file.partial.open("w", encoding="utf-8") as partial:
-                partial.write(text)
-                partial.flush()
-                os.fsync(partial.fileno())
+            file.partial.write_text(text, encoding="utf-8")
             file.commit()
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
@@ -190,32 +164,26 @@ def find_models(specs: Iterable[str]) -> dict[str, str]:
     Raises:
         ModelError: something else; says what was expected.
     """
-    published = published_models()
-    by_name = {name.rsplit("/", maxsplit=1)[-1]: name for name in published}
-    names = {name: name for name in published} | by_name
-    found: dict[str, str] = {}
+    short = {name.rsplit("/", maxsplit=1)[-1]: name for name in published_models()}
+    names = {name: name for name in short.values()} | short
+    models: dict[str, str] = {}
     for spec in specs:
         name, equals, place = spec.partition("=")
         folder = Path(spec)
         if equals and name in names:
-            found[names[name]] = place
-        elif (folder / "config.json").exists() and folder.resolve().name in by_name:
-            found[by_name[folder.resolve().name]] = spec
-        elif inside := _models_inside(folder, names):
-            found |= inside
+            models[names[name]] = place
+        elif (folder / "config.json").exists() and folder.resolve().name in short:
+            models[short[folder.resolve().name]] = spec
+        elif inside := {names[name]: str(folder / name) for name in names if (folder / name / "config.json").exists()}:
+            models |= inside
         elif spec in names:
-            found[names[spec]] = names[spec]
+            models[names[spec]] = names[spec]
         else:
             raise ModelError(
-                f"{spec!r} is none of the published models; expected {', '.join(by_name)}, one of these as "
+                f"{spec!r} is none of the published models; expected {', '.join(short)}, one of these as "
                 "NAME=FOLDER, or a folder that holds folders of these names."
             )
-    return {name: found[name] for name in published if name in found}
-
-
-def _models_inside(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
-    """Folders of published names in a folder: as ``mamba2-130m`` or ``state-spaces/mamba2-130m``."""
-    return {names[name]: str(folder / name) for name in names if (folder / name / "config.json").exists()}
+    return {name: models[name] for name in short.values() if name in models}
 
 
 def check_models(models: Mapping[str, str]) -> None:
@@ -232,10 +200,10 @@ def check_models(models: Mapping[str, str]) -> None:
             raise ModelError(f"{error}{hint}") from error
         if not described.is_stock or described.family != "mamba2":
             raise ModelError(f"{spec} is no stock Mamba-2 model; expected {name}.")
-        found = Sizes(described.layers, described.layout.hidden_size, described.layout.state_size)
-        if found != published_sizes(name):
+        sizes = Sizes(described.layers, described.layout.hidden_size, described.layout.state_size)
+        if sizes != published_sizes(name):
             raise ModelError(
-                f"{spec} has {found}; expected {published_sizes(name)}, as {name} has. Name that model's folder, or "
+                f"{spec} has {sizes}; expected {published_sizes(name)}, as {name} has. Name that model's folder, or "
                 "prune and measure your own with 'ghostssm compare'."
             )
 
@@ -250,8 +218,8 @@ def measure(
     device: str = "cpu",
     tokenizer: str | None = None,
     progress: Progress = silent,
-) -> list[Failure]:
-    """Measure what is wanted of the models at hand and not yet among the results; return what failed.
+) -> dict[Key, str]:
+    """Measure what is wanted of the models at hand and not yet among the results; return why cells failed.
 
     A cell that fails, for lack of memory or because a loss is not finite, is left out; the others go on.
 
@@ -267,62 +235,59 @@ def measure(
             check_recipe(Recipe.parse(cell.method), "mamba2")
             check_state_size(cell.state_size, published_sizes(cell.model).state_size)
     # By model, so that each is loaded once; a cell may stand in both tables.
-    keys = {name: list(dict.fromkeys(cell.key for cell in wanted if cell.model == name)) for name in models}
+    keys = {name: dict.fromkeys(cell.key for cell in wanted if cell.model == name) for name in models}
     missing = {name: [key for key in keys[name] if key not in results.cells] for name in models}
     total, done = sum(map(len, missing.values())), 0
-    failures: list[Failure] = []
+    failures: dict[Key, str] = {}
     if total:
         progress("cells", 0, total)
     for name, spec in models.items():
         if missing[name] or Path(spec).is_dir():  # a finished model of the hub is not fetched again to be compared
             results.check_model(name, find_source(spec).fingerprint())
-        for outcome in _measured(spec, missing[name], texts, settings, device, tokenizer, progress):
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            else:
-                results.add(outcome)
-            done += 1
-            progress("cells", done, total)
+        if missing[name]:
+            checkpoint = load(spec, dtype=torch.float32, device=device, tokenizer=tokenizer)
+            for key, outcome in _measured(checkpoint, missing[name], texts, settings, progress):
+                if isinstance(outcome, Measured):
+                    results.add(outcome)
+                else:
+                    failures[key] = outcome
+                done += 1
+                progress("cells", done, total)
     return failures
 
 
 def _measured(
-    spec: str,
-    keys: Sequence[Key],
-    texts: Mapping[str, Text],
-    settings: Settings,
-    device: str,
-    tokenizer: str | None,
-    progress: Progress,
-) -> Iterator[Measured | Failure]:
-    """Cells of one model."""
-    if not keys:
-        return
-    checkpoint = load(spec, dtype=torch.float32, device=device, tokenizer=tokenizer)
-    vocabulary, length = checkpoint.require_tokenizer(), settings.window_length
+    checkpoint: Checkpoint, keys: Sequence[Key], texts: Mapping[str, Text], settings: Settings, progress: Progress
+) -> Iterator[tuple[Key, Measured | str]]:
+    """Cells of one model, each measured or the reason why it is not."""
+    model, vocabulary, length = checkpoint.model, checkpoint.require_tokenizer(), settings.window_length
     cut = cut_windows(texts["calibration"], vocabulary, length, settings.windows, settings.seed)
     held_out = evaluation_windows(texts["evaluation"], vocabulary, length, settings.text_windows)
-    calibration = Calibration(checkpoint.model, cut)
+    calibration = Calibration(model, cut)
     made_with = {
         "ghostssm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
     }
+
+    def loss_of(model: PreTrainedModel) -> float:
+        return evaluate(model, held_out, progress).loss
+
+    def loss(method: str, state_size: int) -> float:
+        if method == DENSE:
+            return loss_of(model)
+        cell, seed = (method, state_size), settings.seed
+        return measure_cell(calibration, cell, loss_of, groups="pooled", seed=seed, progress=progress).measured
+
     for key in keys:
-        _, method, state_size = key
         begun = time.perf_counter()
         try:
-            if method == DENSE:
-                loss = evaluate(checkpoint.model, held_out, progress).loss
-            else:
-                plan = calibration.plan(method, state_size, "pooled", settings.seed, progress)
-                with pruned(checkpoint.model, plan) as smaller:
-                    loss = evaluate(smaller, held_out, progress).loss
+            value = loss(*key[1:])
         except (GhostError, torch.OutOfMemoryError) as error:
-            yield Failure(key, str(error).splitlines()[0])
+            yield key, str(error).splitlines()[0]
         else:
-            yield Measured(*key, loss, len(held_out), time.perf_counter() - begun, made_with)
+            yield key, Measured(*key, value, len(held_out), round(time.perf_counter() - begun, 1), made_with)
 
 
 def read_texts(settings: Settings) -> dict[str, Text]:

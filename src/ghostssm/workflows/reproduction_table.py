@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ghostssm.workflows.published import DENSE, Wanted, source
+from ghostssm.workflows.compare import DENSE
+from ghostssm.workflows.published import Wanted, source
 from ghostssm.workflows.reproduction import Key, Measured, Settings
 
 
@@ -26,60 +27,41 @@ class PrintedTable:
 
 def printed_tables(wanted: Sequence[Wanted], measured: Mapping[Key, Measured]) -> list[PrintedTable]:
     """Each table that cells were taken from; one per state size where models are the columns."""
+    texts = {
+        cell.key: perplexity_text(result.perplexity)
+        for cell in wanted
+        if (result := measured.get(cell.key)) is not None
+    }
     tables = []
-    sparsity = [cell for cell in wanted if cell.table == "sparsity"]
-    if sparsity:
-        dense, pruned = _apart(sparsity)
-        tables.append(_by_size(dense[0], pruned, measured))
-    dense, pruned = _apart([cell for cell in wanted if cell.table == "size"])
-    labels = dict.fromkeys(_size_label(cell) for cell in pruned)
-    tables += [
-        _by_model(label, dense, [cell for cell in pruned if _size_label(cell) == label], measured) for label in labels
-    ]
+    for dense in (cell for cell in wanted if cell.table == "sparsity" and cell.method == DENSE):  # there is one model
+        cells = [cell for cell in wanted if cell.table == "sparsity" and cell.method != DENSE]
+        title = f"{dense.model}, dense: {_published_text(dense)} published"
+        title += f", {texts[dense.key]} measured" if dense.key in texts else ""
+        tables.append(PrintedTable(title, ("method", "", *dict.fromkeys(map(_size, cells))), _rows(cells, texts)))
+    by_model = [cell for cell in wanted if cell.table == "size"]
+    for size in dict.fromkeys(_size(cell) for cell in by_model if cell.method != DENSE):
+        cells = [cell for cell in by_model if cell.method == DENSE or _size(cell) == size]
+        title = f"state-spaces/mamba2-*, {size}{' of the state cut' if size.endswith('%') else ''}"
+        models = dict.fromkeys(cell.model.rpartition("/")[2].removeprefix("mamba2-") for cell in cells)
+        tables.append(PrintedTable(title, ("method", "", *models), _rows(cells, texts)))
     return tables
 
 
-def _apart(cells: Sequence[Wanted]) -> tuple[list[Wanted], list[Wanted]]:
-    return [cell for cell in cells if cell.method == DENSE], [cell for cell in cells if cell.method != DENSE]
+def _size(cell: Wanted) -> str:
+    return f"N' = {cell.state_size}" if cell.sparsity is None else f"{cell.sparsity:.0%}"
 
 
-def _by_size(dense: Wanted, pruned: Sequence[Wanted], measured: Mapping[Key, Measured]) -> PrintedTable:
-    """One model: methods down, sizes across."""
-    columns = tuple(dict.fromkeys(_size_label(cell) for cell in pruned))
-    found = _measured_text(dense, measured)
-    title = f"{dense.model}, dense: {_published_text(dense)} published" + (f", {found} measured" if found else "")
-    return PrintedTable(title, ("method", "", *columns), _rows(pruned, measured))
-
-
-def _by_model(
-    label: str, dense: Sequence[Wanted], pruned: Sequence[Wanted], measured: Mapping[Key, Measured]
-) -> PrintedTable:
-    """One size: methods down, models across."""
-    models = tuple(cell.model.rsplit("/", maxsplit=1)[-1].removeprefix("mamba2-") for cell in dense)
-    what = f"{label} of the state cut" if label.endswith("%") else label
-    return PrintedTable(f"state-spaces/mamba2-*, {what}", ("method", "", *models), _rows([*dense, *pruned], measured))
-
-
-def _rows(cells: Sequence[Wanted], measured: Mapping[Key, Measured]) -> tuple[tuple[str, ...], ...]:
+def _rows(cells: Sequence[Wanted], measured: Mapping[Key, str]) -> tuple[tuple[str, ...], ...]:
     rows: list[tuple[str, ...]] = []
     for method in dict.fromkeys(cell.method for cell in cells):
         of_method = [cell for cell in cells if cell.method == method]
         rows.append((method, "published", *map(_published_text, of_method)))
-        rows.append(("", "measured", *(_measured_text(cell, measured) for cell in of_method)))
+        rows.append(("", "measured", *(measured.get(cell.key, "") for cell in of_method)))
     return tuple(rows)
-
-
-def _size_label(cell: Wanted) -> str:
-    return f"N' = {cell.state_size}" if cell.sparsity is None else f"{cell.sparsity:.0%}"
 
 
 def _published_text(cell: Wanted) -> str:
     return "" if cell.published is None else perplexity_text(cell.published)
-
-
-def _measured_text(cell: Wanted, measured: Mapping[Key, Measured]) -> str:
-    found = measured.get(cell.key)
-    return "" if found is None else perplexity_text(found.perplexity)
 
 
 def perplexity_text(value: float) -> str:

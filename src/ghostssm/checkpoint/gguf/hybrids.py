@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.gguf.architecture import NO_LIMIT, Architecture, unless_tied
-from ghostssm.models.families import family_of
+from ghostssm.models.families import layout_of
 
 
 def _head_dim(config: Any) -> int:
@@ -79,7 +79,7 @@ def _falcon_h1_tensors(config: Any, name: str, tensor: Tensor) -> Iterator[tuple
     part = name.split(".", 2)[2] if name.startswith("blk.") else name
     factor = factors.get(part, 1.0)
     if part == "ssm_in.weight":
-        layout = family_of(config).layout(config)
+        layout = layout_of(config)
         widths = [layout.intermediate_size] * 2 + [layout.group_width] * 2 + [layout.num_heads]
         rows = torch.tensor(config.ssm_multipliers).repeat_interleave(torch.tensor(widths))
         tensor = tensor.float() * rows[:, None].to(tensor.device)
@@ -148,7 +148,7 @@ def _interleaved(tensor: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
 
 
 def _granite_faults(config: Any) -> list[str]:
-    faults, layout = _transformer_faults(config), family_of(config).layout(config)
+    faults, layout = _transformer_faults(config), layout_of(config)
     if layout.intermediate_size != 2 * config.hidden_size:
         faults.append(f"the mixers are {layout.intermediate_size} wide, expected twice the hidden size")
     return faults

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ghostssm.checkpoint.gguf.architecture import Architecture
 from ghostssm.errors import ModelError
-from ghostssm.models.families import family_of
+from ghostssm.models.families import layout_of
 from ghostssm.models.layout import SSDLayout
 
 
@@ -23,7 +23,7 @@ def gguf_tensors(architecture: Architecture, config: Any, model: Any) -> Iterato
     Raises:
         ModelError: a tensor that the architecture has no place for; all are named.
     """
-    layout = family_of(config).layout(config)
+    layout = layout_of(config)
     tensors = model.state_dict()
     names = _gguf_names(architecture, config.num_hidden_layers, tensors)
     _check_places(architecture, names)

@@ -21,7 +21,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
-from ghostssm.models.families import family_of
+from ghostssm.models.families import layout_of
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
@@ -158,7 +158,7 @@ def _write_keys(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     architecture.write_keys(writer, config)
-    write_mixer_keys(writer, family_of(config).layout(config))
+    write_mixer_keys(writer, layout_of(config))
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
     else:

@@ -7,6 +7,7 @@ from ghostssm.models.families.base import (
     check_plain,
     family_named,
     family_of,
+    layout_of,
     mixers_of,
     supported_model_types,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "check_plain",
     "family_named",
     "family_of",
+    "layout_of",
     "mixers_of",
     "supported_model_types",
 ]

@@ -23,7 +23,7 @@ class Family(Protocol):
 
     @property
     def cache_argument(self) -> str:
-        """What the model calls the cache that it takes and returns."""
+        """The name of the model's argument for its cache, and of the cache in its output."""
         ...
 
     @property
@@ -33,6 +33,11 @@ class Family(Protocol):
         Such a model stays in transformers' own class and dialect: `ghostssm.models.own_class` has none for a projected
         state or a state size per layer, and neither has mamba_ssm.
         """
+        ...
+
+    @property
+    def is_own_class(self) -> bool:
+        """Whether it is our own class, for a projected state or a state size per layer."""
         ...
 
     @property
@@ -103,6 +108,11 @@ def family_named(model_type: str) -> Family:
         ) from None
 
 
+def layout_of(config: PreTrainedConfig) -> SSDLayout:
+    """The sizes of a model's mixers, from its config alone; raises ModelError for a config without them."""
+    return family_of(config).layout(config)
+
+
 def check_model(model: object) -> None:
     """Raise InputError unless something is a transformers model, on one device."""
     if not isinstance(model, PreTrainedModel):
@@ -133,10 +143,10 @@ def check_plain(model: nn.Module) -> None:
             )
     for mixer in mixers_of(model):
         for part, plain in (("in_proj", nn.Linear), ("conv1d", nn.Conv1d), ("out_proj", nn.Linear)):
-            found = getattr(mixer, part)
-            if type(found) is not plain:
+            layer = getattr(mixer, part)
+            if type(layer) is not plain:
                 raise ModelError(
-                    f"{mixer.name}.{part} is a {_full_name(found)}; expected torch's {plain.__name__} "
+                    f"{mixer.name}.{part} is a {_full_name(layer)}; expected torch's {plain.__name__} "
                     "with floating-point weights. Prune the unquantised model, then quantise the result."
                 )
 
@@ -154,8 +164,8 @@ def mixers_of(model: nn.Module) -> list[Mixer]:
     """
     check_model(model)
     family = family_of(model.config)
-    found = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
-    mixers = [mixer for mixer in found if mixer is not None]
+    of_blocks = (family.mixer(block, index) for index, block in enumerate(family.blocks(model)))
+    mixers = [mixer for mixer in of_blocks if mixer is not None]
     if not mixers:
         raise ModelError(
             f"None of the {len(family.blocks(model))} layers of this {family.model_type} model is a Mamba-2 layer, "

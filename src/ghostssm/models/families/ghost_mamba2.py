@@ -39,9 +39,9 @@ class GhostMamba2Family(StockFamily):
         return replace(stock, projection=Projection(module.B_projection, module.C_projection) if projected else None)
 
 
-register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type}))
+register(GhostMamba2Family(**vars(MAMBA2) | {"model_type": GhostMamba2Config.model_type, "is_own_class": True}))
 
-_OWN_KEYS = ("state_sizes", "projected_state_sizes", "projection_heads")
+_OWN_KEYS = ("state_sizes", "projected_state_sizes")
 
 
 def projected_model(

@@ -51,7 +51,7 @@ class StockFamily:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
         own_keys: what its config.json has in another form than transformers writes.
-        cache_argument, is_hybrid, unread_layers_keys: as `ghostssm.models.families.base.Family` has them.
+        cache_argument, is_hybrid, is_own_class, unread_layers_keys: as `ghostssm.models.families.base.Family` has them.
     """
 
     model_type: str
@@ -61,6 +61,7 @@ class StockFamily:
     own_keys: published.OwnKeys = _no_keys
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
+    is_own_class: bool = False
     unread_layers_keys: tuple[str, ...] = ()
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
@@ -105,10 +106,10 @@ class StockFamily:
         if missing:
             raise self._unknown_version(f"{type(module).__name__} has no {', '.join(missing)}")
         layout = _layout_of(module)
-        found = {"in_proj": module.in_proj.out_features, "conv1d": module.conv1d.out_channels}
+        rows = {"in_proj": module.in_proj.out_features, "conv1d": module.conv1d.out_channels}
         expected = {"in_proj": layout.in_proj_rows, "conv1d": layout.conv_dim}
-        if found != expected:
-            raise self._unknown_version(f"{name} has {found} rows, where its sizes imply {expected}")
+        if rows != expected:
+            raise self._unknown_version(f"{name} has {rows} rows, where its sizes imply {expected}")
         if module.activation not in ("silu", "swish"):
             raise ModelError(
                 f"The activation of {name} is {module.activation!r}; expected 'silu', as every published Mamba-2 has."
@@ -150,10 +151,10 @@ class StockFamily:
 
 def _find(module: nn.Module, path: str) -> Any:
     """What is at a dotted path, or None."""
-    found: Any = module
+    part: Any = module
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        part = getattr(part, name, None)
+    return part
 
 
 def _layout_of(mixer: Any) -> SSDLayout:

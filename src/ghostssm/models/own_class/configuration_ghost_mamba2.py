@@ -18,20 +18,25 @@ class GhostMamba2Config(Mamba2Config):  # type: ignore[misc]
             None is ``state_size`` in every layer.
         projected_state_sizes: the size r, 1 <= r <= n, of every layer's state after projection; 0 is a layer without
             a projection, whose state has size n. None is a model without any.
-        projection_heads: whether every head has a projection of its own, rather than every group.
 
     Raises:
         StrictDataclassError: a value of another type, a list whose length is not the number of layers, a size outside
             its range, or heads that don't divide into the groups. All faults of the sizes are listed.
+        ValueError: a config of an earlier version, whose projections are per head.
     """
 
     model_type = "ghost_mamba2"
 
     state_sizes: list[int] | None = None
     projected_state_sizes: list[int] | None = None
-    projection_heads: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        by_head = kwargs.pop("projection_heads", False)  # an entry of earlier versions
+        if by_head:
+            raise ValueError(
+                f"projection_heads is {by_head!r}: every head would have a projection of its own; expected false or no "
+                "such entry, since the heads of a group share one projection"
+            )
         # A config from the hub names the repository in its own entries, which therefore win.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_ghost_mamba2.GhostMamba2Config",

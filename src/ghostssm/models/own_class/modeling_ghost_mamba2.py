@@ -7,8 +7,7 @@ matrices T_B and T_C of shape (n, r),
 
 runs on a state of r channels where the stock layer has n, and H'_t = H_t T_B throughout.
 
-Shape letters: b batch, l length, g group, k heads of a group, h head, p head dim, n state size, r projected state size;
-j is g or h, the number of projections.
+Shape letters: b batch, l length, g group, h head, p head dim, n state size, r projected state size.
 
 Saved models carry a copy of this file: it imports nothing but PyTorch, transformers and its configuration.
 """
@@ -42,13 +41,12 @@ def project(stream: Tensor, projection: Tensor) -> Tensor:
 
     Args:
         stream: (b, l, g, n).
-        projection: (j, n, r), j a multiple of g; projection i applies to group i // (j // g).
+        projection: (g, n, r).
 
     Returns:
-        (b, l, j, r).
+        (b, l, g, r).
     """
-    by_group = projection.unflatten(0, (stream.shape[2], -1))
-    return torch.einsum("blgn,gknr->blgkr", stream, by_group).flatten(2, 3)
+    return torch.einsum("blgn,gnr->blgr", stream, projection)
 
 
 class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
@@ -57,7 +55,7 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
     Attributes:
         ssm_state_size: n, the width of each group's B and C in in_proj and conv1d.
         projected_state_size: r, or None in a layer without projection, which is then a stock mixer.
-        B_projection, C_projection: (j, n, r) in the model's dtype, or None.
+        B_projection, C_projection: (g, n, r) in the model's dtype, or None.
     """
 
     def __init__(self, config: GhostMamba2Config, layer_idx: int, initialize_mixer_weights: bool = True):
@@ -65,11 +63,10 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
         layer_config.state_size = config.state_size_of(layer_idx)
         super().__init__(layer_config, layer_idx, initialize_mixer_weights=False)
         self.projected_state_size = config.projected_state_size_of(layer_idx)
-        projections = config.num_heads if config.projection_heads else config.n_groups
         for name in ("B_projection", "C_projection"):
             projection = None
             if self.projected_state_size is not None:
-                projection = nn.Parameter(torch.empty(projections, self.ssm_state_size, self.projected_state_size))
+                projection = nn.Parameter(torch.empty(self.n_groups, self.ssm_state_size, self.projected_state_size))
             self.register_parameter(name, projection)
         if initialize_mixer_weights and self.dt_bias.device.type != "meta":
             self.init_mamba2_weights()
@@ -146,7 +143,7 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
         return convolved[..., -length:].transpose(1, 2)
 
     def _step(self, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Tensor:
-        """y (b, h, p) of one token: x (b, h, p), dt (b, h), B and C (b, j, r); updates ``state`` in place."""
+        """y (b, h, p) of one token: x (b, h, p), dt (b, h), B and C (b, g, r); updates ``state`` in place."""
         # Expanded, not copied: the kernel sees by the stride of 0 that all channels of a head share a number.
         y: Tensor = mamba2_selective_state_update(
             state,
@@ -166,7 +163,7 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
     def _scan(
         self, state: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache_params: Any, **kwargs: Any
     ) -> Tensor:
-        """y (b, l, h, p): x (b, l, h, p), dt (b, l, h), B and C (b, l, j, r); stores the final state in the cache."""
+        """y (b, l, h, p): x (b, l, h, p), dt (b, l, h), B and C (b, l, g, r); stores the final state in the cache."""
         scanned = mamba2_chunk_scan(
             x,
             dt,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghostssm.errors import InputError
-from ghostssm.report.record import as_json
+from ghostssm.workflows.record import as_json
 
 try:
     import altair as alt

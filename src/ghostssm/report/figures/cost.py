@@ -22,9 +22,9 @@ from ghostssm.report.figures import (
     table,
     tooltip,
 )
-from ghostssm.report.record import DecodeSpeed, WindowLosses
 from ghostssm.units import text_name
 from ghostssm.workflows.compare import DENSE, Row
+from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03

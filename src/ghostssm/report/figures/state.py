@@ -27,8 +27,8 @@ from ghostssm.report.figures import (
     table,
     tooltip,
 )
-from ghostssm.report.record import Observations
 from ghostssm.units import text_name
+from ghostssm.workflows.record import Observations
 
 _LEAST_LEVEL = -4.0
 """Saliency below 10^-4 of a layer's largest is drawn like that."""

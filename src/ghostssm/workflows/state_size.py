@@ -1,17 +1,32 @@
-"""Which state size a command line asks for."""
+"""Which state size is asked for, and which one engines run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ghostssm import Description
-from ghostssm.cli.console import note
-from ghostssm.cli.pruning.job import Target
+from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
+from ghostssm.progress import Notify
 from ghostssm.pruning.feasibility import check_state_size
 from ghostssm.pruning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much of the state is to stay.
+
+    Attributes:
+        size: the state size, on average over layers; None where a bound on the loss decides.
+        max_excess_loss: that bound, nats per token.
+        sizes: those that the wanted engines run, ascending, where a bound decides; None for all.
+    """
+
+    size: int | None = None
+    max_excess_loss: float | None = None
+    sizes: Sequence[int] | None = None
 
 
 def wanted_target(limit: int, state_size: int | None, budget: float | None, max_excess_loss: float | None) -> Target:
@@ -63,6 +78,7 @@ def suited_target(
     engines: Sequence[str],
     tied_head: bool,
     multiple: int,
+    notify: Notify,
 ) -> Target:
     """The target nearest to the wanted one that the engines run.
 
@@ -94,5 +110,5 @@ def suited_target(
             if advice.level != "runs"
         ]
         suits = f"the nearest that suits {' and '.join(engines)}"
-        note(f"state size {chosen} in place of {target.size}, {suits} ({'; '.join(reasons)})")
+        notify(f"state size {chosen} in place of {target.size}, {suits} ({'; '.join(reasons)})")
     return Target(chosen)

@@ -20,9 +20,9 @@ from ghostssm.methods.base import Evidence, Known
 from ghostssm.methods.baselines import magnitude
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, silent
-from ghostssm.report.record import DecodeSpeed, Observations
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
+from ghostssm.workflows.record import DecodeSpeed, Observations
 
 _OBSERVED_TOKENS = 16384
 """A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""

@@ -1,0 +1,176 @@
+"""Prune a model: from a request to a written checkpoint, in memory or one block at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ghostssm.calibration.processes import Processes, own_device
+from ghostssm.checkpoint.hub import push_to_hub
+from ghostssm.checkpoint.loading import Checkpoint, load
+from ghostssm.checkpoint.rehearsal import rehearse_save
+from ghostssm.checkpoint.saving import save
+from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
+from ghostssm.checkpoint.tokenizer import renamed_class
+from ghostssm.errors import IncompleteError
+from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
+from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.surgery import apply_plan
+from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.smallest import smallest_plan
+from ghostssm.streaming.finished import finished_run, may_be_finished
+from ghostssm.streaming.run import prune_streamed
+from ghostssm.streaming.run_folder import check_run_folder
+from ghostssm.text.windows import Windows
+from ghostssm.workflows.observing import decode_speeds, observe
+from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
+from ghostssm.workflows.record import Record, WindowLosses
+from ghostssm.workflows.remarks import idle_gpu_remark
+
+
+def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
+    """Carry a request out: what ``ghostssm prune`` does, in one call.
+
+    Args:
+        progress: told how far the work is. notify: told what a person should know, in sentences.
+
+    Raises:
+        InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
+        NumericalError: numbers that are not finite, or that the stored dtype can't hold; names the layer.
+        StorageError: writing failed; nothing half-written is left, and what a streamed run has done can be resumed.
+        IncompleteError: the checkpoint is written, but something is missing beside its weights.
+        HubError: the upload failed; what was to be uploaded is on the disk.
+    """
+    check_apart(request.output, request.model)
+    folder = None if request.stream else OutputFolder(request.output, request.overwrite)
+    job = checked(request, notify)
+    if remark := idle_gpu_remark(request.device):
+        notify(remark)
+    if folder is None:
+        outcome, is_first = _streamed(job, progress, notify)
+    else:
+        outcome, is_first = _in_memory(job, folder, progress, notify), True
+    if request.push_to_hub is None or not is_first:
+        return outcome
+    address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
+    return dataclasses.replace(outcome, address=address)
+
+
+def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: Notify) -> PruneOutcome:
+    """With the whole model in memory."""
+    asked = job.request
+    checkpoint = load(asked.model, device=asked.device, tokenizer=asked.tokenizer)
+    vocabulary = checkpoint.require_tokenizer()
+    rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
+    held_out = job.held_out(vocabulary)
+    dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
+    windows = job.windows(vocabulary)
+    job.announce(windows, held_out, notify)
+    plan = _plan(job, checkpoint, windows, progress)
+    record = _observed(job, checkpoint, windows, plan, progress) if asked.report else Record()
+    smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
+    measured = None
+    if held_out is not None and dense is not None:
+        after = evaluate_in_float32(smaller.model, held_out, progress)
+        measured = measurement_of(held_out, dense, after)
+        record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
+    try:
+        written = save(
+            smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
+        )
+    except IncompleteError as error:
+        _keep(record, error.folder)
+        raise
+    _tell_renamed_class(checkpoint, written, notify)
+    _keep(record, written)
+    return PruneOutcome(written, plan, measured)
+
+
+def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
+    asked, target = job.request, job.target
+    if target.size is not None:
+        calibration = Calibration(checkpoint.model, windows)
+        return calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
+    assert target.max_excess_loss is not None
+    return smallest_plan(
+        checkpoint.model,
+        windows,
+        job.recipe,
+        target.max_excess_loss,
+        multiple=job.multiple,
+        state_sizes=target.sizes,
+        groups=asked.groups,
+        seed=asked.seed,
+        progress=progress,
+    )
+
+
+def _observed(job: PruneJob, checkpoint: Checkpoint, windows: Windows, plan: Plan, progress: Progress) -> Record:
+    """What a report shows besides the plan, of the model before the plan is applied to it."""
+    observations = observe(checkpoint.model, windows, progress)
+    batches = job.request.batches or DEFAULT_BATCHES
+    return Record(observations, decode=decode_speeds(checkpoint.model, job.description, plan, batches, progress))
+
+
+def _keep(record: Record, folder: Path) -> None:
+    if record != Record():
+        record.write(folder)
+
+
+def _tell_renamed_class(checkpoint: Checkpoint | StreamedCheckpoint, written: Path, notify: Notify) -> None:
+    """Tell where the written tokenizer_config.json names another class than the base model's."""
+    if renamed := renamed_class(checkpoint.tokenizer, written):
+        notify(f"note: {renamed}")
+
+
+def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneOutcome, bool]:
+    """In this process's share of a run; what is done is in OUTPUT.run until the end.
+
+    Returns:
+        the outcome, and whether this is the first of the processes that share the run.
+    """
+    asked, size = job.request, job.target.size
+    assert size is not None
+    device = own_device(asked.device)
+    processes = Processes.join(device)
+    output = Path(asked.output)
+
+    def check_output() -> None:
+        processes.from_first(lambda: check_run_folder(output, resume=asked.resume, overwrite=asked.overwrite))
+
+    finished = asked.resume and processes.from_first(lambda: may_be_finished(output))
+    if not finished:
+        check_output()
+    checkpoint = stream(asked.model, device=device, tokenizer=asked.tokenizer, head=False)
+    vocabulary = checkpoint.require_tokenizer()
+    held_out, windows = job.held_out(vocabulary), job.windows(vocabulary)
+    if finished:
+        base = processes.from_first(checkpoint.source.fingerprint)
+        run = finished_run(output, base, str(job.recipe), size, asked.groups, asked.seed, windows, held_out)
+        if run is not None:
+            notify(f"{output} is finished: this run wrote it before")
+            processes.leave()
+            return PruneOutcome(output, run.plan, run.measured), processes.rank == 0
+        check_output()
+    job.announce(windows, held_out, notify)
+    run = prune_streamed(
+        checkpoint,
+        windows,
+        job.recipe,
+        size,
+        output,
+        groups=asked.groups,
+        seed=asked.seed,
+        overwrite=asked.overwrite,
+        resume=asked.resume,
+        offload=asked.offload,
+        held_out=held_out,
+        processes=processes,
+        request=asked.as_json(),
+        progress=progress,
+    )
+    processes.leave()
+    _tell_renamed_class(checkpoint, output, notify)
+    return PruneOutcome(output, run.plan, run.measured), processes.rank == 0
