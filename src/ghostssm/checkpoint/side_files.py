@@ -7,7 +7,6 @@ taken hours, it must not cost the weights: all else is written, and what is miss
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +19,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.checkpoint.tokenizer import carry_tokenizer
 from ghostssm.errors import GhostError, IncompleteError, ModelError
+from ghostssm.files.durable import adding
 from ghostssm.files.reading import confined
 
 _Made = TypeVar("_Made")
@@ -48,19 +48,10 @@ class SideFiles:
         Raises:
             ModelError, OSError, SafetensorError: a fault that is fatal.
         """
-        place = self.folder / ".unfinished"
 
         def written() -> None:
-            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
-            place.mkdir()
-            try:
+            with adding(self.folder) as place:
                 write(place)
-                for path in place.iterdir():
-                    if path.is_dir():
-                        shutil.rmtree(self.folder / path.name, ignore_errors=True)
-                    path.replace(self.folder / path.name)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
 
         self.make(what, written)
 

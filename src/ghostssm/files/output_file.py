@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from types import TracebackType
 
 from ghostssm.errors import OutputError
-from ghostssm.files.durable import synchronise
+from ghostssm.files.durable import Unfinished
 
 
-class OutputFile:
+class OutputFile(Unfinished):
     """As `ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
 
     with OutputFile(path) as file:
@@ -23,12 +21,11 @@ class OutputFile:
         Raises:
             OutputError: the path is a folder, or a file (unless ``overwrite``).
         """
-        self.path = Path(path)
+        super().__init__(Path(path))
         if self.path.is_dir():
             raise OutputError(f"{self.path} is a folder; expected the name of a file to write.")
         if self.path.exists() and not overwrite:
             raise OutputError(f"{self.path} exists; name another file, or pass --overwrite.")
-        self.partial = self.path.absolute().with_name(f".{self.path.name}.partial-{os.getpid()}")
 
     def __enter__(self) -> OutputFile:
         try:
@@ -39,13 +36,3 @@ class OutputFile:
                 f"{self.path} can't be written: {error.strerror or error}. Name another --output."
             ) from error
         return self
-
-    def commit(self) -> None:
-        """Put the finished file, once it is on the disk, in its place, at one stroke."""
-        synchronise(self.partial)
-        self.partial.replace(self.path)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.partial.unlink(missing_ok=True)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from safetensors import SafetensorError
 
 from ghostssm.errors import OutputError, StorageError
-from ghostssm.files.durable import synchronise
-from ghostssm.files.interrupts import uninterrupted
+from ghostssm.files.durable import Unfinished
 
 _CONFIG_FILE = "config.json"
 
 
-class OutputFolder:
+class OutputFolder(Unfinished):
     """A folder that appears whole or not at all.
 
     Opened before the work, so that a folder that may not be written is refused at once:
@@ -34,7 +31,7 @@ class OutputFolder:
             OutputError: the path is a file, a folder with something in it (unless it is a checkpoint and
                 ``overwrite``), or not writable.
         """
-        self.path = destination(path)
+        super().__init__(destination(path))
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; expected a folder to write.")
         if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
@@ -44,13 +41,9 @@ class OutputFolder:
                 f"{self.path} holds other things than a checkpoint (there is no {_CONFIG_FILE} in it), so it is not "
                 "replaced; name another folder, or empty this one."
             )
-        absolute = self.path.absolute()
-        self._new_parents = [parent for parent in absolute.parents if not parent.exists()]
-        place = absolute.parents[len(self._new_parents)]
+        place = self.partial.parents[len(self._new_parents)]
         if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
             raise OutputError(f"{self.path} can't be written: {place} is read-only; name another folder.")
-        self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
-        self._old = _set_aside(self.partial)
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -58,22 +51,6 @@ class OutputFolder:
         except OSError as error:
             raise OutputError(f"{self.path} can't be written: {error.strerror or error}.") from error
         return self
-
-    def commit(self) -> None:
-        """Put the finished folder in its place; an old one goes only once the new one stands and is on the disk."""
-        put_in_place(self.partial, self.path)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with uninterrupted():
-            if self._old.exists() and not self.path.exists():
-                self._old.rename(self.path)
-            for folder in (self.partial, self._old):
-                shutil.rmtree(folder, ignore_errors=True)
-            for parent in self._new_parents:
-                with suppress(OSError):  # not empty: the output is there
-                    parent.rmdir()
 
 
 def destination(path: Path | str) -> Path:
@@ -96,28 +73,6 @@ def check_apart(output: Path | str, model: Path | str) -> None:
     source = Path(model).resolve()
     if source.is_dir() and source.is_relative_to(Path(output).resolve()):
         raise OutputError(f"{output} holds the model {model} itself; name another folder.")
-
-
-def put_in_place(finished: Path, path: Path) -> None:
-    """Give a finished folder its name; an old one there goes only once the new one stands and is on the disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in finished.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)  # some writers leave files that only their owner can read
-        synchronise(file)
-    old = _set_aside(finished)
-    with uninterrupted():
-        if path.exists():
-            path.rename(old)
-        finished.rename(path)
-    synchronise(path.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _set_aside(finished: Path) -> Path:
-    """Where the old folder waits while a finished one takes its place."""
-    return finished.with_name(finished.name + ".old")
 
 
 @contextmanager

@@ -41,7 +41,8 @@ from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
 from ghostssm.checkpoint.unread import carried_pieces
 from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
-from ghostssm.files.output_folder import OutputFolder, destination, put_in_place
+from ghostssm.files.durable import put_in_place
+from ghostssm.files.output_folder import OutputFolder, destination
 from ghostssm.models.families import family_of
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Measurement
@@ -271,28 +272,21 @@ class RunFolder(Journal):
             StorageError: the disk failed; what is done can be resumed.
             IncompleteError: it is in its place, but without something that belongs beside the weights; says what.
         """
-        self._processes.from_first(lambda: self._finish(checkpoint, plan, fingerprint, measured, request))
 
-    def _finish(
-        self,
-        checkpoint: StreamedCheckpoint,
-        plan: Plan,
-        fingerprint: str,
-        measured: Measurement | None,
-        request: Mapping[str, Any] | None,
-    ) -> None:
-        files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
-        if not _is_in_place(self.folder):
-            with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
-                write_beside_weights(
-                    files, checkpoint, plan, "transformers", measured, fingerprint, False, request=request
-                )
-                for file in (*self.output.iterdir(), self.output):
-                    durable.synchronise(file)
-                durable.write_durably(self.folder / "finished", lambda path: path.touch())
-                put_in_place(self.output, self.path)
-        self.remove()
-        files.raise_missing(self.path)
+        def finished() -> None:
+            files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
+            if not _is_in_place(self.folder):
+                with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
+                    write_beside_weights(
+                        files, checkpoint, plan, "transformers", measured, fingerprint, False, request=request
+                    )
+                    durable.synchronise(self.output)
+                    durable.write_durably(self.folder / "finished", lambda path: path.touch())
+                    put_in_place(self.output, self.path)
+            self.remove()
+            files.raise_missing(self.path)
+
+        self._processes.from_first(finished)
 
     def remove(self) -> None:
         """Remove the run's folder."""
@@ -320,12 +314,12 @@ class RunFolder(Journal):
 
     def _create(self) -> None:
         """The folder with its run.json; both are there or neither is."""
-        new = self.folder.with_name(f".{self.folder.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        durable.write_json(new / "run.json", self._identity)
-        new.rename(self.folder)
-        durable.synchronise(self.folder.parent)
+
+        def write(new: Path) -> None:
+            new.mkdir(parents=True)
+            durable.write_json(new / "run.json", self._identity)
+
+        durable.write_durably(self.folder, write)
 
     def _check_lock(self, lock: IO[str]) -> None:
         """Take the folder for this process, if the run in it is the one to go on with."""
