@@ -26,7 +26,7 @@ from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
-from ghostssm.models.transformers_private import quiet_transformers
+from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -75,7 +75,9 @@ def load(
     config = model_config(source)
     stored = checked_tensors(source, config)
     with quiet_transformers():
-        model = _build(source, config, stored, dtype_in_memory(stored, dtype, source))
+        model = _build(source, config, stored, dtype or stored_dtype(stored))
+    if dtype is None:
+        tell_narrowed(model, stored, source)
     check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
@@ -206,14 +208,15 @@ def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def dtype_in_memory(stored: dict[str, StoredTensor], wanted: torch.dtype | None, source: Source) -> torch.dtype:
-    """The dtype that was asked for, or else the stored one. Warns of tensors that are stored wider."""
-    if wanted is not None:
-        return wanted
-    dtype = stored_dtype(stored)
-    wider = [name for name, tensor in stored.items() if tensor.dtype.itemsize > dtype.itemsize]
+def tell_narrowed(model: PreTrainedModel, stored: dict[str, StoredTensor], source: Source) -> None:
+    """Warn of tensors that are stored wider than the dtype that transformers loads them in."""
+    wider = [
+        name
+        for name, tensor in stored.items()
+        if tensor.dtype.itemsize > model.dtype.itemsize and not is_kept_wide(model, name)
+    ]
     if wider:
-        here, there = (str(each).removeprefix("torch.") for each in (dtype, stored[wider[0]].dtype))
+        here, there = (str(each).removeprefix("torch.") for each in (model.dtype, stored[wider[0]].dtype))
         more = f" and {len(wider) - 1} more" if len(wider) > 1 else ""
         warnings.warn(
             f"{wider[0]}{more} of {source.name} {'are' if more else 'is'} stored as {there} in a {here} checkpoint; "
@@ -221,7 +224,6 @@ def dtype_in_memory(stored: dict[str, StoredTensor], wanted: torch.dtype | None,
             GhostWarning,
             stacklevel=2,
         )
-    return dtype
 
 
 def _build(

@@ -23,8 +23,9 @@ from ghostssm.checkpoint.loading import (
     check_device,
     check_finite,
     checked_tensors,
-    dtype_in_memory,
     model_config,
+    stored_dtype,
+    tell_narrowed,
 )
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source, find_source
@@ -103,8 +104,10 @@ class StreamedBlocks:
         device: torch.device,
     ):
         self.source, self._stored, self.device = source, stored, device
-        self._dtype = dtype_in_memory(stored, dtype, source)
+        self._dtype = dtype or stored_dtype(stored)
         self.model = without_weights(config, self._dtype)
+        if dtype is None:
+            tell_narrowed(self.model, stored, source)
         self.modules: Sequence[nn.Module] = family_of(config).blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self.names = [names[id(module)] for module in self.modules]

@@ -7,6 +7,7 @@ that were not tried.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -94,6 +95,11 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: t
     )
     with quiet_transformers():
         convert_and_load_state_dict_in_model(model, dict(tensors), how)
+
+
+def is_kept_wide(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps a tensor in float32, whatever dtype the model is loaded in."""
+    return any(re.search(pattern, name) for pattern in model._get_dtype_plan(model.dtype))
 
 
 def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -47,7 +47,7 @@ _BELONGS_TO = {
 """Options that have no effect without another one."""
 _OPTIONS = {"batches": "--batch", "recipe": "--method", "engines": "--engine"}
 """Names on the command line that are not those of the fields."""
-_NOT_IN_RESULT = frozenset({"output", "overwrite", "offload", "resume", "push_to_hub", "private", "device"})
+_NOT_IN_RESULT = frozenset({"output", "stream", "overwrite", "offload", "resume", "push_to_hub", "private", "device"})
 _NAMES_OF_PLACES = ("model", "calibration", "evaluate", "tokenizer")
 
 
