@@ -9,7 +9,7 @@ from ghostssm.errors import GhostError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.streaming.run import StreamedRun
-from ghostssm.streaming.run_folder import run_folder_of
+from ghostssm.streaming.run_places import run_folder_of
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
 

@@ -42,7 +42,7 @@ from ghostssm.checkpoint.unread import carried_pieces
 from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
-from ghostssm.files.output_folder import OutputFolder, destination
+from ghostssm.files.output_folder import destination
 from ghostssm.models.families import family_of
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Measurement
@@ -50,6 +50,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import change_parameters, prune_mixer
 from ghostssm.pruning.journal import Journal
 from ghostssm.streaming.assembling import gather_shards
+from ghostssm.streaming.run_places import check_run_folder, is_in_place, run_folder_of
 
 _ROWS_AT_ONCE = 8
 """Windows of hidden states that are copied from or to the disk together."""
@@ -138,7 +139,7 @@ class RunFolder(Journal):
 
         def rehearsed() -> None:
             with self._told_faults():
-                if not _is_in_place(self.folder):
+                if not is_in_place(self.folder):
                     rehearse_run(self.folder, self.path, checkpoint, tokens)
 
         self._processes.from_first(rehearsed)
@@ -232,7 +233,7 @@ class RunFolder(Journal):
         self._processes.from_first(lambda: self._assemble(plan))
 
     def _assemble(self, plan: Plan) -> None:
-        if _is_in_place(self.folder):
+        if is_in_place(self.folder):
             return
         blocks, model = self._streamed, self._streamed.model
         with self._told_faults(), _pruned_config(model.config, plan):
@@ -275,7 +276,7 @@ class RunFolder(Journal):
 
         def finished() -> None:
             files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
-            if not _is_in_place(self.folder):
+            if not is_in_place(self.folder):
                 with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
                     write_beside_weights(
                         files, checkpoint, plan, "transformers", measured, fingerprint, False, request=request
@@ -375,35 +376,6 @@ def _pruned_config(config: PreTrainedConfig, plan: Plan) -> Iterator[None]:
         yield
     finally:
         family.set_state_size(config, plan.state_size)
-
-
-def run_folder_of(output: Path) -> Path:
-    """Where the state of a run that writes an output is."""
-    whole = destination(output).absolute()
-    return whole.with_name(f"{whole.name}.run")
-
-
-def _is_in_place(folder: Path) -> bool:
-    """Whether all that a run left to do is to remove its folder."""
-    return (folder / "finished").exists() and not (folder / "output").exists()
-
-
-def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
-    folder = run_folder_of(output)
-    if _is_in_place(folder) and resume:
-        return
-    OutputFolder(output, overwrite)
-    if folder.exists() and not (folder / "run.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            f"{folder}, where the run's state would be, holds something else; move it away, or name another --output."
-        )
-    if (folder / "run.json").exists() and not resume:
-        done = len(list((folder / "records").glob("*.json")))
-        raise OutputError(
-            f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
-            "start again."
-        )
 
 
 def _names_only(changed: Any) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
 from ghostssm.streaming.finished import finished_run, may_be_finished
 from ghostssm.streaming.run import prune_streamed
-from ghostssm.streaming.run_folder import check_run_folder
+from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.observing import decode_speeds, observe
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
