@@ -207,7 +207,8 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
     return PruneJob(request, described, recipe, target)
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """What the command line calls a field of a request."""
     return _OPTIONS.get(name, "--" + name.replace("_", "-"))
 
 
@@ -217,7 +218,7 @@ def _check_belonging(request: PruneRequest) -> None:
     for name, owner in _BELONGS_TO.items():
         if getattr(request, name) != defaults[name] and not getattr(request, owner):
             raise InputError(
-                f"{_option(name)} works with {_option(owner)} only; add that, or leave out {_option(name)}."
+                f"{option_name(name)} works with {option_name(owner)} only; add that, or leave out {option_name(name)}."
             )
 
 
