@@ -48,7 +48,9 @@ def memory_bytes(text: str) -> int:
         InputError: it is no such size, or 0.
     """
     found = _MEMORY.fullmatch(text.strip())
-    count = 0.0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2].upper()) + 2)
+    count = (
+        0.0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2].upper()) + 2)
+    )
     if count < 1:
         raise InputError(f"The memory is {text!r}; expected a size with its unit, such as 80GiB or 24GB.")
     return round(count)

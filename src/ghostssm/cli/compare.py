@@ -56,7 +56,7 @@ def compare(
     from ghostssm.files.output_file import OutputFile
     from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
     from ghostssm.workflows.compare import comparison_cells
-    from ghostssm.workflows.observing import observe
+    from ghostssm.workflows.observing import observe, sample
     from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark
 
     arguments.check_separated("--methods", methods)
@@ -102,23 +102,24 @@ def compare(
         if file is not None:
             observations = observe(checkpoint.model, calibration_windows, progress)
     if file is not None:
-        from ghostssm.report.building import comparison_report
+        from ghostssm.report.building import best_plans, comparison_report
         from ghostssm.report.page import write_page
+        from ghostssm.units import text_name
 
-        settings = {
-            "ghostssm": ghostssm.__version__,
-            "model": model,
-            "methods": names,
-            "state_sizes": state_size,
-            "groups": groups,
-            "seed": seed,
-            "batches": batch,
-            "device": device,
+        samples = sample(checkpoint, best_plans(result), test_windows)
+        asked = {
+            **{
+                "model": checkpoint.source.published_name,
+                "state_size": state_size,
+                "methods": names,
+                "groups": groups,
+                "seed": seed,
+            },
+            **{"calibration": text_name(calibration), "windows": windows, "window_length": window_length},
+            **{"text": text_name(text), "text_windows": text_windows, "batch": batch},
         }
-        for role, part in (("calibration", calibration_windows), ("evaluation", test_windows)):
-            settings[role] = {"text": part.text_name, "windows": len(part), "window_length": part.length}
         machine = measure_machine(batch, device)
-        write_page(file, comparison_report(result, described, test_windows, settings, observations, machine))
+        write_page(file, comparison_report(result, described, test_windows, asked, observations, machine, samples))
         note(f"report: {file.path}")
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])

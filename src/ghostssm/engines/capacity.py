@@ -84,9 +84,7 @@ def cached_numbers(config: PreTrainedConfig) -> int:
     return int(2 * layers * config.num_key_value_heads * head_dim)
 
 
-def capacity_cells(
-    footprints: Mapping[str, Footprint], memories: Sequence[int]
-) -> tuple[list[str], list[list[str]]]:
+def capacity_cells(footprints: Mapping[str, Footprint], memories: Sequence[int]) -> tuple[list[str], list[list[str]]]:
     """Headers and lines of a table: what each takes, and how many sequences each memory (bytes) holds.
 
     Args:

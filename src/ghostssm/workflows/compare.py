@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
-from ghostssm.evaluation.speed import decode_speeds, first_channels
+from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.plan.plan import Plan
@@ -73,6 +73,7 @@ class Row:
         state_bytes: recurrent state of one sequence over all layers, float32.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
+        speed_range: batch size to the speeds of the slowest and the fastest round.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Row:
     state_bytes: int
     tokens_per_second: dict[int, float]
     seconds: float
+    speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
@@ -145,11 +147,13 @@ def compare(
     timed = {layout.state_size: whole} | {
         key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
     }
-    speeds = decode_speeds(model, timed, tuple(batches), progress)
+    batches = tuple(batches)
+    timings = measure(model, timed, batches, prompt=8, progress=progress)
     numbers_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
     def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
         excess = evaluation.excess_over(dense)
+        decoded = {batch: timings[shape.get(cell, layout.state_size), batch] for batch in batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
@@ -159,8 +163,9 @@ def compare(
             excess=excess.mean,
             standard_error=excess.standard_error,
             state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
-            tokens_per_second=speeds[shape.get(cell, layout.state_size)],
+            tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
             seconds=seconds,
+            speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
         )
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -77,10 +76,11 @@ def decode_speeds(
     speeds = []
     for name in plans:
         for batch in batches:
-            rounds = [batch / statistics.median(steps) for steps in timings[name, batch].rounds]
-            measured = batch / statistics.median(timings[name, batch].steps)
+            timing = timings[name, batch]
             predicted = predicted_speed(described, machine, batch, plan if name == "pruned" else None)
-            speeds.append(DecodeSpeed(name, batch, measured, predicted, (min(rounds), max(rounds))))
+            speeds.append(
+                DecodeSpeed(name, batch, timing.tokens_per_second(batch), predicted, timing.speed_range(batch))
+            )
     return tuple(speeds)
 
 

@@ -207,7 +207,7 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
     return PruneJob(request, described, recipe, target)
 
 
-def option_name(name: str) -> str:
+def option(name: str) -> str:
     """What the command line calls a field of a request."""
     return _OPTIONS.get(name, "--" + name.replace("_", "-"))
 
@@ -217,9 +217,7 @@ def _check_belonging(request: PruneRequest) -> None:
     defaults = {field.name: field.default for field in fields(request)}
     for name, owner in _BELONGS_TO.items():
         if getattr(request, name) != defaults[name] and not getattr(request, owner):
-            raise InputError(
-                f"{option_name(name)} works with {option_name(owner)} only; add that, or leave out {option_name(name)}."
-            )
+            raise InputError(f"{option(name)} works with {option(owner)} only; add that, or leave out {option(name)}.")
 
 
 def _check_streamed(request: PruneRequest) -> None:

@@ -31,6 +31,7 @@ from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03
 """Methods at one size are drawn beside each other, over this part of a doubling of the size at most."""
+_BARS = "Bars: one standard error of the paired loss difference, and the range of the measured speed where it is known."
 
 
 def size_figure(rows: Sequence[Row]) -> Figure:
@@ -58,45 +59,39 @@ def size_figure(rows: Sequence[Row]) -> Figure:
     )
 
 
-def speed_figure(rows: Sequence[Row], speeds: Sequence[DecodeSpeed]) -> Figure:
-    """Excess loss against decode speed by method, with bars of one standard error and of the speed's spread.
-
-    Args:
-        speeds: of every row, in the rows' order, at each batch size.
-    """
-    others = [row for row in rows if not row.is_dense]
-    batches = list(dict.fromkeys(speed.batch for speed in speeds))
-    shown, dense, faster = [], [], []
-    for index, row in enumerate(rows):
-        for speed in speeds[index * len(batches) : (index + 1) * len(batches)]:
-            place = speed.tokens_per_second
-            if row.is_dense:
-                dense.append({"batch": speed.batch, "place": place})
-                continue
-            low, high = speed.spread or (place, place)
-            shown.append(
-                {**_loss(row, others), "batch": speed.batch, "place": place, "slowest": low, "fastest": high}
-            )
-            times = place / dense[batches.index(speed.batch)]["place"]
-            faster.append(f"{row.method} at {row.state_size}, batch {speed.batch}: {times:.2f} times")
+def speed_figure(rows: Sequence[Row]) -> Figure:
+    """Excess loss against decode speed by method at every batch size, with bars of one standard error and of rounds."""
+    whole, *others = rows
+    batches = list(whole.tokens_per_second)
+    dense = [{"batch": batch, "place": speed} for batch, speed in whole.tokens_per_second.items()]
+    shown = [
+        {
+            **_loss(row, others),
+            "batch": batch,
+            "place": speed,
+            **dict(zip(("slowest", "fastest"), row.speed_range.get(batch, (speed, speed)), strict=True)),
+        }
+        for row in others
+        for batch, speed in row.tokens_per_second.items()
+    ]
+    times = [
+        f"{row.method} at {row.state_size}: {row.tokens_per_second[batches[-1]] / dense[-1]['place']:.2f}"
+        for row in others
+    ]
     batch = selector("batch", batches)
-    chart = _loss_chart(others, alt.X("place:Q", scale=log_scale(24), title="tokens per second"), batch)
-    spread = chosen(_coloured(others, "rows"), batch).mark_rule(strokeWidth=1.5)
-    chart.layer.append(
-        spread.encode(alt.X("slowest:Q", scale=log_scale(24)), alt.X2("fastest"), alt.Y("excess:Q"))
+    chart = _loss_chart(
+        others, alt.X("place:Q", scale=log_scale(24), title="tokens per second").axis(format="~s", tickCount=6), batch
     )
     return Figure(
         "speeds",
         "Loss against decode speed",
         f"Lower and further right is better. {_BARS} Dashed: the dense model's speed. All sequences of a batch "
-        "together; sizes of one stock shape are timed once, since which channels are kept makes no difference.",
-        f"Scatter plot of excess loss against decode speed. Faster than the dense model: {'; '.join(faster)}.",
+        "together; each stock shape is timed once, since which channels are kept makes no difference.",
+        f"Scatter plot of excess loss against decode speed. Times the dense model's speed at batch {batches[-1]}: "
+        f"{', '.join(times)}.",
         chart,
         {"rows": shown, "dense": dense},
     )
-
-
-_BARS = "Bars: one standard error of the paired loss difference, and the range of the measured speed where it is known."
 
 
 def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
@@ -115,20 +110,16 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _coloured(others: Sequence[Row], name: str) -> alt.Chart:
-    methods = list(dict.fromkeys(row.method for row in others))
-    colour = alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend_of(methods))
-    return table(name).encode(colour)
-
-
 def _loss_chart(others: Sequence[Row], places: alt.X, *selectors: alt.Parameter) -> alt.LayerChart:
-    """Of the tables "rows" and "dense"."""
+    """Of the tables "rows" and "dense"; with a choice among batches the bars go both ways."""
     methods = list(dict.fromkeys(row.method for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
     losses = alt.Y("excess:Q", title="excess loss, nats per token", scale=scale).axis(format=".2~g", tickCount=6)
-    points = _coloured(others, "rows").encode(places, losses)
-    shapes = alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend_of(methods))
+    legend = legend_of(methods)
+    colours = alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend)
+    shapes = alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend)
+    points = table("rows").encode(places, losses, colours)
     shown = tooltip(
         method="method", size="N'", perplexity="perplexity", excess="excess loss", error="standard error", place="x"
     )
@@ -139,6 +130,10 @@ def _loss_chart(others: Sequence[Row], places: alt.X, *selectors: alt.Parameter)
         points.mark_point(filled=True, size=60, opacity=1).encode(shapes, tooltip=shown),
         rule("dense").encode(places),
     ]
+    if selectors:
+        parts.append(
+            points.mark_rule(strokeWidth=1.5).encode(alt.X("slowest:Q", title=places.title), alt.X2("fastest"))
+        )
     return alt.LayerChart(layer=[chosen(part, *selectors) for part in parts], height=340).add_params(*selectors)
 
 
@@ -218,7 +213,7 @@ def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int]
     return Figure(
         "capacity",
         "Sequences per GPU",
-        f"How many sequences fit beside the weights, from the sizes alone: weights in bfloat16, state in float32,{cached} "
+        f"How many sequences fit beside the weights, from the sizes alone: state in float32,{cached} weights and "
         "convolution windows in bfloat16. Activations and what an engine keeps for itself are left out.",
         "Bar chart of sequences per GPU. "
         + "; ".join(f"{row['gpu']}, {row['state']}: {row['sequences']:,}" for row in rows)
