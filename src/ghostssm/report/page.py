@@ -19,8 +19,8 @@ from ghostssm.files.output_folder import storing
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure
 
-_WORDS = 26
-"""A cell with more characters is a sentence, which may be broken."""
+_NUMBERS, _NAMES, _WORDS = "numbers", "names", "words"
+_LONGEST_NAME = 26
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text: the first column and sentences are aligned left, the others right; headers may be missing."""
+    """Rows of text; without headers each is a name and what there is to say of it."""
 
     title: str
     headers: Sequence[str]
@@ -114,10 +114,22 @@ def html_page(report: Report) -> str:
 
 def table_html(table: Table) -> str:
     """A table that scrolls where it is too wide."""
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
-    head = head and f"<thead><tr>{head}</tr></thead>"
-    body = "".join("<tr>" + "".join(map(_cell_html, row)) + "</tr>" for row in table.rows)
+    kinds = [_kind(column) if table.headers else _WORDS for column in zip(*table.rows, strict=True)]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        shown = zip(cells, kinds or [_NUMBERS] * len(cells), strict=True)
+        return "".join(f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for cell, kind in shown)
+
+    head = f"<thead><tr>{line('th', table.headers)}</tr></thead>" if table.headers else ""
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in table.rows)
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _kind(column: Sequence[str]) -> str:
+    """How a column is set: sentences may be broken, and only numbers are aligned right."""
+    if any(len(cell) > _LONGEST_NAME for cell in column):
+        return _WORDS
+    return _NUMBERS if any(cell[:1].isdigit() for cell in column) else _NAMES
 
 
 def _asset(name: str) -> str:
@@ -130,10 +142,6 @@ def _card_html(card: Card) -> str:
         f'<div class="card"><div class="label">{escape(card.label)}</div>'
         f'<div class="value">{escape(card.value)}</div>{note}</div>'
     )
-
-
-def _cell_html(cell: str) -> str:
-    return f'<td class="words">{escape(cell)}</td>' if len(cell) > _WORDS else f"<td>{escape(cell)}</td>"
 
 
 def _section_html(section: Section) -> str:

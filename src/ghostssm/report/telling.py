@@ -64,7 +64,7 @@ def manifest_table(manifest: Manifest) -> Table:
         told["Calibrated on"] = (
             f"{seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}{drawn}"
         )
-        told["Sharing"] = f"groups of a layer keep {'as many' if made.groups == 'equal' else made.groups} channels"
+        told["Groups of a layer"] = "keep as many channels each" if made.groups == "equal" else made.groups
         if made.search is not None:
             told["Searched"] = f"for the smallest state within {made.search.max_excess_loss:g}: {made.search.text}"
     if (found := manifest.measured) is not None:

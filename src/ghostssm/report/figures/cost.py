@@ -111,7 +111,7 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
 
 
 def _loss_chart(others: Sequence[Row], places: alt.X, *selectors: alt.Parameter) -> alt.LayerChart:
-    """Of the tables "rows" and "dense"; with a choice among batches the bars go both ways."""
+    """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
     methods = list(dict.fromkeys(row.method for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
@@ -131,9 +131,7 @@ def _loss_chart(others: Sequence[Row], places: alt.X, *selectors: alt.Parameter)
         rule("dense").encode(places),
     ]
     if selectors:
-        parts.append(
-            points.mark_rule(strokeWidth=1.5).encode(alt.X("slowest:Q", title=places.title), alt.X2("fastest"))
-        )
+        parts.append(points.mark_rule(strokeWidth=1.5).encode(alt.X("slowest:Q", title=None), alt.X2("fastest")))
     return alt.LayerChart(layer=[chosen(part, *selectors) for part in parts], height=340).add_params(*selectors)
 
 
@@ -204,7 +202,7 @@ def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int]
     most = max(1, *(row["sequences"] for row in rows))
     cached = f" keys and values of {context} tokens," if any(each.cache for each in footprints.values()) else ""
     bars = table("rows").encode(
-        alt.X("sequences:Q", scale=alt.Scale(domain=[0, 1.2 * most]), axis=alt.Axis(format="~s", tickCount=5)),
+        alt.X("sequences:Q", scale=alt.Scale(domain=[0, 1.3 * most]), axis=alt.Axis(format="~s", tickCount=5)),
         alt.Y("gpu:N", title=None, sort=gpus, axis=alt.Axis(grid=False)),
         alt.YOffset("state:N", sort=labels),
         tooltip=tooltip(gpu="GPU", state="state", sequences="sequences"),
