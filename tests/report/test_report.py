@@ -19,7 +19,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from transformers import Mamba2ForCausalLM, PreTrainedTokenizerFast
 
+from ghostssm.checkpoint.description import describe
 from ghostssm.checkpoint.manifest import RECORD_FILE, Manifest
 from ghostssm.cli.main import app
 from ghostssm.errors import InputError
@@ -149,6 +151,40 @@ def test_the_command_asks_for_what_was_asked_for(pages: dict[str, Path], monkeyp
     app(words[1:], standalone_mode=False)
     assert asked[0].as_json() == manifest.request
     assert words[-2:] == ["--output", "DIR"]
+
+
+def test_samples_are_what_the_models_say(pages: dict[str, Path]) -> None:
+    folder = pages["folder"]
+    plan = Plan.read(folder)
+    samples = Record.read(folder, list(plan.selections), (2, 16)).samples
+    assert samples is not None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    text = (folder.parent / "text.txt").read_text()
+    assert samples.prompt in text
+    prompt = tokenizer(samples.prompt, return_tensors="pt", add_special_tokens=False)
+    for name, place in (("dense", folder.parent / "model"), ("pruned", folder)):
+        model = Mamba2ForCausalLM.from_pretrained(place)
+        ids = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(ids) == samples.continuations[name]
+
+
+def test_the_best_are_told_by_class(pages: dict[str, Path]) -> None:
+    text = pages["compare"].read_text()
+    for size in (8, 4):
+        stock = re.search(f"Best at N&#x27; = {size} in a stock checkpoint(.*?)</div></div>", text)
+        assert stock is not None
+        assert re.search(
+            r"ghost.*excess loss [-0-9.]+ ± [0-9.]+; [0-9.]+x the dense speed at batch 2; runs in ", stock[1]
+        )
+
+
+def test_sequences_are_those_of_the_arithmetic(pages: dict[str, Path]) -> None:
+    model = describe(str(pages["folder"].parent / "model"))
+    rows = {figure["name"]: figure["tables"] for figure in data_of(pages["compare"])}["capacity"]["rows"]
+    drawn = dict(zip(zip(rows["gpu"], rows["state"], strict=True), rows["sequences"], strict=True))
+    for gpu, memory in (("24 GiB", 24 << 30), ("80 GiB", 80 << 30), ("141 GiB", 141 << 30)):
+        for label, size in (("N = 16", 16), ("N' = 8", 8), ("N' = 4", 4)):
+            assert drawn[gpu, label] == model.footprint(size).sequences(memory)
 
 
 def test_what_can_be_no_loss_is_not_shown(pages: dict[str, Path], tmp_path: Path) -> None:

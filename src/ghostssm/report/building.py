@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ghostssm.report.figures import MOST_CHANNELS, Figure
 from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_figure, speed_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
 from ghostssm.report.page import Card, Report, Section, Table, Texts
-from ghostssm.report.telling import advice_of, command, engines_table, manifest_table, prune_command, running
+from ghostssm.report.telling import advice_of, command, engine_tables, manifest_table, prune_command, running
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
 from ghostssm.workflows.compare import Comparison, Row, comparison_cells
@@ -48,7 +49,7 @@ def checkpoint_report(folder: Path) -> Report:
     if described is not None:
         footprints = {f"N = {plan.state_size}": described.footprint(plan.state_size)}
         footprints[f"N' = {sizes}"] = described.footprint()
-        bought += [*_capacity(footprints), engines_table({sizes: advice_of(described, None, written=True)})]
+        bought += [*_capacity(footprints), *engine_tables({f"N' = {sizes}": advice_of(described, None, written=True)})]
     state = [saliency_figure({plan.method: plan})] if plan.has_scores else []
     if (seen := record.observations) is not None:
         state[:0] = [phantom_figure(seen, plan), hankel_figure(seen, plan)]
@@ -100,13 +101,14 @@ def comparison_report(
         bought += [decode_figure(speeds)]
     footprints = {f"N = {dense.state_size}": described.footprint()}
     advice = {f"N = {dense.state_size}": advice_of(described, None)}
-    for row in sorted(others, key=lambda row: -row.state_size):
-        plan = comparison.plans[row.method, row.state_size]
-        name = f"{row.method}, N' = {row.state_size}" if plan.needs_own_class else f"N' = {plan.kept_state_size}"
-        if not plan.needs_own_class:
-            footprints[name] = described.footprint(plan.kept_state_size)
-        advice["own class" if plan.needs_own_class else name] = advice_of(described, plan)
-    bought += [*_capacity(footprints), engines_table(advice)]
+    ranked = sorted(comparison.plans.values(), key=lambda plan: (plan.needs_own_class, -plan.kept_state_size))
+    for plan in ranked:
+        size = f"N' = {plan.kept_state_size}"
+        smaller = dataclasses.replace(described, state_sizes=plan.state_sizes)
+        own = plan.needs_own_class
+        footprints.setdefault(size, smaller.footprint() if own else described.footprint(plan.kept_state_size))
+        advice.setdefault("own class" if own else size, advice_of(described, plan))
+    bought += [*_capacity(footprints), *engine_tables(advice)]
     seen = [] if observations is None else [phantom_figure(observations), hankel_figure(observations)]
     return Report(
         title=f"{Path(described.name).name}: methods compared",
@@ -196,7 +198,13 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
             name = f"{row.method}, N' = {row.state_size}"
         names.setdefault(name, (row, plan))
     return [
-        DecodeSpeed(name, batch, speed, None if machine is None else predicted_speed(described, machine, batch, plan))
+        DecodeSpeed(
+            name,
+            batch,
+            speed,
+            None if machine is None else predicted_speed(described, machine, batch, plan),
+            row.speed_range.get(batch),
+        )
         for name, (row, plan) in names.items()
         for batch, speed in row.tokens_per_second.items()
     ]

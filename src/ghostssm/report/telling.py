@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostssm.checkpoint.description import Description
@@ -101,26 +101,37 @@ def advice_of(described: Description, plan: Plan | None, *, written: bool = Fals
     )
 
 
-def running(advice: tuple[Advice, ...]) -> str:
-    """The engines that run a model at full speed, at once or after an export."""
-    names = [entry.engine for entry in advice if entry.level == "runs"]
-    return f"runs in {', '.join(names)}" if names else "runs in none of the engines at full speed"
+def running(advice: Sequence[Advice]) -> str:
+    """The engines that run a model at full speed, at once or after an export; places of one engine in brackets."""
+    places: dict[str, list[str]] = {}
+    for entry in advice:
+        if entry.level == "runs":
+            engine, _, place = entry.engine.partition("-")
+            places.setdefault(engine, []).append(place)
+    names = [
+        f"{engine} ({', '.join(found)})" if len(found) > 1 else "-".join([engine, *filter(None, found)])
+        for engine, found in places.items()
+    ]
+    return f"runs in {', '.join(names)}" if names else "no engine runs it at full speed"
 
 
-def engines_table(advice: Mapping[str, tuple[Advice, ...]]) -> Table:
-    """Engines by what is run, with the reasons."""
+def engine_tables(advice: Mapping[str, Sequence[Advice]]) -> list[Table]:
+    """Engines by what is run, and the reasons, once for all engines that share one."""
     rows = []
+    shared: dict[str, list[str]] = {}
     for entries in zip(*advice.values(), strict=True):
+        rows.append([entries[0].engine, *map(_verdict, entries)])
         reasons: dict[str, list[str]] = {}
         for label, entry in zip(advice, entries, strict=True):
-            export = entry.export and f"first ghostssm export {entry.export}"
+            export = entry.export and f"needs ghostssm export {entry.export}"
             for reason in filter(None, (entry.reason, export)):
                 reasons.setdefault(reason, []).append(label)
-        alike = len(advice) == 1
-        why = "; ".join(reason if alike else f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items())
-        rows.append([entries[0].engine, *map(_verdict, entries), why])
-    headers = ["engine", *(advice if len(advice) > 1 else ["verdict"]), "why, and what helps"]
-    return Table("Engines", headers, rows, "By what their source accepts; nothing was run for this table.")
+        for reason, labels in reasons.items():
+            where = "" if len(labels) == len(advice) else f"{', '.join(labels)}: "
+            shared.setdefault(where + reason, []).append(entries[0].engine)
+    why = [[", ".join(engines), reason] for reason, engines in shared.items()]
+    verdicts = Table("Engines", ["engine", *advice], rows, "By what their source accepts; nothing was run for this.")
+    return [verdicts, *[Table("Why, and what helps", (), why)] * bool(why)]
 
 
 def _verdict(entry: Advice) -> str:

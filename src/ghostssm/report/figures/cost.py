@@ -31,7 +31,8 @@ from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03
 """Methods at one size are drawn beside each other, over this part of a doubling of the size at most."""
-_BARS = "Bars: one standard error of the paired loss difference, and the range of the measured speed where it is known."
+_EXCESS, _SPEED = "excess loss, nats per token", "tokens per second"
+_BARS = "Bars are one standard error of the paired loss difference."
 
 
 def size_figure(rows: Sequence[Row]) -> Figure:
@@ -54,7 +55,7 @@ def size_figure(rows: Sequence[Row]) -> Figure:
         f"Line chart of excess loss against bytes of state per sequence for {len(methods)} methods. The dense model "
         f"has a perplexity of {dense.perplexity:.3f}; the lowest excess loss is {best.excess:.4f}, {best.method} at "
         f"{best.state_size}.",
-        _loss_chart(others, places.axis(values=ticks, format=".3~g", grid=False)),
+        _loss_chart(others, places.axis(values=ticks, format=".3~g", grid=False), {"bytes": "bytes"}),
         {"rows": shown, "dense": [{"place": dense.state_bytes / unit}]},
     )
 
@@ -64,32 +65,26 @@ def speed_figure(rows: Sequence[Row]) -> Figure:
     whole, *others = rows
     batches = list(whole.tokens_per_second)
     dense = [{"batch": batch, "place": speed} for batch, speed in whole.tokens_per_second.items()]
-    shown = [
-        {
-            **_loss(row, others),
-            "batch": batch,
-            "place": speed,
-            **dict(zip(("slowest", "fastest"), row.speed_range.get(batch, (speed, speed)), strict=True)),
-        }
-        for row in others
-        for batch, speed in row.tokens_per_second.items()
-    ]
+    shown = []
+    for row in others:
+        for batch, speed in row.tokens_per_second.items():
+            slowest, fastest = row.speed_range.get(batch, (speed, speed))
+            shown.append({**_loss(row, others), "batch": batch, "place": speed, "slowest": slowest, "fastest": fastest})
+    last = batches[-1]
     times = [
-        f"{row.method} at {row.state_size}: {row.tokens_per_second[batches[-1]] / dense[-1]['place']:.2f}"
+        f"{row.method} at {row.state_size}: {row.tokens_per_second[last] / whole.tokens_per_second[last]:.2f}"
         for row in others
     ]
-    batch = selector("batch", batches)
-    chart = _loss_chart(
-        others, alt.X("place:Q", scale=log_scale(24), title="tokens per second").axis(format="~s", tickCount=6), batch
-    )
+    places = alt.X("place:Q", scale=log_scale(24), title=_SPEED).axis(format="~s", tickCount=6)
     return Figure(
         "speeds",
         "Loss against decode speed",
-        f"Lower and further right is better. {_BARS} Dashed: the dense model's speed. All sequences of a batch "
-        "together; each stock shape is timed once, since which channels are kept makes no difference.",
-        f"Scatter plot of excess loss against decode speed. Times the dense model's speed at batch {batches[-1]}: "
+        f"Lower and further right is better. {_BARS} Those of the speed are its range over rounds. Dashed: the dense "
+        "model's speed. All sequences of a batch together; each stock shape is timed once, since which channels are "
+        "kept makes no difference.",
+        f"Scatter plot of excess loss against decode speed. Times the dense model's speed at batch {last}: "
         f"{', '.join(times)}.",
-        chart,
+        _loss_chart(others, places, {"place": "tokens/s"}, selector("batch", batches)),
         {"rows": shown, "dense": dense},
     )
 
@@ -110,28 +105,31 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _loss_chart(others: Sequence[Row], places: alt.X, *selectors: alt.Parameter) -> alt.LayerChart:
+def _loss_chart(
+    others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
+) -> alt.LayerChart:
     """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
     methods = list(dict.fromkeys(row.method for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
-    losses = alt.Y("excess:Q", title="excess loss, nats per token", scale=scale).axis(format=".2~g", tickCount=6)
+    losses = alt.Y("excess:Q", title=_EXCESS, scale=scale).axis(format=".2~g", tickCount=6)
     legend = legend_of(methods)
     colours = alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend)
     shapes = alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend)
     points = table("rows").encode(places, losses, colours)
-    shown = tooltip(
-        method="method", size="N'", perplexity="perplexity", excess="excess loss", error="standard error", place="x"
-    )
-    bars = points.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title="excess loss, nats per token"), alt.Y2("high"))
+    titles = {"method": "method", "size": "N'", "perplexity": "perplexity", "excess": "excess loss"}
+    shown = tooltip(**titles, error="standard error", **hovered)
+    bars = points.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title=_EXCESS), alt.Y2("high"))
     parts = [
-        points.mark_line(strokeWidth=1.5, opacity=0.6),
         bars,
         points.mark_point(filled=True, size=60, opacity=1).encode(shapes, tooltip=shown),
         rule("dense").encode(places),
     ]
     if selectors:
-        parts.append(points.mark_rule(strokeWidth=1.5).encode(alt.X("slowest:Q", title=None), alt.X2("fastest")))
+        speeds = points.encode(alt.X("slowest:Q", title=_SPEED), alt.X2("fastest"))
+        parts.insert(0, speeds.mark_rule(strokeWidth=1.5))
+    else:
+        parts.insert(0, points.mark_line(strokeWidth=1.5))
     return alt.LayerChart(layer=[chosen(part, *selectors) for part in parts], height=340).add_params(*selectors)
 
 
@@ -142,14 +140,12 @@ def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
     largest = {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batches[-1]}
     rows = []
     for speed in speeds:
-        low, high = speed.spread or (speed.tokens_per_second,) * 2
-        kinds = {"measured": speed.tokens_per_second, "predicted": speed.predicted_tokens_per_second}
-        rows += [
-            {"model": speed.model, "batch": speed.batch, "kind": kind, "speed": value}
-            | ({"low": low, "high": high} if kind == "measured" else {"low": value, "high": value})
-            for kind, value in kinds.items()
-            if value is not None
-        ]
+        measured, predicted = speed.tokens_per_second, speed.predicted_tokens_per_second
+        kinds = [("measured", measured, *(speed.spread or (measured, measured)))]
+        kinds += [] if predicted is None else [("predicted", predicted, predicted, predicted)]
+        for kind, value, low, high in kinds:
+            at = {"model": speed.model, "batch": speed.batch, "kind": kind}
+            rows.append({**at, "speed": value, "low": low, "high": high})
     return Figure(
         "decode",
         "Decode speed",
@@ -170,7 +166,7 @@ def _decode_chart(models: list[str], batches: list[int]) -> alt.LayerChart:
         alt.X("batch:Q", scale=log_scale(16, base=2), axis=alt.Axis(values=batches, format="d", grid=False)).title(
             "batch size"
         ),
-        alt.Y("speed:Q", scale=log_scale(16), axis=alt.Axis(format="~s", tickCount=6)).title("tokens per second"),
+        alt.Y("speed:Q", scale=log_scale(16), axis=alt.Axis(format="~s", tickCount=6)).title(_SPEED),
         alt.Color("model:N", title=None, scale=names_scale(models, COLOURS), legend=legend),
     )
     dashes = alt.Scale(domain=["measured", "predicted"], range=[[1, 0], [5, 4]])
@@ -182,7 +178,7 @@ def _decode_chart(models: list[str], batches: list[int]) -> alt.LayerChart:
         alt.Shape("model:N", title=None, scale=names_scale(models, _SHAPES), legend=legend),
         tooltip=tooltip(model="model", batch="batch", kind="kind", speed="tokens/s"),
     )
-    bars = places.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title="tokens per second"), alt.Y2("high"))
+    bars = places.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title=_SPEED), alt.Y2("high"))
     return alt.LayerChart(layer=[lines, bars, points], height=320)
 
 
@@ -244,7 +240,7 @@ def window_figure(losses: WindowLosses) -> Figure:
         .mark_bar()
         .encode(
             alt.X("window:O", axis=index_axis(len(losses.dense))),
-            alt.Y("excess:Q", title="excess loss, nats per token"),
+            alt.Y("excess:Q", title=_EXCESS),
             alt.Color("sign:N", title=None, scale=names_scale(["worse", "better"], [COLOURS[1], COLOURS[0]])),
             tooltip=tooltip(window="window", dense="dense", loss="pruned", excess="difference"),
         )
