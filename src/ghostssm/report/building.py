@@ -122,7 +122,7 @@ def comparison_report(
             Section(_COST, [*cost, Table("All figures", *comparison_cells(comparison.rows)), *_texts(samples)]),
             Section(_BOUGHT, bought),
             Section(_STATE, [*seen, *_comparison_saliency(comparison.plans)]),
-            Section("Where it comes from", [_repeating(command("compare", asked | {"report": "FILE"}))]),
+            Section("Where it comes from", [_repeating(command("compare", {**asked, "report": "FILE"}))]),
         ],
     )
 

@@ -99,7 +99,7 @@ def sample(checkpoint: Checkpoint, plans: Mapping[str, Plan], windows: Windows) 
 def _continuation(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     """The likeliest next token, again and again; (l,), int64."""
     with replaced_forward(mixers_of(model)), quiet_transformers():
-        ids = model.generate(
+        ids: Tensor = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=_SAMPLE_TOKENS,

@@ -190,12 +190,12 @@ def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int]
     """
     labels = list(footprints)
     gpus = [f"{memory / 2**30:g} GiB" for memory in memories]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"gpu": gpu, "state": label, "sequences": each.sequences(memory)}
         for gpu, memory in zip(gpus, memories, strict=True)
         for label, each in footprints.items()
     ]
-    most = max(1, *(row["sequences"] for row in rows))
+    most = max([1, *(row["sequences"] for row in rows)])
     cached = f" keys and values of {context} tokens," if any(each.cache for each in footprints.values()) else ""
     bars = table("rows").encode(
         alt.X("sequences:Q", scale=alt.Scale(domain=[0, 1.3 * most]), axis=alt.Axis(format="~s", tickCount=5)),
