@@ -74,6 +74,7 @@ from ghostssm.text.windows import Windows as Windows
 from ghostssm.text.windows import cut_windows as cut_windows
 from ghostssm.text.windows import evaluation_windows as evaluation_windows
 from ghostssm.workflows.compare import compare as compare
+from ghostssm.workflows.compare_request import CompareRequest as CompareRequest
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row
 from ghostssm.workflows.prune import prune as prune
