@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-Asked = TypeVar("Asked")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Asked = TypeVar("Asked", bound="DataclassInstance")
 
 
 def requested(kind: type[Asked], arguments: Mapping[str, Any], **others: Any) -> Asked:
@@ -16,7 +19,7 @@ def requested(kind: type[Asked], arguments: Mapping[str, Any], **others: Any) ->
         arguments: the verb's ``locals()``, at its beginning.
         others: fields whose arguments have other names. None is an argument that was not given.
     """
-    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]  (a dataclass)
+    names = [each.name for each in fields(kind)]
     values = {name: arguments[name] for name in names if name in arguments} | others
     given = {name: value for name, value in values.items() if value is not None}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
