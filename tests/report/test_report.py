@@ -35,7 +35,7 @@ from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
 from ghostssm.report.page import Report, Section, Table, Texts, html_page
 from ghostssm.report.telling import prune_command
-from ghostssm.workflows.compare import Row
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
 from ghostssm.workflows.prune_request import PruneRequest
 from ghostssm.workflows.record import Observations, Record

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, capacity_cells
 from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine
@@ -20,11 +20,10 @@ from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_fi
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
 from ghostssm.report.page import Card, Report, Section, Table, Texts
 from ghostssm.report.telling import advice_of, command, engine_tables, manifest_table, prune_command, running
-from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row, comparison_cells
+from ghostssm.workflows.comparison import Comparison, Row, comparison_cells
 from ghostssm.workflows.observing import predicted_speed
-from ghostssm.workflows.record import DecodeSpeed, Observations, Record, Samples, WindowLosses
+from ghostssm.workflows.record import DecodeSpeed, Record, Samples, WindowLosses
 
 _NO_LOSS = 700.0
 """No loss is so large: its perplexity would be no number."""
@@ -74,29 +73,18 @@ def checkpoint_report(folder: Path) -> Report:
     )
 
 
-def comparison_report(
-    comparison: Comparison,
-    described: Description,
-    windows: Windows,
-    asked: Mapping[str, Any],
-    observations: Observations | None = None,
-    machine: Machine | None = None,
-    samples: Samples | None = None,
-) -> Report:
-    """Of methods and sizes side by side.
-
-    Args:
-        described: the dense model. windows: what the losses were measured on.
-        asked: what the comparison was run with, as `ghostssm.report.telling.command` takes it.
-        machine: what it does at the batch sizes of the comparison, for the predicted speeds.
-    """
+def comparison_report(comparison: Comparison) -> Report:
+    """Of methods and sizes side by side, as `ghostssm.compare` found them for a request with ``report``."""
+    basis = comparison.basis
+    assert basis is not None
+    described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
     labels = {(row.method, row.state_size): _label(row) for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
     bought: list[Figure | Table | Texts] = []
-    if speeds := _speeds(comparison, described, machine):
+    if speeds := _speeds(comparison, described, basis.machine):
         bought += [speed_figure(comparison.rows)] if others else []
         bought += [decode_figure(speeds)]
     footprints = {f"N = {dense.state_size}": described.footprint()}
@@ -109,6 +97,8 @@ def comparison_report(
         footprints.setdefault(size, smaller.footprint() if own else described.footprint(plan.kept_state_size))
         advice.setdefault("own class" if own else size, advice_of(described, plan))
     bought += [*_capacity(footprints), *engine_tables(advice)]
+    name = described.name if is_hub_id(described.name) else text_name(described.name)
+    asked = {**basis.request.as_json(), "model": name, "report": "FILE"}
     seen = [] if observations is None else [phantom_figure(observations), hankel_figure(observations)]
     return Report(
         title=f"{Path(described.name).name}: methods compared",
@@ -119,26 +109,12 @@ def comparison_report(
             *_best_cards(comparison, described),
         ],
         sections=[
-            Section(_COST, [*cost, Table("All figures", *comparison_cells(comparison.rows)), *_texts(samples)]),
+            Section(_COST, [*cost, Table("All figures", *comparison_cells(comparison.rows)), *_texts(basis.samples)]),
             Section(_BOUGHT, bought),
             Section(_STATE, [*seen, *_comparison_saliency(comparison.plans)]),
-            Section("Where it comes from", [_repeating(command("compare", {**asked, "report": "FILE"}))]),
+            Section("Where it comes from", [_repeating(command("compare", asked))]),
         ],
     )
-
-
-def best_plans(comparison: Comparison) -> dict[str, Plan]:
-    """The plans with the least loss at the smallest size, in a stock checkpoint and in any class, by their labels."""
-    smallest = min(row.state_size for row in comparison.rows)
-    return {_label(row): comparison.plans[row.method, row.state_size] for row in _best(comparison, smallest)}
-
-
-def _best(comparison: Comparison, size: int) -> list[Row]:
-    """Of a size the best in a stock checkpoint, and the best of all where that is another."""
-    rows = [row for row in comparison.rows if row.state_size == size and not row.is_dense]
-    ranked = sorted(rows, key=lambda row: row.excess)
-    stock = [row for row in ranked if not comparison.plans[row.method, size].needs_own_class]
-    return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
 
 
 def _label(row: Row) -> str:
@@ -149,7 +125,7 @@ def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
     dense, *others = comparison.rows
     cards = []
     for size in sorted({row.state_size for row in others}, reverse=True):
-        for row in _best(comparison, size):
+        for row in comparison.best(size):
             plan = comparison.plans[row.method, size]
             where = "in any class" if plan.needs_own_class else "in a stock checkpoint"
             notes = [f"excess loss {plus_minus(row.excess, row.standard_error)}"]

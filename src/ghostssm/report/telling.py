@@ -12,7 +12,7 @@ from ghostssm.engines import Advice, advise
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
-from ghostssm.workflows.prune_request import option
+from ghostssm.workflows.request import option
 
 _VERDICTS = {"runs": "runs", "slow": "runs slowly", "no": "no"}
 

@@ -25,7 +25,7 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.compare import Row
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
