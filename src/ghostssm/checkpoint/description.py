@@ -16,6 +16,7 @@ from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:

@@ -16,6 +16,7 @@ from ghostssm.checkpoint.dialects import dialect_of
 from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.values import Value
 
 REFERENCE = "reference"
 _HUB_CACHE_ENTRY = "models--"
@@ -29,8 +30,8 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 _MOST_SMALL_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, repr=False)
+class Source(Value):
     """A model's files, found but not yet read.
 
     Attributes:

@@ -30,10 +30,11 @@ from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
+from ghostssm.values import Value
 
 
-@dataclass(frozen=True)
-class StreamedRun:
+@dataclass(frozen=True, repr=False, eq=False)
+class StreamedRun(Value):
     """What a streamed run ended in.
 
     Attributes:

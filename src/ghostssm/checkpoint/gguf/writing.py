@@ -22,6 +22,7 @@ from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
 from ghostssm.models.families import layout_of
+from ghostssm.values import Value
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
@@ -40,8 +41,8 @@ _TOLD_BY_TENSORS = frozenset(
 _TOLD_BY_VOCABULARY = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
-@dataclass(frozen=True)
-class ExportedGGUF:
+@dataclass(frozen=True, repr=False)
+class ExportedGGUF(Value):
     """What was written.
 
     Attributes:
