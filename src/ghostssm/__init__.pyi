@@ -73,9 +73,9 @@ from ghostssm.text.sources import read_text as read_text
 from ghostssm.text.windows import Windows as Windows
 from ghostssm.text.windows import cut_windows as cut_windows
 from ghostssm.text.windows import evaluation_windows as evaluation_windows
-from ghostssm.workflows.compare import Comparison as Comparison
-from ghostssm.workflows.compare import Row as Row
 from ghostssm.workflows.compare import compare as compare
+from ghostssm.workflows.comparison import Comparison as Comparison
+from ghostssm.workflows.comparison import Row as Row
 from ghostssm.workflows.prune import prune as prune
 from ghostssm.workflows.prune_request import PruneOutcome as PruneOutcome
 from ghostssm.workflows.prune_request import PruneRequest as PruneRequest

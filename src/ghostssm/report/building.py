@@ -20,7 +20,7 @@ from ghostssm.report.figures.state import hankel_figure, phantom_figure, salienc
 from ghostssm.report.page import Card, Report, Table
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row, comparison_cells
+from ghostssm.workflows.comparison import Comparison, Row, comparison_cells
 from ghostssm.workflows.observing import predicted_speed
 from ghostssm.workflows.record import DecodeSpeed, Observations, Record, WindowLosses
 

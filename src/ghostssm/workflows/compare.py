@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -22,11 +22,8 @@ from ghostssm.pruning.feasibility import check_recipe, check_state_size
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.windows import Windows
-from ghostssm.units import bytes_text, plus_minus
+from ghostssm.workflows.comparison import DENSE, Cell, Comparison, Row
 
-Cell = tuple[str, int]
-"""A method's name and a state size."""
-DENSE = "dense"
 Measured = TypeVar("Measured")
 
 
@@ -59,45 +56,6 @@ def measure_cell(
     seconds = time.perf_counter() - begun
     with pruned(calibration.model, plan) as smaller:
         return Outcome(plan, measure(smaller), seconds)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: `DENSE` for the unpruned model.
-        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
-            larger where uneven groups or layers are padded.
-        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
-        tokens_per_second: batch size to decode speed, all sequences together.
-        seconds: to calibrate and decide.
-    """
-
-    method: str
-    state_size: int
-    stored_state_size: float
-    perplexity: float
-    bits_per_byte: float
-    excess: float
-    standard_error: float
-    state_bytes: int
-    tokens_per_second: dict[int, float]
-    seconds: float
-
-    @property
-    def is_dense(self) -> bool:
-        return self.method == DENSE
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
-
-    rows: tuple[Row, ...]
-    plans: dict[Cell, Plan]
-    evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
 
 
 def compare(
@@ -167,27 +125,3 @@ def compare(
     rows += [row(cell, outcome.plan, outcome.measured, outcome.seconds) for cell, outcome in outcomes.items()]
     evaluations = {(DENSE, layout.state_size): dense} | {cell: outcome.measured for cell, outcome in outcomes.items()}
     return Comparison(tuple(rows), plans, evaluations)
-
-
-def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
-
-    A stored state that is larger than the one asked for stands in brackets behind it.
-    """
-    batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
-    headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
-
-
-def _cells(row: Row) -> list[str]:
-    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
-    return [
-        row.method,
-        f"{row.state_size}{padded}",
-        f"{row.perplexity:.3f}",
-        f"{row.bits_per_byte:.4f}",
-        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
-        bytes_text(row.state_bytes),
-    ]

@@ -25,7 +25,8 @@ from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.sources import Text, read_text
 from ghostssm.text.windows import cut_windows, evaluation_windows
-from ghostssm.workflows.compare import DENSE, measure_cell
+from ghostssm.workflows.compare import measure_cell
+from ghostssm.workflows.comparison import DENSE
 from ghostssm.workflows.published import Sizes, Wanted, published_models, published_sizes
 
 RESULTS_FILE = "results.json"

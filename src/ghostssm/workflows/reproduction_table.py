@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ghostssm.workflows.compare import DENSE
+from ghostssm.workflows.comparison import DENSE
 from ghostssm.workflows.published import Wanted, source
 from ghostssm.workflows.reproduction import Key, Measured, Settings
 
