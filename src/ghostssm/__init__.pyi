@@ -37,7 +37,6 @@ from ghostssm.errors import ProcessError as ProcessError
 from ghostssm.errors import StorageError as StorageError
 from ghostssm.errors import TextError as TextError
 from ghostssm.evaluation import Evaluation as Evaluation
-from ghostssm.evaluation import evaluate as evaluate
 from ghostssm.methods import Evidence as Evidence
 from ghostssm.methods import Method as Method
 from ghostssm.methods import method_named as method_named
@@ -73,9 +72,10 @@ from ghostssm.text.sources import read_text as read_text
 from ghostssm.text.windows import Windows as Windows
 from ghostssm.text.windows import cut_windows as cut_windows
 from ghostssm.text.windows import evaluation_windows as evaluation_windows
+from ghostssm.workflows.calls import evaluate as evaluate
+from ghostssm.workflows.calls import prune as prune
 from ghostssm.workflows.compare import compare as compare
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row
-from ghostssm.workflows.prune import prune as prune
 from ghostssm.workflows.prune_request import PruneOutcome as PruneOutcome
 from ghostssm.workflows.prune_request import PruneRequest as PruneRequest

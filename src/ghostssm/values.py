@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _LONGEST = 40
+_LONGEST_VALUE = 90
 _LISTED = 4
 
 
@@ -69,11 +70,9 @@ def short(value: Any) -> str:
         more = ", ..." if len(value) > _LISTED else ""
         text = f"[{', '.join(map(short, listed))}{more}]"
         return text if len(text) <= _LONGEST else f"<{len(value)} entries>"
-    if is_dataclass(value) and not isinstance(value, type):
-        text = repr(value)
-        return text if len(text) <= _LONGEST else f"<{type(value).__name__}>"
+    longest = _LONGEST_VALUE if isinstance(value, Value) else _LONGEST
     if isinstance(value, str | PathLike):
         value = str(value)
         return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 3] + "...")
     text = repr(value)
-    return text if len(text) <= _LONGEST and "\n" not in text else f"<{type(value).__name__}>"
+    return text if len(text) <= longest and "\n" not in text else f"<{type(value).__name__}>"

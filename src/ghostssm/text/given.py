@@ -48,7 +48,7 @@ def given_text(
         raise InputError(f"column={column!r} is of a datasets.Dataset; found {short(given)}, so leave it out.")
     if isinstance(given, Text | Windows):
         return given
-    if isinstance(given, str) and not is_text_name(given) and (len(given) > _LONGEST_PATH or "\n" in given):
+    if isinstance(given, str) and not is_name(given):
         return Text.from_strings(given, name="a string")
     if isinstance(given, str | PathLike):
         return read_text(Path(given) if isinstance(given, PathLike) else given, role)
@@ -59,6 +59,13 @@ def given_text(
     if isinstance(given, Iterable) and not isinstance(given, bytes):
         return Text.from_strings(given)
     raise InputError(f"Found {short(given)} in place of a text; {_EXPECTED}.")
+
+
+def is_name(given: GivenText) -> bool:
+    """Whether something is a corpus's name or a path, rather than the text itself."""
+    if isinstance(given, str):
+        return is_text_name(given) or not (len(given) > _LONGEST_PATH or "\n" in given)
+    return isinstance(given, PathLike)
 
 
 def given_windows(

@@ -100,7 +100,7 @@ def read_text(spec: str | Path, role: Role = "calibration") -> Text:
     if name in _CORPORA:
         side, parts = _CORPORA[name](role)
         return _checked(Text(f"{name} ({side})", tuple(parts)))
-    if _is_there(path):
+    if _is_there(name):
         found = _read_folder(path) if path.is_dir() else _read_file(path)
         return _checked(Text(name, tuple(found)))
     raise TextError(
@@ -111,12 +111,13 @@ def read_text(spec: str | Path, role: Role = "calibration") -> Text:
 
 def is_text_name(spec: str) -> bool:
     """Whether a string names a corpus, or a file or folder that is there."""
-    return spec in _CORPORA or _is_there(Path(spec))
+    return spec in _CORPORA or _is_there(spec)
 
 
-def _is_there(path: Path) -> bool:
+def _is_there(name: str) -> bool:
+    path = Path(name)
     try:
-        return path.is_dir() or path.is_file()
+        return bool(name.strip()) and (path.is_dir() or path.is_file())
     except (OSError, ValueError):  # longer than any name, or with a NUL in it
         return False
 

@@ -1,0 +1,247 @@
+"""The use cases in one call each, of whatever a caller has: names, or models, texts and token ids in memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, TypeVar, overload
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostssm.calibration.blocks import Blocks
+from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.description import Description, described
+from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
+from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.streamed import StreamedCheckpoint
+from ghostssm.errors import InputError
+from ghostssm.evaluation import perplexity
+from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.files.output_folder import OutputFolder
+from ghostssm.progress import Notify, Progress, listening, on_screen, unheard
+from ghostssm.text.given import GivenText, given_windows, is_name
+from ghostssm.text.windows import Windows
+from ghostssm.values import short
+from ghostssm.workflows import prune as pruning
+from ghostssm.workflows.inputs import Inputs
+from ghostssm.workflows.prune_request import PruneOutcome, PruneRequest, checked
+from ghostssm.workflows.request import CalibratingRequest, Request
+
+Asked = TypeVar("Asked", bound=Request)
+_WINDOW_LENGTH = 2048
+
+
+@overload
+def prune(
+    model: PruneRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard
+) -> PruneOutcome: ...
+
+
+@overload
+def prune(
+    model: GivenModel,
+    text: GivenText = "wikitext2",
+    *,
+    output: str | PathLike[str] | None = None,
+    evaluate: GivenText | None = None,
+    tokenizer: GivenTokenizer | None = None,
+    column: str | None = None,
+    progress: Progress | None = on_screen,
+    notify: Notify = unheard,
+    **options: Any,
+) -> PruneOutcome: ...
+
+
+def prune(
+    model: GivenModel | PruneRequest,
+    text: GivenText = "wikitext2",
+    *,
+    output: str | PathLike[str] | None = None,
+    evaluate: GivenText | None = None,
+    tokenizer: GivenTokenizer | None = None,
+    column: str | None = None,
+    progress: Progress | None = on_screen,
+    notify: Notify = unheard,
+    **options: Any,
+) -> PruneOutcome:
+    """Prune a model's state in one call: ``ghostssm.prune(model, text, state_size=64)``.
+
+    A model in memory stays as it was; the outcome has the pruned one.
+
+    Args:
+        model: a hub id, a folder, ``reference``, a transformers model in memory, or a loaded `Checkpoint`; or a
+            `PruneRequest`, which says all the rest.
+        text: to calibrate on: a corpus (``wikitext2``, ``stdlib``), a path, a string or strings of text, a
+            ``datasets.Dataset``, or token ids in a tensor, an array or `Windows`.
+        output: the folder to write; if not given, the result stays in memory.
+        evaluate: what to measure the loss on, dense and pruned; as ``text``.
+        tokenizer: of a model in memory, or to take in place of a model's own.
+        column: of a data set: the one with the text.
+        progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
+        notify: told what a person should know, in sentences.
+        options: ``state_size``, ``budget`` or ``max_excess_loss``, and any other field of `PruneRequest`, such as
+            ``recipe``, ``windows`` and ``window_length``.
+
+    Raises:
+        InputError: a fault of the arguments, found before the work where it can be; says what was expected.
+        NumericalError: numbers that are not finite, or that the stored dtype can't hold; names the layer.
+        StorageError: writing failed; nothing half-written is left, and what a streamed run has done can be resumed.
+        IncompleteError: the checkpoint is written, but something is missing beside its weights.
+        HubError: the upload failed; what was to be uploaded is on the disk.
+    """
+    with listening(progress) as tell:
+        if isinstance(model, PruneRequest):
+            return pruning.prune(model, progress=tell, notify=notify)
+        given = Given(model, text, evaluate, tokenizer, column, options.get("device"))
+        names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
+        place = None if output is None else str(output)
+        request = _asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
+        if given.is_named:
+            return pruning.prune(request, progress=tell, notify=notify)
+        return _pruned(given, request, tell, notify)
+
+
+def _pruned(given: Given, request: PruneRequest, progress: Progress, notify: Notify) -> PruneOutcome:
+    """Carry a request out on what is at hand."""
+    if request.stream:
+        raise InputError("A streamed run reads model and texts from files; give their names, or leave out stream.")
+    folder = None if request.output is None else OutputFolder(request.output, request.overwrite)
+    job = checked(request, notify, given.described())
+    checkpoint = given.opened()
+    held_out = None if given.evaluate is None else given.held_out(checkpoint, request)
+    windows = given.calibration(checkpoint, request)
+    request = dataclasses.replace(
+        request,
+        model=checkpoint.source.published_name,
+        calibration=windows.text_name,
+        evaluate=None if held_out is None else held_out.text_name,
+        windows=len(windows),
+        window_length=windows.length,
+        device=str(checkpoint.model.device),
+    )
+    if given.is_at_hand:
+        checkpoint = Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
+    job, inputs = dataclasses.replace(job, request=request), Inputs(checkpoint, windows, held_out)
+    return pruning.prune_on(job, inputs, folder, progress, notify)
+
+
+def evaluate(
+    model: GivenModel | StreamedCheckpoint | Blocks,
+    text: GivenText,
+    progress: Progress | None = on_screen,
+    scratch: Scratch | None = None,
+    *,
+    windows: int | None = None,
+    window_length: int = _WINDOW_LENGTH,
+    tokenizer: GivenTokenizer | None = None,
+    column: str | None = None,
+    device: str | None = None,
+) -> Evaluation:
+    """The loss of a model on every window of a text: ``ghostssm.evaluate(model, text)``.
+
+    What is loaded by its name is measured in float32, a model in memory as it is.
+
+    Args:
+        model: as `ghostssm.prune` has it; or a streamed checkpoint or its blocks, of which each takes all windows in
+            turn, so that memory holds one of them and the hidden states of all windows.
+        text: as `ghostssm.prune` has it; of a named corpus the side to evaluate on. `Windows` are taken as they are.
+        progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
+        scratch: the room for the hidden states of a streamed model; memory if not given.
+        windows: to measure on, drawn at random but the same in every run; all if not given.
+        window_length: tokens in each, of a text.
+        tokenizer, column: as `ghostssm.prune` has them. device: to load a named model to.
+
+    Raises:
+        InputError: a fault of the arguments; says what was expected.
+        NumericalError: a loss that is not finite.
+    """
+    opened: PreTrainedModel | Blocks
+    if isinstance(model, StreamedCheckpoint):
+        opened, found = model.blocks, model.tokenizer
+    elif hasattr(model, "opened"):
+        opened, found = model, None  # type: ignore[assignment]  (blocks)
+    else:
+        checkpoint = given_checkpoint(model, tokenizer, dtype=torch.float32, device=device)  # type: ignore[arg-type]
+        opened, found = checkpoint.model, checkpoint.tokenizer
+    vocabulary = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else found
+    whole = opened if isinstance(opened, PreTrainedModel) else opened.model
+    size = whole.config.vocab_size
+    cut = given_windows(text, vocabulary, window_length, windows, role="evaluation", column=column, vocab_size=size)
+    with listening(progress) as tell:
+        return perplexity.evaluate(opened, cut, tell, scratch)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gave in place of names."""
+
+    model: GivenModel
+    text: GivenText
+    evaluate: GivenText | None
+    tokenizer: GivenTokenizer | None
+    column: str | None
+    device: str | None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the model is in memory."""
+        return is_in_memory(self.model)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a request can say it all."""
+        texts = all(text is None or is_name(text) for text in (self.text, self.evaluate))
+        own = self.tokenizer is None or isinstance(self.tokenizer, str | PathLike)
+        return texts and own and not self.is_at_hand and self.column is None
+
+    def name(self, part: str) -> str | None:
+        """What a request calls a part: its name, or what stands for it until it is known."""
+        value = getattr(self, part)
+        return None if value is None else str(value) if isinstance(value, str | PathLike) else short(value)
+
+    def described(self) -> Description | None:
+        """The model, if it is in memory."""
+        if not self.is_at_hand:
+            return None
+        checkpoint = self.opened()
+        return described(checkpoint.model, checkpoint.source.name, checkpoint.source)
+
+    def opened(self) -> Checkpoint:
+        return given_checkpoint(self.model, self.tokenizer, dtype=self.dtype, device=self.device)
+
+    def calibration(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
+        """The windows to calibrate on."""
+        return self._windows(self.text, checkpoint, request, request.windows, seed=request.seed)
+
+    def held_out(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
+        """The windows to measure the loss on."""
+        assert self.evaluate is not None
+        return self._windows(self.evaluate, checkpoint, request, request.text_windows, role="evaluation")
+
+    def _windows(
+        self, text: GivenText, checkpoint: Checkpoint, request: Request, count: int | None, **how: Any
+    ) -> Windows:
+        size = checkpoint.model.config.vocab_size
+        column = self.column if hasattr(text, "column_names") else None
+        return given_windows(
+            text, checkpoint.tokenizer, request.window_length, count, column=column, vocab_size=size, **how
+        )
+
+
+def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
+    """A request with a caller's options; raises InputError for one that it does not have."""
+    own = [each.name for each in fields(kind)]
+    free = [name for name in own if name not in named]
+    for name in options:
+        if name not in free:
+            near = difflib.get_close_matches(name, [*free, "text", "evaluate", "column"], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(free)}."
+            raise InputError(f"There is no option {name!r}{hint}")
+    given = {name: value for name, value in (named | dict(options)).items() if value is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
