@@ -87,7 +87,7 @@ def test_names_alone_are_a_request(small: Path, text_file: Path, tmp_path: Path)
 
 def test_recipes_default_as_in_the_command() -> None:
     outcome = ghostssm.prune(tiny_model(num_hidden_layers=1), IDS, state_size=8)
-    assert outcome.plan.method == ghostssm.PruneRequest.recipe == "output+refit+repair"
+    assert outcome.plan.method == str(ghostssm.Recipe.parse(ghostssm.PruneRequest.recipe))
 
 
 def test_evaluate_takes_models_texts_and_ids(small: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:

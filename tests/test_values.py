@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -112,41 +112,39 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """A terminal on standard error, and no patience."""
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "_PATIENCE", 0.0)
     monkeypatch.setattr(screen, "_INTERVAL", 0.0)
-    return terminal
 
 
-def test_long_calls_show_their_progress(terminal: Terminal) -> None:
+@pytest.mark.usefixtures("_impatient")
+def test_long_calls_show_their_progress() -> None:
     model = tiny_model()
     for call, step in (
         (lambda: ghostssm.evaluate(model, random_windows(60, 48)), "windows 42/60, about"),
         (lambda: ghostssm.Calibration(model, WINDOWS).plan("ghost", 8), "layers 1/3, about"),
         (lambda: ghostssm.prune(model, WINDOWS, state_size=8, recipe="ghost"), "layers 1/3, about"),
     ):
-        terminal.truncate(0)
-        call()
+        with redirect_stderr(Terminal()) as terminal:
+            call()
         assert step in terminal.getvalue()
         assert terminal.getvalue().endswith("\r")
         assert terminal.getvalue().rstrip("\r").rpartition("\r")[2].strip() == ""  # the line is empty again
 
 
-def test_none_silences_and_a_listener_is_told_itself(terminal: Terminal) -> None:
+@pytest.mark.usefixtures("_impatient")
+def test_none_silences_and_a_listener_is_told_itself() -> None:
     model, told = tiny_model(), list[str]()
-    ghostssm.evaluate(model, WINDOWS, None)
-    ghostssm.prune(model, WINDOWS, state_size=8, recipe="ghost", progress=None)
-    ghostssm.evaluate(model, WINDOWS, progress=lambda what, done, total: told.append(what))
+    with redirect_stderr(Terminal()) as terminal:
+        ghostssm.evaluate(model, WINDOWS, None)
+        ghostssm.prune(model, WINDOWS, state_size=8, recipe="ghost", progress=None)
+        ghostssm.evaluate(model, WINDOWS, progress=lambda what, done, total: told.append(what))
     assert terminal.getvalue() == ""
     assert set(told) == {"windows"}
 
 
-def test_nothing_is_shown_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setattr(screen, "_PATIENCE", 0.0)
-    ghostssm.evaluate(tiny_model(), WINDOWS)
+@pytest.mark.usefixtures("_impatient")
+def test_nothing_is_shown_where_nobody_looks() -> None:
+    with redirect_stderr(io.StringIO()) as stream:
+        ghostssm.evaluate(tiny_model(), WINDOWS)
     assert stream.getvalue() == ""

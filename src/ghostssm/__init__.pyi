@@ -75,6 +75,7 @@ from ghostssm.text.windows import evaluation_windows as evaluation_windows
 from ghostssm.workflows.calls import evaluate as evaluate
 from ghostssm.workflows.calls import prune as prune
 from ghostssm.workflows.compare import compare as compare
+from ghostssm.workflows.compare_request import CompareRequest as CompareRequest
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row
 from ghostssm.workflows.prune_request import PruneOutcome as PruneOutcome

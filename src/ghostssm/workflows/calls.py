@@ -228,7 +228,8 @@ class Given:
         self, text: GivenText, checkpoint: Checkpoint, request: Request, count: int | None, **how: Any
     ) -> Windows:
         size = checkpoint.model.config.vocab_size
-        column = self.column if hasattr(text, "column_names") else None
+        tables = [each for each in (self.text, self.evaluate) if hasattr(each, "column_names")]
+        column = self.column if not tables or hasattr(text, "column_names") else None
         return given_windows(
             text, checkpoint.tokenizer, request.window_length, count, column=column, vocab_size=size, **how
         )

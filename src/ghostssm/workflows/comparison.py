@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ghostssm.checkpoint.description import Description
 from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.roofline import Machine
 from ghostssm.plan.plan import Plan
+from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
+from ghostssm.workflows.compare_request import CompareRequest
+from ghostssm.workflows.record import Observations
 
 Cell = tuple[str, int]
 """A method's name and a state size."""
@@ -45,12 +50,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What a comparison was made from.
+
+    Attributes:
+        request: with its methods named. description: of the dense model.
+        calibration: what the methods saw. evaluation: what the losses were measured on.
+        observations, machine: what the dense model does with its state, and what the machine does at the batch sizes
+            of the comparison; where a report was asked for.
+    """
+
+    request: CompareRequest
+    description: Description
+    calibration: Windows
+    evaluation: Windows
+    observations: Observations | None = None
+    machine: Machine | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
 
     rows: tuple[Row, ...]
     plans: dict[Cell, Plan]
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
+    basis: Basis | None = field(default=None, repr=False)
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -28,7 +28,7 @@ from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import decode_speeds, observe
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
 from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
@@ -49,8 +49,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         check_apart(request.output, request.model)
         folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
+    tell(notify, idle_gpu_remark(request.device))
     if request.stream:
         outcome, is_first = _streamed(job, progress, notify)
         return _uploaded(outcome, request) if is_first else outcome

@@ -23,7 +23,7 @@ from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs
-from ghostssm.workflows.remarks import same_text_remark
+from ghostssm.workflows.remarks import same_text_remark, tell
 from ghostssm.workflows.request import CalibratingRequest, check_belonging
 from ghostssm.workflows.state_size import (
     Target,
@@ -148,8 +148,8 @@ class PruneJob:
                 f"{apart} of these windows are held out to measure the excess loss on"
                 + ("" if apart >= _SURE_WINDOWS else few)
             )
-        if held_out is not None and (remark := same_text_remark(windows, held_out)):
-            notify(remark)
+        if held_out is not None:
+            tell(notify, same_text_remark(windows, held_out))
 
 
 def checked(request: PruneRequest, notify: Notify, described: Description | None = None) -> PruneJob:
