@@ -65,6 +65,8 @@ from ghostssm.recovery.base import ModelStep as ModelStep
 from ghostssm.recovery.base import Step as Step
 from ghostssm.recovery.base import register_step as register_step
 from ghostssm.recovery.base import step_names as step_names
+from ghostssm.report.showing import plot as plot
+from ghostssm.report.showing import write_report as write_report
 from ghostssm.streaming.run import StreamedRun as StreamedRun
 from ghostssm.streaming.run import prune_streamed as prune_streamed
 from ghostssm.text.sources import Text as Text
@@ -72,9 +74,9 @@ from ghostssm.text.sources import read_text as read_text
 from ghostssm.text.windows import Windows as Windows
 from ghostssm.text.windows import cut_windows as cut_windows
 from ghostssm.text.windows import evaluation_windows as evaluation_windows
+from ghostssm.workflows.calls import compare as compare
 from ghostssm.workflows.calls import evaluate as evaluate
 from ghostssm.workflows.calls import prune as prune
-from ghostssm.workflows.compare import compare as compare
 from ghostssm.workflows.compare_request import CompareRequest as CompareRequest
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, Field, fields, is_dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Value:
     def __eq__(self, other: object) -> bool:
         return same(self, other) if type(other) is type(self) else NotImplemented
 
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]  (tensors have no hash of their numbers)
+
 
 def _is_usual(field: Field[Any], value: Any) -> bool:
     usual = field.default if field.default_factory is MISSING else field.default_factory()
@@ -42,19 +44,23 @@ def same(one: Any, other: Any) -> bool:
 
     Tensors without numbers (on the device ``meta``) equal only one another.
     """
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if (one.shape, one.dtype, one.is_meta) != (other.shape, other.dtype, other.is_meta):
-            return False
-        return one.is_meta or torch.equal(one.detach().cpu(), other.detach().cpu())
-    if type(one) is type(other) and is_dataclass(one):
-        return all(same(getattr(one, each.name), getattr(other, each.name)) for each in fields(one) if each.compare)
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and _same_tensors(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and type(one) is type(other):
+    if type(one) is not type(other):
+        return bool(one == other)
+    if is_dataclass(one):
+        return all(same(getattr(one, each.name), getattr(other, each.name)) for each in fields(one) if each.compare)
+    if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
-        return math.isnan(other)
-    return bool(one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other))
+    return bool(one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other)))
+
+
+def _same_tensors(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype, one.is_meta) != (other.shape, other.dtype, other.is_meta):
+        return False
+    return one.is_meta or torch.equal(one.detach().cpu(), other.detach().cpu())
 
 
 def short(value: Any) -> str:

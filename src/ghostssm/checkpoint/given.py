@@ -55,7 +55,7 @@ def given_checkpoint(
         place = named if isinstance(named, str) else None
         loaded = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=place)
         return loaded if named is None or place is not None else Checkpoint(loaded.model, named, loaded.source)
-    checkpoint = in_memory(given)  # type: ignore[arg-type]
+    checkpoint = in_memory(given)
     if device is not None and torch.device(device).type != checkpoint.model.device.type:
         raise InputError(
             f"The model is on {checkpoint.model.device} already, the device is {device!r}; leave that out, or move the "

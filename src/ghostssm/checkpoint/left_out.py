@@ -122,7 +122,11 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return () if not source.has_files else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    return (
+        ()
+        if not source.has_files
+        else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    )
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:

@@ -98,7 +98,8 @@ def write_beside_weights(
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
-        fingerprint: of the base model's files, if it has any. untied: whether the config's head is tied no more. request: as `save`.
+        fingerprint: of the base model's files, if it has any. untied: whether the config's head is tied no more.
+        request: as `save`.
         rehearsal: there are no weights in the folder; what needs them is left out.
 
     Raises:

@@ -53,7 +53,9 @@ def given_text(
     if isinstance(given, str | PathLike):
         return read_text(Path(given) if isinstance(given, PathLike) else given, role)
     if isinstance(given, Mapping):
-        raise InputError(f"Found entries {', '.join(map(repr, list(given)[:8]))}; give one of them, such as data['train'].")
+        raise InputError(
+            f"Found entries {', '.join(map(repr, list(given)[:8]))}; give one of them, such as data['train']."
+        )
     if isinstance(given, Tensor) or hasattr(given, "__array__") or _begins_with_ids(given):
         return Windows.from_ids(given, length)
     if isinstance(given, Iterable) and not isinstance(given, bytes):
@@ -113,7 +115,7 @@ def _of_table(table: Any, columns: list[str], column: str | None) -> Text:
     if column is not None and column not in columns:
         raise InputError(f"The data set has no column {column!r}; found: {', '.join(columns)}.")
     if column is None:
-        first = next(iter(table), {})
+        first: Mapping[str, Any] = next(iter(table), {})
         strings = [name for name in columns if isinstance(first.get(name), str)]
         if _COLUMN not in strings and len(strings) != 1:
             raise InputError(

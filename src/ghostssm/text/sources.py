@@ -50,10 +50,11 @@ class Text(Value):
         Raises:
             TextError: something else among them, or nothing but blanks.
         """
-        parts = (strings,) if isinstance(strings, str) else tuple(strings) if isinstance(strings, Iterable) else (None,)
+        several = isinstance(strings, Iterable) and not isinstance(strings, str)
+        parts: tuple[Any, ...] = tuple(strings) if several else (strings,)
         for number, part in enumerate(parts, 1):
             if not isinstance(part, str):
-                found = short(strings) if part is None and len(parts) == 1 else f"{short(part)} as string {number}"
+                found = f"{short(part)} as string {number}" if several else short(part)
                 raise TextError(
                     f"Found {found}; expected strings: ghostssm.Text.from_strings(['One text.', 'Another one.'])."
                 )
@@ -107,6 +108,11 @@ def read_text(spec: str | Path, role: Role = "calibration") -> Text:
         f"No text at {short(name)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
     )
+
+
+def is_corpus(spec: object) -> bool:
+    """Whether something is the name of a corpus, which has a side to evaluate on."""
+    return isinstance(spec, str) and spec in _CORPORA
 
 
 def is_text_name(spec: str) -> bool:

@@ -187,7 +187,7 @@ def _check_kinds(text: object, tokenizer: object) -> None:
 def _drawn_apart(
     text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int
 ) -> Windows | None:
-    """So many windows, each of a cell of its own, of which only these cells are tokenised; None if there are too few."""
+    """So many windows, each of a cell of its own; only these cells are tokenised. None if there are too few."""
     joined, cell = text.joined, _CHARACTERS_PER_TOKEN * length
     if count is None or 2 * count * cell > len(joined):
         return None

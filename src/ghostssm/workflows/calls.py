@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, TypeVar, overload
+from typing import Any, cast, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.description import Description, described
-from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
+from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import InputError
@@ -24,22 +21,23 @@ from ghostssm.evaluation import perplexity
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.output_folder import OutputFolder
 from ghostssm.progress import Notify, Progress, listening, on_screen, unheard
-from ghostssm.text.given import GivenText, given_windows, is_name
-from ghostssm.text.windows import Windows
-from ghostssm.values import short
+from ghostssm.pruning.smallest import held_out_rows
+from ghostssm.text.given import GivenText, given_windows
+from ghostssm.text.sources import is_corpus
+from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
+from ghostssm.workflows.compare_request import CompareRequest
+from ghostssm.workflows.compare_request import checked as checked_comparison
+from ghostssm.workflows.comparison import Comparison
+from ghostssm.workflows.given import Given, asked
 from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.prune_request import PruneOutcome, PruneRequest, checked
-from ghostssm.workflows.request import CalibratingRequest, Request
 
-Asked = TypeVar("Asked", bound=Request)
 _WINDOW_LENGTH = 2048
 
 
 @overload
-def prune(
-    model: PruneRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard
-) -> PruneOutcome: ...
+def prune(model: PruneRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard) -> PruneOutcome: ...
 
 
 @overload
@@ -100,7 +98,7 @@ def prune(
         given = Given(model, text, evaluate, tokenizer, column, options.get("device"))
         names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
         place = None if output is None else str(output)
-        request = _asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
+        request = asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
         if given.is_named:
             return pruning.prune(request, progress=tell, notify=notify)
         return _pruned(given, request, tell, notify)
@@ -128,6 +126,104 @@ def _pruned(given: Given, request: PruneRequest, progress: Progress, notify: Not
         checkpoint = Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
     job, inputs = dataclasses.replace(job, request=request), Inputs(checkpoint, windows, held_out)
     return pruning.prune_on(job, inputs, folder, progress, notify)
+
+
+@overload
+def compare(
+    model: CompareRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    model: GivenModel,
+    text: GivenText = "wikitext2",
+    state_sizes: int | Sequence[int] = (),
+    methods: str | Sequence[str] = (),
+    *,
+    evaluate: GivenText | None = None,
+    tokenizer: GivenTokenizer | None = None,
+    column: str | None = None,
+    progress: Progress | None = on_screen,
+    notify: Notify = unheard,
+    **options: Any,
+) -> Comparison: ...
+
+
+def compare(
+    model: GivenModel | CompareRequest,
+    text: GivenText = "wikitext2",
+    state_sizes: int | Sequence[int] = (),
+    methods: str | Sequence[str] = (),
+    *,
+    evaluate: GivenText | None = None,
+    tokenizer: GivenTokenizer | None = None,
+    column: str | None = None,
+    progress: Progress | None = on_screen,
+    notify: Notify = unheard,
+    **options: Any,
+) -> Comparison:
+    """Prune by every method to every size, and measure loss, state and decode speed; the model stays as it was.
+
+    ``ghostssm.compare(model, text, state_sizes=[96, 64], methods=["ghost", "output+repair"])``
+
+    Args:
+        model, text, tokenizer, column, progress, notify: as `ghostssm.prune` has them; or a `CompareRequest`.
+        state_sizes: N' to prune to, one or several.
+        methods: recipes, one or several; all methods that the model's family has if not given.
+        evaluate: what to measure the losses on; as ``text``. If not given, the other side of a named corpus, or every
+            fourth of the windows that are cut from ``text``, which then don't calibrate.
+        options: any other field of `CompareRequest`, such as ``windows``, ``window_length`` and ``batches``.
+
+    Raises:
+        InputError: a fault of the arguments, found before the work where it can be; says what was expected.
+        NumericalError: numbers that are not finite; names the layer.
+    """
+    with listening(progress) as tell:
+        if isinstance(model, CompareRequest):
+            return comparing.compare(model, progress=tell, notify=notify)
+        device = options.get("device")
+        given = Given(model, text, evaluate, tokenizer, column, device, torch.float32)
+        request = asked(
+            CompareRequest,
+            options,
+            model=given.name("model"),
+            calibration=given.name("text"),
+            text=given.name("evaluate") or given.name("text"),
+            tokenizer=given.name("tokenizer"),
+            state_sizes=[state_sizes] if isinstance(state_sizes, int) else list(state_sizes),
+            methods=[methods] if isinstance(methods, str) else list(methods),
+        )
+        if not request.state_sizes:
+            raise InputError("Say how much to keep: ghostssm.compare(model, text, state_sizes=[96, 64]).")
+        if given.is_named and (evaluate is not None or is_corpus(text)):
+            return comparing.compare(request, progress=tell, notify=notify)
+        return _compared(given, request, tell, notify)
+
+
+def _compared(given: Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
+    """Carry a request out on what is at hand."""
+    request, description = checked_comparison(request, given.described())
+    checkpoint = given.opened()
+    windows = given.calibration(checkpoint, request)
+    if given.evaluate is None and is_corpus(given.text):
+        given = dataclasses.replace(given, evaluate=given.text)
+    if given.evaluate is not None:
+        held_out = given.held_out(checkpoint, request)
+    elif (apart := held_out_rows(len(windows))).any():
+        windows, held_out = windows.part(~apart), windows.part(apart)
+    else:
+        raise InputError(f"There is {len(windows)} window, none to measure on; give more text, or evaluate=.")
+    request = dataclasses.replace(
+        request,
+        model=checkpoint.source.published_name,
+        calibration=windows.text_name,
+        text=held_out.text_name,
+        windows=len(windows),
+        window_length=windows.length,
+        device=str(checkpoint.model.device),
+    )
+    return comparing.compare_at_hand(Inputs(checkpoint, windows, held_out), request, description, progress, notify)
 
 
 def evaluate(
@@ -160,89 +256,24 @@ def evaluate(
         InputError: a fault of the arguments; says what was expected.
         NumericalError: a loss that is not finite.
     """
-    opened: PreTrainedModel | Blocks
+    opened: Any
     if isinstance(model, StreamedCheckpoint):
-        opened, found = model.blocks, model.tokenizer
+        opened, known = model.blocks, model.tokenizer
     elif hasattr(model, "opened"):
-        opened, found = model, None  # type: ignore[assignment]  (blocks)
+        opened, known = model, None
     else:
-        checkpoint = given_checkpoint(model, tokenizer, dtype=torch.float32, device=device)  # type: ignore[arg-type]
-        opened, found = checkpoint.model, checkpoint.tokenizer
-    vocabulary = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else found
-    whole = opened if isinstance(opened, PreTrainedModel) else opened.model
-    size = whole.config.vocab_size
-    cut = given_windows(text, vocabulary, window_length, windows, role="evaluation", column=column, vocab_size=size)
+        checkpoint = given_checkpoint(cast(GivenModel, model), tokenizer, dtype=torch.float32, device=device)
+        opened, known = checkpoint.model, checkpoint.tokenizer
+    vocabulary = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else known
+    config = opened.config if isinstance(opened, PreTrainedModel) else opened.model.config
+    cut = given_windows(
+        text,
+        vocabulary,
+        window_length,
+        windows,
+        role="evaluation",
+        column=column,
+        vocab_size=config.vocab_size,
+    )
     with listening(progress) as tell:
         return perplexity.evaluate(opened, cut, tell, scratch)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a caller gave in place of names."""
-
-    model: GivenModel
-    text: GivenText
-    evaluate: GivenText | None
-    tokenizer: GivenTokenizer | None
-    column: str | None
-    device: str | None
-    dtype: torch.dtype | None = None
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether the model is in memory."""
-        return is_in_memory(self.model)
-
-    @property
-    def is_named(self) -> bool:
-        """Whether a request can say it all."""
-        texts = all(text is None or is_name(text) for text in (self.text, self.evaluate))
-        own = self.tokenizer is None or isinstance(self.tokenizer, str | PathLike)
-        return texts and own and not self.is_at_hand and self.column is None
-
-    def name(self, part: str) -> str | None:
-        """What a request calls a part: its name, or what stands for it until it is known."""
-        value = getattr(self, part)
-        return None if value is None else str(value) if isinstance(value, str | PathLike) else short(value)
-
-    def described(self) -> Description | None:
-        """The model, if it is in memory."""
-        if not self.is_at_hand:
-            return None
-        checkpoint = self.opened()
-        return described(checkpoint.model, checkpoint.source.name, checkpoint.source)
-
-    def opened(self) -> Checkpoint:
-        return given_checkpoint(self.model, self.tokenizer, dtype=self.dtype, device=self.device)
-
-    def calibration(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
-        """The windows to calibrate on."""
-        return self._windows(self.text, checkpoint, request, request.windows, seed=request.seed)
-
-    def held_out(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
-        """The windows to measure the loss on."""
-        assert self.evaluate is not None
-        return self._windows(self.evaluate, checkpoint, request, request.text_windows, role="evaluation")
-
-    def _windows(
-        self, text: GivenText, checkpoint: Checkpoint, request: Request, count: int | None, **how: Any
-    ) -> Windows:
-        size = checkpoint.model.config.vocab_size
-        tables = [each for each in (self.text, self.evaluate) if hasattr(each, "column_names")]
-        column = self.column if not tables or hasattr(text, "column_names") else None
-        return given_windows(
-            text, checkpoint.tokenizer, request.window_length, count, column=column, vocab_size=size, **how
-        )
-
-
-def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
-    """A request with a caller's options; raises InputError for one that it does not have."""
-    own = [each.name for each in fields(kind)]
-    free = [name for name in own if name not in named]
-    for name in options:
-        if name not in free:
-            near = difflib.get_close_matches(name, [*free, "text", "evaluate", "column"], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(free)}."
-            raise InputError(f"There is no option {name!r}{hint}")
-    given = {name: value for name, value in (named | dict(options)).items() if value is not None}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -52,8 +52,8 @@ class PruneRequest(Value, CalibratingRequest):
     """Everything that can be asked of a pruning run; with its bases the only list of its options.
 
     Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``. output: the folder to write; if not given, the result stays
-            in memory.
+        model: a hub id, a folder in either dialect, or ``reference``.
+        output: the folder to write; if not given, the result stays in memory.
         state_size, budget, max_excess_loss: how much to keep; exactly one is given. N'; or a share of the state, above
             0 and up to 1; or the smallest state that loses at most so many nats per token on held-out windows.
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
