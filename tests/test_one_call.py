@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ghostssm
+from ghostssm.text import sources
 from tests.conftest import tiny_model
 
 IDS = torch.randint(1, 288, (4, 48), generator=torch.Generator().manual_seed(1))
@@ -171,3 +174,71 @@ def test_wrong_arguments_are_told(
     with pytest.raises(ghostssm.InputError, match=told):
         call(tiny_model())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_of_what_is_in_memory(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"state_sizes": [8, 4], "methods": ["ghost", "magnitude"], "batches": ()}
+    found = ghostssm.compare(model, IDS, evaluate=OTHER_IDS, **options)
+    assert torch.equal(logits(model), logits(tiny_model()))
+    assert [(row.method, row.state_size) for row in found.rows] == [
+        ("dense", 16),
+        *((method, size) for method in ("ghost", "magnitude") for size in (8, 4)),
+    ]
+    for row in found.rows[1:]:
+        with ghostssm.pruned(model, found.plans[row.method, row.state_size]) as smaller:
+            assert math.log(row.perplexity) == pytest.approx(loss_by_transformers(smaller, OTHER_IDS), rel=1e-5)
+    one = ghostssm.compare(model, IDS, 8, "ghost", evaluate=OTHER_IDS, batches=())
+    assert one.rows[1].perplexity == found.rows[1].perplexity
+
+
+def test_a_comparison_holds_out_windows_of_a_text_of_ones_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    options: dict[str, Any] = {"tokenizer": tokenizer, "windows": 8, "window_length": 64, "batches": ()}
+    basis = ghostssm.compare(tiny_model(), STRINGS, 8, "magnitude", **options).basis
+    assert basis is not None
+    assert (len(basis.calibration), len(basis.evaluation)) == (6, 2)
+    rows = {tuple(row) for row in basis.calibration.ids.tolist()}
+    assert not any(tuple(row) in rows for row in basis.evaluation.ids.tolist())
+    with pytest.raises(ghostssm.InputError, match="none to measure on"):
+        ghostssm.compare(tiny_model(), IDS[:1], 8, "magnitude", batches=())
+    with pytest.raises(ghostssm.InputError, match=r"state_sizes=\[96, 64\]"):
+        ghostssm.compare(tiny_model(), IDS)
+
+
+def test_a_named_corpus_is_measured_on_its_other_side(
+    small: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "stdlib_texts", lambda held_out: [f"{held_out} " * 200])
+    options: dict[str, Any] = {"windows": 4, "window_length": 64, "batches": ()}
+    for model, own in ((small, None), (tiny_model(), tokenizer)):
+        basis = ghostssm.compare(model, "stdlib", 8, "magnitude", tokenizer=own, **options).basis
+        assert basis is not None
+        names = (basis.calibration.text_name, basis.evaluation.text_name)
+        assert names == ("stdlib (calibration modules)", "stdlib (held-out modules)")
+
+
+def test_a_comparison_becomes_data_a_chart_and_a_page(tmp_path: Path) -> None:
+    found = ghostssm.compare(tiny_model(), IDS, 8, "ghost", batches=[1])
+    assert repr(found) == "<Comparison: dense, ghost at state sizes 16, 8>"
+    again = json.loads(json.dumps(found.to_dict()))
+    assert [row["perplexity"] for row in again["rows"]] == [row.perplexity for row in found.rows]
+    assert again["request"]["methods"] == ["ghost"]
+    try:
+        frame = found.to_pandas()
+    except ghostssm.InputError as error:
+        assert "pip install pandas" in str(error)
+    else:
+        assert list(frame["perplexity"]) == [row.perplexity for row in found.rows]
+        assert list(frame["tokens_per_second_1"]) == [row.tokens_per_second[1] for row in found.rows]
+    pytest.importorskip("altair")
+    for shown in (found, found.plans["ghost", 8]):
+        ghostssm.plot(shown).save(tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").read_text().startswith("<svg")
+    page = ghostssm.write_report(found, tmp_path / "page.html")
+    assert "ghost" in page.read_text()
+    for wrong in (7, None, [1]):
+        with pytest.raises(ghostssm.InputError, match="expected"):
+            ghostssm.plot(wrong)
+        with pytest.raises(ghostssm.InputError, match="expected"):
+            ghostssm.write_report(wrong, tmp_path / "other.html")
+    assert not (tmp_path / "other.html").exists()

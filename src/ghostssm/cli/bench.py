@@ -25,7 +25,7 @@ def bench(
         list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
     ] = [64, 32],  # noqa: B006  (read only)
     batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
-    prompt: Annotated[
+    prompt_length: Annotated[
         int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
     ] = 128,
     device: arguments.Device = "cpu",
@@ -40,7 +40,7 @@ def bench(
     from ghostssm.workflows.bench import BenchRequest
     from ghostssm.workflows.bench import bench as carry_out
 
-    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch, prompt_length=prompt)
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     if as_json:

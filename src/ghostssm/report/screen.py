@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ _INTERVAL = 0.2
 @contextmanager
 def progress_line() -> Iterator[Progress]:
     """Within the context a listener that draws on standard error; nobody, where no one would see the line."""
-    if not _is_watched(sys.stderr):
+    if not _is_watched(sys.stderr) or os.environ.get("RANK", "0") != "0":  # of several processes the first one draws
         yield silent
         return
     line = _Line(sys.stderr)
