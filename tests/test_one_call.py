@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,13 +224,6 @@ def test_a_comparison_becomes_data_a_chart_and_a_page(tmp_path: Path) -> None:
     again = json.loads(json.dumps(found.to_dict()))
     assert [row["perplexity"] for row in again["rows"]] == [row.perplexity for row in found.rows]
     assert again["request"]["methods"] == ["ghost"]
-    try:
-        frame = found.to_pandas()
-    except ghostssm.InputError as error:
-        assert "pip install pandas" in str(error)
-    else:
-        assert list(frame["perplexity"]) == [row.perplexity for row in found.rows]
-        assert list(frame["tokens_per_second_1"]) == [row.tokens_per_second[1] for row in found.rows]
     pytest.importorskip("altair")
     for shown in (found, found.plans["ghost", 8]):
         ghostssm.plot(shown).save(tmp_path / "figure.svg")
@@ -242,3 +236,15 @@ def test_a_comparison_becomes_data_a_chart_and_a_page(tmp_path: Path) -> None:
         with pytest.raises(ghostssm.InputError, match="expected"):
             ghostssm.write_report(wrong, tmp_path / "other.html")
     assert not (tmp_path / "other.html").exists()
+
+
+def test_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ghostssm.compare(tiny_model(), IDS, 8, "magnitude", batches=[1])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(ghostssm.InputError, match="pip install pandas"):
+            found.to_pandas()
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = found.to_pandas()
+    assert list(frame["perplexity"]) == [row.perplexity for row in found.rows]
+    assert list(frame["tokens_per_second_1"]) == [row.tokens_per_second[1] for row in found.rows]

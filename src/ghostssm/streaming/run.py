@@ -23,7 +23,7 @@ from ghostssm.files.interrupts import Terminated
 from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.progress import Progress, listening, on_screen, silent
+from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
