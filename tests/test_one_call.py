@@ -146,9 +146,15 @@ def test_a_model_has_its_name_and_not_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda model: ghostssm.prune(model, IDS, state_siz=8), "no option 'state_siz'; did you mean state_size"),
-        (lambda model: ghostssm.prune(model, IDS, calibration="a"), "no option 'calibration'; expected any of"),
-        (lambda model: ghostssm.prune(model, IDS), "how much to keep"),
+        (
+            lambda model: ghostssm.prune(model, IDS, budget=0.5, state_siz=8),
+            "no option 'state_siz'; did you mean state_size",
+        ),
+        (
+            lambda model: ghostssm.prune(model, IDS, budget=0.5, calibration="a"),
+            "no option 'calibration'; expected any of",
+        ),
+        (lambda model: ghostssm.prune(model, IDS), r"how much to keep: ghostssm.prune\(model, text, state_size=64\)"),
         (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected an integer from 1"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, report=True), "with --output only"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, device="meta"), "is on cpu already"),

@@ -31,7 +31,8 @@ class Value:
     def __eq__(self, other: object) -> bool:
         return same(self, other) if type(other) is type(self) else NotImplemented
 
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]  (tensors have no hash of their numbers)
+    # Tensors have no hash of their numbers.
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
 
 def _is_usual(field: Field[Any], value: Any) -> bool:

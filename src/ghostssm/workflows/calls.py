@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,6 +97,8 @@ def prune(
             return pruning.prune(model, progress=tell, notify=notify)
         given = Given(model, text, evaluate, tokenizer, column, options.get("device"))
         names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
+        if not {"state_size", "budget", "max_excess_loss"} & options.keys():
+            raise InputError("Say how much to keep: ghostssm.prune(model, text, state_size=64).")
         place = None if output is None else str(output)
         request = asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
         if given.is_named:
@@ -262,7 +264,7 @@ def evaluate(
     elif hasattr(model, "opened"):
         opened, known = model, None
     else:
-        checkpoint = given_checkpoint(cast(GivenModel, model), tokenizer, dtype=torch.float32, device=device)
+        checkpoint = given_checkpoint(model, tokenizer, dtype=torch.float32, device=device)
         opened, known = checkpoint.model, checkpoint.tokenizer
     vocabulary = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else known
     config = opened.config if isinstance(opened, PreTrainedModel) else opened.model.config

@@ -90,5 +90,8 @@ def asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
             near = difflib.get_close_matches(name, [*free, "text", "evaluate", "column"], n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(free)}."
             raise InputError(f"There is no option {name!r}{hint}")
-    values: dict[str, Any] = {name: value for name, value in (named | dict(options)).items() if value is not None}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values = {name: value for name, value in (named | dict(options)).items() if value is not None}
+    arguments: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return kind(**arguments)
