@@ -9,11 +9,12 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.methods.selection import Groups
 from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
 from ghostssm.pruning.recipe import Recipe
+from ghostssm.values import Value
 from ghostssm.workflows.request import CalibratingRequest
 
 
-@dataclass(frozen=True)
-class CompareRequest(CalibratingRequest):
+@dataclass(frozen=True, repr=False)
+class CompareRequest(Value, CalibratingRequest):
     """Everything that can be asked of a comparison; with its bases the only list of its options.
 
     Attributes:
@@ -36,14 +37,17 @@ class CompareRequest(CalibratingRequest):
     report: bool = False
 
 
-def checked(request: CompareRequest) -> tuple[CompareRequest, Description]:
+def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
     """The request with its methods named, and its model's description; only config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
 
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
     recipes = [str(Recipe.parse(method)) for method in request.methods]
-    described = describe(request.model)
+    described = described or describe(request.model)
     check_original(described.is_stock)
     request = dataclasses.replace(request, methods=tuple(recipes) or methods_for(described.family))
     check_cells(request, described.family, described.layout.state_size)
