@@ -16,8 +16,7 @@ def check_original(is_stock: bool) -> None:
 
 def check_recipe(recipe: Recipe, model_type: str) -> None:
     """Raise InputError unless a family has a model class for what a recipe can result in."""
-    if recipe.stock or not family_named(model_type).is_hybrid:
-        return
+    return
     raise InputError(
         f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
         f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
@@ -45,7 +44,7 @@ def check_streamable(recipe: Recipe, model_type: str) -> None:
 
 def methods_for(model_type: str) -> tuple[str, ...]:
     """The methods for which a family has a model class."""
-    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
+    return method_names()
 
 
 def check_state_size(state_size: int, limit: int) -> None:
