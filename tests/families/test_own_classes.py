@@ -154,7 +154,7 @@ for folder in map(Path, {[str(tmp_path / case) for case in CASES]}):
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt"))
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

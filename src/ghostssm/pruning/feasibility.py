@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ghostssm.errors import InputError, ModelError
 from ghostssm.methods import method_named, method_names, stock_method_names
-from ghostssm.models.families import family_named
 from ghostssm.pruning.recipe import Recipe
 
 

@@ -4,7 +4,7 @@ There is one class per family of transformers: the family's own configuration wi
 a copy of this file: it imports nothing but what transformers itself needs.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -36,9 +36,13 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
     state_sizes: list[int] | None = None
     projected_state_sizes: list[int] | None = None
 
-    size_keys = {"state_size": "mamba_d_state", "num_heads": "mamba_n_heads", "n_groups": "mamba_n_groups"}
+    size_keys: ClassVar[dict[str, str]] = {
+        "state_size": "mamba_d_state",
+        "num_heads": "mamba_n_heads",
+        "n_groups": "mamba_n_groups",
+    }
     """What the family's configuration calls these sizes."""
-    is_pure = False
+    is_pure: ClassVar[bool] = False
     """Whether every layer has a Mamba-2 mixer."""
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -105,8 +109,8 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
 @strict
 class GhostMamba2Config(GhostConfig, Mamba2Config):  # type: ignore[misc]
     model_type = "ghost_mamba2"
-    size_keys = {"state_size": "state_size", "num_heads": "num_heads", "n_groups": "n_groups"}
-    is_pure = True
+    size_keys: ClassVar[dict[str, str]] = {"state_size": "state_size", "num_heads": "num_heads", "n_groups": "n_groups"}
+    is_pure: ClassVar[bool] = True
 
 
 @strict
@@ -127,13 +131,21 @@ class GhostGraniteMoeHybridConfig(GhostConfig, GraniteMoeHybridConfig):  # type:
 @strict
 class GhostNemotronHConfig(GhostConfig, NemotronHConfig):  # type: ignore[misc]
     model_type = "ghost_nemotron_h"
-    size_keys = {"state_size": "ssm_state_size", "num_heads": "mamba_num_heads", "n_groups": "n_groups"}
+    size_keys: ClassVar[dict[str, str]] = {
+        "state_size": "ssm_state_size",
+        "num_heads": "mamba_num_heads",
+        "n_groups": "n_groups",
+    }
 
 
 @strict
 class GhostZamba2Config(GhostConfig, Zamba2Config):  # type: ignore[misc]
     model_type = "ghost_zamba2"
-    size_keys = {"state_size": "mamba_d_state", "num_heads": "n_mamba_heads", "n_groups": "mamba_ngroups"}
+    size_keys: ClassVar[dict[str, str]] = {
+        "state_size": "mamba_d_state",
+        "num_heads": "n_mamba_heads",
+        "n_groups": "mamba_ngroups",
+    }
 
 
 __all__ = [

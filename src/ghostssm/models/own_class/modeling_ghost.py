@@ -233,7 +233,9 @@ def _replace_mixers(model: nn.Module, config: GhostConfig) -> None:
                 continue
             index = stock.layer_idx
             if not config.state_size_of(index):
-                raise ValueError(f"state_sizes[{index}] is 0, but layer {index} has a Mamba-2 mixer; expected at least 1.")
+                raise ValueError(
+                    f"state_sizes[{index}] is 0, but layer {index} has a Mamba-2 mixer; expected at least 1."
+                )
             mixer = _mixer_class(type(stock))(config, index)
             if hasattr(stock, "mup_vector"):  # Falcon-H1
                 multipliers = compute_mup_vector(_layer_config(config, mixer.ssm_state_size))
