@@ -195,7 +195,7 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
 
 @torch.no_grad()
 def begin_as_mamba2(model: PreTrainedModel, layers: int) -> None:
-    """Give every mixer Mamba-2's first decays, and dt from 0.001 to 0.1; as some families begin, heads forget at once."""
+    """Give every mixer Mamba-2's first decays, and dt from 0.001 to 0.1, since some families begin with heads that forget."""
     model.get_input_embeddings().weight.normal_(std=0.02)
     for mixer in mixers_of(model):
         dt = torch.exp(torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(0.1)))
