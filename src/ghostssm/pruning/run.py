@@ -32,7 +32,7 @@ from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size
+from ghostssm.pruning.feasibility import check_original, check_state_size
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery.base import MixerStep, ModelStep
@@ -118,7 +118,6 @@ class Calibration:
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        check_recipe(recipe, self.model.config.model_type)
         layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
         with listening(progress) as tell:

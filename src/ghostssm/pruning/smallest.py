@@ -19,7 +19,6 @@ from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, listening, on_screen
-from ghostssm.pruning.feasibility import check_recipe
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
 from ghostssm.text.windows import Windows
@@ -54,7 +53,6 @@ def smallest_plan(
             below the model's own stays within the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_recipe(recipe, model.config.model_type)
     if not recipe.registered.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
     apart = held_out_rows(len(windows))

@@ -86,7 +86,7 @@ def prune_streamed(
         ProcessError: another process is gone; what is done can be resumed.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_streamable(recipe, checkpoint.blocks.model.config.model_type)
+    check_streamable(recipe)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
     asked = request or {"recipe": str(recipe), "state_size": state_size, "groups": groups, "seed": seed}

@@ -17,7 +17,7 @@ from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_streamable
+from ghostssm.pruning.feasibility import check_original, check_streamable
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
@@ -171,12 +171,11 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         raise InputError("--multiple works with --per-layer or --max-excess-loss only; leave out --multiple.")
     described = described or describe(request.model)
     check_original(described.is_stock)
-    check_recipe(recipe, described.family)
     check_dialect(request.dialect, described.family, not recipe.stock, request.untie)
     if request.push_to_hub is not None:
         check_hub_target(request.push_to_hub)
     if request.stream:
-        check_streamable(recipe, described.family)
+        check_streamable(recipe)
     target = wanted_target(described.layout.state_size, request.state_size, request.budget, request.max_excess_loss)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
