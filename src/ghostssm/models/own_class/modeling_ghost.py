@@ -260,7 +260,8 @@ def _replace_mixers(model: nn.Module, config: GhostConfig) -> None:
                 raise ValueError(
                     f"state_sizes[{index}] is 0, but layer {index} has a Mamba-2 mixer; expected at least 1."
                 )
-            mixer: Any = _mixer_class(type(stock))(config, index)
+            kind: Any = type(stock)
+            mixer: Any = _mixer_class(kind)(config, index)
             if hasattr(stock, "mup_vector"):  # Falcon-H1
                 multipliers = compute_mup_vector(_layer_config(config, mixer.ssm_state_size))
                 mixer.register_buffer("mup_vector", multipliers, persistent=False)
