@@ -11,11 +11,13 @@ from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_conf
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
+from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, footprint
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
@@ -82,17 +84,32 @@ class Description:
         channels = self.layout.conv_dim - self.layout.with_state_size(state_size).conv_dim
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
 
+    def footprint(
+        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, *, state_number_bytes: float = 4
+    ) -> Footprint:
+        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
+        layout, sizes = self.layout, self.state_sizes
+        if state_size is not None:
+            layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
+        parameters = self.parameters - self.removed_parameters(state_size)
+        return footprint(layout, sizes, parameters, self.config, context, state_number_bytes=state_number_bytes)
+
 
 def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
-    config = model_config(source)
-    model = empty_model(config)
+    model = empty_model(model_config(source))
     if _settled_by_files(source, model):
         model = empty_model(model.config)
-    family, mixers = family_of(config), mixers_of(model)
+    return described(model, spec, source)
+
+
+def described(model: PreTrainedModel, name: str, source: Source) -> Description:
+    """Describe a model in memory, with its weights or without."""
+    config, mixers = model.config, mixers_of(model)
+    family = family_of(config)
     return Description(
-        name=spec,
+        name=name,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),

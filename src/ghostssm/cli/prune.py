@@ -11,6 +11,7 @@ import typer
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 from ghostssm.cli.report import check_drawable
+from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.pruning.recipe import Recipe
@@ -183,45 +184,20 @@ def prune(
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     """
+    given = locals()
     from ghostssm.workflows.prune import prune as carry_out
     from ghostssm.workflows.prune_request import PruneRequest
 
     begun = time.perf_counter()
     if with_report:
         check_drawable()
-    request = PruneRequest(
-        model=model,
-        output=output,
-        state_size=state_size,
-        budget=budget,
-        max_excess_loss=max_excess_loss,
-        recipe=str(_recipe(method, repair, refit, per_layer)),
-        multiple=multiple,
-        engines=tuple(engine or ()),
-        groups=groups,
-        calibration=calibration,
-        windows=windows,
-        window_length=window_length,
-        seed=seed,
-        evaluate=evaluate,
-        text_windows=text_windows,
-        dialect=dialect,
-        untie=untie,
-        report=with_report,
-        batches=None if batch is None else tuple(batch),
-        push_to_hub=push_to_hub,
-        private=private,
-        tokenizer=tokenizer,
-        device=device,
-        stream=stream,
-        offload=offload,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    recipe = str(_recipe(method, repair, refit, per_layer))
+    request = requested(PruneRequest, given, recipe=recipe, engines=engine, batches=batch, report=with_report)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
+    assert outcome.written is not None
     page = _page(outcome.written) if with_report else None
-    _print(outcome, page, time.perf_counter() - begun, as_json)
+    _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
 
 
 def _page(folder: Path) -> Path:
@@ -251,7 +227,7 @@ def _recipe(method: str | None, repair: bool | None, refit: int | None, per_laye
     return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
 
 
-def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bool) -> None:
+def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
     """Tell where the result is and what it is."""
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
@@ -260,14 +236,14 @@ def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bo
 
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
-    found = ghostssm.describe(str(outcome.written))
-    missing = Manifest.read(outcome.written).left_out or LeftOut()
+    found = ghostssm.describe(str(written))
+    missing = Manifest.read(written).left_out or LeftOut()
     before = found.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:
         print_json(
             {
-                "output": str(outcome.written),
+                "output": str(written),
                 "method": plan.method,
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
@@ -283,7 +259,7 @@ def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bo
     for text in missing.notes:
         note(f"note: {text}")
     facts = [
-        ("written", str(outcome.written)),
+        ("written", str(written)),
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
         ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
     ]
