@@ -81,6 +81,9 @@ def ssd(
     On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
     recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On
     a GPU it is that loop as one kernel, which keeps the state in registers over the whole sequence.
+
+    Differentiable once in every argument, whichever form serves the call. Gradients of B and C, which are sums over a
+    group's heads, do not depend on the number of threads.
     """
     initial_state = None if initial_state is None else initial_state.to(x.dtype)
     arguments = (x, dt, A, B, C, D, initial_state)
@@ -195,9 +198,9 @@ class ChunkedScan(torch.autograd.Function):
         dstate = to_grouped_state(dstate, groups=B.shape[2])
         dx, dlog_decay = torch.empty_like(x), torch.empty(dt.shape, dtype=torch.float64, device=x.device)
         ddt, dB, dC = torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
-        for (span, chunk), state in reversed(list(zip(chunks_of(x, dt, A, B, C), states, strict=True))):
+        for span, chunk in chunks_of(x, dt, A, B, C, backwards=True):
             dout = dy[:, span].unflatten(2, chunk.u.shape[1:3]).permute(0, 2, 3, 1, 4)
-            found = chunk.backward(state, dout, dstate)
+            found = chunk.backward(states.pop(), dout, dstate)
             du = found.du.permute(0, 3, 1, 2, 4).flatten(2, 3)
             dx[:, span] = du * dt[:, span, :, None]
             ddt[:, span] = (du * x[:, span]).sum(-1)
