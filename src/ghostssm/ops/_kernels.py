@@ -12,6 +12,10 @@ _ROWS = 32
 """Rows of a head's state that are worked on at a time: with N = 128 they take 16 KiB, half a first-level cache."""
 _STRETCH = 64
 """Tokens over which energies are summed in float32."""
+_COLUMNS = 64
+"""Columns of a head's state that are read at a time."""
+_PRODUCT = 1 << 18
+"""Multiplications in one matrix product; for more, BLAS would start threads of its own."""
 
 
 def use_threads(count: int) -> None:
@@ -169,3 +173,75 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
             for k in range(n):
                 output[i, head, block, k] += out[k]
                 stored[i, head, block, k] += kept[k]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-def]
+    """state (b, h, p, n) from before to after; x (b, l, h, p), dt (b, l, h), A (h,), B (b, l, g, n), u (b, s, h, d, p),
+    at (s,) int64; reads (s, b, g, d, n) is written.
+
+    One head of a group after the other, so that its state stays in the cache and sums need no second thread. A state is
+    read by BLAS, which is several times faster at a matrix product than loops are.
+    """
+    b, length, h, p = x.shape
+    n, d = state.shape[3], u.shape[3]
+    groups = B.shape[2]
+    blocks = (n + _COLUMNS - 1) // _COLUMNS
+    at_once = max(1, _PRODUCT // (p * _COLUMNS))
+    for index in numba.prange(b * groups * blocks):
+        i, group, first = index // (groups * blocks), (index // blocks) % groups, index % blocks * _COLUMNS
+        width = min(n, first + _COLUMNS) - first
+        rows, read = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
+        for head in range(group * (h // groups), (group + 1) * (h // groups)):
+            rows[:] = state[i, head, :, first : first + width]
+            sample = 0
+            for t in range(length):
+                write, step = B[i, t, group, first : first + width], dt[i, t, head]
+                decay = np.exp(step * A[head])
+                for j in range(p):
+                    row, added = rows[j], step * x[i, t, head, j]
+                    for k in range(width):
+                        row[k] = row[k] * decay + added * write[k]
+                if sample < len(at) and at[sample] == t:
+                    for e in range(0, d, at_once):
+                        np.dot(u[i, sample, head, e : e + at_once], rows, read[e : e + at_once])
+                    first_head = head == group * (h // groups)
+                    for e in range(d):
+                        total = reads[sample, i, group, e, first : first + width]
+                        for k in range(width):
+                            total[k] = read[e, k] if first_head else total[k] + read[e, k]
+                    sample += 1
+            state[i, head, :, first : first + width] = rows
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def read_and_pull(maps, directions, along, readouts, share, output, pull):  # type: ignore[no-untyped-def]
+    """maps (s, g, d, n), directions (s, g, d), along, readouts and pull (s, g, n), output (s, d): float32.
+
+    Writes what the maps, less a share of directions along^T, make of the readouts, and what their transpose makes of
+    that: so every map is fetched from memory once.
+    """
+    samples, groups, d, n = maps.shape
+    for i in numba.prange(samples):
+        output[i] = 0
+        for group in range(groups):
+            read, off = readouts[i, group], along[i, group]
+            inner = np.float32(0)
+            for k in range(n):
+                inner += off[k] * read[k]
+            for e in range(d):
+                row, total = maps[i, group, e], -share * inner * directions[i, group, e]
+                for k in range(n):
+                    total += row[k] * read[k]
+                output[i, e] += total
+        for group in range(groups):
+            back, off = pull[i, group], along[i, group]
+            inner = np.float32(0)
+            for e in range(d):
+                inner += share * directions[i, group, e] * output[i, e]
+            for k in range(n):
+                back[k] = -inner * off[k]
+            for e in range(d):
+                row, weight = maps[i, group, e], output[i, e]
+                for k in range(n):
+                    back[k] += weight * row[k]
