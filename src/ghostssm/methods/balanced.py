@@ -23,7 +23,8 @@ itself; T_C T_B^T is a map of rank r afterwards, no projection any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,17 +55,43 @@ def balanced_maps(
     Args:
         controllability, observability: (n, n), float64, symmetric, positive semidefinite.
     """
-    L, R = _factor(controllability, ridge), _factor(observability, ridge)
-    U, S, Vh = torch.linalg.svd(R.T @ L)
-    scale = S[:r].rsqrt()
-    return R @ U[:, :r] * scale, L @ Vh[:r].T * scale, S
+    return _balanced(_Roots.of(controllability), _Roots.of(observability), r, ridge)
+
+
+def _balanced(controllability: _Roots, observability: _Roots, r: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`balanced_maps` of one group or, with a leading axis, of each."""
+    L, R = controllability.factor(ridge), observability.factor(ridge)
+    U, S, Vh = torch.linalg.svd(R.mT @ L)
+    scale = S[..., None, :r].rsqrt()
+    return R @ U[..., :r] * scale, L @ Vh.mT[..., :r] * scale, S
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """Eigenvalues and vectors of a Gramian, or of one per group, from which a factor for any ridge is made.
+
+    Attributes:
+        values: (..., n), ascending. vectors: (..., n, n). mean: (..., 1), of the diagonal, or 1 for zeros.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, gramian: Tensor) -> _Roots:
+        mean = gramian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        return cls(*torch.linalg.eigh(gramian), torch.where(mean == 0, 1.0, mean))
+
+    def factor(self, ridge: float) -> Tensor:
+        """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
+        return self.vectors * (self.values.clamp_min(0) + ridge * self.mean).sqrt()[..., None, :]
 
 
 def hankel_values(evidence: Evidence) -> Tensor:
     """(g, n), descending."""
     samples = evidence.samples
-    pairs = zip(samples.controllability(), samples.observability(), strict=True)
-    return torch.stack([balanced_maps(W_c, W_o, 1, _RIDGES[0])[2] for W_c, W_o in pairs])
+    return _balanced(_Roots.of(samples.controllability()), _Roots.of(samples.observability()), 1, _RIDGES[0])[2]
 
 
 def projection_error(samples: OutputSamples, maps: Projection, share: float = 0.0) -> Tensor:
@@ -78,12 +105,12 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
     Every group projects to the same size.
     """
     everything = Selection.whole(evidence.layout)
-    fit, held_out = evidence.samples.split(_HELD_OUT)
+    fit, held_out = evidence.once("halves", lambda: evidence.samples.split(_HELD_OUT))
     candidates = []
     for share in SHARES:
-        start = min(
-            _projections(fit, share, cut.state_size), key=lambda maps: projection_error(held_out, maps, share).item()
-        )
+        bases = evidence.once(("balanced", share), partial(_bases, fit, share))
+        starts = (Projection(basis.B[..., : cut.state_size], basis.C[..., : cut.state_size]) for basis in bases)
+        start = min(starts, key=lambda maps: projection_error(held_out, maps, share).item())
         maps = start if evidence.rough else refined(start, fit, held_out, share)
         candidates.append(Decision(everything, maps))
     return evidence.least_change(candidates)
@@ -126,21 +153,11 @@ def _error_and_gradient(samples: OutputSamples, maps: Projection, share: float) 
     return output.square().sum() / len(samples), Projection(pull.mT @ inner, readouts.mT @ (pull @ maps.B))
 
 
-def _projections(samples: OutputSamples, share: float, r: int) -> Iterator[Projection]:
-    """Balanced maps for each of the ridges."""
-    pairs = list(zip(samples.controllability(share), samples.observability(), strict=True))
-    for ridge in _RIDGES:
-        maps = [balanced_maps(W_c, W_o, r, ridge) for W_c, W_o in pairs]
-        B, C = (torch.stack([each[part] for each in maps]).to(samples.maps) for part in (0, 1))
-        yield Projection(B, C)
-
-
-def _factor(gramian: Tensor, ridge: float) -> Tensor:
-    """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
-    mean = gramian.diagonal().mean().item() or 1.0
-    values, vectors = torch.linalg.eigh(gramian)
-    factor: Tensor = vectors * (values.clamp_min(0) + ridge * mean).sqrt()
-    return factor
+def _bases(samples: OutputSamples, share: float) -> list[Projection]:
+    """Balanced maps for each of the ridges, with all channels: the first r of them are those of size r."""
+    roots = _Roots.of(samples.controllability(share)), _Roots.of(samples.observability())
+    bases = (_balanced(*roots, samples.maps.shape[-1], ridge) for ridge in _RIDGES)
+    return [Projection(B.to(samples.maps), C.to(samples.maps)) for B, C, _ in bases]
 
 
 register_method(
