@@ -138,6 +138,38 @@ def ssd_scan(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
+def ssd_scan_narrow(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
+    """As `ssd_scan`, for n up to p: vector lanes run over p, so that they are full, and no sum runs across them."""
+    b, length, h, p = x.shape
+    n = state.shape[3]
+    heads_per_group = h // B.shape[2]
+    for index in numba.prange(b * h):
+        i, head = index // h, index % h
+        group = head // heads_per_group
+        columns, added = np.empty((n, p), np.float32), np.empty(p, np.float32)
+        for k in range(n):
+            for j in range(p):
+                columns[k, j] = state[i, head, j, k]
+        for t in range(length):
+            write, read = B[i, t, group], C[i, t, group]
+            step, skip = dt[i, t, head], D[head]
+            decay = np.exp(step * A[head])
+            value, out = x[i, t, head], y[i, t, head]
+            for j in range(p):
+                added[j] = step * value[j]
+                out[j] = skip * value[j]
+            for k in range(n):
+                column, written, weight = columns[k], write[k], read[k]
+                for j in range(p):
+                    new = column[j] * decay + added[j] * written
+                    column[j] = new
+                    out[j] += new * weight
+        for k in range(n):
+            for j in range(p):
+                state[i, head, j, k] = columns[k, j]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-untyped-def]
     """As `ssd_scan`, with energies instead of y: output and stored (b, h, blocks, n), float64, are added to.
 
@@ -193,8 +225,10 @@ def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-de
         width = min(n, first + _COLUMNS) - first
         rows, read = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
         for head in range(group * (h // groups), (group + 1) * (h // groups)):
-            rows[:] = state[i, head, :, first : first + width]
-            sample = 0
+            sample, first_head = 0, head == group * (h // groups)
+            for j in range(p):
+                for k in range(width):
+                    rows[j, k] = state[i, head, j, first + k]
             for t in range(length):
                 write, step = B[i, t, group, first : first + width], dt[i, t, head]
                 decay = np.exp(step * A[head])
@@ -205,13 +239,14 @@ def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-de
                 if sample < len(at) and at[sample] == t:
                     for e in range(0, d, at_once):
                         np.dot(u[i, sample, head, e : e + at_once], rows, read[e : e + at_once])
-                    first_head = head == group * (h // groups)
                     for e in range(d):
                         total = reads[sample, i, group, e, first : first + width]
                         for k in range(width):
                             total[k] = read[e, k] if first_head else total[k] + read[e, k]
                     sample += 1
-            state[i, head, :, first : first + width] = rows
+            for j in range(p):
+                for k in range(width):
+                    state[i, head, j, first + k] = rows[j, k]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -223,7 +258,8 @@ def read_and_pull(maps, directions, along, readouts, share, output, pull):  # ty
     """
     samples, groups, d, n = maps.shape
     for i in numba.prange(samples):
-        output[i] = 0
+        for e in range(d):
+            output[i, e] = 0
         for group in range(groups):
             read, off = readouts[i, group], along[i, group]
             inner = np.float32(0)
