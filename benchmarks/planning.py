@@ -50,9 +50,7 @@ def model_and_windows(args: argparse.Namespace) -> tuple[PreTrainedModel, Window
         return model_130m(layers=args.layers), Windows(ids, "random", "", 1.0, None)
     checkpoint = ghostssm.load("reference", dtype=torch.float32)
     text = ghostssm.read_text("stdlib", "calibration")
-    windows = ghostssm.cut_windows(
-        text, checkpoint.require_tokenizer(), args.window_length, args.windows, seed=42
-    )
+    windows = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), args.window_length, args.windows, seed=42)
     return checkpoint.model, windows
 
 
@@ -88,9 +86,8 @@ def main() -> None:
     base = statistics.median(seconds[args.recipes[0]])
     for recipe, times in seconds.items():
         median = statistics.median(times)
-        print(
-            f"{recipe:34}{median:10.2f}{min(times):8.2f}{max(times):8.2f}{median / base:8.2f}{memory[recipe] / 1e6:8.0f}"
-        )
+        cells = f"{median:10.2f}{min(times):8.2f}{max(times):8.2f}{median / base:8.2f}{memory[recipe] / 1e6:8.0f}"
+        print(f"{recipe:34}{cells}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class OutputSamples:
         return self.maps.shape[0]
 
     def read(self, readouts: Tensor, share: float = 0.0) -> tuple[Tensor, Tensor]:
-        """What the states add to the output where they are read with ``readouts`` (s, g, n), summed over groups: (s, d),
-        and half the derivative of its square with respect to the readouts, (s, g, n)."""
+        """What the states add to the output where they are read with ``readouts`` (s, g, n), summed over groups (s, d);
+        and half the derivative of its square with respect to the readouts (s, g, n)."""
         return read_and_pull(self.maps, self.directions, self.along, readouts, share)
 
     def output_gram(self, share: float = 0.0) -> Tensor:
@@ -118,7 +118,7 @@ class _Forms:
 
         Summed in float64 over stretches, each in the samples' own precision.
         """
-        (_, g, d, n), stretch = maps.shape, max(1, 4096 // maps.shape[2])
+        (_, g, _, n), stretch = maps.shape, max(1, 4096 // maps.shape[2])
         sums = [torch.zeros(g * n, g * n, dtype=torch.float64, device=maps.device) for _ in range(3)]
         for first in range(0, len(maps), stretch):
             rows = slice(first, first + stretch)

@@ -81,7 +81,8 @@ class _Roots:
     @classmethod
     def of(cls, gramian: Tensor) -> _Roots:
         mean = gramian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        return cls(*torch.linalg.eigh(gramian), torch.where(mean == 0, 1.0, mean))
+        values, vectors = torch.linalg.eigh(gramian)
+        return cls(values, vectors, torch.where(mean == 0, 1.0, mean))
 
     def factor(self, ridge: float) -> Tensor:
         """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""

@@ -207,6 +207,17 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
                 stored[i, head, block, k] += kept[k]
 
 
+@numba.njit(fastmath=True, cache=True)
+def _add_product(u, rows, product, total, fresh):  # type: ignore[no-untyped-def]
+    """total (d, width) gets u (d, p) times rows (p, width), added to what it has unless it is fresh."""
+    d, at_once = u.shape[0], max(1, _PRODUCT // rows.size)
+    for e in range(0, d, at_once):
+        np.dot(u[e : e + at_once], rows, product[e : e + at_once])
+    for e in range(d):
+        for k in range(rows.shape[1]):
+            total[e, k] = product[e, k] if fresh else total[e, k] + product[e, k]
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-def]
     """state (b, h, p, n) from before to after; x (b, l, h, p), dt (b, l, h), A (h,), B (b, l, g, n), u (b, s, h, d, p),
@@ -219,13 +230,12 @@ def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-de
     n, d = state.shape[3], u.shape[3]
     groups = B.shape[2]
     blocks = (n + _COLUMNS - 1) // _COLUMNS
-    at_once = max(1, _PRODUCT // (p * _COLUMNS))
     for index in numba.prange(b * groups * blocks):
         i, group, first = index // (groups * blocks), (index // blocks) % groups, index % blocks * _COLUMNS
         width = min(n, first + _COLUMNS) - first
-        rows, read = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
+        rows, product = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
         for head in range(group * (h // groups), (group + 1) * (h // groups)):
-            sample, first_head = 0, head == group * (h // groups)
+            sample = 0
             for j in range(p):
                 for k in range(width):
                     rows[j, k] = state[i, head, j, first + k]
@@ -237,12 +247,8 @@ def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-de
                     for k in range(width):
                         row[k] = row[k] * decay + added * write[k]
                 if sample < len(at) and at[sample] == t:
-                    for e in range(0, d, at_once):
-                        np.dot(u[i, sample, head, e : e + at_once], rows, read[e : e + at_once])
-                    for e in range(d):
-                        total = reads[sample, i, group, e, first : first + width]
-                        for k in range(width):
-                            total[k] = read[e, k] if first_head else total[k] + read[e, k]
+                    total = reads[sample, i, group, :, first : first + width]
+                    _add_product(u[i, sample, head], rows, product, total, head == group * (h // groups))
                     sample += 1
             for j in range(p):
                 for k in range(width):
@@ -251,12 +257,14 @@ def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-de
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def read_and_pull(maps, directions, along, readouts, share, output, pull):  # type: ignore[no-untyped-def]
-    """maps (s, g, d, n), directions (s, g, d), along, readouts and pull (s, g, n), output (s, d): float32.
+    """maps (s, g, d, n), directions (s, g, d), along, readouts and pull (s, g, n), share (1,), output (s, d):
+    float32.
 
     Writes what the maps, less a share of directions along^T, make of the readouts, and what their transpose makes of
     that: so every map is fetched from memory once.
     """
     samples, groups, d, n = maps.shape
+    amount = share[0]
     for i in numba.prange(samples):
         for e in range(d):
             output[i, e] = 0
@@ -266,7 +274,7 @@ def read_and_pull(maps, directions, along, readouts, share, output, pull):  # ty
             for k in range(n):
                 inner += off[k] * read[k]
             for e in range(d):
-                row, total = maps[i, group, e], -share * inner * directions[i, group, e]
+                row, total = maps[i, group, e], -amount * inner * directions[i, group, e]
                 for k in range(n):
                     total += row[k] * read[k]
                 output[i, e] += total
@@ -274,7 +282,7 @@ def read_and_pull(maps, directions, along, readouts, share, output, pull):  # ty
             back, off = pull[i, group], along[i, group]
             inner = np.float32(0)
             for e in range(d):
-                inner += share * directions[i, group, e] * output[i, e]
+                inner += amount * directions[i, group, e] * output[i, e]
             for k in range(n):
                 back[k] = -inner * off[k]
             for e in range(d):

@@ -76,7 +76,7 @@ def _reads_in(chunk: Chunk, state: Tensor, u: Tensor, at: Tensor) -> Tensor:
     written = torch.einsum("bgksdq,bgksq->bgsdq", inner, chunk.pairwise_decay()[:, :, :, at])
     entered = u * chunk.decay_from_start()[:, :, :, at, None, None]
     rows = entered.permute(0, 1, 3, 4, 2, 5).reshape(b, g, s * d, k * p)
-    reads = rows @ state.transpose(-1, -2) + written.flatten(2, 3) @ chunk.B
+    reads: Tensor = rows @ state.transpose(-1, -2) + written.flatten(2, 3) @ chunk.B
     return reads.unflatten(2, (s, d)).transpose(1, 2)
 
 
@@ -95,7 +95,7 @@ def read_and_pull(
     """
     output, pull = maps.new_empty(maps.shape[0], maps.shape[2]), torch.empty_like(along)
     if compiled.usable(maps, directions, along, readouts):
-        parts = compiled.arrays(maps, directions, along, readouts, torch.tensor(share), output, pull)
+        parts = compiled.arrays(maps, directions, along, readouts, torch.tensor([share]), output, pull)
         compiled.kernels.read_and_pull(*parts)
         return output, pull
     inner = (along * readouts).sum(-1)
