@@ -16,7 +16,7 @@ from ghostssm.methods.base import Known
 from ghostssm.methods.selection import Cut
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward
-from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams, scanned
 from ghostssm.ops.ssd import ssd_reference
 from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
 from tests.conftest import random_windows, tiny_model
