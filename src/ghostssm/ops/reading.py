@@ -76,8 +76,8 @@ def _reads_in(chunk: Chunk, state: Tensor, u: Tensor, at: Tensor) -> Tensor:
     written = torch.einsum("bgksdq,bgksq->bgsdq", inner, chunk.pairwise_decay()[:, :, :, at])
     entered = u * chunk.decay_from_start()[:, :, :, at, None, None]
     rows = entered.permute(0, 1, 3, 4, 2, 5).reshape(b, g, s * d, k * p)
-    reads: Tensor = rows @ state.transpose(-1, -2) + written.flatten(2, 3) @ chunk.B
-    return reads.unflatten(2, (s, d)).transpose(1, 2)
+    reads = rows @ state.transpose(-1, -2) + written.flatten(2, 3) @ chunk.B
+    return reads.view(b, g, s, d, -1).transpose(1, 2)
 
 
 def read_and_pull(
