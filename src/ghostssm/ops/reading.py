@@ -77,7 +77,7 @@ def _reads_in(chunk: Chunk, state: Tensor, u: Tensor, at: Tensor) -> Tensor:
     entered = u * chunk.decay_from_start()[:, :, :, at, None, None]
     rows = entered.permute(0, 1, 3, 4, 2, 5).reshape(b, g, s * d, k * p)
     reads = rows @ state.transpose(-1, -2) + written.flatten(2, 3) @ chunk.B
-    return reads.view(b, g, s, d, -1).transpose(1, 2)
+    return reads.view(b, g, s, d, state.shape[2]).transpose(1, 2)
 
 
 def read_and_pull(
