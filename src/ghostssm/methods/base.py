@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -50,6 +50,14 @@ class Evidence(Value):
     seed: int
     source: EvidenceSource
     rough: bool = False
+    _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, what: Hashable, work: Callable[[], T]) -> T:
+        """What a method works out from this evidence whatever the cut: only for the first of several cuts."""
+        if what not in self._known:
+            self._known[what] = work()
+        known: T = self._known[what]
+        return known
 
     @cached_property
     def statistics(self) -> LayerStatistics:

@@ -144,7 +144,9 @@ class CompiledScan(torch.autograd.Function):
         state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
         y = torch.empty(x.shape, dtype=x.dtype)
         skip = torch.zeros_like(A) if D is None else D
-        compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
+        narrow = B.shape[-1] <= x.shape[-1]
+        scan = compiled.kernels.ssd_scan_narrow if narrow else compiled.kernels.ssd_scan
+        scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
         return y, state
 
     @staticmethod
@@ -160,7 +162,9 @@ class CompiledScan(torch.autograd.Function):
         heads_per_part = min(h // groups, -(-b * h // _PARTS))
         parts = -(-(h // groups) // heads_per_part)
         dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
-        compiled.kernels.ssd_scan_backward(*compiled.arrays(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD))
+        compiled.backward_kernels.ssd_scan_backward(
+            *compiled.arrays(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD)
+        )
         dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
         if D is not None:
             dx.addcmul_(dy, D[:, None])

@@ -211,12 +211,12 @@ class _Run:
     def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> Tensor:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
         n = mixer.layout.state_size
-        evidence = dataclasses.replace(self._evidence(mixer, index, self._source(block, index)), rough=True)
+        source = _Measured(self._source(block, index))
+        evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
         score = self._finite_score(evidence, mixer)
         sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
         nothing = Decision(Selection(((),) * mixer.layout.n_groups))
-        decisions = [nothing, *(self._choice(evidence, score, size) for size in sizes)]
-        errors = [*block.changes(decisions), 0.0]
+        errors = [*source.changes([nothing, *(self._choice(evidence, score, size) for size in sizes)]), 0.0]
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
@@ -347,6 +347,25 @@ class _Walked:
         if question not in self._known:
             self._known[question] = answer()
         return self._known[question]
+
+
+class _Measured:
+    """Evidence that measures no decision twice."""
+
+    def __init__(self, source: EvidenceSource):
+        self.statistics, self.samples = source.statistics, source.samples
+        self.input_gram, self.saliency = source.input_gram, source.saliency
+        self._changes = source.changes
+        self._known: list[tuple[Decision, float]] = []
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        new = [decision for decision in decisions if self._change(decision) is None]
+        if new:
+            self._known += zip(new, self._changes(new), strict=True)
+        return [change for decision in decisions if (change := self._change(decision)) is not None]
+
+    def _change(self, decision: Decision) -> float | None:
+        return next((change for known, change in self._known if known is decision), None)
 
 
 class _Asked:
