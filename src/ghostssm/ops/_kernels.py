@@ -146,7 +146,7 @@ def ssd_scan_narrow(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def
     for index in numba.prange(b * h):
         i, head = index // h, index % h
         group = head // heads_per_group
-        columns, added = np.empty((n, p), np.float32), np.empty(p, np.float32)
+        columns, added = np.empty((n, p), x.dtype), np.empty(p, x.dtype)
         for k in range(n):
             for j in range(p):
                 columns[k, j] = state[i, head, j, k]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.ops import compiled
-from ghostssm.ops.ssd import DEFAULT_CHUNK, Chunk, from_grouped_state, to_grouped_state
+from ghostssm.ops.chunks import DEFAULT_CHUNK, Chunk, from_grouped_state, to_grouped_state
 
 
 def read_states(
