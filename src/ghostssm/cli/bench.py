@@ -23,16 +23,26 @@ _ROUNDS = 5
 def bench(
     model: arguments.Model,
     state_size: Annotated[
-        list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
+        list[int],
+        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to measure beside the model's own N."),
     ] = [64, 32],  # noqa: B006  (read only)
-    batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
+    batch: Annotated[
+        list[int],
+        typer.Option("--batch", metavar="SIZE ...", callback=arguments.at_least(1), help="Sequences at a time."),
+    ] = [1, 8, 32],  # noqa: B006
     prompt: Annotated[
-        int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
+        int,
+        typer.Option(
+            "--prompt-length",
+            callback=arguments.at_least(1),
+            help="Tokens per sequence to prefill.",
+            metavar="TOKENS",
+        ),
     ] = 128,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure prefill and decode at several state sizes, beside what bandwidth and arithmetic predict.
+    """Measure on this machine how fast a model reads a prompt (prefill) and writes (decode) at several state sizes.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
@@ -46,8 +56,6 @@ def bench(
     from ghostssm.pruning.feasibility import check_state_size
     from ghostssm.workflows.remarks import idle_gpu_remark
 
-    if min(batch) < 1:
-        raise InputError(f"The batch size is {min(batch)}; expected at least 1.")
     described = ghostssm.describe(model)
     if not described.is_stock:
         raise InputError(f"{model} has a projected state or a state size per layer; bench the original model.")

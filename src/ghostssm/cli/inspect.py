@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 def inspect(
     model: arguments.Model,
     state_size: Annotated[
-        list[int] | None, typer.Option("--state-size", metavar="R ...", help="Also say what these state sizes save.")
+        list[int] | None,
+        typer.Option("--state-size", metavar="N' ...", help="Also say what a cut to state sizes N' saves."),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
+        typer.Option(
+            "--batch",
+            metavar="SIZE ...",
+            callback=arguments.at_least(1),
+            help="Also predict the decode speed on this machine, at these batch sizes.",
+        ),
     ] = None,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
+    """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
     ghostssm inspect reference
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
@@ -38,8 +44,6 @@ def inspect(
     from ghostssm.pruning.feasibility import check_state_size
 
     batches = batch or []
-    if any(count < 1 for count in batches):
-        raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
     found = describe(model)
     layout = found.layout
     if state_size and not found.is_stock:

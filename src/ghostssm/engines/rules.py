@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 from ghostssm.models.layout import SSDLayout
 
 if TYPE_CHECKING:
@@ -337,5 +337,5 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
     known = {engine.name: engine for engine in ENGINES}
     for name in names:
         if name not in known:
-            raise InputError(f"No engine {name!r} is known; expected one of: {', '.join(known)}.")
+            raise unknown_name("engine", name, known)
     return tuple(known[name] for name in names)

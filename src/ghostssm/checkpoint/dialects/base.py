@@ -91,7 +91,7 @@ def dialect_named(name: str) -> Dialect:
     try:
         return _DIALECTS[name]
     except KeyError:
-        raise InputError(f"There is no dialect {name!r}; expected one of: {', '.join(_DIALECTS)}.") from None
+        raise unknown_name("dialect", name, _DIALECTS) from None
 
 
 def dialect_of(config: Mapping[str, Any], folder: Path) -> str:
