@@ -36,9 +36,9 @@ def test_rounds_are_compared_in_pairs() -> None:
     drifting = Timings(rounds=[[1.0, 9.0, 1.0], [2.0, 2.0, 2.0], [4.0, 4.0, 0.1]])
     other = Timings(rounds=[[0.5], [1.25], [1.0]])
     assert Speedup.of(drifting, other) == Speedup(2.0, 1.6, 4.0)
-    assert Speedup.of(drifting, other).decided
-    assert Speedup.of(other, drifting).decided
-    assert not Speedup.of(drifting, drifting).decided
+    assert Speedup.of(drifting, other).decided()
+    assert Speedup.of(other, drifting).decided()
+    assert not Speedup.of(drifting, drifting).decided()
 
 
 @pytest.mark.parametrize(

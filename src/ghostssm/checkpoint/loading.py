@@ -27,6 +27,7 @@ from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
 from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
+from ghostssm.progress import stage
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -73,12 +74,13 @@ def load(
     check_device(device)
     source = find_source(spec)
     config = model_config(source)
-    stored = checked_tensors(source, config)
-    with quiet_transformers():
-        model = _build(source, config, stored, dtype or stored_dtype(stored))
-    if dtype is None:
-        tell_narrowed(model, stored, source)
-    check_finite(model.state_dict(), source, stored)
+    with stage(f"loading {spec}"):
+        stored = checked_tensors(source, config)
+        with quiet_transformers():
+            model = _build(source, config, stored, dtype or stored_dtype(stored))
+        if dtype is None:
+            tell_narrowed(model, stored, source)
+        check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 

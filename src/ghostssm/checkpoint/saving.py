@@ -29,6 +29,7 @@ from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
+from ghostssm.progress import stage
 
 
 def save(
@@ -66,7 +67,7 @@ def save(
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
-    with folder, storing(folder.path):
+    with stage(f"writing {folder.path}"), folder, storing(folder.path):
         files = SideFiles(folder.partial, fatal=NumericalError)
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, note_if, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note_if, print_json, print_table, print_text, progress_reporter
+from ghostssm.progress import stage
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
@@ -52,7 +52,7 @@ def bench(
     import ghostssm
     from ghostssm.errors import InputError
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
-    from ghostssm.evaluation.speed import Speedup, first_channels, measure
+    from ghostssm.evaluation.speed import Rate, Speedup, first_channels, measure
     from ghostssm.pruning.feasibility import check_state_size
     from ghostssm.workflows.remarks import idle_gpu_remark
 
@@ -65,7 +65,8 @@ def bench(
     sizes = [dense, *(size for size in state_size if size != dense)]
     note_if(idle_gpu_remark(device))
     loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
-    machine = measure_machine(batch, device)
+    with stage("measuring the bandwidth of this machine"):
+        machine = measure_machine(batch, device)
     plans = {size: first_channels(loaded, size) for size in sizes}
     with progress_reporter() as progress:
         timings = measure(loaded, plans, batch, prompt, progress, _ROUNDS)
@@ -77,13 +78,17 @@ def bench(
             timing = timings[size, count]
             predicted = predicted_step_seconds(described, machine, count, size)
             speedup = Speedup.of(timings[dense, count], timing)
+            prefill = Rate.of(count * prompt, [[seconds] for seconds in timing.prefill])
+            decode = Rate.of(count, timing.rounds)
             rows.append(
                 {
                     "batch": count,
                     "state_size": size,
                     "state_bytes": count * described.state_bytes(size),
-                    "prefill_tokens_per_second": count * prompt / statistics.median(timing.prefill),
-                    "decode_tokens_per_second": count / statistics.median(timing.steps),
+                    "prefill_tokens_per_second": prefill.median,
+                    "prefill_range": [prefill.low, prefill.high],
+                    "decode_tokens_per_second": decode.median,
+                    "decode_range": [decode.low, decode.high],
                     "predicted_tokens_per_second": count / predicted,
                     "peak_memory_bytes": timing.peak_bytes,
                     "speedup": speedup.median,
@@ -95,28 +100,36 @@ def bench(
         print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "rows": rows})
         return
     _print_rows(rows, dense)
-    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
+    print_text(
+        f"±, and in brackets: the range over {_ROUNDS} rounds. Predicted: from {machine.bandwidth / 1e9:.1f} GB/s of "
+        "this machine. Weights and state are in float32."
+    )
     for size in sizes[1:]:
         speedups = {count: Speedup.of(timings[dense, count], timings[size, count]) for count in batch}
-        print(f"N' = {size} {_verdict(speedups)}")
+        print_text(f"N' = {size}: {_verdict(speedups)}.")
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], dense: int) -> None:
-    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
-    headers += ["times dense", "predicted", "peak memory"]
     print_table(
-        headers,
+        [
+            "batch",
+            "N'",
+            "state",
+            "prefill tok/s",
+            "decode tok/s",
+            f"times N = {dense}",
+            "times predicted",
+            "peak memory",
+        ],
         [
             (
                 str(row["batch"]),
                 str(row["state_size"]),
                 bytes_text(row["state_bytes"]),
-                f"{row['prefill_tokens_per_second']:,.0f}",
-                f"{row['decode_tokens_per_second']:,.0f}",
-                f"{row['predicted_tokens_per_second']:,.0f}",
-                f"{row['speedup']:.2f}"
-                + ("" if row["state_size"] == dense else " ({:.2f} to {:.2f})".format(*row["speedup_range"])),
-                f"{row['predicted_speedup']:.2f}",
+                _rate(row["prefill_tokens_per_second"], *row["prefill_range"]),
+                _rate(row["decode_tokens_per_second"], *row["decode_range"]),
+                "" if row["state_size"] == dense else _times(row["speedup"], *row["speedup_range"]),
+                "" if row["state_size"] == dense else f"{row['predicted_speedup']:.2f}",
                 bytes_text(row["peak_memory_bytes"]),
             )
             for row in rows
@@ -125,15 +138,29 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], dense: int) -> None:
     )
 
 
+def _rate(median: float, low: float, high: float) -> str:
+    """With half of the range as a share of it."""
+    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
+
+
+def _times(median: float, low: float, high: float) -> str:
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
 def _verdict(speedups: Mapping[int, Speedup]) -> str:
-    """What to make of the measured speedups of one state size, by batch size."""
-    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided]
-    paying = [batch for batch, speedup in speedups.items() if speedup.decided and speedup.median >= _WORTH_IT]
-    if paying and min(paying) > max(undecided, default=0):
-        return f"decodes at least {_WORTH_IT} times faster from batch {min(paying)} on"
+    """What to make of the measured speedups of one state size, by batch size; only what the rounds agree on."""
+    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided(_WORTH_IT)]
+    faster = [batch for batch, speedup in speedups.items() if speedup.low > _WORTH_IT]
+    told = []
+    if faster:
+        told.append(f"decodes at least {_WORTH_IT} times as fast at batch {_listed(faster)}")
     if undecided:
-        return (
-            f"is undecided at batch {' '.join(map(str, undecided))}, where the rounds disagree; measure again on a "
-            "quieter machine, or at larger batches"
-        )
-    return "does not pay at these batch sizes: the weights are the traffic, not the state"
+        told.append(f"undecided at batch {_listed(undecided)}, where the range has {_WORTH_IT} in it")
+    if len(faster) + len(undecided) < len(speedups):
+        others = [batch for batch in speedups if batch not in (*faster, *undecided)]
+        told.append(f"less than {_WORTH_IT} times as fast at batch {_listed(others)}")
+    return "; ".join(told)
+
+
+def _listed(batches: Sequence[int]) -> str:
+    return ", ".join(map(str, batches))

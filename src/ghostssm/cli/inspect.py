@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table
+from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ghostssm import Advice, Description
@@ -103,7 +104,7 @@ def inspect(
     print()
     print_table(
         [
-            *("N'", "state per sequence, fp32", "bf16", "saved", "parameters"),
+            *("N'", "state per sequence, fp32", "the same in bf16", "saved", "parameters"),
             *(f"predicted tok/s, batch {count}" for count in batches),
         ],
         [
@@ -143,24 +144,31 @@ def _sizes_text(sizes: Sequence[int]) -> str:
 
 
 def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> None:
-    """Engines by state sizes, then reasons and exports: of all engines and sizes at once where they agree."""
+    """Engines by state sizes, then the reasons, each once: engines and sizes that share one are told together."""
     by_engine = list(zip(*advice, strict=True))
-    rows = [(entries[0].engine, *(entry.level for entry in entries)) for entries in by_engine]
-    print_table(["engine", *(f"N' = {size}" for size in sizes)], rows)
-    print()
-    alike: dict[tuple[str, str], list[str]] = {}
+    print_table(
+        ["engine", *(f"N' = {size}" for size in sizes)],
+        [(entries[0].engine, *map(_verdict, entries)) for entries in by_engine],
+    )
+    places: dict[str, list[str]] = {}
     for entries in by_engine:
         reasons: dict[str, list[str]] = {}
         for size, entry in zip(sizes, entries, strict=True):
-            if entry.reason:
-                reasons.setdefault(f"{entry.level}: {entry.reason}", []).append(size)
-        for reason, places in reasons.items():
-            alike.setdefault((reason, ", ".join(places)), []).append(entries[0].engine)
-    for (reason, where), names in alike.items():
-        print(f"{', '.join(names)}, N' = {where}: {reason}.")
-    exports: dict[str, list[str]] = {}
-    for entries in by_engine:
-        for options in dict.fromkeys(entry.export for entry in entries if entry.export):
-            exports.setdefault(options, []).append(entries[0].engine)
-    for options, names in exports.items():
-        print(f"{', '.join(names)}: first ghostssm export {options}.")
+            reason = entry.reason.rpartition("; ")[0] if entry.remedy else entry.reason
+            if reason:
+                reasons.setdefault(reason, []).append(size)
+        for reason, of_sizes in reasons.items():
+            where = "" if len(of_sizes) == len(sizes) else f" at N' = {', '.join(of_sizes)}"
+            places.setdefault(f"{where}: {reason}", []).append(entries[0].engine)
+    print()
+    for told, names in places.items():
+        print_text(f"{', '.join(names)}{told}.")
+    if any(entry.remedy for entry in chain.from_iterable(advice)):
+        print_text("after ...: once `ghostssm export` or `ghostssm prune` has written it with that option.")
+    if any(entry.export == "--format gguf" for entry in chain.from_iterable(advice)):
+        print_text("llama.cpp reads GGUF files, which `ghostssm export` writes.")
+
+
+def _verdict(advice: Advice) -> str:
+    """The cell of one engine at one size."""
+    return f"after {advice.remedy}" if advice.remedy else advice.level

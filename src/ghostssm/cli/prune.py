@@ -43,8 +43,8 @@ def prune(
         typer.Option(
             "--method",
             help="The method that decides what stays, such as ghost, or a recipe: a method with recovery steps, such "
-            "as ghost+repair, output+refit100+repair or balanced+per-layer. If not given, output+refit100+repair: it "
-            "loses least among those whose result every engine can load.",
+            "as ghost+repair, output+refit100+repair or balanced+per-layer. If not given, output+refit100+repair, "
+            "which loses least among those whose result loads in the model's own class.",
             metavar="RECIPE",
             callback=arguments.recipes_known,
             autocompletion=completion.methods,
@@ -54,7 +54,8 @@ def prune(
         bool | None,
         typer.Option(
             "--repair/--no-repair",
-            help="Add the step 'repair' to the recipe, or take it out: it fits the output projection to the smaller state.",
+            help="Add the step 'repair' to the recipe, or take it out. It fits the output projection to the smaller "
+            "state.",
             rich_help_panel=arguments.HOW_PANEL,
         ),
     ] = None,
@@ -64,8 +65,7 @@ def prune(
             "--refit",
             metavar="STEPS",
             callback=arguments.at_least(0),
-            help="Add the step 'refit' to the recipe, with so many training steps per layer; 0 takes it out. It is "
-            "the slowest part.",
+            help="Add the step 'refit' to the recipe, with so many training steps per layer; 0 takes it out.",
             rich_help_panel=arguments.HOW_PANEL,
         ),
     ] = None,
@@ -190,7 +190,7 @@ def prune(
     It needs one of --state-size, --budget and --max-excess-loss. By default 128 windows of 2048 tokens are read, which
     takes hours for mamba2-130m on two processor cores; --windows 16 --method ghost gives a first result far sooner.
 
-    ghostssm prune state-spaces/mamba2-130m --state-size 64 --windows 16 --output smaller
+    ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     """
     from ghostssm.workflows.prune import prune as carry_out

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghostssm.errors import TextError
+from ghostssm.network import hub_answers
+from ghostssm.progress import stage
 from ghostssm.text.stdlib import stdlib_texts
 
 Role = Literal["calibration", "evaluation"]
@@ -61,14 +63,15 @@ def read_text(spec: str, role: Role) -> Text:
     Raises:
         TextError: missing, unreadable, binary, empty or enormous text, or a corpus that could not be fetched.
     """
-    if spec in _CORPORA:
-        side, parts = _CORPORA[spec](role)
-        return _checked(Text(f"{spec} ({side})", tuple(parts)))
     path = Path(spec)
-    if path.is_dir():
-        return _checked(Text(spec, tuple(_read_folder(path))))
-    if path.is_file():
-        return _checked(Text(spec, tuple(_read_file(path))))
+    with stage(f"reading {spec}"):
+        if spec in _CORPORA:
+            side, parts = _CORPORA[spec](role)
+            return _checked(Text(f"{spec} ({side})", tuple(parts)))
+        if path.is_dir():
+            return _checked(Text(spec, tuple(_read_folder(path))))
+        if path.is_file():
+            return _checked(Text(spec, tuple(_read_file(path))))
     raise TextError(
         f"No text at {spec!r}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}."
@@ -106,17 +109,26 @@ def _stdlib(role: Role) -> tuple[str, list[str]]:
 
 
 def _wikitext2(role: Role) -> tuple[str, list[str]]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     split = "train" if role == "calibration" else "test"
     repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
-    try:
-        path = hf_hub_download(repository, file, repo_type="dataset")
-    except Exception as error:  # the hub client's faults share no base class
-        raise TextError(
-            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
-            f"{repository} here and name that file instead."
-        ) from error
+    option = "--calibration" if role == "calibration" else "--text"
+    advice = (
+        f"Name another text, such as a .txt file or stdlib ({option} stdlib); or bring {file} of the dataset "
+        f"{repository} here and name that file."
+    )
+    path = try_to_load_from_cache(repository, file, repo_type="dataset")  # it does not change
+    if not isinstance(path, str):
+        if not hub_answers():
+            raise TextError(f"wikitext2 is on the hub, which does not answer. {advice}")
+        try:
+            with stage("fetching wikitext2 from the hub"):
+                path = hf_hub_download(repository, file, repo_type="dataset")
+        except Exception as error:  # the hub client's faults share no base class
+            raise TextError(
+                f"wikitext2 could not be fetched from the hub ({type(error).__name__}). {advice}"
+            ) from error
     return f"{split} split", _read_parquet(Path(path))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.errors import InputError, ModelError, TextError
+from ghostssm.progress import stage
 from ghostssm.text.sources import Text
 
 _TOKENS_PER_BATCH = 2048
@@ -87,7 +88,8 @@ def cut_windows(
     if count is not None and count < 1:
         raise InputError(f"The number of windows is {count}; expected at least 1.")
     joined = text.joined
-    ids = _token_ids(joined, tokenizer)
+    with stage(f"tokenising {text.name}"):
+        ids = _token_ids(joined, tokenizer)
     available = len(ids) // length
     if available == 0:
         raise TextError(

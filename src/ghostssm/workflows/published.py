@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 from ghostssm.workflows.compare import DENSE
 
 TableName = Literal["sparsity", "size"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 
 
 class Dialect(ABC):
