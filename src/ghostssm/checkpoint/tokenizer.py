@@ -114,9 +114,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["config.json", *_FILES], local_files_only=not hub_answers())
-        )
+        wanted, local = ["config.json", *_FILES], not hub_answers()
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=local))
     except Exception as error:  # the hub client's faults share no base class
         raise ModelError(
             f"The tokenizer {hub_id!r} is no local folder and could not be fetched from the hub "

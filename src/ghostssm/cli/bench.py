@@ -9,7 +9,6 @@ import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note_if, print_json, print_table, print_text, progress_reporter
-from ghostssm.progress import stage
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
@@ -65,8 +64,7 @@ def bench(
     sizes = [dense, *(size for size in state_size if size != dense)]
     note_if(idle_gpu_remark(device))
     loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
-    with stage("measuring the bandwidth of this machine"):
-        machine = measure_machine(batch, device)
+    machine = measure_machine(batch, device)
     plans = {size: first_channels(loaded, size) for size in sizes}
     with progress_reporter() as progress:
         timings = measure(loaded, plans, batch, prompt, progress, _ROUNDS)

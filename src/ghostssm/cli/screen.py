@@ -19,7 +19,7 @@ from rich.progress import Progress as RichProgress
 
 from ghostssm.progress import Audience, Progress, heard_by, stage
 
-_FIRST_LINE, _INTERVAL, _TICK = 0.7, 4.5, 0.2
+_FIRST_LINE, _INTERVAL, _TICK = 0.4, 4.5, 0.2
 """Seconds: what is over sooner is not told; between lines; between looks at the clock. A line comes a tick late."""
 _UNNAMED = "working"
 _RECENT = 0.7
@@ -37,6 +37,10 @@ class Count:
         self.total = total
         self._costs = costs if len(costs) == total else [1.0] * total
         self._marks = [(time.monotonic(), 0)]
+
+    @property
+    def begun(self) -> float:
+        return self._marks[0][0]
 
     def reach(self, done: int) -> None:
         """So many steps are done by now."""
@@ -241,7 +245,8 @@ class Lines:
             count = self._counts[what]
             count.reach(done)
             between = 0 < done < total or what in self._finished
-            self._stages[-1] = _Stage(f"{what} {done}/{total}", told=True) if done < total else _Stage(_UNNAMED)
+            counted = _Stage(f"{what} {done}/{total}", told=True, begun=count.begun)
+            self._stages[-1] = counted if done < total else _Stage(_UNNAMED)
             if done == total:
                 self._finished.add(what)
             if not between or time.monotonic() - self._said >= _INTERVAL:
@@ -268,5 +273,5 @@ class Lines:
 class _Stage:
     """What is going on since when, and whether it was told."""
 
-    def __init__(self, what: str, told: bool = False):
-        self.what, self.begun, self.told = what, time.monotonic(), told
+    def __init__(self, what: str, told: bool = False, begun: float | None = None):
+        self.what, self.told, self.begun = what, told, time.monotonic() if begun is None else begun

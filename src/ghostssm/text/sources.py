@@ -114,6 +114,7 @@ def _wikitext2(role: Role) -> tuple[str, list[str]]:
     split = "train" if role == "calibration" else "test"
     repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
     option = "--calibration" if role == "calibration" else "--text"
+    fault = "wikitext2 could not be fetched from the hub"
     advice = (
         f"Name another text, such as a .txt file or stdlib ({option} stdlib); or bring {file} of the dataset "
         f"{repository} here and name that file."
@@ -121,7 +122,7 @@ def _wikitext2(role: Role) -> tuple[str, list[str]]:
     path = try_to_load_from_cache(repository, file, repo_type="dataset")  # it does not change
     if not isinstance(path, str):
         if not hub_answers():
-            raise TextError(f"wikitext2 is on the hub, which does not answer. {advice}")
+            raise TextError(f"{fault}, which does not answer. {advice}")
         try:
             with stage("fetching wikitext2 from the hub"):
                 path = hf_hub_download(repository, file, repo_type="dataset")
