@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2Conf
 import ghostssm
 from ghostssm.errors import ModelError
 from ghostssm.models.layout import SSDLayout
-from ghostssm.models.own_class import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
+from ghostssm.models.own_class import GhostMamba2Config
+from ghostssm.models.own_class.classes import GhostMamba2ForCausalLM, GhostMamba2Model
 from tests.conftest import VOCABULARY, draw_weights, tiny_model
 
 LAYERS = 3

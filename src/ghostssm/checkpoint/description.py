@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from ghostssm.checkpoint.headers import Facts, facts_from_files
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
@@ -16,6 +18,9 @@ from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -87,22 +92,31 @@ def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
     config = model_config(source)
-    model = empty_model(config)
-    if _settled_by_files(source, model):
-        model = empty_model(model.config)
-    family, mixers = family_of(config), mixers_of(model)
+    family = family_of(config)
+    facts = facts_from_files(source, config, family) or _facts_of_model(source, config)
     return Description(
         name=spec,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),
-        state_sizes=tuple(mixer.state_size for mixer in mixers),
         vocab_size=config.vocab_size,
+        config=config,
+        pruning=_pruning(source.folder, len(facts.state_sizes)),
+        **vars(facts),
+    )
+
+
+def _facts_of_model(source: Source, config: PreTrainedConfig) -> Facts:
+    """What the model of a config is made of, built without memory; takes seconds."""
+    model = empty_model(config)
+    if _settled_by_files(source, model):
+        model = empty_model(model.config)
+    mixers = mixers_of(model)
+    return Facts(
+        state_sizes=tuple(mixer.state_size for mixer in mixers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=has_tied_head(model),
-        config=config,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
-        pruning=_pruning(source.folder, len(mixers)),
     )
 
 

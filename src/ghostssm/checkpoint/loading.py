@@ -5,16 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.dialects import dialect_named
@@ -28,6 +23,9 @@ from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, Numer
 from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
 from ghostssm.progress import stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -165,6 +163,8 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
         ModelError: transformers can't build it, it has more modules than ``most_modules``, no Mamba-2 layer, or one of
             a kind that ghostssm does not know.
     """
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

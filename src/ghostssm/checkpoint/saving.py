@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.card import Base, model_card, write_card
@@ -30,6 +29,9 @@ from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def save(

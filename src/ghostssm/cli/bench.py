@@ -52,7 +52,7 @@ def bench(
     from ghostssm.errors import InputError
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
     from ghostssm.evaluation.speed import Rate, Speedup, first_channels, measure
-    from ghostssm.pruning.feasibility import check_state_size
+    from ghostssm.models.layout import check_state_size
     from ghostssm.workflows.remarks import idle_gpu_remark
 
     described = ghostssm.describe(model)

@@ -59,7 +59,8 @@ def compare(
     import ghostssm
     from ghostssm.evaluation.roofline import measure_machine
     from ghostssm.files.output_file import OutputFile
-    from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
+    from ghostssm.models.layout import check_state_size
+    from ghostssm.pruning.feasibility import check_original, check_recipe, methods_for
     from ghostssm.workflows.compare import comparison_cells
     from ghostssm.workflows.observing import observe
     from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark

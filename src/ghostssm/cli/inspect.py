@@ -41,8 +41,7 @@ def inspect(
     """
     from ghostssm import advise, describe
     from ghostssm.errors import InputError
-    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
-    from ghostssm.pruning.feasibility import check_state_size
+    from ghostssm.models.layout import check_state_size
 
     batches = batch or []
     found = describe(model)
@@ -67,7 +66,7 @@ def inspect(
         for size in sizes
     ]
     before = found.state_bytes(layout.state_size if found.pruning is None else found.pruning.state_size)
-    machine = measure_machine(batches) if batches else None
+    predicted = _predicted_speeds(found, sizes, batches) if batches else {}
     cuts: list[dict[str, Any]] = [
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
@@ -75,9 +74,7 @@ def inspect(
             "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
-            "predicted_tokens_per_second": {
-                count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
-            },
+            "predicted_tokens_per_second": predicted.get(size, {}),
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
@@ -121,6 +118,19 @@ def inspect(
     )
     print()
     _print_advice(labels, advice)
+
+
+def _predicted_speeds(
+    found: Description, sizes: Sequence[int | None], batches: Sequence[int]
+) -> dict[int | None, dict[int, float]]:
+    """Tokens per second by state size and batch size; imported here, since it takes model classes."""
+    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+
+    machine = measure_machine(list(batches))
+    return {
+        size: {count: count / predicted_step_seconds(found, machine, count, size) for count in batches}
+        for size in sizes
+    }
 
 
 def _state_facts(found: Description) -> list[tuple[str, str]]:

@@ -46,9 +46,3 @@ def check_streamable(recipe: Recipe, model_type: str) -> None:
 def methods_for(model_type: str) -> tuple[str, ...]:
     """The methods for which a family has a model class."""
     return stock_method_names() if family_named(model_type).is_hybrid else method_names()
-
-
-def check_state_size(state_size: int, limit: int) -> None:
-    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
-    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
-        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

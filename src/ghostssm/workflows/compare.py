@@ -15,10 +15,11 @@ from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.speed import decode_speeds, first_channels
 from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.models.layout import check_state_size
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning.feasibility import check_recipe, check_state_size
+from ghostssm.pruning.feasibility import check_recipe
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.windows import Windows

@@ -19,8 +19,9 @@ from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
 from ghostssm.files.output_file import OutputFile
+from ghostssm.models.layout import check_state_size
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning.feasibility import check_recipe, check_state_size
+from ghostssm.pruning.feasibility import check_recipe
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.text.sources import Text, read_text

@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ghostssm.errors import unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Dialect(ABC):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import Mamba2Config, PreTrainedConfig
 
 from ghostssm.models.families.base import register
 from ghostssm.models.families.stock import MAMBA2, StockFamily
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
-from ghostssm.models.own_class import GhostMamba2Config, GhostMamba2ForCausalLM
+from ghostssm.models.own_class import GhostMamba2Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GhostMamba2Family(StockFamily):
@@ -56,6 +59,8 @@ def projected_model(
         tensors: the whole state dict, sliced, with ``B_projection`` and ``C_projection`` in every projected mixer.
         state_sizes: of every layer, the width of its B and C. projected_state_sizes: of every layer, 0 for none.
     """
+    from ghostssm.models.own_class.classes import GhostMamba2ForCausalLM
+
     values = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "layer_types"):
         values.pop(key, None)
@@ -72,6 +77,8 @@ def projected_model(
 
 def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
     """A stock model from a config of our own class and tensors of one size in all layers, which are not copied."""
+    from transformers import Mamba2ForCausalLM
+
     values = config.to_dict()
     for key in (*_OWN_KEYS, "model_type", "architectures", "auto_map", "transformers_version", "layer_types"):
         values.pop(key, None)
