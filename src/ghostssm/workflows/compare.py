@@ -18,7 +18,7 @@ from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import check_state_size
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.progress import Progress, silent
+from ghostssm.progress import Progress, expect, silent
 from ghostssm.pruning.feasibility import check_recipe
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
@@ -28,6 +28,8 @@ from ghostssm.units import bytes_text, plus_minus
 Cell = tuple[str, int]
 """A method's name and a state size."""
 DENSE = "dense"
+_CALIBRATION_COST = 3.0
+"""Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
 Measured = TypeVar("Measured")
 
 
@@ -129,6 +131,8 @@ def compare(
         check_recipe(recipe, model.config.model_type)
     cells = [(str(recipe), state_size) for recipe in recipes for state_size in state_sizes]
     calibration = Calibration(model, calibration_windows)
+    measured, calibrated = windows.ids.numel(), _CALIBRATION_COST * calibration_windows.ids.numel()
+    expect("models", [measured, *(measured + calibrated * Recipe.parse(method).cost for method, _ in cells)])
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
     outcomes: dict[Cell, Outcome[Evaluation]] = {}
