@@ -139,7 +139,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
         ("inspect m --engine vlm", "No engine is called 'vlm'; .* Did you mean 'vllm'\\?"),
         ("reproduce --output o --table sizes", "No table is called 'sizes'; .* Did you mean 'size'\\?"),
         ("prune m --dialect mamba-ssm --output o", "'mamba-ssm' is not one of .* Did you mean 'mamba_ssm'\\?"),
-        ("prune m --state-size many --output o", "'--state-size': expected a integer"),
+        ("prune m --state-size many --output o", "'--state-size': expected a whole number"),
         ("prune m --seed -1 --output o", "--seed is -1; expected from 0 to"),
         ("prune m", "Missing option '--output'"),
         ("compare", "Missing argument 'MODEL'"),

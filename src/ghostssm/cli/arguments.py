@@ -212,7 +212,8 @@ def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> Non
 def usage_message(error: Any) -> str:
     """What the parser found wrong, in the form of the other messages; with the name that may have been meant."""
     message = error.format_message().strip().replace("Value error, ", "")
-    message = re.sub(r"Input should be a valid (integer|number).*", r"expected a \1", message)
+    message = re.sub("Input should be a valid integer.*", "expected a whole number", message)
+    message = re.sub("Input should be a valid number.*", "expected a number", message)
     message = message if message.endswith((".", "?")) else f"{message}."
     choices = re.search(r"'([^']*)' is not one of (.*)", message)
     near = get_close_matches(choices[1], re.findall(r"'([^']*)'", choices[2]), 1) if choices else []

@@ -48,16 +48,27 @@ class _Verbs(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+    def main(
+        self,
+        args: Any = None,
+        prog_name: Any = None,
+        complete_var: Any = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            if not standalone_mode:
+                return code
         except GhostError as error:
+            if not standalone_mode:
+                raise
             if not error.told:
                 print_error(str(error))
             sys.exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED)
         except _ClickError as error:
+            if not standalone_mode:
+                raise
             print_error(usage_message(error))
             sys.exit(_EXIT_BAD_INPUT)
         sys.exit(code if isinstance(code, int) else 0)
