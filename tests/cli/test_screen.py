@@ -80,6 +80,18 @@ def test_the_time_left_weighs_steps_by_their_cost(clock: list[float], capsys: py
     ]
 
 
+def test_between_steps_the_time_left_is_told_again(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = screen.Lines()
+    for done in range(4):
+        lines.progress("layers", done, 10)
+        for _ in range(20):
+            clock[0] += 0.2
+            lines.look()
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["layers 0/10", "layers 1/10, about 36 s left"]
+    assert all(line.endswith(" left") for line in told[1:])
+
+
 def test_the_time_left_follows_a_machine_that_becomes_slow(clock: list[float]) -> None:
     count = screen.Count(100)
     for done in range(1, 61):

@@ -109,7 +109,8 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
             check_transformers()
             with watched():
                 with stage("starting: PyTorch and transformers are loaded"):
-                    import ghostssm.checkpoint  # noqa: F401  (before SIGINT raises an exception)
+                    if verb is not inspect.inspect:  # which can do without model classes
+                        import transformers.modeling_utils  # noqa: F401
 
                 raise_again()
                 with terminable(), warnings_told():

@@ -245,7 +245,7 @@ class Lines:
             count = self._counts[what]
             count.reach(done)
             between = 0 < done < total or what in self._finished
-            counted = _Stage(f"{what} {done}/{total}", told=True, begun=count.begun)
+            counted = _Stage(f"{what} {count.text}", told=True, begun=count.begun, in_steps=done > 0)
             self._stages[-1] = counted if done < total else _Stage(_UNNAMED)
             if done == total:
                 self._finished.add(what)
@@ -261,7 +261,7 @@ class Lines:
                 current.told = True
                 self.say(f"{current.what} ...")
             elif now - self._said >= _INTERVAL:
-                self.say(f"{current.what}, {span_text(lasted)} so far")
+                self.say(current.what if current.in_steps else f"{current.what}, {span_text(lasted)} so far")
 
     def say(self, message: str) -> None:
         with self._lock:
@@ -271,7 +271,8 @@ class Lines:
 
 
 class _Stage:
-    """What is going on since when, and whether it was told."""
+    """What is going on since when, whether it was told, and whether it says how much is left."""
 
-    def __init__(self, what: str, told: bool = False, begun: float | None = None):
-        self.what, self.told, self.begun = what, told, time.monotonic() if begun is None else begun
+    def __init__(self, what: str, told: bool = False, begun: float | None = None, in_steps: bool = False):
+        self.what, self.told, self.in_steps = what, told, in_steps
+        self.begun = time.monotonic() if begun is None else begun
