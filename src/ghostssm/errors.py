@@ -94,6 +94,6 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
         what: a name's kind, such as "method".
     """
     names = list(known)
-    near = get_close_matches(name, names, 1)
+    near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, 1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return InputError(f"No {what} is called {name!r}; expected one of: {', '.join(names)}.{guess}")

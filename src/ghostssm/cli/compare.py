@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note, note_if, print_json, print_table, print_text, progress_reporter
+from ghostssm.cli.console import note, note_if, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable
 
 
@@ -131,6 +131,6 @@ def compare(
         return
     print_table(*comparison_cells(result.rows))
     if batch:
-        print_text("tok/s: measured once per state size and model class, for all methods that share them.")
+        note("tok/s: measured once per state size and model class, for all methods that share them")
     if any(row.stored_state_size != row.state_size for row in result.rows):
         note("(in brackets: the state size stored, padded to the widest group and layer, or whole)")

@@ -54,10 +54,11 @@ class _Verbs(TyperGroup):
         prog_name: Any = None,
         complete_var: Any = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
             if not standalone_mode:
                 return code
         except GhostError as error:
