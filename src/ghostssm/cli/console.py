@@ -24,7 +24,6 @@ __all__ = [
     "bytes_text",
     "is_first_process",
     "note",
-    "note_if",
     "print_error",
     "print_facts",
     "print_json",
@@ -143,9 +142,3 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 def note(message: str) -> None:
     """A line for the person at the terminal, kept out of standard output; above the bars, while there are some."""
     say(message)
-
-
-def note_if(message: str | None) -> None:
-    """A note, if there is one."""
-    if message is not None:
-        note(message)

@@ -31,19 +31,35 @@ def inspect(
             help="Also predict the decode speed on this machine, at these batch sizes.",
         ),
     ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences a GPU with 80GiB, say, holds."),
+    ] = None,
+    context: Annotated[
+        int,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            callback=arguments.at_least(0),
+            help="With --memory: tokens whose keys and values count.",
+        ),
+    ] = 8192,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
     """
     from ghostssm import advise, describe
+    from ghostssm.engines.capacity import capacity_cells
     from ghostssm.errors import InputError
     from ghostssm.models.layout import check_state_size
+    from ghostssm.units import memory_bytes
 
     batches = batch or []
+    memories = [memory_bytes(size) for size in memory or []]
     found = describe(model)
     layout = found.layout
     if state_size and not found.is_stock:
@@ -75,6 +91,7 @@ def inspect(
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": predicted.get(size, {}),
+            "sequences": {each: found.footprint(size, context).sequences(each) for each in memories},
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
@@ -117,6 +134,10 @@ def inspect(
         ],
     )
     print()
+    if memories:
+        footprints = (found.footprint(size, context) for size in sizes)
+        print_table(*capacity_cells(dict(zip(labels, footprints, strict=True)), memories))
+        print()
     _print_advice(labels, advice)
 
 

@@ -9,7 +9,7 @@ from ghostssm.errors import InputError
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table, table_html
 from ghostssm.units import sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, comparison_cells
+from ghostssm.workflows.comparison import Comparison, comparison_cells
 
 
 def register_with_ipython() -> None:
@@ -50,7 +50,4 @@ def _figure_html(shown: Plan | Comparison) -> str:
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
     figure = saliency_figure({shown.method: shown}) if isinstance(shown, Plan) else size_figure(shown.rows)
-    return (
-        f'<figure><div role="img" aria-label="{escape(figure.description)}">{figure.svg()}</div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
+    return figure._repr_html_()

@@ -24,10 +24,11 @@ from ghostssm.streaming.finished import finished_run, may_be_finished
 from ghostssm.streaming.run import prune_streamed
 from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.observing import decode_speeds, observe
+from ghostssm.workflows.inputs import Inputs
+from ghostssm.workflows.observing import decode_speeds, observe, sample
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
 from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
@@ -46,30 +47,29 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
     check_apart(request.output, request.model)
     folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
+    tell(notify, idle_gpu_remark(request.device))
     if folder is None:
         outcome, is_first = _streamed(job, progress, notify)
     else:
-        outcome, is_first = _in_memory(job, folder, progress, notify), True
+        checkpoint = load(request.model, device=request.device, tokenizer=request.tokenizer)
+        outcome, is_first = _in_memory(job, job.inputs(checkpoint), folder, progress, notify), True
     if request.push_to_hub is None or not is_first:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
     return dataclasses.replace(outcome, address=address)
 
 
-def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: Notify) -> PruneOutcome:
+def _in_memory(
+    job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder, progress: Progress, notify: Notify
+) -> PruneOutcome:
     """With the whole model in memory."""
     asked = job.request
-    checkpoint = load(asked.model, device=asked.device, tokenizer=asked.tokenizer)
-    vocabulary = checkpoint.require_tokenizer()
+    checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
-    held_out = job.held_out(vocabulary)
+    job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
-    windows = job.windows(vocabulary)
-    job.announce(windows, held_out, notify)
     plan = _plan(job, checkpoint, windows, progress)
-    record = _observed(job, checkpoint, windows, plan, progress) if asked.report else Record()
+    record = _observed(job, checkpoint, windows, held_out, plan, progress) if asked.report else Record()
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
     measured = None
     if held_out is not None and dense is not None:
@@ -107,11 +107,15 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
     )
 
 
-def _observed(job: PruneJob, checkpoint: Checkpoint, windows: Windows, plan: Plan, progress: Progress) -> Record:
+def _observed(
+    job: PruneJob, checkpoint: Checkpoint, windows: Windows, held_out: Windows | None, plan: Plan, progress: Progress
+) -> Record:
     """What a report shows besides the plan, of the model before the plan is applied to it."""
     observations = observe(checkpoint.model, windows, progress)
     batches = job.request.batches or DEFAULT_BATCHES
-    return Record(observations, decode=decode_speeds(checkpoint.model, job.description, plan, batches, progress))
+    speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
+    samples = None if held_out is None else sample(checkpoint, {"pruned": plan}, held_out)
+    return Record(observations, decode=speeds, samples=samples)
 
 
 def _keep(record: Record, folder: Path) -> None:
@@ -144,20 +148,19 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
     if not finished:
         check_output()
     checkpoint = stream(asked.model, device=device, tokenizer=asked.tokenizer, head=False)
-    vocabulary = checkpoint.require_tokenizer()
-    held_out, windows = job.held_out(vocabulary), job.windows(vocabulary)
+    inputs = job.inputs(checkpoint)
     if finished:
         base = processes.from_first(checkpoint.source.fingerprint)
-        run = finished_run(output, base, str(job.recipe), size, asked.groups, asked.seed, windows, held_out)
+        run = finished_run(output, base, asked.as_json(), inputs.calibration, inputs.held_out)
         if run is not None:
             notify(f"{output} is finished: this run wrote it before")
             processes.leave()
             return PruneOutcome(output, run.plan, run.measured), processes.rank == 0
         check_output()
-    job.announce(windows, held_out, notify)
+    job.announce(inputs, notify)
     run = prune_streamed(
         checkpoint,
-        windows,
+        inputs.calibration,
         job.recipe,
         size,
         output,
@@ -166,7 +169,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         overwrite=asked.overwrite,
         resume=asked.resume,
         offload=asked.offload,
-        held_out=held_out,
+        held_out=inputs.held_out,
         processes=processes,
         request=asked.as_json(),
         progress=progress,
