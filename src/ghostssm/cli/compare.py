@@ -74,6 +74,6 @@ def compare(
         return
     print_table(*comparison_cells(result.rows))
     if batch:
-        note("tok/s: measured once per state size and model class, for all methods that share them")
+        note("tok/s: measured once per state size and model class; ± is half of the range over the rounds")
     if any(row.stored_state_size != row.state_size for row in result.rows):
         note("(in brackets: the state size stored, padded to the widest group and layer, or whole)")
