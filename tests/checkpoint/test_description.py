@@ -27,7 +27,7 @@ def check_facts(folder: Path, plain: bool = True) -> headers.Facts | None:
     found = headers.facts_from_files(source, config, family_of(config))
     assert (found is not None) == plain
     if found is not None:
-        assert found == description._facts_of_model(source, config)
+        assert found == description._facts_of(description._built(source, config))
     return found
 
 

@@ -19,6 +19,7 @@ from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
@@ -103,10 +104,21 @@ def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
     config = model_config(source)
+    facts = facts_from_files(source, config, family_of(config))
+    if facts is None:
+        return described(_built(source, config), spec, source)
+    return _description(config, facts, spec, source)
+
+
+def described(model: PreTrainedModel, name: str, source: Source) -> Description:
+    """Describe a model in memory, with its weights or without."""
+    return _description(model.config, _facts_of(model), name, source)
+
+
+def _description(config: PreTrainedConfig, facts: Facts, name: str, source: Source) -> Description:
     family = family_of(config)
-    facts = facts_from_files(source, config, family) or _facts_of_model(source, config)
     return Description(
-        name=spec,
+        name=name,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),
@@ -117,11 +129,13 @@ def describe(spec: str) -> Description:
     )
 
 
-def _facts_of_model(source: Source, config: PreTrainedConfig) -> Facts:
-    """What the model of a config is made of, built without memory; takes seconds."""
+def _built(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, without memory; takes seconds."""
     model = empty_model(config)
-    if _settled_by_files(source, model):
-        model = empty_model(model.config)
+    return empty_model(model.config) if _settled_by_files(source, model) else model
+
+
+def _facts_of(model: PreTrainedModel) -> Facts:
     mixers = mixers_of(model)
     return Facts(
         state_sizes=tuple(mixer.state_size for mixer in mixers),

@@ -60,7 +60,8 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
         return None
     layouts = [family.layout(config)] * len(names)
     if family.is_own_class:
-        layouts = [layout.with_state_size(config.state_size_of(layer)) for layer, layout in enumerate(layouts)]
+        sizes = [config.state_size_of(layer) for layer in sorted(mixers)]
+        layouts = [layout.with_state_size(size) for layout, size in zip(layouts, sizes, strict=True)]
     if not all(_fits(stored, name, layout) for name, layout in zip(names, layouts, strict=True)):
         return None
     tied = config.tie_word_embeddings and _is_tied(stored, embeddings[0])
@@ -68,7 +69,7 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
     return Facts(
         state_sizes=tuple(
             config.recurrent_state_size_of(layer) if family.is_own_class else layout.state_size
-            for layer, layout in enumerate(layouts)
+            for layer, layout in zip(sorted(mixers), layouts, strict=True)
         ),
         parameters=sum(math.prod(stored[name].shape) for name in counted),
         tied_head=tied,

@@ -2,24 +2,20 @@
 
 from transformers import AutoModel, AutoModelForCausalLM
 
-from ghostssm.models.own_class import GhostMamba2Config
-from ghostssm.models.own_class.modeling_ghost_mamba2 import (
-    GhostMamba2Block,
-    GhostMamba2ForCausalLM,
-    GhostMamba2Mixer,
-    GhostMamba2Model,
-    GhostMamba2PreTrainedModel,
-)
+from ghostssm.models.own_class import modeling_ghost
+from ghostssm.models.own_class.modeling_ghost import GhostForCausalLM, GhostMixer, GhostModel
 
-AutoModel.register(GhostMamba2Config, GhostMamba2Model, exist_ok=True)
-AutoModelForCausalLM.register(GhostMamba2Config, GhostMamba2ForCausalLM, exist_ok=True)
-GhostMamba2Model.register_for_auto_class("AutoModel")
-GhostMamba2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+OWN_CLASSES: dict[str, type[GhostForCausalLM]] = {
+    own.config_class.model_type.removeprefix("ghost_"): own
+    for own in vars(modeling_ghost).values()
+    if isinstance(own, type) and issubclass(own, GhostForCausalLM) and own is not GhostForCausalLM
+}
+"""The model type of a stock family to our class for it."""
 
-__all__ = [
-    "GhostMamba2Block",
-    "GhostMamba2ForCausalLM",
-    "GhostMamba2Mixer",
-    "GhostMamba2Model",
-    "GhostMamba2PreTrainedModel",
-]
+for _own in OWN_CLASSES.values():
+    AutoModel.register(_own.config_class, _own.headless, exist_ok=True)
+    AutoModelForCausalLM.register(_own.config_class, _own, exist_ok=True)
+    _own.headless.register_for_auto_class("AutoModel")
+    _own.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["OWN_CLASSES", "GhostForCausalLM", "GhostMixer", "GhostModel"]
