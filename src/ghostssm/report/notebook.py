@@ -49,4 +49,4 @@ def _figure_html(shown: Plan | Comparison) -> str:
         figure = figure_of(shown)
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
-    return figure._repr_html_()
+    return figure.html()

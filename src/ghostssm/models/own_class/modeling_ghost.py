@@ -81,6 +81,30 @@ class GhostMixer(nn.Module):
         B_projection, C_projection: (g, n, r) in the model's dtype, or None.
     """
 
+    B_projection: Any
+    C_projection: Any
+    # Of the stock mixer.
+    num_heads: int
+    head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    intermediate_size: int
+    conv_dim: int
+    conv_kernel_size: int
+    layer_idx: int
+    chunk_size: int
+    activation: str
+    time_step_limit: tuple[float, float]
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    norm: nn.Module
+    out_proj: nn.Linear
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+    mup_vector: Tensor
+    ssm_in_multiplier: float
+
     def __init__(self, config: GhostConfig, layer_idx: int):
         super().__init__(_layer_config(config, config.state_size_of(layer_idx)), layer_idx)
         self.projected_state_size = config.projected_state_size_of(layer_idx)
@@ -221,7 +245,7 @@ def _layer_config(config: GhostConfig, state_size: int) -> GhostConfig:
 
 
 @cache
-def _mixer_class(stock: type[nn.Module]) -> type[nn.Module]:
+def _mixer_class(stock: Any) -> Any:
     return type(f"Ghost{stock.__name__}", (GhostMixer, stock), {"__module__": __name__})
 
 
@@ -231,12 +255,13 @@ def _replace_mixers(model: nn.Module, config: GhostConfig) -> None:
         for name, stock in list(parent.named_children()):
             if not hasattr(stock, "A_log"):  # only a state space has one
                 continue
-            index = stock.layer_idx
+            index: Any = stock.layer_idx
             if not config.state_size_of(index):
                 raise ValueError(
                     f"state_sizes[{index}] is 0, but layer {index} has a Mamba-2 mixer; expected at least 1."
                 )
-            mixer = _mixer_class(type(stock))(config, index)
+            kind: Any = type(stock)
+            mixer: Any = _mixer_class(kind)(config, index)
             if hasattr(stock, "mup_vector"):  # Falcon-H1
                 multipliers = compute_mup_vector(_layer_config(config, mixer.ssm_state_size))
                 mixer.register_buffer("mup_vector", multipliers, persistent=False)
