@@ -19,7 +19,7 @@ import ghostssm
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward
 from ghostssm.models.mixer import Mixer, Projection, mixer_forward
-from ghostssm.models.own_class import OWN_CLASSES, GhostMixer
+from ghostssm.models.own_class.classes import OWN_CLASSES, GhostMixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows

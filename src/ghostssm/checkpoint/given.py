@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.errors import InputError
 from ghostssm.models.families import check_model
 
-GivenModel: TypeAlias = str | PathLike[str] | PreTrainedModel | Checkpoint
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GivenModel: TypeAlias = "str | PathLike[str] | PreTrainedModel | Checkpoint"
 """A hub id, a folder, ``reference``, a transformers model in memory, or a loaded checkpoint."""
 GivenTokenizer: TypeAlias = str | PathLike[str] | PreTrainedTokenizerBase
 

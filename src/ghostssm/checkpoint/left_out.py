@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
 from ghostssm.checkpoint.naming import places_of_parameters
@@ -16,6 +16,9 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import tied_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED = 3
 # Names in older configs, to those that transformers gives the same values now.

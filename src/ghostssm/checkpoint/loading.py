@@ -5,16 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.dialects import dialect_named
@@ -27,7 +22,11 @@ from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
 from ghostssm.models.families import check_model, family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
+from ghostssm.progress import stage
 from ghostssm.values import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -99,12 +98,13 @@ def load(
     check_device(device)
     source = find_source(spec)
     config = model_config(source)
-    stored = checked_tensors(source, config)
-    with quiet_transformers():
-        model = _build(source, config, stored, dtype or stored_dtype(stored))
-    if dtype is None:
-        tell_narrowed(model, stored, source)
-    check_finite(model.state_dict(), source, stored)
+    with stage(f"loading {spec}"):
+        stored = checked_tensors(source, config)
+        with quiet_transformers():
+            model = _build(source, config, stored, dtype or stored_dtype(stored))
+        if dtype is None:
+            tell_narrowed(model, stored, source)
+        check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
@@ -189,6 +189,8 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
         ModelError: transformers can't build it, it has more modules than ``most_modules``, no Mamba-2 layer, or one of
             a kind that ghostssm does not know.
     """
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.source import is_hub_id
@@ -27,6 +26,9 @@ from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
 from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST_FILE = "ghostssm.json"
 PAGE_FILE = "report.html"

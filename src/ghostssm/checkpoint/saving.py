@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.card import Base, model_card, write_card
@@ -30,7 +29,11 @@ from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
+from ghostssm.progress import stage
 from ghostssm.values import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def save(
@@ -72,7 +75,7 @@ def save(
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
-    with folder, storing(folder.path):
+    with stage(f"writing {folder.path}"), folder, storing(folder.path):
         files = SideFiles(folder.partial, fatal=NumericalError)
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)

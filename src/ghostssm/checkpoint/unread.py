@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.dialects import Dialect, dialect_named
 from ghostssm.checkpoint.loading import model_config, stored_dtype
@@ -20,6 +20,9 @@ from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import left_in_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHARD_BYTES = 1 << 30
 """Of tensors that are copied together: about what a block has where models are streamed."""

@@ -54,6 +54,25 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Tokens per second: the median, and the range over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tokens: int, seconds: Sequence[Sequence[float]]) -> Rate:
+        """Of a piece of work that was timed in several rounds.
+
+        Args:
+            seconds: of every round, one time or several.
+        """
+        rounds = [tokens / statistics.median(times) for times in seconds]
+        return cls(tokens / statistics.median(chain.from_iterable(seconds)), min(rounds), max(rounds))
+
+
+@dataclass(frozen=True)
 class Speedup:
     """How many times faster one plan decodes than another: the median over rounds, and the range.
 
@@ -71,10 +90,9 @@ class Speedup:
         ratios = [statistics.median(before) / statistics.median(after) for before, after in pairs]
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
-    @property
-    def decided(self) -> bool:
-        """Whether all rounds agree which plan is the faster."""
-        return not self.low <= 1 <= self.high
+    def decided(self, bound: float = 1.0) -> bool:
+        """Whether all rounds agree on whether it is more than ``bound`` times."""
+        return not self.low <= bound <= self.high
 
 
 def measure(

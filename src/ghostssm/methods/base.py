@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.statistics import LayerStatistics
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, unknown_name
 from ghostssm.methods.selection import Cut
 from ghostssm.models.layout import SSDLayout
 from ghostssm.plan.decision import Decision
@@ -169,4 +169,4 @@ def method_named(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        raise InputError(f"No method is called {name!r}; expected one of: {', '.join(method_names())}.") from None
+        raise unknown_name("method", name, method_names()) from None

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
 from ghostssm.models.families import check_plain, family_of, mixers_of
@@ -23,6 +22,9 @@ from ghostssm.models.forward import refresh
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

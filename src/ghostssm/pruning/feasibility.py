@@ -29,9 +29,3 @@ def check_streamable(recipe: Recipe) -> None:
             f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
             "without +per-layer."
         )
-
-
-def check_state_size(state_size: int, limit: int) -> None:
-    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
-    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
-        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

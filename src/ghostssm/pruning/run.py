@@ -25,6 +25,7 @@ from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource, Known
 from ghostssm.methods.selection import Cut, Groups, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
+from ghostssm.models.layout import check_state_size
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -32,7 +33,7 @@ from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original, check_state_size
+from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery.base import MixerStep, ModelStep

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghostssm.errors import InputError, TextError
+from ghostssm.network import hub_answers
+from ghostssm.progress import stage
 from ghostssm.text.stdlib import stdlib_texts
 from ghostssm.values import Value, short
 
@@ -98,12 +100,13 @@ def read_text(spec: str | Path, role: Role = "calibration") -> Text:
     if role not in get_args(Role):
         raise InputError(f"The role is {short(role)}; expected {' or '.join(map(repr, get_args(Role)))}.")
     name, path = str(spec), Path(spec)
-    if name in _CORPORA:
-        side, parts = _CORPORA[name](role)
-        return _checked(Text(f"{name} ({side})", tuple(parts)))
-    if _is_there(name):
-        found = _read_folder(path) if path.is_dir() else _read_file(path)
-        return _checked(Text(name, tuple(found)))
+    with stage(f"reading {name}"):
+        if name in _CORPORA:
+            side, parts = _CORPORA[name](role)
+            return _checked(Text(f"{name} ({side})", tuple(parts)))
+        if _is_there(name):
+            found = _read_folder(path) if path.is_dir() else _read_file(path)
+            return _checked(Text(name, tuple(found)))
     raise TextError(
         f"No text at {short(name)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
@@ -159,17 +162,27 @@ def _stdlib(role: Role) -> tuple[str, list[str]]:
 
 
 def _wikitext2(role: Role) -> tuple[str, list[str]]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     split = "train" if role == "calibration" else "test"
     repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
-    try:
-        path = hf_hub_download(repository, file, repo_type="dataset")
-    except Exception as error:  # the hub client's faults share no base class
-        raise TextError(
-            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
-            f"{repository} here and name that file instead."
-        ) from error
+    option = "--calibration" if role == "calibration" else "--text"
+    fault = "wikitext2 could not be fetched from the hub"
+    advice = (
+        f"Name another text, such as a .txt file or stdlib ({option} stdlib); or bring {file} of the dataset "
+        f"{repository} here and name that file."
+    )
+    path = try_to_load_from_cache(repository, file, repo_type="dataset")  # it does not change
+    if not isinstance(path, str):
+        if not hub_answers():
+            raise TextError(f"{fault}, which does not answer. {advice}")
+        try:
+            with stage("fetching wikitext2 from the hub"):
+                path = hf_hub_download(repository, file, repo_type="dataset")
+        except Exception as error:  # the hub client's faults share no base class
+            raise TextError(
+                f"wikitext2 could not be fetched from the hub ({type(error).__name__}). {advice}"
+            ) from error
     return f"{split} split", _read_parquet(Path(path))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.errors import InputError, ModelError, TextError
+from ghostssm.progress import stage
 from ghostssm.text.sources import Text
 from ghostssm.values import Value, short
 
@@ -149,10 +150,11 @@ def cut_windows(
     """
     _check_kinds(text, tokenizer)
     _check_request(length, count)
-    if seed is not None and (drawn := _drawn_apart(text, tokenizer, length, count, seed)) is not None:
-        return drawn
-    needed = None if seed is not None or count is None else count * length
-    ids, size = _token_ids(text.joined, tokenizer, needed)
+    with stage(f"tokenising {text.name}"):
+        if seed is not None and (drawn := _drawn_apart(text, tokenizer, length, count, seed)) is not None:
+            return drawn
+        needed = None if seed is not None or count is None else count * length
+        ids, size = _token_ids(text.joined, tokenizer, needed)
     available = len(ids) // length
     if available == 0:
         raise TextError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,12 @@ from ghostssm.checkpoint.description import describe
 from ghostssm.checkpoint.loading import load
 from ghostssm.errors import InputError
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
-from ghostssm.evaluation.speed import Speedup, first_channels, measure
+from ghostssm.evaluation.speed import Rate, Speedup, first_channels, measure
+from ghostssm.models.layout import check_state_size
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.feasibility import check_state_size
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
-_ROUNDS = 5
+ROUNDS = 5
 """Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
 
 
@@ -49,16 +48,18 @@ class BenchRow:
     batch: int
     state_size: int
     state_bytes: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    prefill: Rate
+    decode: Rate
     predicted_tokens_per_second: float
     peak_memory_bytes: int
     speedup: Speedup
     predicted_speedup: float
 
     def as_json(self) -> dict[str, Any]:
-        speedup = self.speedup
-        return vars(self) | {"speedup": speedup.median, "speedup_range": [speedup.low, speedup.high]}
+        values = {name: value for name, value in vars(self).items() if name not in ("prefill", "decode", "speedup")}
+        for name, rate in (("prefill", self.prefill), ("decode", self.decode)):
+            values |= {f"{name}_tokens_per_second": rate.median, f"{name}_range": [rate.low, rate.high]}
+        return values | {"speedup": self.speedup.median, "speedup_range": [self.speedup.low, self.speedup.high]}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     model = load(request.model, dtype=torch.float32, device=request.device).model
     machine = measure_machine(batches, request.device)
     plans = {size: first_channels(model, size) for size in (dense, *request.state_sizes)}
-    timings = measure(model, plans, batches, prompt, progress, _ROUNDS)
+    timings = measure(model, plans, batches, prompt, progress, ROUNDS)
 
     def row(batch: int, size: int) -> BenchRow:
         timing = timings[size, batch]
@@ -104,8 +105,8 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
             batch=batch,
             state_size=size,
             state_bytes=batch * described.state_bytes(size),
-            prefill_tokens_per_second=batch * prompt / statistics.median(timing.prefill),
-            decode_tokens_per_second=batch / statistics.median(timing.steps),
+            prefill=Rate.of(batch * prompt, [[seconds] for seconds in timing.prefill]),
+            decode=Rate.of(batch, timing.rounds),
             predicted_tokens_per_second=batch / predicted,
             peak_memory_bytes=timing.peak_bytes,
             speedup=Speedup.of(timings[dense, batch], timing),

@@ -20,7 +20,7 @@ from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.workflows.compare_request import CompareRequest, checked
@@ -29,6 +29,8 @@ from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import observe, sample
 from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
 
+_CALIBRATION_COST = 3.0
+"""Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
 Measured = TypeVar("Measured")
 
 
@@ -121,6 +123,8 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     recipes = [Recipe.parse(method) for method in request.methods]
     cells = [(str(recipe), state_size) for recipe in recipes for state_size in request.state_sizes]
     calibration = Calibration(model, inputs.calibration)
+    measured, calibrated = windows.ids.numel(), _CALIBRATION_COST * inputs.calibration.ids.numel()
+    expect("models", [measured, *(measured + calibrated * Recipe.parse(method).cost for method, _ in cells)])
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
     outcomes: dict[Cell, Outcome[Evaluation]] = {}

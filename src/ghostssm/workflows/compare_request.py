@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.methods import method_names
 from ghostssm.methods.selection import Groups
-from ghostssm.pruning.feasibility import check_original, check_state_size
+from ghostssm.models.layout import check_state_size
+from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.values import Value
 from ghostssm.workflows.request import CalibratingRequest

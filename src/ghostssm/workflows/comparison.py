@@ -131,7 +131,13 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
+    return headers, [[*_cells(row), *(_speed(row, batch) for batch in batches)] for row in ranked]
+
+
+def _speed(row: Row, batch: int) -> str:
+    """With half of the range over the rounds as a share of it."""
+    median, (low, high) = row.tokens_per_second[batch], row.speed_range[batch]
+    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
 
 
 def _cells(row: Row) -> list[str]:

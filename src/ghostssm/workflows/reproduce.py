@@ -10,8 +10,8 @@ from typing import Any
 from ghostssm.checkpoint.loading import check_device
 from ghostssm.errors import InputError
 from ghostssm.files.interrupts import Terminated
+from ghostssm.models.layout import check_state_size
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.feasibility import check_state_size
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.text.sources import read_text
 from ghostssm.workflows.comparison import DENSE

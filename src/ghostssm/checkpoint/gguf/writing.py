@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.exporting import require_stock
 from ghostssm.checkpoint.gguf.architecture import Architecture
@@ -24,6 +24,9 @@ from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
 from ghostssm.models.families import layout_of
 from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from ghostssm.models.families.base import register
 from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
-from ghostssm.models.own_class import OWN_CLASSES
+from ghostssm.models.own_class import OWN_CONFIGS
 from ghostssm.models.transformers_private import without_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OWN_KEYS = ("state_sizes", "projected_state_sizes")
 _OF_A_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")
@@ -44,7 +47,7 @@ class OwnFamily(StockFamily):
 
 
 for _stock in (MAMBA2, *HYBRIDS):
-    _own = OWN_CLASSES[_stock.model_type].config_class.model_type
+    _own = OWN_CONFIGS[_stock.model_type].model_type
     register(OwnFamily(**vars(_stock) | {"model_type": _own, "is_own_class": True}))
 
 
@@ -61,7 +64,7 @@ def own_model(
         state_sizes: of every layer with a mixer, by its index, the width of its B and C.
         projected_state_sizes: of the same layers, 0 for no projection.
     """
-    own = OWN_CLASSES[config.model_type].config_class(**_values_of(config))
+    own = OWN_CONFIGS[config.model_type](**_values_of(config))
     own.state_sizes = _by_layer(state_sizes, config)
     own.projected_state_sizes = None if projected_state_sizes is None else _by_layer(projected_state_sizes, config)
     setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
