@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 kernels: Any
-"""The module of compiled loops, or None."""
+rounding_kernels: Any
+"""The modules of compiled loops, or None."""
 try:
-    from ghostssm.ops import _kernels
+    from ghostssm.ops import _kernels, _rounding_kernels
 
-    kernels = _kernels
+    kernels, rounding_kernels = _kernels, _rounding_kernels
 except ImportError:  # numba is an extra
-    kernels = None
+    kernels = rounding_kernels = None
 
 HAS_KERNELS = kernels is not None
 
