@@ -21,6 +21,7 @@ from ghostssm.methods import stock_method_names
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Projection
 from ghostssm.plan.decision import Decision, Selection
+from ghostssm.workflows.compare_request import check_cells
 from tests.conftest import random_windows
 from tests.families.test_stock_models import last_hidden_states, padding, tokens
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
@@ -206,11 +207,10 @@ class TestRefusals:
         model, windows = tiny_hybrid("bamba"), random_windows(8, 20)
         calibration = ghostssm.Calibration(model, windows)
         monkeypatch.setattr(type(model), "forward", None)
-        checkpoint = ghostssm.Checkpoint(model, None, None)  # type: ignore[arg-type]
         for work in (
             lambda: calibration.plan(recipe, 4),
             lambda: ghostssm.smallest_plan(model, windows, recipe, 1.0),
-            lambda: ghostssm.compare(checkpoint, windows, windows, ["ghost", recipe], [4]),
+            lambda: check_cells(ghostssm.CompareRequest("m", (4,), ("ghost", recipe)), "bamba", 16),
         ):
             with pytest.raises(ghostssm.InputError, match="bamba models have no class; expected one of the methods"):
                 work()

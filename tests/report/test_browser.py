@@ -17,7 +17,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import hankel_figure
 from ghostssm.report.page import Report, html_page
-from ghostssm.workflows.compare import Row
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.record import Observations
 
 _FLAGS = (

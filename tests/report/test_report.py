@@ -31,7 +31,7 @@ from ghostssm.report.figures import MOST_CHANNELS
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
 from ghostssm.report.page import Report, html_page
-from ghostssm.workflows.compare import Row
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
 from ghostssm.workflows.record import Observations, Record
 from tests.conftest import random_windows, tiny_model

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, options that take several values after one another, and those nothing reads."""
+"""Arguments that several verbs share, and options that take several values after one another."""
 
 from __future__ import annotations
 
@@ -125,35 +125,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 _LAST_OPTION = "ghostssm.last_option"
 
 
-def check_needed(context: typer.Context, option: str, given: bool, *dependents: str) -> None:
-    """Raise InputError for a dependent that was given without the option that it is about.
-
-    Args:
-        dependents: names of the verb's parameters.
-    """
-    if not given:
-        _refuse_given(context, dependents, f"works with {option} only; add that")
-
-
-def check_unread(context: typer.Context, option: str, given: bool, *others: str) -> None:
-    """Raise InputError for another option beside one that takes its effect away."""
-    if given:
-        _refuse_given(context, others, f"has no effect with {option}; leave out that")
-
-
 def check_separated(option: str, values: Sequence[str] | None) -> None:
     """Raise InputError for a value that joins several names by commas."""
     for value in values or ():
         names = [name.strip() for name in value.split(",") if name.strip()]
         if "," in value:
             raise InputError(f"{option} is {value!r}; expected names separated by spaces: {option} {' '.join(names)}.")
-
-
-def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{parameter.opts[0]} {why}, or leave out {parameter.opts[0]}.")
 
 
 class SpacedListCommand(TyperCommand):

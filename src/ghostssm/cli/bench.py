@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, note_if, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
+    from ghostssm.workflows.bench import BenchRow
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
-_ROUNDS = 5
-"""Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
 
 
 def bench(
@@ -26,7 +25,7 @@ def bench(
         list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
     ] = [64, 32],  # noqa: B006  (read only)
     batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
-    prompt: Annotated[
+    prompt_length: Annotated[
         int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
     ] = 128,
     device: arguments.Device = "cpu",
@@ -37,84 +36,38 @@ def bench(
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
     """
-    import torch
+    given = locals()
+    from ghostssm.workflows.bench import BenchRequest
+    from ghostssm.workflows.bench import bench as carry_out
 
-    import ghostssm
-    from ghostssm.errors import InputError
-    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
-    from ghostssm.evaluation.speed import Speedup, first_channels, measure
-    from ghostssm.pruning.feasibility import check_state_size
-    from ghostssm.workflows.remarks import idle_gpu_remark
-
-    if min(batch) < 1:
-        raise InputError(f"The batch size is {min(batch)}; expected at least 1.")
-    described = ghostssm.describe(model)
-    if not described.is_stock:
-        raise InputError(f"{model} has a projected state or a state size per layer; bench the original model.")
-    for size in state_size:
-        check_state_size(size, described.layout.state_size)
-    dense = described.layout.state_size
-    sizes = [dense, *(size for size in state_size if size != dense)]
-    note_if(idle_gpu_remark(device))
-    loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
-    machine = measure_machine(batch, device)
-    plans = {size: first_channels(loaded, size) for size in sizes}
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
     with progress_reporter() as progress:
-        timings = measure(loaded, plans, batch, prompt, progress, _ROUNDS)
-
-    rows: list[dict[str, Any]] = []
-    for count in batch:
-        dense_predicted = predicted_step_seconds(described, machine, count, dense)
-        for size in sizes:
-            timing = timings[size, count]
-            predicted = predicted_step_seconds(described, machine, count, size)
-            speedup = Speedup.of(timings[dense, count], timing)
-            rows.append(
-                {
-                    "batch": count,
-                    "state_size": size,
-                    "state_bytes": count * described.state_bytes(size),
-                    "prefill_tokens_per_second": count * prompt / statistics.median(timing.prefill),
-                    "decode_tokens_per_second": count / statistics.median(timing.steps),
-                    "predicted_tokens_per_second": count / predicted,
-                    "peak_memory_bytes": timing.peak_bytes,
-                    "speedup": speedup.median,
-                    "speedup_range": [speedup.low, speedup.high],
-                    "predicted_speedup": dense_predicted / predicted,
-                }
-            )
+        outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
-        print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "rows": rows})
+        print_json(outcome.as_json())
         return
-    _print_rows(rows, dense)
-    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
-    for size in sizes[1:]:
-        speedups = {count: Speedup.of(timings[dense, count], timings[size, count]) for count in batch}
-        print(f"N' = {size} {_verdict(speedups)}")
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]], dense: int) -> None:
     headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
     headers += ["times dense", "predicted", "peak memory"]
-    print_table(
-        headers,
-        [
-            (
-                str(row["batch"]),
-                str(row["state_size"]),
-                bytes_text(row["state_bytes"]),
-                f"{row['prefill_tokens_per_second']:,.0f}",
-                f"{row['decode_tokens_per_second']:,.0f}",
-                f"{row['predicted_tokens_per_second']:,.0f}",
-                f"{row['speedup']:.2f}"
-                + ("" if row["state_size"] == dense else " ({:.2f} to {:.2f})".format(*row["speedup_range"])),
-                f"{row['predicted_speedup']:.2f}",
-                bytes_text(row["peak_memory_bytes"]),
-            )
-            for row in rows
-        ],
-        text_columns=0,
-    )
+    print_table(headers, [_cells(row, row.state_size == outcome.state_size) for row in outcome.rows], text_columns=0)
+    note(f"bandwidth {outcome.machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
+    for size in dict.fromkeys(row.state_size for row in outcome.rows):
+        if size != outcome.state_size:
+            print(f"N' = {size} {_verdict({row.batch: row.speedup for row in outcome.rows if row.state_size == size})}")
+
+
+def _cells(row: BenchRow, is_dense: bool) -> list[str]:
+    spread = "" if is_dense else f" ({row.speedup.low:.2f} to {row.speedup.high:.2f})"
+    return [
+        str(row.batch),
+        str(row.state_size),
+        bytes_text(row.state_bytes),
+        f"{row.prefill_tokens_per_second:,.0f}",
+        f"{row.decode_tokens_per_second:,.0f}",
+        f"{row.predicted_tokens_per_second:,.0f}",
+        f"{row.speedup.median:.2f}{spread}",
+        f"{row.predicted_speedup:.2f}",
+        bytes_text(row.peak_memory_bytes),
+    ]
 
 
 def _verdict(speedups: Mapping[int, Speedup]) -> str:

@@ -26,7 +26,6 @@ __all__ = [
     "bytes_text",
     "is_first_process",
     "note",
-    "note_if",
     "print_error",
     "print_facts",
     "print_json",
@@ -130,12 +129,6 @@ def note(message: str) -> None:
         _bars[-1].console.print(message, markup=False, highlight=False, soft_wrap=True)
     else:
         print(message, file=sys.stderr, flush=True)
-
-
-def note_if(message: str | None) -> None:
-    """A note, if there is one."""
-    if message is not None:
-        note(message)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import typer
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
 from ghostssm.cli.report import check_drawable
+from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.pruning.recipe import Recipe
@@ -183,41 +184,15 @@ def prune(
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     """
+    given = locals()
     from ghostssm.workflows.prune import prune as carry_out
     from ghostssm.workflows.prune_request import PruneRequest
 
     begun = time.perf_counter()
     if with_report:
         check_drawable()
-    request = PruneRequest(
-        model=model,
-        output=output,
-        state_size=state_size,
-        budget=budget,
-        max_excess_loss=max_excess_loss,
-        recipe=str(_recipe(method, repair, refit, per_layer)),
-        multiple=multiple,
-        engines=tuple(engine or ()),
-        groups=groups,
-        calibration=calibration,
-        windows=windows,
-        window_length=window_length,
-        seed=seed,
-        evaluate=evaluate,
-        text_windows=text_windows,
-        dialect=dialect,
-        untie=untie,
-        report=with_report,
-        batches=None if batch is None else tuple(batch),
-        push_to_hub=push_to_hub,
-        private=private,
-        tokenizer=tokenizer,
-        device=device,
-        stream=stream,
-        offload=offload,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    recipe = str(_recipe(method, repair, refit, per_layer))
+    request = requested(PruneRequest, given, recipe=recipe, engines=engine, batches=batch, report=with_report)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     page = _page(outcome.written) if with_report else None

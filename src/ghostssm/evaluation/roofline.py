@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Machine:
     rates: dict[int, float]
 
 
-def measure_machine(batches: list[int], device: str = "cpu") -> Machine:
+def measure_machine(batches: Sequence[int], device: str = "cpu") -> Machine:
     """Measure bandwidth on a buffer beyond the caches, and the rate of a (batch, 1024) x (1024, 4096) product."""
     buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
     bandwidth = 2 * _BUFFER_BYTES / _median_seconds(lambda: buffer.mul_(1.0), device)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ghostssm._version import __version__
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import ModelError
@@ -18,11 +19,10 @@ from ghostssm.report.figures import MOST_CHANNELS, Figure
 from ghostssm.report.figures.cost import decode_figure, size_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
 from ghostssm.report.page import Card, Report, Table
-from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row, comparison_cells
+from ghostssm.workflows.comparison import Basis, Comparison, Row, comparison_cells
 from ghostssm.workflows.observing import predicted_speed
-from ghostssm.workflows.record import DecodeSpeed, Observations, Record, WindowLosses
+from ghostssm.workflows.record import DecodeSpeed, Record, WindowLosses
 
 _NO_LOSS = 700.0
 """No loss is so large: its perplexity would be no number."""
@@ -65,27 +65,17 @@ def checkpoint_report(folder: Path) -> Report:
     )
 
 
-def comparison_report(
-    comparison: Comparison,
-    described: Description,
-    windows: Windows,
-    settings: Mapping[str, Any],
-    observations: Observations | None = None,
-    machine: Machine | None = None,
-) -> Report:
-    """Of methods and sizes side by side.
-
-    Args:
-        described: the dense model. windows: what the losses were measured on.
-        settings: what the comparison was run with; JSON values.
-        machine: what it does at the batch sizes of the comparison, for the predicted speeds.
-    """
+def comparison_report(comparison: Comparison) -> Report:
+    """Of methods and sizes side by side, as `ghostssm.compare` found them for a request with ``report``."""
+    basis = comparison.basis
+    assert basis is not None
+    described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
     labels = {(row.method, row.state_size): f"{row.method}, N' = {row.state_size}" for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     figures = [size_figure(comparison.rows), window_figure(losses)] if others else []
-    speeds = _speeds(comparison, described, machine)
+    speeds = _speeds(comparison, described, basis.machine)
     if speeds:
         figures.append(decode_figure(speeds))
     if observations is not None:
@@ -106,8 +96,17 @@ def comparison_report(
         cards=cards,
         figures=figures,
         tables=[Table("All figures", *comparison_cells(comparison.rows))],
-        details={"Settings": dict(settings)},
+        details={"Settings": _settings(basis)},
     )
+
+
+def _settings(basis: Basis) -> dict[str, Any]:
+    """What the comparison was asked for, and what the texts gave."""
+    texts = {
+        role: {"text": text_name(part.text_name), "windows": len(part), "window_length": part.length}
+        for role, part in (("calibration", basis.calibration), ("evaluation", basis.evaluation))
+    }
+    return {"ghostssm": __version__, **basis.request.as_json(), "device": basis.request.device, **texts}
 
 
 def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:

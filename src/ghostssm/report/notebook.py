@@ -9,7 +9,7 @@ from ghostssm.errors import InputError
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table, table_html
 from ghostssm.units import sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, comparison_cells
+from ghostssm.workflows.comparison import Comparison, comparison_cells
 
 
 def register_with_ipython() -> None:

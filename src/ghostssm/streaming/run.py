@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
+
+_NAMES = frozenset({"recipe", "model", "calibration", "evaluate", "tokenizer"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def prune_streamed(
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
-        request: what was asked for, in JSON values, for the manifest.
+        request: all that was asked for, in JSON values: for the manifest, and to resume a run of the same only.
 
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.
@@ -86,13 +87,12 @@ def prune_streamed(
     check_streamable(recipe, checkpoint.blocks.model.config.model_type)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
-    identity = _identity(checkpoint, windows, fingerprint) | {
-        "method": str(recipe),
-        "state_size": state_size,
-        "groups": groups,
-        "seed": seed,
+    asked = request or {"recipe": str(recipe), "state_size": state_size, "groups": groups, "seed": seed}
+    identity = {
+        **options_of(asked),
+        **_fingerprints(checkpoint, windows, fingerprint),
+        "measured on": None if held_out is None else held_out.fingerprint,
         "processes": processes.size,
-        "measured on": None if held_out is None else _fingerprint(held_out),
     }
     for shared in (windows, held_out):
         if shared is not None:
@@ -138,8 +138,14 @@ def _shared_losses(
     return processes.gather(found)
 
 
-def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str) -> dict[str, Any]:
-    """What decides the numbers of a run besides its recipe."""
+def options_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for besides models and texts: of these the fingerprints are compared, not the names."""
+    options = {name: value for name, value in request.items() if name not in _NAMES}
+    return {"method": str(Recipe.parse(request["recipe"])), **options}
+
+
+def _fingerprints(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str) -> dict[str, Any]:
+    """What decides the numbers of a run besides its options."""
     return {
         "ghostssm": __version__,
         "torch": torch.__version__,
@@ -150,9 +156,5 @@ def _identity(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint: str
         "text": windows.text_fingerprint,
         "windows": len(windows),
         "window_length": windows.length,
-        "tokens": _fingerprint(windows),
+        "tokens": windows.fingerprint,
     }
-
-
-def _fingerprint(windows: Windows) -> str:
-    return hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()

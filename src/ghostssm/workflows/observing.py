@@ -65,7 +65,7 @@ def decode_speeds(
     whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
     plans = {"dense": first_channels(model, plan.state_size), "pruned": plan}
     timings = measure(whole, plans, batches, _PROMPT, progress)
-    machine = measure_machine(list(batches), str(model.device))
+    machine = measure_machine(batches, str(model.device))
     return tuple(
         DecodeSpeed(
             name,

@@ -24,10 +24,11 @@ from ghostssm.streaming.finished import finished_run, may_be_finished
 from ghostssm.streaming.run import prune_streamed
 from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
+from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import decode_speeds, observe
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
 from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
@@ -46,28 +47,27 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
     check_apart(request.output, request.model)
     folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
+    tell(notify, idle_gpu_remark(request.device))
     if folder is None:
         outcome, is_first = _streamed(job, progress, notify)
     else:
-        outcome, is_first = _in_memory(job, folder, progress, notify), True
+        checkpoint = load(request.model, device=request.device, tokenizer=request.tokenizer)
+        outcome, is_first = _in_memory(job, job.inputs(checkpoint), folder, progress, notify), True
     if request.push_to_hub is None or not is_first:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
     return dataclasses.replace(outcome, address=address)
 
 
-def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: Notify) -> PruneOutcome:
+def _in_memory(
+    job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder, progress: Progress, notify: Notify
+) -> PruneOutcome:
     """With the whole model in memory."""
     asked = job.request
-    checkpoint = load(asked.model, device=asked.device, tokenizer=asked.tokenizer)
-    vocabulary = checkpoint.require_tokenizer()
+    checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
-    held_out = job.held_out(vocabulary)
+    job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
-    windows = job.windows(vocabulary)
-    job.announce(windows, held_out, notify)
     plan = _plan(job, checkpoint, windows, progress)
     record = _observed(job, checkpoint, windows, plan, progress) if asked.report else Record()
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
@@ -144,20 +144,19 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
     if not finished:
         check_output()
     checkpoint = stream(asked.model, device=device, tokenizer=asked.tokenizer, head=False)
-    vocabulary = checkpoint.require_tokenizer()
-    held_out, windows = job.held_out(vocabulary), job.windows(vocabulary)
+    inputs = job.inputs(checkpoint)
     if finished:
         base = processes.from_first(checkpoint.source.fingerprint)
-        run = finished_run(output, base, str(job.recipe), size, asked.groups, asked.seed, windows, held_out)
+        run = finished_run(output, base, asked.as_json(), inputs.calibration, inputs.held_out)
         if run is not None:
             notify(f"{output} is finished: this run wrote it before")
             processes.leave()
             return PruneOutcome(output, run.plan, run.measured), processes.rank == 0
         check_output()
-    job.announce(windows, held_out, notify)
+    job.announce(inputs, notify)
     run = prune_streamed(
         checkpoint,
-        windows,
+        inputs.calibration,
         job.recipe,
         size,
         output,
@@ -166,7 +165,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         overwrite=asked.overwrite,
         resume=asked.resume,
         offload=asked.offload,
-        held_out=held_out,
+        held_out=inputs.held_out,
         processes=processes,
         request=asked.as_json(),
         progress=progress,

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from ghostssm.errors import InputError
-from ghostssm.workflows.compare import DENSE
+from ghostssm.workflows.comparison import DENSE
 
 TableName = Literal["sparsity", "size"]
 """One model at several sparsities; several models at one."""

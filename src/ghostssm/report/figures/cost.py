@@ -23,7 +23,7 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.compare import DENSE, Row
+from ghostssm.workflows.comparison import DENSE, Row
 from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")

@@ -1,0 +1,102 @@
+"""What a comparison finds: one row per method and state size, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ghostssm.checkpoint.description import Description
+from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.roofline import Machine
+from ghostssm.plan.plan import Plan
+from ghostssm.text.windows import Windows
+from ghostssm.units import bytes_text, plus_minus
+from ghostssm.workflows.compare_request import CompareRequest
+from ghostssm.workflows.record import Observations
+
+Cell = tuple[str, int]
+"""A method's name and a state size."""
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        method: `DENSE` for the unpruned model.
+        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
+            larger where uneven groups or layers are padded.
+        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
+        state_bytes: recurrent state of one sequence over all layers, float32.
+        tokens_per_second: batch size to decode speed, all sequences together.
+        seconds: to calibrate and decide.
+    """
+
+    method: str
+    state_size: int
+    stored_state_size: float
+    perplexity: float
+    bits_per_byte: float
+    excess: float
+    standard_error: float
+    state_bytes: int
+    tokens_per_second: dict[int, float]
+    seconds: float
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == DENSE
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a comparison was made from.
+
+    Attributes:
+        request: with its methods named. description: of the dense model.
+        calibration: what the methods saw. evaluation: what the losses were measured on.
+        observations, machine: what the dense model does with its state, and what the machine does at the batch sizes
+            of the comparison; where a report was asked for.
+    """
+
+    request: CompareRequest
+    description: Description
+    calibration: Windows
+    evaluation: Windows
+    observations: Observations | None = None
+    machine: Machine | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
+
+    rows: tuple[Row, ...]
+    plans: dict[Cell, Plan]
+    evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
+    basis: Basis | None = field(default=None, repr=False)
+
+
+def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines, the largest state and the smallest loss first.
+
+    A stored state that is larger than the one asked for stands in brackets behind it.
+    """
+    batches = list(rows[0].tokens_per_second)
+    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers += [f"tok/s, batch {batch}" for batch in batches]
+    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
+
+
+def _cells(row: Row) -> list[str]:
+    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
+    return [
+        row.method,
+        f"{row.state_size}{padded}",
+        f"{row.perplexity:.3f}",
+        f"{row.bits_per_byte:.4f}",
+        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
+        bytes_text(row.state_bytes),
+    ]
