@@ -140,6 +140,17 @@ def test_the_accelerated_model_through_its_cache(case: str, backend: str, monkey
     assert not torch.allclose(stock[1], stock[2], atol=1e-2)
 
 
+@cases
+def test_a_rounded_state_in_a_padded_batch(case: str) -> None:
+    """A sequence's logits do not depend on the pads before it, nor on the sequence beside it."""
+    model, ids, mask = tiny_hybrid(case), tokens(2, 16), padding(0, 6, length=16)
+    accelerate(model, state_dtype="int8")
+    with torch.inference_mode():
+        together = stepwise(model, ids, [13, 1, 1, 1], mask)[1:, 6:]
+        alone = stepwise(model, ids[1:, 6:], [7, 1, 1, 1], mask[1:, 6:])
+    assert (together - alone).abs().max() < 1e-3 * alone.abs().max()
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [*((case, {}) for case in CASES), *((case, {"num_beams": 3}) for case in ("zamba2", "falcon_h1"))],

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
 from ghostssm.ops.conv_norm import gated_rms_norm, rms_norm
-from ghostssm.ops.state_format import StateStorage
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, decode_step_reference, norm_step
+from ghostssm.ops.state_format import StateStorage
 
 BFLOAT16_STEP = torch.finfo(torch.bfloat16).eps
 GUARD = 64

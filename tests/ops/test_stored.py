@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.errors import InputError
 from ghostssm.ops import compiled
-from ghostssm.ops.ssd import ssd_reference
-from ghostssm.ops.state_format import BFLOAT16, FORMATS, FP8, INT4, INT8, StateFormat, StateStorage, dequantise, quantise
+from ghostssm.ops.state_format import (
+    FORMATS,
+    INT4,
+    INT8,
+    StateFormat,
+    StateStorage,
+    dequantise,
+    quantise,
+)
 from ghostssm.ops.stored import stored_scan_, stored_scan_reference
 
 ROUNDED = [each for each in FORMATS.values() if each.name != "float32"]

@@ -13,7 +13,7 @@ from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
-    from ghostssm.workflows.bench import BenchRow
+    from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
@@ -28,6 +28,8 @@ def bench(
     prompt_length: Annotated[
         int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
     ] = 128,
+    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
+    state_rounding: arguments.StateRounding = "nearest",
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
@@ -40,19 +42,26 @@ def bench(
     from ghostssm.workflows.bench import BenchRequest
     from ghostssm.workflows.bench import bench as carry_out
 
-    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch, state_dtypes=state_dtype)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
         print_json(outcome.as_json())
         return
-    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
+    headers = ["batch", "N'", "dtype", "state", "prefill tok/s", "decode tok/s", "predicted"]
     headers += ["times dense", "predicted", "peak memory"]
-    print_table(headers, [_cells(row, row.state_size == outcome.state_size) for row in outcome.rows], text_columns=0)
-    note(f"bandwidth {outcome.machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
-    for size in dict.fromkeys(row.state_size for row in outcome.rows):
-        if size != outcome.state_size:
-            print(f"N' = {size} {_verdict({row.batch: row.speedup for row in outcome.rows if row.state_size == size})}")
+    print_table(headers, [_cells(row, _is_dense(row, outcome)) for row in outcome.rows], text_columns=0)
+    note(f"bandwidth {outcome.machine.bandwidth / 1e9:.1f} GB/s, weights in float32")
+    others: dict[tuple[int, str], dict[int, Speedup]] = {}
+    for row in outcome.rows:
+        if not _is_dense(row, outcome):
+            others.setdefault((row.state_size, row.state_dtype), {})[row.batch] = row.speedup
+    for (size, dtype), speedups in others.items():
+        print(f"N' = {size}{'' if dtype == 'float32' else f' in {dtype}'} {_verdict(speedups)}")
+
+
+def _is_dense(row: BenchRow, outcome: BenchOutcome) -> bool:
+    return row.state_size == outcome.state_size and row.state_dtype == "float32"
 
 
 def _cells(row: BenchRow, is_dense: bool) -> list[str]:
@@ -60,6 +69,7 @@ def _cells(row: BenchRow, is_dense: bool) -> list[str]:
     return [
         str(row.batch),
         str(row.state_size),
+        row.state_dtype,
         bytes_text(row.state_bytes),
         f"{row.prefill_tokens_per_second:,.0f}",
         f"{row.decode_tokens_per_second:,.0f}",

@@ -61,6 +61,8 @@ def evaluate(
             "--limit", help="With --tasks: documents per task, at most. With --last-words: passages.", metavar="N"
         ),
     ] = None,
+    state_dtype: arguments.StateDtype = "float32",
+    state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     stream: Annotated[

@@ -35,6 +35,7 @@ def inspect(
     from ghostssm import advise, describe
     from ghostssm.errors import InputError
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.ops.state_format import BFLOAT16
     from ghostssm.pruning.feasibility import check_state_size
 
     batches = batch or []
@@ -67,7 +68,7 @@ def inspect(
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
-            "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
+            "state_bytes_bfloat16": found.state_bytes(size, BFLOAT16),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": {

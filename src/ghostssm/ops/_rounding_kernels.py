@@ -187,9 +187,9 @@ def stored_scan(  # type: ignore[no-untyped-def]
 ):
     """Token by token over a stored state, in place: a row is read, updated in float32, and rounded.
 
-    codes int8 (b, h, bytes), halves int16 and scales float32 are the same memory, or anything where the format has none;
-    a row has ``width`` codes, and a head's first scale is at ``first_scale``. x and y (b, l, h, p), dt (b, l, h), A and D (h,), B and C
-    (b, l, g, n).
+    codes int8 (b, h, bytes), halves int16 and scales float32 are the same memory, or anything where the format has
+    none; a row has ``width`` codes, and a head's first scale is at ``first_scale``. x and y (b, l, h, p), dt
+    (b, l, h), A and D (h,), B and C (b, l, g, n).
     """
     b, length, h, p = x.shape
     n = B.shape[3]

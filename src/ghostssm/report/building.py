@@ -71,7 +71,7 @@ def comparison_report(comparison: Comparison) -> Report:
     assert basis is not None
     described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
-    labels = {(row.method, row.state_size): f"{row.method}, N' = {row.state_size}" for row in others}
+    labels = {(row.label, row.state_size): f"{row.label}, N' = {row.state_size}" for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     figures = [size_figure(comparison.rows), window_figure(losses)] if others else []
@@ -88,7 +88,7 @@ def comparison_report(comparison: Comparison) -> Report:
     for size in sorted({row.state_size for row in others}, reverse=True):
         best = min((row for row in others if row.state_size == size), key=lambda row: row.excess)
         cards.append(
-            Card(f"Best at N' = {size}", best.method, f"excess loss {plus_minus(best.excess, best.standard_error)}")
+            Card(f"Best at N' = {size}", best.label, f"excess loss {plus_minus(best.excess, best.standard_error)}")
         )
     return Report(
         title=f"{Path(described.name).name}: methods compared",

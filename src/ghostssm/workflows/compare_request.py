@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.methods.selection import Groups
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.workflows.request import CalibratingRequest
@@ -25,6 +26,8 @@ class CompareRequest(CalibratingRequest):
         groups: how the groups of a layer share the state.
         batches: batch sizes at which to measure decoding; empty for none.
         report: also measure what a report shows.
+        state_dtypes: in which the state is kept, each for every method and size and for the dense model.
+        state_rounding: of all but float32.
     """
 
     model: str
@@ -34,6 +37,17 @@ class CompareRequest(CalibratingRequest):
     groups: Groups = "equal"
     batches: tuple[int, ...] = (1, 32)
     report: bool = False
+    state_dtypes: tuple[str, ...] = ("float32",)
+    state_rounding: str = "nearest"
+
+    @property
+    def storages(self) -> tuple[StateStorage, ...]:
+        """How states are kept, by dtype."""
+        return tuple(StateStorage.of(dtype, self.rounding_of(dtype), self.seed) for dtype in self.state_dtypes)
+
+    def rounding_of(self, state_dtype: str) -> str:
+        """A float32 state is not rounded."""
+        return "nearest" if state_dtype == FLOAT32.name else self.state_rounding
 
 
 def checked(request: CompareRequest) -> tuple[CompareRequest, Description]:
@@ -56,3 +70,5 @@ def check_cells(request: CompareRequest, family: str, limit: int) -> None:
         check_recipe(Recipe.parse(method), family)
     for size in request.state_sizes:
         check_state_size(size, limit)
+    StateStorage.of("bfloat16", request.state_rounding)
+    assert all(request.storages)

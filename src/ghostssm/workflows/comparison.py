@@ -19,6 +19,10 @@ Cell = tuple[str, int]
 DENSE = "dense"
 
 
+def labelled(method: str, state_dtype: str) -> str:
+    return method if state_dtype == "float32" else f"{method}, {state_dtype}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
@@ -28,9 +32,10 @@ class Row:
         state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
             larger where uneven groups or layers are padded.
         excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
+        state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
+        state_dtype: in which the state was kept, rounded after every token.
     """
 
     method: str
@@ -43,10 +48,16 @@ class Row:
     state_bytes: int
     tokens_per_second: dict[int, float]
     seconds: float
+    state_dtype: str = "float32"
 
     @property
     def is_dense(self) -> bool:
-        return self.method == DENSE
+        return self.label == DENSE
+
+    @property
+    def label(self) -> str:
+        """The method, and the state's dtype where it is not float32."""
+        return labelled(self.method, self.state_dtype)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,8 @@ class Basis:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
+    """Rows, the dense one first; the plans behind them by method and state size, and what was measured by a row's label
+    and state size."""
 
     rows: tuple[Row, ...]
     plans: dict[Cell, Plan]
@@ -79,14 +91,14 @@ class Comparison:
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
+    """Headers and lines, the most bytes per sequence and the smallest loss first.
 
     A stored state that is larger than the one asked for stands in brackets behind it.
     """
     batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
     return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
 
 
@@ -95,6 +107,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.method,
         f"{row.state_size}{padded}",
+        row.state_dtype,
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

@@ -34,14 +34,14 @@ _SPREAD = 0.03
 def size_figure(rows: Sequence[Row]) -> Figure:
     """Perplexity against N' by method, with bars of one standard error of the paired loss difference."""
     dense, *others = rows
-    methods = list(dict.fromkeys(row.method for row in others))
+    methods = list(dict.fromkeys(row.label for row in others))
     shown = []
     for row in others:
-        offset = _SPREAD * (methods.index(row.method) - (len(methods) - 1) / 2)
+        offset = _SPREAD * (methods.index(row.label) - (len(methods) - 1) / 2)
         error = 0.0 if math.isnan(row.standard_error) else row.standard_error
         shown.append(
             {
-                "method": row.method,
+                "method": row.label,
                 "size": row.state_size,
                 "place": row.state_size * 2**offset,
                 "perplexity": row.perplexity,
@@ -59,7 +59,7 @@ def size_figure(rows: Sequence[Row]) -> Figure:
         f"Lower is better; the dashed line is the dense model (N = {dense.state_size}, {dense.perplexity:.3f}). Bars "
         "are one standard error of the paired difference to it. Methods are drawn slightly apart.",
         f"Line chart of perplexity against state size for {len(methods)} methods, both axes logarithmic. The dense "
-        f"model has {dense.perplexity:.3f}; the lowest of the others is {best.perplexity:.3f}, {best.method} at "
+        f"model has {dense.perplexity:.3f}; the lowest of the others is {best.perplexity:.3f}, {best.label} at "
         f"{best.state_size}.",
         _size_chart(methods, sorted({row.state_size for row in others})),
         {"rows": shown, "dense": [{"perplexity": dense.perplexity}]},
