@@ -42,7 +42,7 @@ def test_the_loss_of_a_rounded_state_is_that_of_decoding(rounding: str) -> None:
                 F.cross_entropy(output.logits[:, -1].double(), windows.ids[:, position + 1], reduction="none") / 39
             )
     restore(model)
-    assert (found.losses - evaluate(model, windows).losses).abs().min() > 1e-4
+    assert (found.losses - evaluate(model, windows).losses).abs().max() > 1e-4
     torch.testing.assert_close(found.losses, losses, rtol=0, atol=2e-5)
     by_block = evaluate(blocks_of(model), windows, storage=storage)
     torch.testing.assert_close(by_block.losses, found.losses, rtol=0, atol=2e-5)

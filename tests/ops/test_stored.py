@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ghostssm.errors import InputError
 from ghostssm.ops import compiled
 from ghostssm.ops.state_format import (
     FORMATS,
+    FP8,
     INT4,
     INT8,
     StateFormat,
@@ -89,3 +91,48 @@ def test_compiled_loops_are_the_reference(form: StateFormat, rounding: str, grou
     assert ((got - expected).abs() > 0.01 * step + 1e-5 * expected.abs()).float().mean() < 0.01
     scale = C.norm() * step.max() + y.abs().max()
     assert (found - y).abs().max() < 0.01 * scale
+
+
+@needs_numba
+@roundings
+@formats
+def test_the_number_of_threads_makes_no_difference(form: StateFormat, rounding: str) -> None:
+    storage, after = StateStorage.of(form, rounding, seed=1), []
+    state, x, dt = torch.randn(2, 4, 40, 9), torch.randn(2, 5, 4, 40), torch.rand(2, 5, 4)
+    A, B, C, D = -torch.rand(4), torch.randn(2, 5, 2, 9), torch.randn(2, 5, 2, 9), torch.randn(4)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        after.append(quantise(state, storage))
+        stored_scan_(after[-1], storage, x, dt, A, B, C, D)
+    torch.set_num_threads(1)
+    assert torch.equal(*after)
+
+
+@needs_numba
+def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
+    """What a step writes into a state of zeros, with a largest number that makes the scale 1."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative
+    between = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat([torch.nextafter(between, torch.tensor(way)) for way in (0.0, 500.0)])
+    values = torch.cat([codes, between, near, -codes, -between, -near, torch.randn(100)])
+    n, storage = len(values), StateStorage(FP8)
+    stored = quantise(torch.zeros(1, 1, 1, n), storage)
+    one = torch.ones(1, 1, 1)
+    stored_scan_(
+        stored, storage, one[..., None], one, -one[0, 0], values.view(1, 1, 1, n), values.view(1, 1, 1, n), one[0, 0]
+    )
+    assert torch.equal(stored[0, 0, :n].view(torch.float8_e4m3fn).float(), values.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_bytes_and_zeros(form: StateFormat) -> None:
+    stored = quantise(torch.randn(3, 2, 16, 32), StateStorage(form))
+    assert stored.nbytes == 3 * form.state_bytes(2 * 16, 32)
+    assert dequantise(stored.zero_(), form, 16, 32).abs().max() == 0
+    assert (StateFormat.of(form.name), StateFormat.of(form)) == (form, form)
+    assert form.dtype is None or StateFormat.of(form.dtype) is form
+
+
+def test_what_there_is_not() -> None:
+    with pytest.raises(InputError, match="not rounded"):
+        StateStorage.of("float32", "stochastic")

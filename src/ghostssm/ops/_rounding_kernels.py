@@ -100,6 +100,9 @@ def _read(kind, codes, halves, scale, values):  # type: ignore[no-untyped-def]
             code = np.int32(codes[k])
             size = np.float32(_widened(np.int32(code & np.int32(0x7F)), 3, 7) * scale)
             values[k] = -size if code < np.int32(0) else size
+    elif kind == _INT8:
+        for k in range(n):
+            values[k] = np.float32(codes[k]) * scale
     else:
         lower, upper = values[: codes.shape[0]], values[codes.shape[0] :]
         for k in range(lower.shape[0]):
@@ -138,6 +141,21 @@ def _write(kind, codes, halves, inverse, values, key, stochastic):  # type: igno
             codes[k] = np.int8((low & 15) | (high << 4))
         if 2 * half > n:
             codes[half - 1] = np.int8(_rounded(lower[half - 1], inverse, np.float32(7), key, half - 1, stochastic) & 15)
+
+
+@numba.njit
+def _scale(peak, largest):  # type: ignore[no-untyped-def]
+    """What a row is multiplied with before it is rounded, and afterwards."""
+    if peak < _LEAST_PEAK:
+        return np.float32(0), np.float32(0)
+    return np.float32(largest / peak), np.float32(peak * np.float32(np.float32(1) / largest))
+
+
+@numba.njit
+def _write_int8(codes, inverse, values):  # type: ignore[no-untyped-def]
+    """`_write` to the nearest int8: small enough for the compiler to put it into the loop."""
+    for k in range(values.shape[0]):
+        codes[k] = np.int8(_nearest_integer(np.float32(values[k] * inverse)))
 
 
 @numba.njit(fastmath=True)
@@ -198,29 +216,32 @@ def stored_scan(  # type: ignore[no-untyped-def]
     for index in numba.prange(b * h * blocks):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
-        own, own_halves, own_scales = codes[i, head], halves[i, head], scales[i, head, first_scale:]
+        own, own_scales = codes[i, head], scales[i, head, first_scale:]
         values = np.empty(n, np.float32)
+        first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
         own_key = _next(np.uint32(key), first_sequence + i)
         for t in range(length):
+            inputs, outputs = x[i, t, head], y[i, t, head]
             write, read = B[i, t, group], C[i, t, group]
             step = dt[i, t, head]
             decay = np.exp(step * A[head])
+            if kind == _INT8 and not stochastic:
+                for j in range(first, last):
+                    row = own[j * width : (j + 1) * width]
+                    added = step * inputs[j]
+                    total, peak = _update_int8(row, values, own_scales[j] * decay, added, write, read)
+                    outputs[j] = total + D[head] * inputs[j]
+                    inverse, own_scales[j] = _scale(peak, np.float32(127))
+                    _write_int8(row, inverse, values)
+                continue
             token_key = _next(own_key, first_token + t)
-            for j in range(block * _ROWS, min(p, (block + 1) * _ROWS)):
-                row, half_row = own[j * width : (j + 1) * width], own_halves[j * n : (j + 1) * n]
-                value = x[i, t, head, j]
-                added = step * value
+            for j in range(first, last):
+                row, half_row = own[j * width : (j + 1) * width], halves[i, head, j * n : (j + 1) * n]
                 scale = own_scales[j] if largest > 0 else np.float32(1)
-                if kind == _INT8:
-                    total, peak = _update_int8(row, values, scale * decay, added, write, read)
-                else:
-                    _read(kind, row, half_row, scale, values)
-                    total, peak = _update(values, decay, added, write, read)
-                y[i, t, head, j] = total + D[head] * value
+                _read(kind, row, half_row, scale, values)
+                total, peak = _update(values, decay, step * inputs[j], write, read)
+                outputs[j] = total + D[head] * inputs[j]
                 inverse = np.float32(0)
                 if largest > 0:
-                    peak = peak if peak >= _LEAST_PEAK else np.float32(0)
-                    own_scales[j] = peak * np.float32(np.float32(1) / largest)
-                    inverse = largest / peak if peak > 0 else np.float32(0)
-                row_key = _next(token_key, head * p + j) if stochastic else token_key
-                _write(kind, row, half_row, inverse, values, row_key, stochastic)
+                    inverse, own_scales[j] = _scale(peak, largest)
+                _write(kind, row, half_row, inverse, values, _next(token_key, head * p + j), stochastic)

@@ -158,6 +158,7 @@ def quantise(state: Tensor, storage: StateStorage) -> Tensor:
     if not storage.rounds:
         return state.contiguous()
     if form.largest is None:
+        assert form.dtype is not None
         bound = torch.finfo(form.dtype).max
         return _to_minifloat(state.clamp(-bound, bound), storage).contiguous()
     peak = state.abs().amax(-1, keepdim=True)
@@ -192,7 +193,8 @@ def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
     else:
         halves = torch.cat([codes << 4, codes & 0xF0], dim=-1)[..., :n]
         numbers = halves.contiguous().view(torch.int8).float() / 16
-    return numbers * scales[..., None]
+    restored: Tensor = numbers * scales[..., None]
+    return restored
 
 
 def _to_minifloat(values: Tensor, storage: StateStorage) -> Tensor:
