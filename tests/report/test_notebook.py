@@ -40,6 +40,10 @@ def test_a_notebook_shows_tables_and_figures(pages: dict[str, Path]) -> None:
     assert "0.1000 ± 0.0100" in shown[1]
     for html in shown:
         assert len(re.findall("<path", html)) > 2, "the figure is drawn"
+        inks = re.findall('<text [^>]*fill="(.*?)"', html)
+        assert inks
+        assert set(inks) == {"currentColor"}, "light on dark and dark on light, as the text around it"
+        assert not re.search('class="background"[^>]*fill="(?!transparent)', html)
 
 
 @pytest.mark.usefixtures("without_library")

@@ -11,6 +11,7 @@ from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_conf
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
+from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, footprint
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
@@ -82,6 +83,16 @@ class Description:
             return 0
         channels = self.layout.conv_dim - self.layout.with_state_size(state_size).conv_dim
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
+
+    def footprint(
+        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, *, state_number_bytes: float = 4
+    ) -> Footprint:
+        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
+        layout, sizes = self.layout, self.state_sizes
+        if state_size is not None:
+            layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
+        parameters = self.parameters - self.removed_parameters(state_size)
+        return footprint(layout, sizes, parameters, self.config, context, state_number_bytes=state_number_bytes)
 
 
 def describe(spec: str) -> Description:

@@ -24,23 +24,34 @@ def inspect(
         list[int] | None,
         typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
     ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences a GPU with 80GiB, say, holds."),
+    ] = None,
+    context: Annotated[
+        int,
+        typer.Option("--context", metavar="TOKENS", min=0, help="With --memory: tokens whose keys and values count."),
+    ] = 8192,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
     """
     from ghostssm import advise, describe
+    from ghostssm.engines.capacity import capacity_cells
     from ghostssm.errors import InputError
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
     from ghostssm.ops.state_format import BFLOAT16
     from ghostssm.pruning.feasibility import check_state_size
+    from ghostssm.units import memory_bytes
 
     batches = batch or []
     if any(count < 1 for count in batches):
         raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
+    memories = [memory_bytes(size) for size in memory or []]
     found = describe(model)
     layout = found.layout
     if state_size and not found.is_stock:
@@ -74,6 +85,7 @@ def inspect(
             "predicted_tokens_per_second": {
                 count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
             },
+            "sequences": {each: found.footprint(size, context).sequences(each) for each in memories},
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
@@ -116,6 +128,10 @@ def inspect(
         ],
     )
     print()
+    if memories:
+        footprints = (found.footprint(size, context) for size in sizes)
+        print_table(*capacity_cells(dict(zip(labels, footprints, strict=True)), memories))
+        print()
     _print_advice(labels, advice)
 
 

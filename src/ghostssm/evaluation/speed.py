@@ -45,6 +45,15 @@ class Timings:
         """Decode steps of all rounds."""
         return list(chain.from_iterable(self.rounds))
 
+    def tokens_per_second(self, batch: int) -> float:
+        """Decode speed of all sequences of such a batch together: the median."""
+        return batch / statistics.median(self.steps)
+
+    def speed_range(self, batch: int) -> tuple[float, float]:
+        """The same of the slowest and of the fastest round."""
+        speeds = [batch / statistics.median(steps) for steps in self.rounds]
+        return min(speeds), max(speeds)
+
 
 @dataclass(frozen=True)
 class Speedup:
@@ -68,18 +77,6 @@ class Speedup:
     def decided(self) -> bool:
         """Whether all rounds agree which plan is the faster."""
         return not self.low <= 1 <= self.high
-
-
-def decode_speeds(
-    model: PreTrainedModel,
-    plans: Mapping[Key, Plan],
-    batches: Sequence[int],
-    progress: Progress = silent,
-    storages: Mapping[Key, StateStorage] = {},
-) -> dict[Key, dict[int, float]]:
-    """Greedy decode speed of the accelerated model under each plan: batch size to tokens per second over the batch."""
-    timings = measure(model, plans, batches, prompt=8, progress=progress, storages=storages)
-    return {key: {batch: batch / statistics.median(timings[key, batch].steps) for batch in batches} for key in plans}
 
 
 def measure(

@@ -117,8 +117,11 @@ def _write(kind, codes, halves, inverse, values, key, stochastic):  # type: igno
     n = values.shape[0]
     if kind == _BFLOAT16:
         for k in range(n):
-            code, sign = _narrowed(values[k], 7, 127, key, k, stochastic)
-            halves[k] = np.int16(code | (sign << 15))
+            # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
+            bits = np.float32(values[k]).view(np.int32)
+            odd = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
+            added = np.int32(_word(key, k) >> np.uint32(16)) if stochastic else np.int32(np.int32(0x7FFF) + odd)
+            halves[k] = np.int16(np.int32(bits + added) >> np.int32(16))
     elif kind == _FLOAT16:
         for k in range(n):
             code, sign = _narrowed(values[k], 10, 15, key, k, stochastic)

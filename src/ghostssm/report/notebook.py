@@ -50,7 +50,4 @@ def _figure_html(shown: Plan | Comparison) -> str:
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
     figure = saliency_figure({shown.method: shown}) if isinstance(shown, Plan) else size_figure(shown.rows)
-    return (
-        f'<figure><div role="img" aria-label="{escape(figure.description)}">{figure.svg()}</div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
+    return figure._repr_html_()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
-from ghostssm.evaluation.speed import decode_speeds, first_channels
+from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.ops.state_format import FLOAT32, StateStorage
@@ -27,7 +27,7 @@ from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare_request import CompareRequest, checked
 from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.observing import observe
+from ghostssm.workflows.observing import observe, sample
 from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
 
 Measured = TypeVar("Measured")
@@ -88,7 +88,16 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
     basis = Basis(request, described, windows, held_out)
     if request.report:
         observations = observe(checkpoint.model, windows, progress)
-        basis = replace(basis, observations=observations, machine=measure_machine(request.batches, request.device))
+        smallest = comparison.best(min(request.state_sizes))
+        plans = {
+            f"{row.method}, N' = {row.state_size}": comparison.plans[row.method, row.state_size] for row in smallest
+        }
+        basis = replace(
+            basis,
+            observations=observations,
+            machine=measure_machine(request.batches, request.device),
+            samples=sample(checkpoint, plans, held_out),
+        )
     return replace(comparison, basis=basis)
 
 
@@ -124,18 +133,21 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     timed = {layout.state_size: whole} | {
         key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
     }
-    speeds = decode_speeds(
+    timings = measure(
         model,
         {(key, dtype): plan for key, plan in timed.items() for dtype in kept},
         request.batches,
-        progress,
-        {(key, dtype): storage for key in timed for dtype, storage in kept.items()},
+        prompt=8,
+        progress=progress,
+        storages={(key, dtype): storage for key in timed for dtype, storage in kept.items()},
     )
     rows_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
     def row(cell: Cell, outcome: Outcome[dict[str, Evaluation]], dtype: str) -> Row:
         evaluation, form, size = outcome.measured[dtype], kept[dtype].format, outcome.plan.mean_state_size
         excess = evaluation.excess_over(dense)
+        shaped = shape.get(cell, layout.state_size)
+        decoded = {batch: timings[(shaped, dtype), batch] for batch in request.batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
@@ -145,8 +157,9 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
             excess=excess.mean,
             standard_error=excess.standard_error,
             state_bytes=round(rows_per_channel * (size * form.bits / 8 + form.scale_bytes)),
-            tokens_per_second=speeds[shape.get(cell, layout.state_size), dtype],
+            tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
             seconds=outcome.seconds,
+            speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
             state_dtype=dtype,
         )
 

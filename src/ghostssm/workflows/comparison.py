@@ -12,7 +12,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
 from ghostssm.workflows.compare_request import CompareRequest
-from ghostssm.workflows.record import Observations
+from ghostssm.workflows.record import Observations, Samples
 
 Cell = tuple[str, int]
 """A method's name and a state size."""
@@ -35,6 +35,7 @@ class Row:
         state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
+        speed_range: batch size to the speeds of the slowest and the fastest round.
         state_dtype: in which the state was kept, rounded after every token.
     """
 
@@ -48,6 +49,7 @@ class Row:
     state_bytes: int
     tokens_per_second: dict[int, float]
     seconds: float
+    speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
     state_dtype: str = "float32"
 
     @property
@@ -67,8 +69,8 @@ class Basis:
     Attributes:
         request: with its methods named. description: of the dense model.
         calibration: what the methods saw. evaluation: what the losses were measured on.
-        observations, machine: what the dense model does with its state, and what the machine does at the batch sizes
-            of the comparison; where a report was asked for.
+        observations, machine, samples: what the dense model does with its state, what the machine does at the batch
+            sizes of the comparison, and how the best models go on; where a report was asked for.
     """
 
     request: CompareRequest
@@ -77,6 +79,7 @@ class Basis:
     evaluation: Windows
     observations: Observations | None = None
     machine: Machine | None = None
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,13 @@ class Comparison:
     plans: dict[Cell, Plan]
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
     basis: Basis | None = field(default=None, repr=False)
+
+    def best(self, size: int) -> list[Row]:
+        """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
+        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
+        ranked = sorted(rows, key=lambda row: row.excess)
+        stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
+        return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

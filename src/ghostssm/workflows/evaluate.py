@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.loading import Checkpoint, check_device, load, model_config
@@ -194,12 +193,12 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
         return LastWords(request.last_words, found)
     if request.copying:
         checkpoint = _loaded(request, request.model)
-        windows = _windows(request, checkpoint.require_tokenizer())
+        windows = request.windows_of(request.text, checkpoint.require_tokenizer())
         with_sight = copying.copying(checkpoint.model, windows, progress=progress)
         return Copied(windows, with_sight, copying.copying_in_reach(checkpoint.model, windows, progress=progress))
     if request.against is None:
         opened = _opened(request, request.model)
-        windows = _windows(request, opened.require_tokenizer())
+        windows = request.windows_of(request.text, opened.require_tokenizer())
         return TextLoss(windows, _evaluation(request, opened, windows, progress, request.storage))
     windows = _shared_windows(request, request.model, request.against)
     evaluations = []
@@ -238,10 +237,6 @@ def _opened(request: EvaluateRequest, model: str) -> Checkpoint | StreamedCheckp
     return stream(model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
 
 
-def _windows(request: EvaluateRequest, vocabulary: PreTrainedTokenizerBase) -> Windows:
-    return request.windows_of(request.text, vocabulary)
-
-
 def _evaluation(
     request: EvaluateRequest,
     opened: Checkpoint | StreamedCheckpoint,
@@ -264,7 +259,8 @@ def _shared_windows(request: EvaluateRequest, model: str, base: str) -> Windows:
         source = find_source(spec, weights=False)
         config = model_config(source)
         sizes.append(config.vocab_size)
-        cut.append(_windows(request, required(load_tokenizer(source, config, request.tokenizer), source)))
+        vocabulary = required(load_tokenizer(source, config, request.tokenizer), source)
+        cut.append(request.windows_of(request.text, vocabulary))
     if sizes[0] != sizes[1]:
         raise InputError(
             f"{model} has a vocabulary of {sizes[0]} tokens, {base} one of {sizes[1]}; expected the model that "

@@ -25,7 +25,7 @@ from ghostssm.streaming.run import prune_streamed
 from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.observing import decode_speeds, observe
+from ghostssm.workflows.observing import decode_speeds, observe, sample
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
 from ghostssm.workflows.record import Record, WindowLosses
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
@@ -69,7 +69,7 @@ def _in_memory(
     job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
     plan = _plan(job, checkpoint, windows, progress)
-    record = _observed(job, checkpoint, windows, plan, progress) if asked.report else Record()
+    record = _observed(job, checkpoint, windows, held_out, plan, progress) if asked.report else Record()
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
     measured = None
     if held_out is not None and dense is not None:
@@ -107,11 +107,15 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
     )
 
 
-def _observed(job: PruneJob, checkpoint: Checkpoint, windows: Windows, plan: Plan, progress: Progress) -> Record:
+def _observed(
+    job: PruneJob, checkpoint: Checkpoint, windows: Windows, held_out: Windows | None, plan: Plan, progress: Progress
+) -> Record:
     """What a report shows besides the plan, of the model before the plan is applied to it."""
     observations = observe(checkpoint.model, windows, progress)
     batches = job.request.batches or DEFAULT_BATCHES
-    return Record(observations, decode=decode_speeds(checkpoint.model, job.description, plan, batches, progress))
+    speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
+    samples = None if held_out is None else sample(checkpoint, {"pruned": plan}, held_out)
+    return Record(observations, decode=speeds, samples=samples)
 
 
 def _keep(record: Record, folder: Path) -> None:
