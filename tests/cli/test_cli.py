@@ -233,7 +233,7 @@ def test_a_narrow_state_is_measured_timed_and_generated_from(run: Run, small: Pa
         (["--state-dtype", "int3"], "expected one of"),
         (["--state-rounding", "up"], "expected nearest"),
     ):
-        for verb in (["evaluate", "--text", text_file], ["generate", "--prompt", "a"], ["bench"]):
+        for verb in (["evaluate", "--text", text_file], ["generate", "--prompt", "a"], ["bench", "--state-size", 8]):
             code, _, err = run(verb[0], small, *verb[1:], *wrong)
             assert code == 2
             assert said in err

@@ -49,8 +49,7 @@ def compare(
     """Prune by several methods to several sizes and print one table; only a report is written, on demand.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-size 64 --calibration a.txt --text b.txt
-    ghostssm compare MODEL --state-size 64 32 --methods ghost balanced --state-dtype float32 int8
+    ghostssm compare MODEL --state-size 64 32 --state-dtype float32 int8 --calibration a.txt --text b.txt
     """
     given = locals()
     import ghostssm
