@@ -18,6 +18,7 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
@@ -98,13 +99,18 @@ class Description:
 def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
-    config = model_config(source)
-    model = empty_model(config)
+    model = empty_model(model_config(source))
     if _settled_by_files(source, model):
         model = empty_model(model.config)
-    family, mixers = family_of(config), mixers_of(model)
+    return described(model, spec, source)
+
+
+def described(model: PreTrainedModel, name: str, source: Source) -> Description:
+    """Describe a model in memory, with its weights or without."""
+    config, mixers = model.config, mixers_of(model)
+    family = family_of(config)
     return Description(
-        name=spec,
+        name=name,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),

@@ -85,9 +85,13 @@ class LeftOut:
 def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
     """What a source holds and a folder that was written from it does not; both are compared as files.
 
+    A model that came without files has nothing that is not in memory.
+
     Args:
         model: as it was written.
     """
+    if not source.has_files:
+        return LeftOut()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dialect = dialect_named(dialect_of(config, folder))
     counts = family_of(model.config).unread_layers_keys[:1]
@@ -118,7 +122,11 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    return (
+        ()
+        if not source.has_files
+        else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    )
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:

@@ -25,8 +25,9 @@ from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
-from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.families import check_model, family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
+from ghostssm.values import short
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -36,16 +37,41 @@ _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Checkpoint:
-    """A loaded model with the tokenizer and the files that it came from.
+    """A model in memory with its tokenizer, and the files that it came from.
 
-    The tokenizer is None where the folder has none; `require_tokenizer` then says what to do.
+    Attributes:
+        model: of transformers.
+        tokenizer: None where there is none; `require_tokenizer` then says what to do.
+        source: where its files are; of a model that came without, `Source.in_memory`.
+
+    Raises:
+        InputError: something else in place of model or tokenizer.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: Source
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, source: Source | None = None
+    ):
+        check_model(model)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise InputError(
+                f"Found {short(tokenizer)} in place of a tokenizer; expected one of transformers: "
+                "ghostssm.Checkpoint(model, AutoTokenizer.from_pretrained(...))."
+            )
+        for name, value in (("model", model), ("tokenizer", tokenizer)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "source", source or Source.in_memory(model.config))
+
+    def __repr__(self) -> str:
+        model, tokenizer = self.model, "a" if self.tokenizer is not None else "no"
+        dtype = str(model.dtype).removeprefix("torch.")
+        size = f"{model.num_parameters():,} parameters, {dtype} on {model.device}"
+        return f"<Checkpoint {self.source.name!r}: {model.config.model_type}, {size}, with {tokenizer} tokenizer>"
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         return required(self.tokenizer, self.source)

@@ -26,6 +26,7 @@ from ghostssm.files.reading import confined, read_json_object
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
+from ghostssm.values import Value
 
 MANIFEST_FILE = "ghostssm.json"
 PAGE_FILE = "report.html"
@@ -156,8 +157,8 @@ class FileRecord:
         return cls(_typed(values.get("sha256"), str) or _NO_HASH, _typed(values.get("bytes"), int) or 0)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Value):
     """What ghostssm.json says; what it does not say, or not as this version knows it, is None or empty.
 
     Attributes:

@@ -12,12 +12,16 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ghostssm.checkpoint.dialects import dialect_of
 from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.values import Value
 
 REFERENCE = "reference"
+_NOWHERE = Path(os.devnull)
 _HUB_CACHE_ENTRY = "models--"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,13 +33,13 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 _MOST_SMALL_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, repr=False)
+class Source(Value):
     """A model's files, found but not yet read.
 
     Attributes:
         name: what the user called it.
-        folder: where its files are.
+        folder: where its files are; of a model in memory a place where there are none.
         config: the parsed config.json.
         dialect: the name of its config.json's.
         hub_id: its name on the hub, if it came from there.
@@ -49,10 +53,24 @@ class Source:
     hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def in_memory(cls, config: PreTrainedConfig) -> Source:
+        """Of a model that is at hand without its files: all that is known of these is a name, if the config has one.
+
+        What lies at that name now need not be what the model was made from.
+        """
+        name = getattr(config, "name_or_path", None) or config.model_type
+        hub_id = name if is_hub_id(name) and not Path(name).exists() else None
+        return cls(hub_id or Path(name).name, _NOWHERE, config.to_diff_dict(), "transformers", hub_id)
+
+    @property
+    def has_files(self) -> bool:
+        return self.folder != _NOWHERE
+
     @property
     def published_name(self) -> str:
         """What others may know it by: its id on the hub or its folder's name, never where it lies on this machine."""
-        if self.name == REFERENCE or self.hub_id:
+        if self.name == REFERENCE or self.hub_id or not self.has_files:
             return self.hub_id or self.name
         folder = Path(os.path.abspath(self.folder))
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith(_HUB_CACHE_ENTRY):

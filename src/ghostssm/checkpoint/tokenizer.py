@@ -48,6 +48,11 @@ _SAMPLE = (
 
 def required(tokenizer: PreTrainedTokenizerBase | None, source: Source) -> PreTrainedTokenizerBase:
     """A tokenizer that must be there; raises ModelError if it is not."""
+    if tokenizer is None and not source.has_files:
+        raise ModelError(
+            "The model came without a tokenizer, which text needs; give one along: "
+            "ghostssm.Checkpoint(model, AutoTokenizer.from_pretrained(...)), or tokenizer=... where that is taken."
+        )
     if tokenizer is None:
         raise ModelError(
             f"{source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "

@@ -47,7 +47,7 @@ def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredT
     fit no engine, so none of the layers is carried over then.
     """
     patterns = left_in_files(model)
-    if not dialect_named(source.dialect).keeps_unread or not patterns:
+    if not source.has_files or not dialect_named(source.dialect).keeps_unread or not patterns:
         return {}
     stored = stored_tensors(source.folder)
     unread = unread_names(model, {name: name for name in stored})

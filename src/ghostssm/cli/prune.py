@@ -195,8 +195,9 @@ def prune(
     request = requested(PruneRequest, given, recipe=recipe, engines=engine, batches=batch, report=with_report)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
+    assert outcome.written is not None
     page = _page(outcome.written) if with_report else None
-    _print(outcome, page, time.perf_counter() - begun, as_json)
+    _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
 
 
 def _page(folder: Path) -> Path:
@@ -226,7 +227,7 @@ def _recipe(method: str | None, repair: bool | None, refit: int | None, per_laye
     return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
 
 
-def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bool) -> None:
+def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
     """Tell where the result is and what it is."""
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
@@ -235,14 +236,14 @@ def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bo
 
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
-    found = ghostssm.describe(str(outcome.written))
-    missing = Manifest.read(outcome.written).left_out or LeftOut()
+    found = ghostssm.describe(str(written))
+    missing = Manifest.read(written).left_out or LeftOut()
     before = found.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:
         print_json(
             {
-                "output": str(outcome.written),
+                "output": str(written),
                 "method": plan.method,
                 "state_size": {"before": plan.state_size, "after": after},
                 "state_bytes": {"before": before, "after": found.state_bytes()},
@@ -258,7 +259,7 @@ def _print(outcome: PruneOutcome, page: Path | None, seconds: float, as_json: bo
     for text in missing.notes:
         note(f"note: {text}")
     facts = [
-        ("written", str(outcome.written)),
+        ("written", str(written)),
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
         ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
     ]

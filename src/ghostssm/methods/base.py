@@ -15,6 +15,7 @@ from ghostssm.errors import InputError
 from ghostssm.methods.selection import Cut
 from ghostssm.models.layout import SSDLayout
 from ghostssm.plan.decision import Decision
+from ghostssm.values import Value
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ class EvidenceSource(Protocol):
     def changes(self, decisions: Sequence[Decision]) -> list[float]: ...
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Value):
     """What a method may look at to decide on one mixer. An answer is worked out when it is first asked for.
 
     Attributes:
@@ -106,8 +107,8 @@ def _present(value: T | None, what: str) -> T:
     return value
 
 
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, repr=False)
+class Method(Value):
     """A named way to decide what stays of a mixer's state.
 
     Attributes:

@@ -14,13 +14,14 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
+from ghostssm.values import Value
 
 _REPLACEABLE = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj")
 """Parts of a view that every family's mixer module has under the same name."""
 
 
-@dataclass(frozen=True)
-class Projection:
+@dataclass(frozen=True, repr=False, eq=False)
+class Projection(Value):
     """Maps from the n state channels that B and C have to the r that the recurrence runs on.
 
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.

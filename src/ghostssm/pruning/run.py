@@ -30,9 +30,9 @@ from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable
-from ghostssm.progress import Progress, silent
+from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size
+from ghostssm.pruning.feasibility import check_original, check_state_size
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery.base import MixerStep, ModelStep
@@ -98,7 +98,7 @@ class Calibration:
         state_size: int,
         groups: Groups = "equal",
         seed: int = DEFAULT_SEED,
-        progress: Progress = silent,
+        progress: Progress | None = on_screen,
         multiple: int = DEFAULT_MULTIPLE,
         journal: Journal | None = None,
     ) -> Plan:
@@ -109,6 +109,7 @@ class Calibration:
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
+            progress: told how far the work is; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
 
@@ -117,40 +118,40 @@ class Calibration:
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        check_recipe(recipe, self.model.config.model_type)
         layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
-        run = _Run(self, recipe, groups, seed, progress, journal or Journal())
-        sizes = [state_size] * len(mixers_of(self.model))
-        if recipe.per_layer and recipe.registered.scope == "layer":
-            sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
-        decisions, scores = run.decide(sizes)
-        windows = self.windows
-        plan = Plan(
-            method=str(recipe),
-            model_type=self.model.config.model_type,
-            n_groups=layout.n_groups,
-            state_size=layout.state_size,
-            decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
-            changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
-            scores={name: score.double().cpu() for name, score in scores.items()},
-            per_layer=recipe.per_layer,
-            provenance=Provenance(
-                requested_state_size=state_size,
-                groups=groups,
-                seed=seed,
-                multiple=multiple,
-                calibration=CalibrationText(
-                    text=text_name(windows.text_name),
-                    text_sha256=windows.text_fingerprint,
-                    tokens_sha256=windows.fingerprint,
-                    windows=len(windows),
-                    window_length=windows.length,
-                    seed=windows.seed,
+        with listening(progress) as tell:
+            run = _Run(self, recipe, groups, seed, tell, journal or Journal())
+            sizes = [state_size] * len(mixers_of(self.model))
+            if recipe.per_layer and recipe.registered.scope == "layer":
+                sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
+            decisions, scores = run.decide(sizes)
+            windows = self.windows
+            plan = Plan(
+                method=str(recipe),
+                model_type=self.model.config.model_type,
+                n_groups=layout.n_groups,
+                state_size=layout.state_size,
+                decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
+                changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
+                scores={name: score.double().cpu() for name, score in scores.items()},
+                per_layer=recipe.per_layer,
+                provenance=Provenance(
+                    requested_state_size=state_size,
+                    groups=groups,
+                    seed=seed,
+                    multiple=multiple,
+                    calibration=CalibrationText(
+                        text=text_name(windows.text_name),
+                        text_sha256=windows.text_fingerprint,
+                        tokens_sha256=windows.fingerprint,
+                        windows=len(windows),
+                        window_length=windows.length,
+                        seed=windows.seed,
+                    ),
                 ),
-            ),
-        )
-        return run.recovered(plan)
+            )
+            return run.recovered(plan)
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
@@ -79,12 +80,21 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
     checkpoint = load(request.model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     windows, held_out = request.calibration_windows(vocabulary), request.windows_of(request.text, vocabulary)
+    return compare_at_hand(Inputs(checkpoint, windows, held_out), request, described, progress, notify)
+
+
+def compare_at_hand(
+    inputs: Inputs[Checkpoint], request: CompareRequest, described: Description, progress: Progress, notify: Notify
+) -> Comparison:
+    """Carry a checked request out, and keep with the comparison what it was made from; otherwise as `compare_on`."""
+    checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
+    assert held_out is not None
     tell(notify, same_text_remark(windows, held_out))
     notify(
-        f"windows of {request.window_length} tokens: calibrating on {len(windows)} of {windows.text_name}, measuring "
+        f"windows of {windows.length} tokens: calibrating on {len(windows)} of {windows.text_name}, measuring "
         f"on {len(held_out)} of {held_out.text_name}"
     )
-    comparison = compare_on(Inputs(checkpoint, windows, held_out), request, progress)
+    comparison = compare_on(inputs, request, progress)
     basis = Basis(request, described, windows, held_out)
     if request.report:
         observations = observe(checkpoint.model, windows, progress)
@@ -95,7 +105,7 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
         basis = replace(
             basis,
             observations=observations,
-            machine=measure_machine(request.batches, request.device),
+            machine=measure_machine(request.batches, str(checkpoint.model.device)),
             samples=sample(checkpoint, plans, held_out),
         )
     return replace(comparison, basis=basis)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.roofline import Machine
 from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
+from ghostssm.values import Value
 from ghostssm.workflows.compare_request import CompareRequest
 from ghostssm.workflows.record import Observations, Samples
 
@@ -23,8 +26,8 @@ def labelled(method: str, state_dtype: str) -> str:
     return method if state_dtype == "float32" else f"{method}, {state_dtype}"
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, repr=False)
+class Row(Value):
     """One line of the table.
 
     Attributes:
@@ -62,8 +65,8 @@ class Row:
         return labelled(self.method, self.state_dtype)
 
 
-@dataclass(frozen=True)
-class Basis:
+@dataclass(frozen=True, repr=False, eq=False)
+class Basis(Value):
     """What a comparison was made from.
 
     Attributes:
@@ -82,15 +85,23 @@ class Basis:
     samples: Samples | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison(Value):
     """Rows, the dense one first; the plans behind them by method and state size, and what was measured by a row's label
-    and state size."""
+    and state size.
+
+    A notebook shows it as a table with a figure; `ghostssm.plot` draws it, `ghostssm.write_report` makes a page of it.
+    """
 
     rows: tuple[Row, ...]
     plans: dict[Cell, Plan]
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
     basis: Basis | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(row.method for row in self.rows))
+        sizes = ", ".join(map(str, dict.fromkeys(row.state_size for row in self.rows)))
+        return f"<Comparison: {methods[:120]} at state sizes {sizes[:80]}>"
 
     def best(self, size: int) -> list[Row]:
         """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
@@ -98,6 +109,29 @@ class Comparison:
         ranked = sorted(rows, key=lambda row: row.excess)
         stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, as ``request``, and the table, as ``rows``; JSON values, but for numbers that are NaN."""
+        return {
+            "request": None if self.basis is None else self.basis.request.as_json(),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame; decode speeds in a column per batch size, ``tokens_per_second_32``.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise InputError("A DataFrame needs pandas, which is not installed: pip install pandas.") from None
+        speeds = [
+            {f"tokens_per_second_{batch}": speed for batch, speed in row.tokens_per_second.items()} for row in self.rows
+        ]
+        rows = [asdict(row) | speed for row, speed in zip(self.rows, speeds, strict=True)]
+        return pandas.DataFrame(rows).drop(columns=["tokens_per_second", "speed_range"])
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -28,11 +28,7 @@ class Family(Protocol):
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether layers of other kinds stand between the Mamba-2 ones.
-
-        Such a model stays in transformers' own class and dialect: `ghostssm.models.own_class` has none for a projected
-        state or a state size per layer, and neither has mamba_ssm.
-        """
+        """Whether layers of other kinds stand between the Mamba-2 ones."""
         ...
 
     @property
