@@ -77,6 +77,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
         )
         whole = VllmConfig(model_config=model, cache_config=cache, device_config=DeviceConfig(device="cpu"))
     cache = whole.cache_config
+    cache.mamba_ssm_cache_dtype = case["state_dtype"]  # for want of a CPU kernel, it may have become float32
     if model.is_hybrid:
         Platform._align_hybrid_block_size(whole, FlashAttentionBackend)
     chosen, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
