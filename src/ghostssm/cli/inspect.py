@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, serving
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -24,13 +24,21 @@ def inspect(
         list[int] | None,
         typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
     ] = None,
+    state_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--state-dtype",
+            metavar="NAME ...",
+            help="Also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.",
+        ),
+    ] = None,
     memory: Annotated[
         list[str] | None,
-        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences a GPU with 80GiB, say, holds."),
+        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences engines take in 80GiB, say."),
     ] = None,
     context: Annotated[
         int,
-        typer.Option("--context", metavar="TOKENS", min=0, help="With --memory: tokens whose keys and values count."),
+        typer.Option("--context", metavar="TOKENS", min=1, help="With --memory: tokens of a sequence."),
     ] = 8192,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
@@ -38,12 +46,13 @@ def inspect(
     """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
+    ghostssm inspect MODEL --state-size 64 32 --state-dtype float32 bfloat16 --memory 80GiB --context 8192
     """
     from ghostssm import advise, describe
-    from ghostssm.engines.capacity import capacity_cells
     from ghostssm.errors import InputError
     from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.ops.state_format import BFLOAT16, StateFormat
     from ghostssm.pruning.feasibility import check_state_size
     from ghostssm.units import memory_bytes
 
@@ -51,7 +60,9 @@ def inspect(
     if any(count < 1 for count in batches):
         raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
     memories = [memory_bytes(size) for size in memory or []]
+    forms = [StateFormat.of(name) for name in state_dtype or ["float32"]]
     found = describe(model)
+    told = serving.engines_told(engine, found)
     layout = found.layout
     if state_size and not found.is_stock:
         raise InputError(
@@ -78,20 +89,22 @@ def inspect(
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
-            "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
+            "state_bytes_bfloat16": found.state_bytes(size, BFLOAT16),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": {
                 count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
             },
-            "sequences": {each: found.footprint(size, context).sequences(each) for each in memories},
+            "kept": serving.kept(found, size, forms, context),
+            "admitted": serving.admissions(found, size, forms, context, memories, told),
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
     ]
     if as_json:
         facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "config"}
-        print_json(facts | {"layers": found.layers, "cuts": cuts})
+        states = {each.name: each.states.as_json(found.family) for each in told}
+        print_json(facts | {"layers": found.layers, "context": context, "cuts": cuts, "states": states})
         return
     print_facts(
         [
@@ -128,9 +141,10 @@ def inspect(
     )
     print()
     if memories:
-        footprints = (found.footprint(size, context) for size in sizes)
-        print_table(*capacity_cells(dict(zip(labels, footprints, strict=True)), memories))
-        print()
+        admitted = (cut["admitted"] for cut in cuts)
+        serving.print_admissions(dict(zip(labels, admitted, strict=True)), context)
+    if memories or state_dtype:
+        serving.print_states(told, found.family, [form.name for form in forms])
     _print_advice(labels, advice)
 
 

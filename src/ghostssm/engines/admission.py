@@ -6,7 +6,6 @@ less. Activations and workspace come off it as well, and are left out here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ghostssm.engines.capacity import Footprint
@@ -39,7 +38,7 @@ def by_sum(footprint: Footprint, memory: int) -> Admission:
 
 
 def in_llama_cpp(footprint: Footprint, memory: int) -> Admission:
-    """llama.cpp: convolution windows in float32, without the newest input (llama-hparams.cpp, n_embd_r and n_embd_s)."""
+    """llama.cpp: convolution windows in float32 too, without the newest input (llama-hparams.cpp, `n_embd_r`)."""
     recurrent = footprint.state + 2 * _window(footprint)
     sequences = max(0, memory - footprint.weights) // (recurrent + footprint.cache)
     return Admission(sequences, 0, recurrent, footprint.context)
@@ -87,21 +86,9 @@ def in_sglang(footprint: Footprint, memory: int) -> Admission:
     return Admission(max(0.0, sequences), 1 if footprint.token else 0, state, footprint.context)
 
 
-ADMISSIONS: Mapping[str, Callable[[Footprint, int], Admission]] = {"vllm": in_vllm, "sglang": in_sglang}
-"""Rules by engine; `admission` has those of the others."""
 _VLLM_STEP = 16
 _SGLANG_RATIO = 0.9
 _SGLANG_SLOTS = 5
-
-
-def admission(engine: str, footprint: Footprint, memory: int) -> Admission:
-    """What an engine takes at once.
-
-    Args:
-        engine: its name. memory: bytes that it may use for weights and caches.
-    """
-    others = in_llama_cpp if engine.startswith("llama.cpp") else by_sum
-    return ADMISSIONS.get(engine, others)(footprint, memory)
 
 
 def _window(footprint: Footprint) -> int:

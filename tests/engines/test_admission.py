@@ -1,0 +1,129 @@
+"""Sequences per engine against what vLLM's own planning said of the same models, state sizes and dtypes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_models import published_configs, write_configs
+from vllm_capacity import RECORD, cases
+
+from ghostssm.checkpoint.description import Description, describe
+from ghostssm.engines import engines_named
+from ghostssm.engines.admission import in_sglang, in_vllm
+from ghostssm.engines.rules import ENGINES
+from ghostssm.ops.state_format import FORMATS, StateFormat
+from tests.conftest import Run
+
+_RECORD: dict[str, Any] = json.loads(RECORD.read_text())
+_PARAMETERS = {
+    **{"mamba2-130m": 0.13, "mamba2-370m": 0.37, "mamba2-780m": 0.78, "mamba2-1.3b": 1.34, "mamba2-2.7b": 2.7},
+    **{"Mamba-Codestral-7B": 7.29, "Bamba-9B": 9.78, "Zamba2-1.2B": 1.215, "Zamba2-2.7B": 2.66, "Zamba2-7B": 7.36},
+    **{"Nemotron-H-4B": 4.49, "Nemotron-H-8B": 8.101, "Nemotron-H-47B": 46.8, "Nemotron-H-56B": 56.3},
+    **{"Nemotron-3-Nano-30B-A3B": 31.58, "Nemotron-3-Super-120B-A12B": 120.7},
+    **{"Granite-4.0-H-Micro": 3.19, "Granite-4.0-H-Tiny": 6.94, "Granite-4.0-H-Small": 32.2},
+    **{"Falcon-H1-0.5B": 0.521, "Falcon-H1-1.5B": 1.555, "Falcon-H1-1.5B-Deep": 1.555, "Falcon-H1-3B": 3.15},
+    **{"Falcon-H1-7B": 7.59, "Falcon-H1-34B": 33.6},
+}
+"""Billions, as published."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    write_configs(folder)
+    return folder
+
+
+@cache
+def described(path: Path) -> Description:
+    return describe(str(path))
+
+
+def test_the_published_models_have_their_sizes(published: Path) -> None:
+    assert published_configs().keys() == _PARAMETERS.keys()
+    for name, billions in _PARAMETERS.items():
+        assert described(published / name).parameters / 1e9 == pytest.approx(billions, rel=0.01), name
+
+
+def test_vllm_plans_the_same(published: Path) -> None:
+    assert _RECORD["vllm"] == "0.33.0"
+    planned = ("model", "state_size", "state_dtype", "prefix_caching")
+    assert [{name: plan[name] for name in planned} for plan in _RECORD["plans"]] == cases()
+    for plan in _RECORD["plans"]:
+        form = StateFormat.of(plan["state_dtype"])
+        footprint = described(published / plan["model"]).footprint(plan["state_size"], _RECORD["context"], form)
+        found = in_vllm(footprint, footprint.weights + _RECORD["memory"], prefix_caching=plan["prefix_caching"])
+        assert (found.block_tokens, found.page, found.tokens) == (plan["block_tokens"], plan["page"], plan["tokens"])
+        assert found.sequences == pytest.approx(plan["sequences"], rel=1e-12)
+
+
+def test_sglang_fills_its_pools_and_not_more(published: Path) -> None:
+    """By the pools themselves: 0.9 to 1, five states to a sequence and one to none."""
+    for name in ("Granite-4.0-H-Tiny", "Falcon-H1-7B", "Nemotron-H-8B", "Mamba-Codestral-7B"):
+        footprint = described(published / name).footprint(64)
+        memory = footprint.weights + 20 * 2**30
+        found = in_sglang(footprint, memory)
+        assert (5 * int(found.sequences) + 1) * found.page <= 20 * 2**30 * 0.9 / 1.9
+        assert found.sequences * (5 * found.page + footprint.cache) <= 20 * 2**30
+        assert in_sglang(footprint, footprint.weights).sequences == 0
+
+
+def test_a_smaller_state_and_fewer_bits_admit_more_everywhere(published: Path) -> None:
+    found = described(published / "Nemotron-H-8B")
+    for engine in engines_named(["vllm", "sglang", "llama.cpp-cuda", "mlx-lm"]):
+        counts = [engine.admits(found.footprint(size), 80 * 2**30).sequences for size in (None, 64, 32)]
+        assert counts == sorted(set(counts))
+        if "bfloat16" in engine.states.offered:
+            half = engine.admits(found.footprint(form=FORMATS["bfloat16"]), 80 * 2**30).sequences
+            assert half > counts[0]
+
+
+def test_engines_offer_dtypes_that_are_known() -> None:
+    for engine in ENGINES:
+        states = engine.states
+        named = {*states.offered, states.untold, *states.untold_for.values(), *states.rounding, *states.open}
+        assert named <= FORMATS.keys(), engine.name
+        assert {states.untold, *states.untold_for.values(), *states.rounding} <= set(states.offered)
+        assert not set(states.open) & set(states.offered), engine.name
+
+
+def test_flags_to_serve_with() -> None:
+    vllm, sglang, llama = engines_named(["vllm", "sglang", "llama.cpp-cpu"])
+    assert vllm.states.flags("bfloat16", "mamba2") == ""  # the weights' dtype
+    assert vllm.states.flags("float32", "mamba2") == "--mamba-ssm-cache-dtype float32"
+    # Where the config may say something else, the flag is named in any case.
+    assert vllm.states.flags("float32", "nemotron_h") == "--mamba-ssm-cache-dtype float32"
+    rounded = "--mamba-ssm-dtype float16 --enable-mamba-cache-stochastic-rounding"
+    assert sglang.states.flags("float16", "bamba", stochastic=True) == rounded
+    assert sglang.states.flags("bfloat16", "mamba2", stochastic=True) is None
+    assert vllm.states.flags("int8", "mamba2") is llama.states.flags("bfloat16", "mamba2") is None
+
+
+def test_inspect_tells_of_serving(run: Run, published: Path) -> None:
+    options = ["--state-size", 64, "--state-dtype", "float32", "bfloat16", "int8", "--memory", "80GiB"]
+    code, out, err = run("inspect", published / "Granite-4.0-H-Micro", *options)
+    assert code == 0, err
+    footprint = described(published / "Granite-4.0-H-Micro").footprint(64, 8192, FORMATS["bfloat16"])
+    assert f"{in_vllm(footprint, 80 * 2**30).tokens:,}" in out
+    for text in ("--mamba-ssm-cache-dtype float32", "--mamba-ssm-dtype bfloat16", "not yet (#40012, #52962)"):
+        assert text in out
+    code, out, _ = run("inspect", published / "Granite-4.0-H-Micro", *options, "--context", 1000, "--json")
+    found = json.loads(out)
+    dense, half = found["cuts"]
+    assert [entry["state"] for entry in dense["kept"]] == [36 * 4096 * bytes_ for bytes_ in (512, 256, 132)]
+    assert half["kept"][0]["cache"] == 1000 * 4 * 2 * 8 * 64 * 2
+    assert {(entry["engine"], entry["state_dtype"]) for entry in half["admitted"]} == {
+        ("vllm", "float32"),
+        ("vllm", "bfloat16"),
+        ("sglang", "float32"),
+        ("sglang", "bfloat16"),
+        ("llama.cpp-cuda", "float32"),
+    }
+    assert found["states"]["sglang"]["config_key"] == ""
+    code, _, err = run("inspect", published / "Granite-4.0-H-Micro", "--state-dtype", "int3")
+    assert code == 2
+    assert "int3; expected one of float32" in err
