@@ -3,6 +3,7 @@
     python tools/check_engines.py write FOLDER
     python tools/check_engines.py vllm FOLDER
     python tools/check_engines.py vllm-capacity
+    python tools/check_engines.py sglang-capacity
     python tools/check_engines.py sglang FOLDER
     python tools/check_engines.py mlx-lm FOLDER
 
@@ -14,8 +15,8 @@ mlx-lm loads every checkpoint that it is said to run and computes the logits of 
 token, and what greedy decoding says next: all have to agree with transformers'. vLLM and SGLang parse the config, build
 the model and load the weights; every parameter that they hold is compared, bit by bit, with what the file says, and so
 are the sizes of their caches and the groups of the mixers. No forward pass is run: it needs the kernels. A checkpoint
-that mlx-lm is said not to run has to differ. ``vllm-capacity`` asks vLLM's planning how many sequences its caches hold
-(`vllm_capacity.py`) and writes what it says where the tests compare ghostssm's arithmetic with it.
+that mlx-lm is said not to run has to differ. ``vllm-capacity`` and ``sglang-capacity`` ask the engines' own planning
+what their caches hold (`engine_capacity.py`) and write it where the tests compare ghostssm's arithmetic with it.
 
 Exit code 0 if everything is as ghostssm says, 1 otherwise.
 """
@@ -38,8 +39,8 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
+from engine_capacity import PLANNERS, RECORDS, record
 from engine_checkpoints import Written, read_index, write_checkpoints
-from vllm_capacity import RECORD, record
 
 # What an engine imports for GPUs, images, audio or grammars; replaced by empty modules where it is missing.
 REPLACEABLE = frozenset(
@@ -366,7 +367,7 @@ def check(engine: str, folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("write", *READERS, "mlx-lm", "vllm-capacity"))
+    parser.add_argument("step", choices=("write", *READERS, "mlx-lm", *(f"{engine}-capacity" for engine in PLANNERS)))
     parser.add_argument("folder", type=Path, nargs="?")
     arguments = parser.parse_args()
     engine, folder = arguments.step.removesuffix("-capacity"), arguments.folder
@@ -390,8 +391,9 @@ def main() -> int:
     if arguments.step == engine:
         unexpected = check(engine, folder)
     else:
-        on_a_cpu()
-        print(f"{record(version('vllm'))} plans in {RECORD.name}")
+        if engine == "vllm":
+            on_a_cpu()
+        print(f"{record(engine, version(module))} plans in {RECORDS[engine].name}")
     print(f"{engine} {version(module)}, transformers {transformers.__version__}, torch {torch.__version__}")
     print(f"replaced by empty modules: {', '.join(sorted(replacement.replaced)) or 'nothing'}")
     return 1 if unexpected else 0

@@ -48,18 +48,16 @@ def write_configs(folder: Path) -> list[Path]:
 
 
 def inspected(folder: Path, context: int) -> dict[str, Any]:
-    """What ``ghostssm inspect --json`` says of a config, halved twice too."""
+    """What ``ghostssm inspect --json`` says of a config, at N, N/2 and N/4."""
     from ghostssm.checkpoint.description import describe
-    from ghostssm.cli.main import main
+    from ghostssm.cli.main import app
 
     size = describe(str(folder)).layout.state_size
-    printed = io.StringIO()
     halves = map(str, (size // 2, size // 4))
     options = ["--state-size", *halves, "--state-dtype", *DTYPES, "--context", str(context), "--json"]
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main(["inspect", str(folder), *options])
-    if code:
-        raise SystemExit(code)
+        app(["inspect", str(folder), *options], standalone_mode=False)
     found: dict[str, Any] = json.loads(printed.getvalue())
     return found
 

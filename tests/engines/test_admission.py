@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_capacity import RECORDS, cases
 from published_models import published_configs, write_configs
-from vllm_capacity import RECORD, cases
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.engines import engines_named
 from ghostssm.engines.admission import in_sglang, in_vllm
+from ghostssm.engines.capacity import Footprint
 from ghostssm.engines.rules import ENGINES
 from ghostssm.ops.state_format import FORMATS, StateFormat
 from tests.conftest import Run
 
-_RECORD: dict[str, Any] = json.loads(RECORD.read_text())
+_RECORDS: dict[str, dict[str, Any]] = {engine: json.loads(path.read_text()) for engine, path in RECORDS.items()}
 _PARAMETERS = {
     **{"mamba2-130m": 0.13, "mamba2-370m": 0.37, "mamba2-780m": 0.78, "mamba2-1.3b": 1.34, "mamba2-2.7b": 2.7},
     **{"Mamba-Codestral-7B": 7.29, "Bamba-9B": 9.78, "Zamba2-1.2B": 1.215, "Zamba2-2.7B": 2.66, "Zamba2-7B": 7.36},
@@ -49,27 +50,40 @@ def test_the_published_models_have_their_sizes(published: Path) -> None:
         assert described(published / name).parameters / 1e9 == pytest.approx(billions, rel=0.01), name
 
 
+@pytest.mark.parametrize(("engine", "version"), [("vllm", "0.33.0"), ("sglang", "0.5.23")])
+def test_every_case_is_recorded(engine: str, version: str) -> None:
+    assert _RECORDS[engine][engine] == version
+    plans = zip(_RECORDS[engine]["plans"], cases(engine), strict=True)
+    assert all(case.items() <= plan.items() for plan, case in plans)
+
+
 def test_vllm_plans_the_same(published: Path) -> None:
-    assert _RECORD["vllm"] == "0.33.0"
-    planned = ("model", "state_size", "state_dtype", "prefix_caching")
-    assert [{name: plan[name] for name in planned} for plan in _RECORD["plans"]] == cases()
-    for plan in _RECORD["plans"]:
-        form = StateFormat.of(plan["state_dtype"])
-        footprint = described(published / plan["model"]).footprint(plan["state_size"], _RECORD["context"], form)
-        found = in_vllm(footprint, footprint.weights + _RECORD["memory"], prefix_caching=plan["prefix_caching"])
+    for plan in _RECORDS["vllm"]["plans"]:
+        footprint = planned_footprint(published, plan)
+        memory = footprint.weights + _RECORDS["vllm"]["memory"]
+        found = in_vllm(footprint, memory, prefix_caching=plan["prefix_caching"])
         assert (found.block_tokens, found.page, found.tokens) == (plan["block_tokens"], plan["page"], plan["tokens"])
         assert found.sequences == pytest.approx(plan["sequences"], rel=1e-12)
 
 
-def test_sglang_fills_its_pools_and_not_more(published: Path) -> None:
-    """By the pools themselves: 0.9 to 1, five states to a sequence and one to none."""
-    for name in ("Granite-4.0-H-Tiny", "Falcon-H1-7B", "Nemotron-H-8B", "Mamba-Codestral-7B"):
+def test_sglang_plans_the_same(published: Path) -> None:
+    for plan in _RECORDS["sglang"]["plans"]:
+        footprint = planned_footprint(published, plan)
+        tokens = plan["rest"] // footprint.token
+        expected = min(plan["states"] // plan["ratio"], tokens / footprint.context)
+        found = in_sglang(footprint, footprint.weights + _RECORDS["sglang"]["memory"])
+        assert found.sequences == pytest.approx(expected, rel=1e-6)
+
+
+def planned_footprint(published: Path, plan: dict[str, Any]) -> Footprint:
+    form = StateFormat.of(plan["state_dtype"])
+    return described(published / plan["model"]).footprint(plan["state_size"], _RECORDS["vllm"]["context"], form)
+
+
+def test_no_memory_admits_nobody(published: Path) -> None:
+    for name in ("Granite-4.0-H-Tiny", "Mamba-Codestral-7B"):
         footprint = described(published / name).footprint(64)
-        memory = footprint.weights + 20 * 2**30
-        found = in_sglang(footprint, memory)
-        assert (5 * int(found.sequences) + 1) * found.page <= 20 * 2**30 * 0.9 / 1.9
-        assert found.sequences * (5 * found.page + footprint.cache) <= 20 * 2**30
-        assert in_sglang(footprint, footprint.weights).sequences == 0
+        assert all(engine.admits(footprint, footprint.weights).sequences == 0 for engine in ENGINES)
 
 
 def test_a_smaller_state_and_fewer_bits_admit_more_everywhere(published: Path) -> None:

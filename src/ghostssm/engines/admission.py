@@ -75,20 +75,20 @@ def in_vllm(footprint: Footprint, memory: int, *, prefix_caching: bool = True) -
 def in_sglang(footprint: Footprint, memory: int) -> Admission:
     """SGLang: two pools, of states and of tokens, 0.9 to 1 (``--mamba-full-memory-ratio``).
 
-    A sequence reserves five states where prefixes are cached (`_calculate_mamba_ratio` with its extra buffer and
-    overlap, the default for hybrids), and one state is padding (`_handle_max_mamba_cache`).
+    One state is padding (`_handle_max_mamba_cache`). A sequence reserves three, because prefixes are cached, and two
+    more in a hybrid, whose buffer overlaps with computation (`_calculate_mamba_ratio`; ``--disable-radix-cache`` makes
+    it one).
     """
     available, state = max(0, memory - footprint.weights), footprint.state + _window(footprint)
     slots = max(0, int(available * _SGLANG_RATIO / (1 + _SGLANG_RATIO)) // state - 1)
-    sequences: float = slots // _SGLANG_SLOTS
-    if footprint.cache:
-        sequences = min(sequences, (available - (slots + 1) * state) // footprint.token / footprint.context)
-    return Admission(max(0.0, sequences), 1 if footprint.token else 0, state, footprint.context)
+    if not footprint.token:
+        return Admission(slots // 3, 0, state, footprint.context)
+    tokens = max(0, available - (slots + 1) * state) // footprint.token
+    return Admission(min(slots // 5, tokens / footprint.context), 1, state, footprint.context)
 
 
 _VLLM_STEP = 16
 _SGLANG_RATIO = 0.9
-_SGLANG_SLOTS = 5
 
 
 def _window(footprint: Footprint) -> int:

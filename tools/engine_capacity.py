@@ -1,22 +1,28 @@
-"""What vLLM's own planning says of its caches, on a CPU: for `check_engines.py`, which runs it, and for tests.
+"""What vLLM and SGLang themselves say of their caches, on a CPU: for `check_engines.py`, which runs it, and for tests.
 
-Every model in vllm_capacity.json is planned at several state sizes and dtypes, with and without prefix caching, as for
-one GPU with FlashAttention: vLLM's ModelConfig and its rules for each architecture, `_align_hybrid_block_size`,
-`get_global_kv_cache_groups`, `get_kv_cache_configs` and `get_kv_cache_capacity`. Nothing is allocated.
+Published models are planned at several state sizes and dtypes, as for one GPU; nothing is allocated.
+
+- vLLM, with FlashAttention, with and without prefix caching: ModelConfig and its rules for each architecture,
+  `_align_hybrid_block_size`, `get_global_kv_cache_groups`, `get_kv_cache_configs`, `get_kv_cache_capacity`.
+- SGLang, with the buffer that it takes for hybrids: its configs' `mamba2_cache_params`, `_handle_max_mamba_cache`,
+  `_calculate_mamba_ratio`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
 from published_models import published_configs
 
-RECORD = Path(__file__).parents[1] / "tests" / "data" / "configs" / "vllm_capacity.json"
-"""vLLM's figures, with its version."""
+_DATA = Path(__file__).parents[1] / "tests" / "data" / "configs"
+RECORDS = {engine: _DATA / f"{engine}_capacity.json" for engine in ("vllm", "sglang")}
+"""An engine's figures, with its version."""
 CONTEXT = 8192
 MEMORY = 40 * 2**30
 """For caches alone."""
@@ -29,20 +35,24 @@ MODELS = (
 _SIZE_KEYS = ("ssm_state_size", "mamba_d_state", "state_size")
 
 
-def cases() -> list[dict[str, Any]]:
-    """Model, state size, dtype and prefix caching of every plan."""
+def cases(engine: str) -> list[dict[str, Any]]:
+    """Model, state size, dtype and, for vLLM, prefix caching of every plan."""
     configs, found = published_configs(), []
     for model in MODELS:
-        trained = next(configs[model][key] for key in _SIZE_KEYS if key in configs[model])
+        config = configs[model]
+        if engine == "sglang" and config["model_type"] in ("bamba", "zamba2", "mamba2"):
+            continue  # no class for two, and other rules for a model without attention
+        trained = next(config[key] for key in _SIZE_KEYS if key in config)
         for size in (size for size in (256, 128, 64, 32) if size <= trained):
             for dtype in ("float32", "bfloat16"):
-                # A model without attention has no prefix caching.
-                for caching in (True, False) if model != "Mamba-Codestral-7B" else (False,):
-                    found.append({"model": model, "state_size": size, "state_dtype": dtype, "prefix_caching": caching})
+                case = {"model": model, "state_size": size, "state_dtype": dtype}
+                # A model without attention has no prefix caching in vLLM.
+                caching = [False] if config["model_type"] == "mamba2" else [True, False]
+                found += [case | {"prefix_caching": each} for each in caching] if engine == "vllm" else [case]
     return found
 
 
-def config_for_vllm(model: str, size: int) -> dict[str, Any]:
+def config_of(model: str, size: int) -> dict[str, Any]:
     """A config with N' in place of N; Bamba's, which vLLM has no class for, as Granite's, whose caches are alike."""
     config = published_configs()[model]
     config |= {key: size for key in _SIZE_KEYS if key in config}
@@ -54,8 +64,8 @@ def config_for_vllm(model: str, size: int) -> dict[str, Any]:
     return config
 
 
-def planned(case: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's figures for one case."""
+def planned_by_vllm(case: dict[str, Any]) -> dict[str, Any]:
+    """Its figures for one case."""
     from vllm.config import CacheConfig, DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms.interface import Platform
@@ -66,7 +76,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    config = config_for_vllm(case["model"], case["state_size"])
+    config = config_of(case["model"], case["state_size"])
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "config.json").write_text(json.dumps(config))
         model = ModelConfig(
@@ -121,9 +131,39 @@ def layer_counts(config: dict[str, Any]) -> tuple[int, int]:
     return len(kinds) - kinds.count("attention"), len(kinds) - kinds.count("mamba")
 
 
-def record(engine_version: str) -> int:
+def planned_by_sglang(case: dict[str, Any]) -> dict[str, Any]:
+    """Its figures for one case: states, states per sequence, and bytes for tokens."""
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.environ import envs
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        Path(scratch, "config.json").write_text(json.dumps(config_of(case["model"], case["state_size"])))
+        kinds = ("tp", "pp", "attn_tp", "attn_dp", "attn_cp", "moe_ep", "moe_tp", "moe_dp")
+        ranks = {f"{kind}_{part}": value for kind in kinds for part, value in (("rank", 0), ("size", 1))}
+        options = {"model_path": scratch, "device": "cpu", "mamba_radix_cache_strategy": "extra_buffer"}
+        stack.enter_context(runtime_context._CONTEXT.override_server_args(**options))
+        stack.enter_context(get_parallel().override(**ranks))
+        stack.enter_context(envs.SGLANG_MAMBA_SSM_DTYPE.override(case["state_dtype"]))
+        alone = types.SimpleNamespace(
+            mambaish_config=ModelConfig(scratch, dtype="bfloat16").hf_config,
+            **{"pp_size": 1, "attn_dp_size": 1, "extra_mamba_cache_bytes_per_req": 0, "hybrid_gdn_config": None},
+            **{"hybrid_kda_config": None, "fused_entry_bytes": lambda _: None},
+            spec_algorithm=types.SimpleNamespace(is_none=lambda: True),
+        )
+        rest = KVCacheConfigurator._handle_max_mamba_cache(alone, MEMORY / 2**30)
+        ratio = KVCacheConfigurator._calculate_mamba_ratio(alone)
+        return {"states": get_schedule().max_mamba_cache_size, "ratio": ratio, "rest": round(rest * 2**30)}
+
+
+PLANNERS = {"vllm": planned_by_vllm, "sglang": planned_by_sglang}
+
+
+def record(engine: str, engine_version: str) -> int:
     """Plan every case and write the record; the number of cases."""
-    lines = [json.dumps(case | planned(case)) for case in cases()]
-    head = json.dumps({"vllm": engine_version, "context": CONTEXT, "memory": MEMORY})
-    RECORD.write_text(head[:-1] + ', "plans": [\n' + ",\n".join(lines) + "\n]}\n")
+    lines = [json.dumps(case | PLANNERS[engine](case)) for case in cases(engine)]
+    head = json.dumps({engine: engine_version, "context": CONTEXT, "memory": MEMORY})
+    RECORDS[engine].write_text(head[:-1] + ', "plans": [\n' + ",\n".join(lines) + "\n]}\n")
     return len(lines)
