@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from engine_capacity import RECORDS, cases
 from published_models import published_configs, write_configs
+from transformers import FalconH1Config, GraniteMoeHybridConfig, NemotronHConfig
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.engines import engines_named
@@ -106,15 +107,19 @@ def test_engines_offer_dtypes_that_are_known() -> None:
 
 
 def test_flags_to_serve_with() -> None:
-    vllm, sglang, llama = engines_named(["vllm", "sglang", "llama.cpp-cpu"])
-    assert vllm.states.flags("bfloat16", "mamba2") == ""  # the weights' dtype
-    assert vllm.states.flags("float32", "mamba2") == "--mamba-ssm-cache-dtype float32"
-    # Where the config may say something else, the flag is named in any case.
-    assert vllm.states.flags("float32", "nemotron_h") == "--mamba-ssm-cache-dtype float32"
+    vllm, sglang, llama = (engine.states for engine in engines_named(["vllm", "sglang", "llama.cpp-cpu"]))
+    granite, nemotron, falcon = GraniteMoeHybridConfig(), NemotronHConfig(), FalconH1Config()
+    assert vllm.flags("bfloat16", granite) == vllm.flags("float32", nemotron) == sglang.flags("float32", granite) == ""
+    assert vllm.flags("float32", granite) == "--mamba-ssm-cache-dtype float32"
+    assert sglang.flags("bfloat16", granite) == "--mamba-ssm-dtype bfloat16"
+    for config in (granite, nemotron, falcon):  # only some read a key, and each engine its own
+        config.mamba_ssm_cache_dtype = config.mamba_ssm_dtype = "float16"
+    assert [vllm.unless_told(config) for config in (granite, nemotron, falcon)] == ["bfloat16", "float16", "bfloat16"]
+    assert [sglang.unless_told(config) for config in (granite, nemotron, falcon)] == ["float32", "float16", "float16"]
     rounded = "--mamba-ssm-dtype float16 --enable-mamba-cache-stochastic-rounding"
-    assert sglang.states.flags("float16", "bamba", stochastic=True) == rounded
-    assert sglang.states.flags("bfloat16", "mamba2", stochastic=True) is None
-    assert vllm.states.flags("int8", "mamba2") is llama.states.flags("bfloat16", "mamba2") is None
+    assert sglang.flags("float16", granite, stochastic=True) == rounded
+    assert sglang.flags("bfloat16", granite, stochastic=True) is None
+    assert vllm.flags("int8", granite) is llama.flags("bfloat16", granite) is None
 
 
 def test_inspect_tells_of_serving(run: Run, published: Path) -> None:

@@ -103,7 +103,7 @@ def inspect(
     ]
     if as_json:
         facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "config"}
-        states = {each.name: each.states.as_json(found.family) for each in told}
+        states = {each.name: each.states.as_json(found.config) for each in told}
         print_json(facts | {"layers": found.layers, "context": context, "cuts": cuts, "states": states})
         return
     print_facts(
@@ -144,7 +144,7 @@ def inspect(
         admitted = (cut["admitted"] for cut in cuts)
         serving.print_admissions(dict(zip(labels, admitted, strict=True)), context)
     if memories or state_dtype:
-        serving.print_states(told, found.family, [form.name for form in forms])
+        serving.print_states(told, found.config, [form.name for form in forms])
     _print_advice(labels, advice)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ghostssm.cli.console import bytes_text, print_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ghostssm.checkpoint.description import Description
     from ghostssm.engines.rules import Engine
     from ghostssm.ops.state_format import StateFormat
@@ -75,14 +77,14 @@ def print_admissions(by_size: Mapping[str, Sequence[Mapping[str, Any]]], context
         print()
 
 
-def print_states(engines: Sequence[Engine], family: str, dtypes: Sequence[str]) -> None:
+def print_states(engines: Sequence[Engine], config: PreTrainedConfig, dtypes: Sequence[str]) -> None:
     """How engines store the state unless they are told, and the options for each dtype."""
     lines = [
         [
             engine.name,
-            engine.states.unless_told(family),
-            *(_options(engine, dtype, family) for dtype in dtypes),
-            engine.states.config_key(family),
+            engine.states.unless_told(config),
+            *(_options(engine, dtype, config) for dtype in dtypes),
+            engine.states.config_key(config.model_type),
         ]
         for engine in engines
     ]
@@ -91,9 +93,9 @@ def print_states(engines: Sequence[Engine], family: str, dtypes: Sequence[str]) 
         print()
 
 
-def _options(engine: Engine, dtype: str, family: str) -> str:
-    flags = engine.states.flags(dtype, family)
+def _options(engine: Engine, dtype: str, config: PreTrainedConfig) -> str:
+    flags = engine.states.flags(dtype, config)
     if flags is None:
         requests = engine.states.open.get(dtype)
         return f"not yet ({requests})" if requests else "no"
-    return flags or ("as it is" if dtype == engine.states.unless_told(family) else "by the weights' dtype")
+    return flags or ("as it is" if dtype == engine.states.unless_told(config) else "by the weights' dtype")

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -33,29 +37,30 @@ class StateDtypes:
     key_for: frozenset[str] = frozenset()
     open: Mapping[str, str] = field(default_factory=dict)
 
-    def unless_told(self, model_type: str) -> str:
-        """The dtype of a model type's states without flag and key."""
-        return self.untold_for.get(model_type, self.untold)
-
     def config_key(self, model_type: str) -> str:
         """The key of config.json that says the dtype of a model type's states; empty if none is read."""
         return self.key if model_type in self.key_for else ""
 
-    def flags(self, dtype: str, model_type: str, *, stochastic: bool = False) -> str | None:
-        """Options to serve a model type with states of a dtype; empty if none are needed, None if it cannot."""
+    def unless_told(self, config: PreTrainedConfig) -> str:
+        """The dtype of a model's states without flags."""
+        said = getattr(config, self.config_key(config.model_type), None) if self.key else None
+        return str(said or self.untold_for.get(config.model_type, self.untold))
+
+    def flags(self, dtype: str, config: PreTrainedConfig, *, stochastic: bool = False) -> str | None:
+        """Options to serve a model with states of a dtype; empty if none are needed, None if it cannot."""
         if dtype not in self.offered or (stochastic and dtype not in self.rounding):
             return None
-        if not stochastic and dtype == self.unless_told(model_type) and not self.config_key(model_type):
-            return ""
-        return f"{self.flag} {dtype}{f' {self.rounding[dtype]}' if stochastic else ''}" if self.flag else ""
+        if stochastic:
+            return f"{self.flag} {dtype} {self.rounding[dtype]}"
+        return f"{self.flag} {dtype}" if self.flag and dtype != self.unless_told(config) else ""
 
-    def as_json(self, model_type: str) -> dict[str, object]:
-        """For a model type."""
+    def as_json(self, config: PreTrainedConfig) -> dict[str, object]:
+        """For a model."""
         return {
-            "untold": self.unless_told(model_type),
-            "flags": {dtype: self.flags(dtype, model_type) for dtype in self.offered},
-            "stochastic": {dtype: self.flags(dtype, model_type, stochastic=True) for dtype in self.rounding},
-            "config_key": self.config_key(model_type),
+            "untold": self.unless_told(config),
+            "flags": {dtype: self.flags(dtype, config) for dtype in self.offered},
+            "stochastic": {dtype: self.flags(dtype, config, stochastic=True) for dtype in self.rounding},
+            "config_key": self.config_key(config.model_type),
             "open": dict(self.open),
         }
 
