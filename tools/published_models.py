@@ -54,7 +54,17 @@ def inspected(folder: Path, context: int) -> dict[str, Any]:
 
     size = describe(str(folder)).layout.state_size
     halves = map(str, (size // 2, size // 4))
-    options = ["--state-size", *halves, "--state-dtype", *DTYPES, "--context", str(context), "--json"]
+    options = [
+        "--state-size",
+        *halves,
+        "--state-dtype",
+        *DTYPES,
+        "--context",
+        str(context),
+        "--memory",
+        "80GiB",
+        "--json",
+    ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         app(["inspect", str(folder), *options], standalone_mode=False)
@@ -66,24 +76,38 @@ def table(context: int) -> list[str]:
     """Lines of Markdown."""
     from ghostssm.units import bytes_text
 
-    lines = [
-        "| model | parameters | mixers, attention layers | N | state per sequence: float32 | bfloat16 | int8 "
-        f"| N/2, int8 | N/4, int8 | keys, values of {context:,} tokens | share of the state, float32 | N/4, int8 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    headers = [
+        *("model", "parameters", "mixers, attention layers", "N", "state, float32", "bfloat16", "int8", "N/4, int8"),
+        *(
+            "keys, values",
+            "state's share, float32",
+            "N/4, int8",
+            "sequences in vLLM, float32",
+            "N/4, bfloat16",
+            "times",
+        ),
     ]
+    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     with tempfile.TemporaryDirectory() as scratch:
         for path in write_configs(Path(scratch)):
             found = inspected(path, context)
-            dense, half, quarter = ({entry["state_dtype"]: entry for entry in cut["kept"]} for cut in found["cuts"])
+            dense, _, quarter = ({entry["state_dtype"]: entry for entry in cut["kept"]} for cut in found["cuts"])
             kept = dense["float32"]
-            states = [dense[dtype]["state"] for dtype in DTYPES] + [half["int8"]["state"], quarter["int8"]["state"]]
-            lines.append(
-                f"| {path.name} | {found['parameters'] / 1e9:.2f}B | {found['layers']}, {kept['attention_layers']} "
-                f"| {found['layout']['state_size']} | {' | '.join(map(bytes_text, states))} "
-                f"| {bytes_text(kept['cache']) if kept['cache'] else ''} "
-                f"| {kept['state_share']:.0%} | {quarter['int8']['state_share']:.0%} |"
-            )
+            before, after = (_in_vllm(found["cuts"][cut], form) for cut, form in ((0, "float32"), (2, "bfloat16")))
+            cells = [path.name, f"{found['parameters'] / 1e9:.2f}B", f"{found['layers']}, {kept['attention_layers']}"]
+            cells += [str(found["layout"]["state_size"])]
+            cells += [bytes_text(dense[dtype]["state"]) for dtype in DTYPES] + [bytes_text(quarter["int8"]["state"])]
+            cells += [bytes_text(kept["cache"]) if kept["cache"] else ""]
+            cells += [f"{entry['state_share']:.0%}" for entry in (kept, quarter["int8"])]
+            cells += [f"{before:,}", f"{after:,}", f"{after / before:.1f}"] if before else [""] * 3
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _in_vllm(cut: dict[str, Any], dtype: str) -> int:
+    """Sequences; 0 where vLLM has no class for the family, or the weights alone are more than the memory."""
+    entries = [entry for entry in cut["admitted"] if (entry["engine"], entry["state_dtype"]) == ("vllm", dtype)]
+    return int(entries[0]["sequences"]) if entries else 0
 
 
 def run() -> None:
