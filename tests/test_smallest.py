@@ -38,7 +38,7 @@ class MadeUp:
 
 @pytest.fixture
 def _losses_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(model: Any, windows: object) -> MadeUp:
+    def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
         return MadeUp(16.0 - model.config.state_size)
 
     monkeypatch.setattr(smallest, "evaluate_in_float32", made_up)
@@ -97,7 +97,7 @@ def test_a_provenance_without_a_search(foreign: dict[str, Any]) -> None:
 
 
 def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(model: Any, windows: Any) -> Any:
+    def measured(model: Any, windows: Any, state_dtype: str = "float32") -> Any:
         if model.config.state_size < 12:
             raise NumericalError("overflow")
         return evaluate(model, windows)

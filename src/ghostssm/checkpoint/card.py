@@ -20,7 +20,7 @@ from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import REFERENCE, Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
-from ghostssm.plan.measurement import Measurement, Searched
+from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.units import sizes_text, text_name
 
@@ -108,7 +108,7 @@ def model_card(
     sections = [
         _summary(base, config, plan, untied),
         _origin(plan),
-        _measured(measured, None if plan.provenance is None else plan.provenance.search),
+        _measured(measured, plan),
         f"## How to load\n\n{written.how_to_load(own_class)}",
         _engines(config, own_class, dialect),
         _licence(base.inherited),
@@ -174,16 +174,29 @@ def _origin(plan: Plan) -> str:
     return "## How it was made\n\n" + "\n".join(lines)
 
 
-def _measured(measured: Measurement | None, searched: Searched | None) -> str:
+def _measured(measured: Measurement | None, plan: Plan) -> str:
     parts = ["## Measured loss"]
+    searched = None if plan.provenance is None else plan.provenance.search
+    choice = None if plan.provenance is None else plan.provenance.choice
     if searched is not None:
         parts.append(
             f"The smallest state that a search found within an excess loss of {searched.max_excess_loss:g} nats per "
             f"token. Its excess loss: {searched.text}."
         )
+    if choice is not None:
+        headers, lines = choice.cells()
+        rows = [headers, ["---:", "---", "---:", "---:"], *lines]
+        parts.append(
+            f"Chosen as what loses least within {choice.state_bytes:,} bytes of state per sequence: {choice.text}. "
+            f"**The state is meant to be kept in {choice.chosen.state_dtype}**; `ghostssm inspect PATH --state-dtype "
+            f"{choice.chosen.state_dtype}` says how engines are told. All that were measured, in nats per token over "
+            "the base model with a float32 state:"
+        )
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     if measured is not None:
         parts.append(
-            f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}, in float32; "
+            f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}, in float32"
+            f"{f', the state in {plan.state_dtype}' if plan.state_dtype not in (None, 'float32') else ''}; "
             "nats per token, with the standard error of the paired difference."
         )
         parts.append(

@@ -33,12 +33,14 @@ class Pruning:
     Attributes:
         state_size: N, before. kept: N' of every mixer, front to back, padding not counted.
         measured: the loss before and after, if it was measured.
+        state_dtype: that the state was chosen to be kept in, if one was.
     """
 
     method: str
     state_size: int
     kept: tuple[int, ...]
     measured: Measurement | None
+    state_dtype: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,6 +113,14 @@ def describe(spec: str) -> Description:
     return _description(config, facts, spec, source)
 
 
+def chosen_state_dtype(source: Source) -> str:
+    """The dtype in which a model's state is to be kept, if its manifest says one; float32 otherwise."""
+    try:
+        return Manifest.read(source.folder).state_dtype or FLOAT32.name
+    except ModelError:  # no manifest, or a broken one, of which whoever needs it is told
+        return FLOAT32.name
+
+
 def described(model: PreTrainedModel, name: str, source: Source) -> Description:
     """Describe a model in memory, with its weights or without."""
     return _description(model.config, _facts_of(model), name, source)
@@ -171,4 +181,4 @@ def _pruning(folder: Path, layers: int) -> Pruning | None:
     if found.method is None or before is None or after is None:
         return None
     kept = (after,) * layers if isinstance(after, int) else after
-    return Pruning(found.method, before, kept, found.measured) if len(kept) == layers else None
+    return Pruning(found.method, before, kept, found.measured, found.state_dtype) if len(kept) == layers else None

@@ -219,6 +219,11 @@ class Manifest(Value):
                 "holds."
             ) from None
 
+    @property
+    def state_dtype(self) -> str | None:
+        """That the state was chosen to be kept in, if one was."""
+        return None if self.options is None else self.options.state_dtype
+
     def write(self, folder: Path, place: Path | None = None) -> None:
         """Write the manifest of a folder whose other files are all written, with their hashes and today's versions.
 

@@ -23,6 +23,7 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import add_carried, carried_tensors
+from ghostssm.engines import config_keys
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import family_named, mixers_of
@@ -78,7 +79,7 @@ def save(
     with stage(f"writing {folder.path}"), folder, storing(folder.path):
         files = SideFiles(folder.partial, fatal=NumericalError)
         with untied_head(checkpoint.model, untie) as untied:
-            write_model(checkpoint, folder.partial, dialect)
+            write_model(checkpoint, folder.partial, dialect, plan.state_dtype)
             fingerprint = checkpoint.source.fingerprint() if checkpoint.source.has_files else None
             write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied, request=request)
         folder.commit()
@@ -144,17 +145,24 @@ def write_beside_weights(
 
 
 def write_config(
-    model: PreTrainedModel, folder: Path, source: Source | None = None, dialect: str = "transformers"
+    model: PreTrainedModel,
+    folder: Path,
+    source: Source | None = None,
+    dialect: str = "transformers",
+    state_dtype: str | None = None,
 ) -> None:
     """Write config.json in a dialect.
 
     Args:
         source: that the model came from, if what transformers' class does not load is carried over.
+        state_dtype: to tell to engines that read it there.
     """
     base = source.config if source is not None and source.dialect == dialect else None
     carried = source is not None and bool(carried_tensors(model, source))
     config = dialect_named(dialect).from_transformers(model, base, carried)
     config.pop("_name_or_path", None)  # where the base model lay on this disk
+    if state_dtype is not None:
+        config |= config_keys(model.config.model_type, state_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -185,8 +193,8 @@ def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, dialect: str) -> None:
-    """Write config and weights in a dialect.
+def write_model(checkpoint: Checkpoint, folder: Path, dialect: str, state_dtype: str | None = None) -> None:
+    """Write config and weights in a dialect; ``state_dtype`` as `write_config` has it.
 
     Raises:
         NumericalError: NaN or Inf in a weight; nothing was written.
@@ -196,7 +204,7 @@ def write_model(checkpoint: Checkpoint, folder: Path, dialect: str) -> None:
     written.write_weights(model, folder)
     if written.keeps_unread:
         add_carried(model, checkpoint.source, folder)
-    write_config(model, folder, checkpoint.source, dialect)
+    write_config(model, folder, checkpoint.source, dialect, state_dtype)
 
 
 @contextmanager

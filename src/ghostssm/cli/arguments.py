@@ -167,11 +167,12 @@ Tokenizer = Annotated[
     ),
 ]
 StateDtype = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--state-dtype",
         metavar="NAME",
-        help="Of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.",
+        help="Of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4. If not "
+        "given, that which prune --state-bytes chose, else float32.",
         rich_help_panel=HOW_PANEL,
         autocompletion=completion.state_dtypes,
     ),

@@ -66,7 +66,7 @@ def evaluate(
             "--limit", help="With --tasks or --last-words: measure at most so many documents.", metavar="COUNT"
         ),
     ] = None,
-    state_dtype: arguments.StateDtype = "float32",
+    state_dtype: arguments.StateDtype = None,
     state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",

@@ -37,7 +37,7 @@ def generate(
             rich_help_panel=arguments.OTHER_PANEL,
         ),
     ] = 42,
-    state_dtype: arguments.StateDtype = "float32",
+    state_dtype: arguments.StateDtype = None,
     state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -51,6 +51,7 @@ def generate(
     from transformers import LogitsProcessorList, TextStreamer
 
     import ghostssm
+    from ghostssm.checkpoint.description import chosen_state_dtype
     from ghostssm.checkpoint.probing import FiniteLogits
     from ghostssm.errors import InputError
     from ghostssm.ops.state_format import StateStorage
@@ -59,7 +60,7 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("The prompt is not UTF-8; expected text.") from None
-    StateStorage.of(state_dtype, state_rounding)  # before anything is loaded
+    StateStorage.of(state_dtype or "bfloat16", state_rounding)  # raises before anything is loaded
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     # As the tokenizer does by default, with a beginning of text where it adds one.
@@ -67,6 +68,7 @@ def generate(
     if encoded["input_ids"].shape[1] == 0:
         raise InputError("The prompt is empty; expected some text.")
     torch.manual_seed(seed)
+    state_dtype = state_dtype or chosen_state_dtype(checkpoint.source)
     ghostssm.accelerate(checkpoint.model, state_dtype=state_dtype, state_rounding=state_rounding, seed=seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     checkpoint.model.generate(

@@ -178,6 +178,8 @@ def _state_facts(found: Description) -> list[tuple[str, str]]:
         ("state size", f"{pruning.state_size} -> {_sizes_text(pruning.kept)}{padding}"),
         ("pruned by", pruning.method),
     ]
+    if pruning.state_dtype is not None:
+        facts.append(("state chosen for", pruning.state_dtype))
     if pruning.measured is not None:
         facts.append(("excess loss", f"{pruning.measured.excess_text} nats per token, on {pruning.measured.text}"))
     return facts

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import bytes_text, note, print_facts, print_json, progress_reporter
+from ghostssm.cli.console import bytes_text, note, print_facts, print_json, print_table, progress_reporter
 from ghostssm.cli.report import check_drawable
 from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
+    from ghostssm import Description
     from ghostssm.pruning.recipe import Recipe
     from ghostssm.workflows.prune_request import PruneOutcome
 
@@ -37,6 +38,15 @@ def prune(
             metavar="NATS",
             help="Or: find the smallest state that raises the loss by at most so many nats per token. "
             "Some of the calibration windows are kept apart to measure that.",
+        ),
+    ] = None,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--state-bytes",
+            metavar="SHARE|SIZE",
+            help="Or: find the state size and dtype that lose least within so many bytes per sequence: 1/8 of the "
+            "dense float32 state, say, or 6MiB. Measured as with --max-excess-loss.",
         ),
     ] = None,
     method: Annotated[
@@ -83,7 +93,8 @@ def prune(
         typer.Option(
             "--multiple",
             callback=arguments.at_least(1),
-            help="With --per-layer or --max-excess-loss: try multiples of this number as sizes; 8 if not given.",
+            help="With --per-layer, --max-excess-loss or --state-bytes: try multiples of this number as sizes; 8 if "
+            "not given.",
             rich_help_panel=arguments.HOW_PANEL,
             metavar="NUMBER",
         ),
@@ -188,12 +199,13 @@ def prune(
 ) -> None:
     """Shrink the state of a model, from size N to N', and write a checkpoint that loads like the original.
 
-    It needs one of --state-size, --budget and --max-excess-loss. After the first layer it tells how long the rest
-    takes. By default it reads 128 windows of 2048 tokens; with --windows 16 --method ghost a first result comes much
-    sooner.
+    It needs one of --state-size, --budget, --max-excess-loss and --state-bytes. After the first layer it tells how
+    long the rest takes. By default it reads 128 windows of 2048 tokens; with --windows 16 --method ghost a first
+    result comes much sooner.
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
+    ghostssm prune MODEL --state-bytes 1/8 --method balanced+per-layer --output smaller
     """
     given = locals()
     from ghostssm.workflows.prune import prune as carry_out
@@ -247,6 +259,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
 
     plan, measured = outcome.plan, outcome.measured
     searched = None if plan.provenance is None else plan.provenance.search
+    choice = None if plan.provenance is None else plan.provenance.choice
     found = ghostssm.describe(str(written))
     missing = Manifest.read(written).left_out or LeftOut()
     before = found.state_bytes(plan.state_size)
@@ -260,6 +273,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
                 "state_bytes": {"before": before, "after": found.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
                 "searched": None if searched is None else searched.as_json(),
+                "choice": None if choice is None else choice.as_json(),
                 "left_out": missing.as_json(),
                 "report": None if page is None else str(page),
                 "hub": outcome.address,
@@ -276,6 +290,8 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     ]
     if searched is not None:
         facts.append(("excess loss", searched.text))
+    if choice is not None:
+        facts.append(("chosen", choice.text))
     if measured is not None:
         facts.append(("excess loss", f"{measured.excess_text} nats per token, on {measured.text}"))
     if page is not None:
@@ -283,3 +299,15 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if outcome.address is not None:
         facts.append(("uploaded", outcome.address))
     print_facts([*facts, ("time", f"{seconds:.0f} s")])
+    if choice is not None:
+        print()
+        print_table(*choice.cells())
+        _print_serving(choice.chosen.state_dtype, found)
+
+
+def _print_serving(state_dtype: str, found: Description) -> None:
+    """How engines are told the dtype that the state was chosen to be kept in."""
+    from ghostssm.cli.serving import engines_told, print_states
+
+    print()
+    print_states(engines_told(None, found), found.config, [state_dtype])

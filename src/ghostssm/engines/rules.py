@@ -354,6 +354,12 @@ ENGINES: tuple[Engine, ...] = (
 )
 
 
+def config_keys(model_type: str, state_dtype: str) -> dict[str, str]:
+    """What config.json says to engines that look there for the dtype of a model type's states, and know this one."""
+    states = (engine.states for engine in ENGINES)
+    return {key: state_dtype for each in states if (key := each.config_key(model_type)) and state_dtype in each.offered}
+
+
 def engine_names() -> tuple[str, ...]:
     return tuple(engine.name for engine in ENGINES)
 

@@ -7,6 +7,7 @@ import copy
 from transformers import PreTrainedModel
 
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
@@ -20,11 +21,16 @@ def measurement_of(windows: Windows, dense: Evaluation, pruned: Evaluation) -> M
     return Measurement(text, len(windows), windows.length, dense.loss, pruned.loss, excess)
 
 
-def evaluate_in_float32(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Evaluation:
+def evaluate_in_float32(
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent, state_dtype: str = "float32"
+) -> Evaluation:
     """The model's loss in float32; a model in half precision is copied for it, and stays as it is.
+
+    Args:
+        state_dtype: of the recurrent state alone, rounded after every token.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
     whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
-    return evaluate(whole, windows, progress)
+    return evaluate(whole, windows, progress, storage=StateStorage.of(state_dtype))

@@ -66,7 +66,7 @@ class Measurement:
             "window_length": self.window_length,
             "dense_loss": self.dense_loss,
             "pruned_loss": self.pruned_loss,
-            **_as_json(self.excess),
+            **difference_as_json(self.excess),
         }
 
 
@@ -104,10 +104,14 @@ class Searched:
         return {
             "max_excess_loss": self.max_excess_loss,
             "held_out_windows": self.windows,
-            **_as_json(self.excess),
+            **difference_as_json(self.excess),
         }
 
 
-def _as_json(excess: Difference) -> dict[str, float | None]:
-    error = excess.standard_error
-    return {"excess_loss": excess.mean, "standard_error": None if math.isnan(error) else error}
+def difference_as_json(excess: Difference) -> dict[str, float | None]:
+    """JSON values; what is not finite is None."""
+    mean, error = excess.mean, excess.standard_error
+    return {
+        "excess_loss": mean if math.isfinite(mean) else None,
+        "standard_error": error if math.isfinite(error) else None,
+    }

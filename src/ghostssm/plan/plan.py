@@ -87,6 +87,11 @@ class Plan(Value):
         return max(self.widths)
 
     @property
+    def state_dtype(self) -> str | None:
+        """That the state was chosen to be kept in, if one was."""
+        return None if self.provenance is None else self.provenance.state_dtype
+
+    @property
     def mean_state_size(self) -> float:
         """The state size of the pruned model, averaged over its mixers."""
         return sum(self.state_sizes) / len(self.state_sizes)

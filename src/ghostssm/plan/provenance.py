@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ghostssm.plan.choice import Choice
 from ghostssm.plan.measurement import Searched
 from ghostssm.values import Value
 
@@ -34,6 +35,7 @@ class Provenance(Value):
         requested_state_size: N' as asked for, on average over layers and groups. groups: how the groups of a layer
             share it. seed: of what was drawn at random. multiple: of state sizes per layer.
         search: what a search for the smallest state measured, if there was one.
+        choice: what was measured to choose size and dtype for a number of bytes, if they were chosen so.
     """
 
     requested_state_size: int
@@ -42,19 +44,25 @@ class Provenance(Value):
     multiple: int
     calibration: CalibrationText
     search: Searched | None = None
+    choice: Choice | None = None
+
+    @property
+    def state_dtype(self) -> str | None:
+        """That the state was chosen to be kept in, if one was."""
+        return None if self.choice is None else self.choice.chosen.state_dtype
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "search"}
-        values["calibration"] = asdict(self.calibration)
-        return values | ({} if self.search is None else {"search": self.search.as_json()})
+        """JSON values; of the measured, what there is."""
+        measured = {name: found.as_json() for name in ("search", "choice") if (found := getattr(self, name))}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("search", "choice")}
+        return values | {"calibration": asdict(self.calibration)} | measured
 
     @classmethod
     def from_json(cls, document: Any) -> Provenance | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         if not isinstance(document, dict) or not isinstance(document.get("calibration"), dict):
             return None
-        text, search = document["calibration"], document.get("search")
+        text = document["calibration"]
         numbers = ("requested_state_size", "seed", "multiple")
         if any(type(document.get(name)) is not int for name in numbers) or not isinstance(document.get("groups"), str):
             return None
@@ -70,5 +78,6 @@ class Provenance(Value):
             document["seed"],
             document["multiple"],
             CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
-            Searched.from_json(search),
+            Searched.from_json(document.get("search")),
+            Choice.from_json(document.get("choice")),
         )

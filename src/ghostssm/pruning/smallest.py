@@ -55,18 +55,14 @@ def smallest_plan(
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     if not recipe.registered.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
-    apart = held_out_rows(len(windows))
-    if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(
-            f"There are {len(windows)} calibration windows; a bound on the loss needs at least 4: --windows 4."
-        )
+    windows, held_out = split(windows)
     limit = layout_of(model.config).state_size
     sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
     if not sizes:
         raise InputError(
             f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
         )
-    calibration, held_out = Calibration(model, windows.part(~apart)), windows.part(apart)
+    calibration = Calibration(model, windows)
     dense = evaluate_in_float32(model, held_out)
     low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
     best: tuple[Plan, Difference] | None = None
@@ -75,7 +71,7 @@ def smallest_plan(
             middle = (low + high) // 2
             plan = calibration.plan(recipe, sizes[middle], groups, seed, tell, multiple)
             with pruned(model, plan) as smaller:
-                excess = _excess(smaller, held_out, dense)
+                excess = excess_loss(smaller, held_out, dense)
             if excess.mean <= max_excess_loss:
                 high, best = middle, (plan, excess)
             else:
@@ -92,12 +88,26 @@ def smallest_plan(
     return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, search=searched))
 
 
-def _excess(model: PreTrainedModel, windows: Windows, dense: Evaluation) -> Difference:
+def excess_loss(
+    model: PreTrainedModel, windows: Windows, dense: Evaluation, state_dtype: str = "float32"
+) -> Difference:
     """Over the dense loss; infinite where the model overflows, which a state that is too small may cause."""
     try:
-        return evaluate_in_float32(model, windows).excess_over(dense)
+        return evaluate_in_float32(model, windows, state_dtype=state_dtype).excess_over(dense)
     except NumericalError:
         return Difference(math.inf, math.nan)
+
+
+def split(windows: Windows) -> tuple[Windows, Windows]:
+    """The windows that calibrate and those that are held out.
+
+    Raises:
+        InputError: fewer than four windows.
+    """
+    if len(windows) < _HELD_OUT_ONE_IN:
+        raise InputError(f"There are {len(windows)} calibration windows; a search needs at least 4: --windows 4.")
+    apart = held_out_rows(len(windows))
+    return windows.part(~apart), windows.part(apart)
 
 
 def held_out_rows(count: int) -> Tensor:

@@ -67,6 +67,9 @@ def manifest_table(manifest: Manifest) -> Table:
         told["Groups of a layer"] = "keep as many channels each" if made.groups == "equal" else made.groups
         if made.search is not None:
             told["Searched"] = f"for the smallest state within {made.search.max_excess_loss:g}: {made.search.text}"
+        if made.choice is not None:
+            told["Chosen"] = f"within {bytes_text(made.choice.state_bytes)} of state per sequence: {made.choice.text}"
+            told["Candidates"] = "; ".join(" ".join(line) for line in made.choice.cells()[1])
     if (found := manifest.measured) is not None:
         told["Measured on"] = f"{found.windows} windows of {found.window_length} tokens of {text_name(found.text)}"
     told["Weights"] = f"{manifest.dtype}, in the {manifest.dialect} dialect"

@@ -82,8 +82,8 @@ def prune(
         column: of a data set: the one with the text.
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
         notify: told what a person should know, in sentences.
-        options: ``state_size``, ``budget`` or ``max_excess_loss``, and any other field of `PruneRequest`, such as
-            ``recipe``, ``windows`` and ``window_length``.
+        options: ``state_size``, ``budget``, ``max_excess_loss`` or ``state_bytes``, and any other field of
+            `PruneRequest`, such as ``recipe``, ``windows`` and ``window_length``.
 
     Raises:
         InputError: a fault of the arguments, found before the work where it can be; says what was expected.
@@ -97,7 +97,7 @@ def prune(
             return pruning.prune(model, progress=tell, notify=notify)
         given = Given(model, text, evaluate, tokenizer, column, options.get("device"))
         names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
-        if not {"state_size", "budget", "max_excess_loss"} & options.keys():
+        if not {"state_size", "budget", "max_excess_loss", "state_bytes"} & options.keys():
             raise InputError("Say how much to keep: ghostssm.prune(model, text, state_size=64).")
         place = None if output is None else str(output)
         request = asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))

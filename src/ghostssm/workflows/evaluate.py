@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.description import chosen_state_dtype
 from ghostssm.checkpoint.loading import Checkpoint, check_device, load, model_config
-from ghostssm.checkpoint.source import find_source
+from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.errors import InputError
@@ -18,7 +19,7 @@ from ghostssm.evaluation import copying, perplexity
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.recall import Recall, last_words
-from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
+from ghostssm.ops.state_format import BFLOAT16, FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.text.sources import read_passages
@@ -46,8 +47,8 @@ class EvaluateRequest(Request):
         tasks: instead: names of lm-evaluation-harness. include_path: a folder of more task files.
         limit: documents per task, or passages, at most.
         stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
-        state_dtype, state_rounding: of the model's recurrent state, rounded after every token; that of the base is
-            float32.
+        state_dtype, state_rounding: of the model's recurrent state, rounded after every token; if not given, the dtype
+            that the model's manifest says it was chosen for, else float32. That of the base is float32.
     """
 
     model: str
@@ -60,13 +61,12 @@ class EvaluateRequest(Request):
     limit: int | None = None
     stream: bool = False
     offload: Path | None = None
-    state_dtype: str = "float32"
+    state_dtype: str | None = None
     state_rounding: str = "nearest"
 
-    @property
-    def storage(self) -> StateStorage:
-        """How the model keeps its state."""
-        return StateStorage.of(self.state_dtype, self.state_rounding)
+    def storage(self, source: Source) -> StateStorage:
+        """How a model keeps its state."""
+        return StateStorage.of(self.state_dtype or chosen_state_dtype(source), self.state_rounding)
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,26 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
     if request.against is None:
         opened = _opened(request, request.model)
         windows = request.windows_of(request.text, opened.require_tokenizer())
-        return TextLoss(windows, _evaluation(request, opened, windows, progress, request.storage))
+        _tell_state(request, opened.source, notify)
+        return TextLoss(windows, _evaluation(request, opened, windows, progress, request.storage(opened.source)))
     windows = _shared_windows(request, request.model, request.against)
-    evaluations = []
-    for model, storage in ((request.model, request.storage), (request.against, FLOAT32_STORAGE)):
+    evaluations: list[Evaluation] = []
+    for model in (request.model, request.against):
         notify(f"measuring {model}")  # one is in memory at a time
-        evaluations.append(_evaluation(request, _opened(request, model), windows, progress, storage))
+        opened, storage = _opened(request, model), FLOAT32_STORAGE
+        if not evaluations:
+            _tell_state(request, opened.source, notify)
+            storage = request.storage(opened.source)
+        evaluations.append(_evaluation(request, opened, windows, progress, storage))
     pruned, dense = evaluations
     return ExcessLoss(windows, dense, pruned)
+
+
+def _tell_state(request: EvaluateRequest, source: Source, notify: Notify) -> None:
+    """Tell of a dtype of the state that nobody gave."""
+    chosen = chosen_state_dtype(source)
+    if request.state_dtype is None and chosen != FLOAT32.name:
+        notify(f"the state is kept in {chosen}, for which the checkpoint was made; --state-dtype takes another")
 
 
 def _check(request: EvaluateRequest) -> None:
@@ -219,7 +231,7 @@ def _check(request: EvaluateRequest) -> None:
     check_heeded(request, "tasks", "text", "text_windows", "against", *state)
     check_heeded(request, "last_words", "text", "text_windows", "window_length", "against", *state)
     check_heeded(request, "copying", "against", *state)
-    StateStorage.of(request.state_dtype, request.state_rounding)
+    StateStorage.of(request.state_dtype or BFLOAT16, request.state_rounding)  # raises for what no model can have
     if request.limit is not None and request.limit < 1:
         raise InputError(f"--limit is {request.limit}; expected at least 1 document or passage.")
     if request.stream and any(instead):

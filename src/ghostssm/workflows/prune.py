@@ -15,9 +15,11 @@ from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.pruning.fitting import plan_for_bytes
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
 from ghostssm.streaming.finished import finished_run, may_be_finished
@@ -86,7 +88,7 @@ def prune_on(
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
     measured = None
     if held_out is not None and dense is not None:
-        after = evaluate_in_float32(smaller.model, held_out, progress)
+        after = evaluate_in_float32(smaller.model, held_out, progress, plan.state_dtype or FLOAT32.name)
         measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
     outcome = PruneOutcome(None, plan, measured, checkpoint=smaller)
@@ -109,6 +111,19 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
     if target.size is not None:
         calibration = Calibration(checkpoint.model, windows)
         return calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
+    if target.state_bytes is not None:
+        return plan_for_bytes(
+            checkpoint.model,
+            windows,
+            job.recipe,
+            target.state_bytes,
+            dtypes=target.dtypes,
+            multiple=job.multiple,
+            state_sizes=target.sizes,
+            groups=asked.groups,
+            seed=asked.seed,
+            progress=progress,
+        )
     assert target.max_excess_loss is not None
     return smallest_plan(
         checkpoint.model,

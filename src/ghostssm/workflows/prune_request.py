@@ -54,8 +54,10 @@ class PruneRequest(Value, CalibratingRequest):
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
         output: the folder to write; if not given, the result stays in memory.
-        state_size, budget, max_excess_loss: how much to keep; exactly one is given. N'; or a share of the state, above
-            0 and up to 1; or the smallest state that loses at most so many nats per token on held-out windows.
+        state_size, budget, max_excess_loss, state_bytes: how much to keep; exactly one is given. N'; or a share of
+            the state, above 0 and up to 1; or the smallest state that loses at most so many nats per token on held-out
+            windows; or the state size and dtype that lose least there within so many bytes per sequence, given as a
+            share of the dense float32 state (``1/8``) or with a unit (``6MiB``).
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
         multiple: of sizes per layer, and of sizes that are searched; 8 if not given.
         engines: names of engines that are to run the result; the nearest size that suits them is taken.
@@ -74,6 +76,7 @@ class PruneRequest(Value, CalibratingRequest):
     state_size: int | None = None
     budget: float | None = None
     max_excess_loss: float | None = None
+    state_bytes: str | None = None
     recipe: str = str(DEFAULT_RECIPE)
     multiple: int | None = None
     engines: tuple[str, ...] = ()
@@ -141,9 +144,9 @@ class PruneJob:
         notify(
             f"{self.recipe}: calibrating on {count} windows{fewer} of {windows.length} tokens of {windows.text_name}"
         )
-        if self.target.max_excess_loss is not None:
+        if self.target.size is None:
             apart = int(held_out_rows(count).sum())
-            few = "; so few make the bound uncertain, 32 windows hold out 8 (--windows 32)"
+            few = "; so few make it uncertain, 32 windows hold out 8 (--windows 32)"
             notify(
                 f"{apart} of these windows are held out to measure the excess loss on"
                 + ("" if apart >= _SURE_WINDOWS else few)
@@ -167,8 +170,11 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("Several processes share a run with --stream only; add that, or start one process.")
     recipe = Recipe.parse(request.recipe)
-    if request.multiple is not None and not (recipe.per_layer or request.max_excess_loss is not None):
-        raise InputError("--multiple works with --per-layer or --max-excess-loss only; leave out --multiple.")
+    searched = request.max_excess_loss is not None or request.state_bytes is not None
+    if request.multiple is not None and not (recipe.per_layer or searched):
+        raise InputError(
+            "--multiple works with --per-layer, --max-excess-loss or --state-bytes only; leave out --multiple."
+        )
     described = described or describe(request.model)
     check_original(described.is_stock)
     check_dialect(request.dialect, described.family, not recipe.stock, request.untie)
@@ -176,7 +182,7 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         check_hub_target(request.push_to_hub)
     if request.stream:
         check_streamable(recipe)
-    target = wanted_target(described.layout.state_size, request.state_size, request.budget, request.max_excess_loss)
+    target = wanted_target(described, request.state_size, request.budget, request.max_excess_loss, request.state_bytes)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
         tied, multiple = described.tied_head and not request.untie, request.multiple or DEFAULT_MULTIPLE
@@ -195,8 +201,8 @@ def _check_streamed(request: PruneRequest) -> None:
     for option, given in (("--untie", request.untie), ("--report", request.report)):
         if given:
             raise InputError(f"{option} needs the whole model in memory, which --stream avoids; leave out one of them.")
-    if request.max_excess_loss is not None:
-        raise InputError(
-            "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "
-            "--budget."
-        )
+    for option, bound in (("--max-excess-loss", request.max_excess_loss), ("--state-bytes", request.state_bytes)):
+        if bound is not None:
+            raise InputError(
+                f"{option} tries several sizes on the whole model, which --stream can't; give --state-size or --budget."
+            )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
 from ghostssm.models.layout import check_state_size
+from ghostssm.ops.state_format import FORMATS
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
+from ghostssm.units import memory_bytes
 
 
 @dataclass(frozen=True)
@@ -19,32 +22,49 @@ class Target:
     """How much of the state is to stay.
 
     Attributes:
-        size: the state size, on average over layers; None where a bound on the loss decides.
-        max_excess_loss: that bound, nats per token.
+        size: the state size, on average over layers; None where a bound decides.
+        max_excess_loss: on the loss, nats per token. state_bytes: on the bytes of one sequence's state.
         sizes: those that the wanted engines run, ascending, where a bound decides; None for all.
+        dtypes: of the state, that they offer, where a bound on the bytes decides; None for all.
     """
 
     size: int | None = None
     max_excess_loss: float | None = None
+    state_bytes: int | None = None
     sizes: Sequence[int] | None = None
+    dtypes: Sequence[str] | None = None
 
 
-def wanted_target(limit: int, state_size: int | None, budget: float | None, max_excess_loss: float | None) -> Target:
-    """What one of the three options says; ``limit`` is the model's own state size.
+def wanted_target(
+    described: Description,
+    state_size: int | None = None,
+    budget: float | None = None,
+    max_excess_loss: float | None = None,
+    state_bytes: str | None = None,
+) -> Target:
+    """What one of the four options says of a model.
 
     Raises:
         InputError: none of them is given, or several, or one out of range.
     """
-    options = {"--state-size": state_size, "--budget": budget, "--max-excess-loss": max_excess_loss}
+    limit = described.layout.state_size
+    options = {
+        "--state-size": state_size,
+        "--budget": budget,
+        "--max-excess-loss": max_excess_loss,
+        "--state-bytes": state_bytes,
+    }
     given = [option for option, value in options.items() if value is not None]
     if not given:
-        raise InputError("Say how much to keep: give one of --state-size, --budget and --max-excess-loss.")
+        raise InputError(f"Say how much to keep: give one of {', '.join(options)}.")
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} each say how much to keep; give one of them.")
     if max_excess_loss is not None:
         if not max_excess_loss >= 0:
             raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
         return Target(max_excess_loss=max_excess_loss)
+    if state_bytes is not None:
+        return Target(state_bytes=_bound_on_bytes(state_bytes, described.state_bytes()))
     if budget is not None:
         if not 0 < budget <= 1:
             raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
@@ -52,6 +72,31 @@ def wanted_target(limit: int, state_size: int | None, budget: float | None, max_
     assert state_size is not None
     check_state_size(state_size, limit)
     return Target(state_size)
+
+
+def _bound_on_bytes(text: str, dense: int) -> int:
+    """Bytes of a share of the dense float32 state, such as ``1/8``, or of a size with its unit.
+
+    Raises:
+        InputError: it is neither, or not below the dense state's bytes.
+    """
+    try:
+        bound = int(Fraction(text) * dense)
+    except ZeroDivisionError:
+        bound = 0
+    except ValueError:
+        if "B" not in text.upper():
+            raise InputError(
+                f"--state-bytes is {text!r}; expected a share of the dense float32 state, such as 1/8, or a size with "
+                "its unit, such as 6MiB."
+            ) from None
+        bound = memory_bytes(text, "state's size")
+    if not 0 < bound < dense:
+        raise InputError(
+            f"--state-bytes is {text}, which is {bound:,} bytes per sequence; expected more than 0, and less than the "
+            f"{dense:,} of the model's state in float32."
+        )
+    return bound
 
 
 def check_smaller(target: Target, limit: int) -> None:
@@ -86,6 +131,8 @@ def suited_target(
         InputError: an engine that runs nothing of what the recipe makes, or sizes that are not known beforehand.
     """
     layout, family, config = described.layout, described.family, described.config
+    if target.state_bytes is not None:
+        target = replace(target, dtypes=_offered_dtypes(engines))
     if recipe.per_layer or not recipe.registered.stock:
         for advice in advise(layout, family, engines=engines, own_class=True):
             if advice.level == "no":
@@ -101,7 +148,10 @@ def suited_target(
         )
     if target.size is None:
         good = good_state_sizes(layout, family, engines, tied_head=tied_head, config=config)
-        return Target(max_excess_loss=target.max_excess_loss, sizes=[size for size in good if size % multiple == 0])
+        sizes = [size for size in good if size % multiple == 0]
+        if target.state_bytes is not None:  # a narrower dtype alone may do
+            sizes.append(layout.state_size)
+        return replace(target, sizes=sizes)
     chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head, config=config)
     if chosen != target.size:
         reasons = [
@@ -112,3 +162,9 @@ def suited_target(
         suits = f"the nearest that suits {' and '.join(engines)}"
         notify(f"state size {chosen} in place of {target.size}, {suits} ({'; '.join(reasons)})")
     return Target(chosen)
+
+
+def _offered_dtypes(engines: Sequence[str]) -> list[str]:
+    """Dtypes of the state that all of the engines can store."""
+    offered = [engine.states.offered for engine in engines_named(engines)]
+    return [name for name in FORMATS if all(name in names for names in offered)]

@@ -1,0 +1,99 @@
+"""The least loss within so many bytes of state per sequence, over size and dtype together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+from ghostssm.errors import InputError
+from ghostssm.evaluation.measurement import evaluate_in_float32
+from ghostssm.methods.selection import Groups
+from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.ops.state_format import FORMATS, StateFormat
+from ghostssm.plan.choice import Candidate, Choice
+from ghostssm.plan.plan import Plan
+from ghostssm.plan.surgery import pruned
+from ghostssm.progress import Progress, listening, on_screen
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.pruning.smallest import excess_loss, split
+from ghostssm.text.windows import Windows
+
+
+def widest_fit(row_bytes: float, sizes: Iterable[int], dtypes: Iterable[str] | None = None) -> dict[str, int]:
+    """The largest state size for each dtype whose rows fit, scales included; without the dtypes that don't fit at all.
+
+    A row is the state of one element of a head's head_dim. All mixers of a model have as many, so that a row's share
+    of the bytes is the sequence's.
+
+    Args:
+        row_bytes: that a row may take. sizes: to choose from. dtypes: names; all if not given.
+    """
+    sizes = list(sizes)
+    forms = [StateFormat.of(name) for name in FORMATS if dtypes is None or name in dtypes]
+    fits = {form.name: [size for size in sizes if form.state_bytes(1, size) <= row_bytes] for form in forms}
+    return {name: max(fitting) for name, fitting in fits.items() if fitting}
+
+
+def plan_for_bytes(
+    model: PreTrainedModel,
+    windows: Windows,
+    recipe: str | Recipe,
+    state_bytes: int,
+    *,
+    dtypes: Sequence[str] | None = None,
+    multiple: int = DEFAULT_MULTIPLE,
+    state_sizes: Sequence[int] | None = None,
+    groups: Groups = "equal",
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = on_screen,
+) -> Plan:
+    """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
+
+    For every dtype the largest state that fits is measured with a state that is rounded after every token, on every
+    fourth window; the others calibrate. Dtypes that fit the same size share one plan. The plan's provenance has what
+    was chosen and what all candidates lost as ``choice``.
+
+    Args:
+        state_bytes: of one sequence over all layers, scales included.
+        dtypes: names of dtypes of the state; all if not given. multiple: of the sizes that are considered.
+        state_sizes: the sizes to consider instead; the model's own may be among them.
+        progress: told how far the work is; None for nobody.
+
+    Raises:
+        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no dtype
+            in which a state of any of the sizes fits.
+        NumericalError: the dense model's loss is not finite.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    if not recipe.registered.shrinks:
+        raise InputError(f"{recipe} leaves the state whole, so no size can be chosen for it; take another method.")
+    layout = layout_of(model.config)
+    limit, rows = layout.state_size, len(mixers_of(model)) * layout.intermediate_size
+    sizes = [*range(multiple, limit, multiple), limit] if state_sizes is None else state_sizes
+    fitting = widest_fit(state_bytes / rows, sizes, dtypes)
+    fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
+    if not fitting:
+        raise InputError(
+            f"No state fits into {state_bytes:,} bytes per sequence: the sizes are {', '.join(map(str, sizes))}, "
+            f"the dtypes {', '.join(dtypes or FORMATS)}; the model's own takes {rows * 4 * limit:,} in float32."
+        )
+    windows, held_out = split(windows)
+    calibration = Calibration(model, windows)
+    dense = evaluate_in_float32(model, held_out)
+    found: list[tuple[Candidate, Plan]] = []
+    with listening(progress) as tell:
+        for size in sorted(set(fitting.values()), reverse=True):
+            plan = calibration.plan(recipe, size, groups, seed, tell, multiple)
+            with pruned(model, plan) as smaller:
+                for form in (StateFormat.of(dtype) for dtype, fits in fitting.items() if fits == size):
+                    taken = sum(form.state_bytes(layout.intermediate_size, each) for each in plan.state_sizes)
+                    excess = excess_loss(smaller, held_out, dense, form.name)
+                    found.append((Candidate(plan.mean_state_size, form.name, taken, excess), plan))
+    found.sort(key=lambda each: each[0].excess.mean)
+    plan = found[0][1]
+    choice = Choice(state_bytes, len(held_out), tuple(candidate for candidate, _ in found))
+    assert plan.provenance is not None
+    return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, choice=choice))
