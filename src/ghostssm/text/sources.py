@@ -61,15 +61,29 @@ def read_text(spec: str, role: Role) -> Text:
     Raises:
         TextError: missing, unreadable, binary, empty or enormous text, or a corpus that could not be fetched.
     """
-    if spec in _CORPORA:
-        side, parts = _CORPORA[spec](role)
-        return _checked(Text(f"{spec} ({side})", tuple(parts)))
+    return _checked(Text(text_title(spec, role), tuple(iterate_text(spec, role))))
+
+
+def text_title(spec: str, role: Role) -> str:
+    """What a TEXT is called: by its user, with the side that is taken of a named corpus."""
+    return f"{spec} ({_SIDES[spec][role]})" if spec in _SIDES else spec
+
+
+def iterate_text(spec: str, role: Role) -> Iterator[str]:
+    """The parts of a TEXT, of a folder one file in memory at a time; arguments and errors as `read_text`."""
     path = Path(spec)
-    if path.is_dir():
-        return _checked(Text(spec, tuple(_read_folder(path))))
-    if path.is_file():
-        return _checked(Text(spec, tuple(_read_file(path))))
-    raise TextError(
+    if spec in _CORPORA:
+        yield from _CORPORA[spec](role)
+    elif path.is_dir():
+        yield from _read_folder(path)
+    elif path.is_file():
+        yield from _read_file(path)
+    else:
+        raise _no_text_at(spec)
+
+
+def _no_text_at(spec: str) -> TextError:
+    return TextError(
         f"No text at {spec!r}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}."
     )
@@ -100,12 +114,11 @@ def _check_size(name: str, size: int) -> None:
         raise TextError(f"The text {name!r} takes more than {MOST_TEXT_BYTES >> 30} GiB; give a part of it.")
 
 
-def _stdlib(role: Role) -> tuple[str, list[str]]:
-    held_out = role == "evaluation"
-    return ("held-out modules" if held_out else "calibration modules"), stdlib_texts(held_out)
+def _stdlib(role: Role) -> list[str]:
+    return stdlib_texts(role == "evaluation")
 
 
-def _wikitext2(role: Role) -> tuple[str, list[str]]:
+def _wikitext2(role: Role) -> list[str]:
     from huggingface_hub import hf_hub_download
 
     split = "train" if role == "calibration" else "test"
@@ -117,10 +130,14 @@ def _wikitext2(role: Role) -> tuple[str, list[str]]:
             f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
             f"{repository} here and name that file instead."
         ) from error
-    return f"{split} split", _read_parquet(Path(path))
+    return _read_parquet(Path(path))
 
 
-_CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+_CORPORA: dict[str, Callable[[Role], list[str]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+_SIDES = {
+    "stdlib": {"calibration": "calibration modules", "evaluation": "held-out modules"},
+    "wikitext2": {"calibration": "train split", "evaluation": "test split"},
+}
 
 
 def _read_folder(folder: Path) -> Iterator[str]:

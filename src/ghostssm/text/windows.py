@@ -124,7 +124,7 @@ def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     A text of more than 16 million characters is cut before a word, every so many, and tokenised in stretches.
     """
-    return torch.cat([_encoded(stretch, tokenizer) for stretch in _stretches(joined)])
+    return torch.cat([encoded(stretch, tokenizer) for stretch in _stretches(joined)])
 
 
 def _stretches(joined: str) -> Iterator[str]:
@@ -138,7 +138,8 @@ def _stretches(joined: str) -> Iterator[str]:
     yield joined[start:]
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids of a text without special tokens, (tokens,); raises ModelError if the tokenizer fails."""
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.long)
