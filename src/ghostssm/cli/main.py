@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ghostssm._version import __version__
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
+from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand
 from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
@@ -103,7 +103,7 @@ def _help(verb: Callable[..., None]) -> str:
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look, prune, try": (inspect.inspect, prune.prune, report.report, generate.generate),
+    "Look, prune, try": (inspect.inspect, prune.prune, distill.distill, report.report, generate.generate),
     "Measure": (evaluate.evaluate, compare.compare, bench.bench),
     "Run it elsewhere": (export.export, verify.verify),
     "Check the paper": (reproduce.reproduce,),

@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.units import plus_minus
 
 Trained = Literal["mixers", "small", "all"]
 """Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
+
+
+MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
+"""`Trained` in words."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class Point:
     divergence: float
     excess: Difference
 
+    @property
+    def excess_text(self) -> str:
+        return plus_minus(self.excess.mean, self.excess.standard_error)
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -39,7 +48,7 @@ class Distillation:
             batches in their order.
         steps: taken. tokens: trained on, in all steps. kept_step: whose parameters were kept.
         seed, learning_rate, trained: as they were asked for.
-        curve: on the held-out windows, from before the first step on.
+        held_out_windows: set apart from the text. curve: on them, from before the first step on.
         ended: why there were no more steps.
         before, after: losses on other texts, of the student as it came and as it went.
     """
@@ -54,6 +63,7 @@ class Distillation:
     seed: int
     learning_rate: float
     trained: Trained
+    held_out_windows: int
     curve: Sequence[Point]
     ended: str
     before: Sequence[Measurement] = field(default=())

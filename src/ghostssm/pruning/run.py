@@ -365,4 +365,3 @@ class _Asked:
 
 def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Tensor:
     return calibration.saliency(progress)[name]
-

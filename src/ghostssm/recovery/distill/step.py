@@ -22,7 +22,10 @@ def _distill(
 ) -> Distillation:
     batch = max(1, min(TOKENS_PER_STEP // windows.length, len(windows) - max(1, len(windows) // 8)))
     batches = Batches(HeldWindows(windows), batch, seed)
-    student, teacher = copy.deepcopy(pruned).float(), dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float()
+    student, teacher = (
+        copy.deepcopy(pruned).float(),
+        dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float(),
+    )
     found = distill(student, teacher, batches, Settings(amount, batch, seed=seed), listener=Listener(progress))
     change_parameters(pruned, found.changes)
     return found.record

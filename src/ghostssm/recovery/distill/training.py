@@ -174,7 +174,9 @@ class Training:
         if self.kept is point:
             self.best = self._copy()
         if not point.divergence <= _DIVERGED * self.curve[0].divergence:
-            self.ended = f"it diverged: {point.divergence:.4g} on the held-out windows, {self.curve[0].divergence:.4g} before"
+            self.ended = (
+                f"it diverged: {point.divergence:.4g} on the held-out windows, {self.curve[0].divergence:.4g} before"
+            )
         elif len(self.curve) - 1 - self.curve.index(self.kept) >= _PATIENCE:
             self.ended = f"no gain on the held-out windows since step {self.kept.step}"
         elif self.step == self.settings.steps:
@@ -285,6 +287,7 @@ def distill(
         seed=settings.seed,
         learning_rate=settings.learning_rate,
         trained=settings.trained,
+        held_out_windows=len(batches.held_out),
         curve=tuple(training.curve),
         ended=training.ended,
     )
