@@ -176,6 +176,7 @@ def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Ma
     source = checkpoint.source
     if manifest is not None and (source.folder / PLAN_FILE).is_file():
         plan = Plan.read(source.folder, changes=False)
+        plan = replace(plan, method=manifest.method or plan.method, distillations=manifest.distillations)
         base, config, untied = Base.of_pruned(source, manifest), checkpoint.model.config, manifest.untied_head
         write_card(model_card(base, config, plan, dialect, manifest.measured, untied=untied), folder)
     elif manifest is not None:

@@ -136,7 +136,7 @@ def _check_pair(student: Description, teacher: Description) -> None:
     pairs = {
         "family": (family(student), family(teacher)),
         "vocabulary": (student.vocab_size, teacher.vocab_size),
-        "layers": (student.config.num_hidden_layers, teacher.config.num_hidden_layers),
+        "layers": (student.layers, teacher.layers),
         "hidden size": (student.layout.hidden_size, teacher.layout.hidden_size),
         "heads": (student.layout.num_heads, teacher.layout.num_heads),
     }

@@ -1,8 +1,8 @@
 """How far a student's next-token distribution is from its teacher's.
 
-The logits of a batch would take tokens x vocabulary numbers, four times over. So both models give the hidden states that
-their heads get, and the heads are applied to a stretch of tokens at a time. The gradients with respect to the student's
-hidden states and head are computed in the same pass, so that no stretch is kept or computed twice.
+The logits of a batch would take tokens x vocabulary numbers, four times over. So both models give the hidden states
+that their heads get, and the heads are applied to a stretch of tokens at a time. The gradients with respect to the
+student's hidden states and head are computed in the same pass, so that no stretch is kept or computed twice.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Divergence(torch.autograd.Function):
             if to_head is not None:
                 to_head += (slope.T @ hidden[span]).to(to_head)
         ctx.gradients = to_hidden, to_head
-        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+        return (total / len(hidden)).to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -105,7 +105,7 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor, with_blocks: bool) -> tu
 def prepared(
     student: Student, teacher: Teacher, processes: Processes, checkpointing: bool, bfloat16: bool
 ) -> Iterator[None]:
-    """Within the context both run our forward pass, are sharded over the processes, and compute in bfloat16 if asked to.
+    """Within the context both run our forward pass, sharded over the processes, and in bfloat16 if asked to.
 
     Args:
         checkpointing: keep the inputs of the student's blocks only, and run each once more in the backward pass.
