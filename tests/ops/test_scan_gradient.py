@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ghostssm.ops import compiled
 from ghostssm.ops.ssd import ssd, ssd_chunked
 from tests.ops.test_ssd import streams
 
@@ -23,6 +24,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["compiled", "chunks"], autouse=True)
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds for both forms of the backward pass."""
+    if request.param == "chunks":
+        monkeypatch.setattr(compiled, "kernels", None)
+    elif not compiled.HAS_KERNELS:
+        pytest.skip("numba is not installed")
+
+
 def gradients(scan: Any, arguments: dict[str, Any], of: str = "both") -> dict[str, Tensor]:
     """The gradients of uneven weights on y, on the final state, or on both."""
     leaves = {name: part.detach().clone().requires_grad_() for name, part in arguments.items() if part is not None}
@@ -35,8 +45,7 @@ def gradients(scan: Any, arguments: dict[str, Any], of: str = "both") -> dict[st
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_gradcheck(groups: int) -> None:
-    s = {name: part[:1] if name in "xdtBCinitial_state" else part for name, part in streams(groups, 7, 3, True).items()}
-    leaves = {name: part.double().requires_grad_() for name, part in s.items()}
+    leaves = {name: part.requires_grad_() for name, part in streams(groups, 5, 3, True, head_dim=2).items()}
 
     def scan(*parts: Tensor) -> tuple[Tensor, Tensor]:
         return ssd(**dict(zip(leaves, parts, strict=True)))
@@ -44,7 +53,7 @@ def test_gradcheck(groups: int) -> None:
     assert torch.autograd.gradcheck(scan, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize(("groups", "length", "p", "n", "initial"), CASES)
 def test_gradients_equal_autograd_through_chunks(
     groups: int, length: int, p: int, n: int, initial: bool, dtype: torch.dtype, tolerance: float
@@ -72,8 +81,8 @@ def test_without_a_skip_and_of_some_arguments_only() -> None:
 
 
 def test_a_head_that_forgets_at_once_gets_a_gradient_of_its_decay() -> None:
-    """The gradient of log a is 1e-6 of what every token writes and reads itself, in whose rounding it must not drown."""
-    s = {name: part for name, part in streams(1, 40, 16, False).items()} | {"A": torch.full((8,), -14.0).double()}
+    """The gradient of log a is 1e-6 of what a token writes and reads itself; that must not drown it in rounding."""
+    s = streams(1, 40, 16, False) | {"A": torch.full((8,), -14.0).double()}
     s["dt"] = torch.ones_like(s["dt"])
     expected = gradients(ssd_chunked, s, "y")["A"]
     found = gradients(ssd, {name: None if part is None else part.float() for name, part in s.items()}, "y")["A"]

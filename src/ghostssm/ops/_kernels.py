@@ -169,3 +169,165 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
             for k in range(n):
                 output[i, head, block, k] += out[k]
                 stored[i, head, block, k] += kept[k]
+
+
+@numba.njit(fastmath=True, cache=True)
+def _advance(H, decay, u, dy, B, gathered):  # type: ignore[no-untyped-def]
+    """H (rows, n) over one token; gathered (n,) += dy^T (decay H). Rows in fours; u and dy (rows,), B (n,)."""
+    for j in range(0, H.shape[0], 4):
+        row0, row1, row2, row3 = H[j], H[j + 1], H[j + 2], H[j + 3]
+        u0, u1, u2, u3 = u[j], u[j + 1], u[j + 2], u[j + 3]
+        dy0, dy1, dy2, dy3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
+        for k in range(B.shape[0]):
+            kept0, kept1, kept2, kept3 = row0[k] * decay, row1[k] * decay, row2[k] * decay, row3[k] * decay
+            write = B[k]
+            gathered[k] += dy0 * kept0 + dy1 * kept1 + dy2 * kept2 + dy3 * kept3
+            row0[k] = kept0 + u0 * write
+            row1[k] = kept1 + u1 * write
+            row2[k] = kept2 + u2 * write
+            row3[k] = kept3 + u3 * write
+
+
+@numba.njit(fastmath=True, cache=True)
+def _retreat(G, decay, u, dy, B, C, gathered, du):  # type: ignore[no-untyped-def]
+    """G (rows, n), the gradient of H, over one token backwards; gathered (n,) += u^T G, du (rows,) = (decay G) B."""
+    for j in range(0, G.shape[0], 4):
+        row0, row1, row2, row3 = G[j], G[j + 1], G[j + 2], G[j + 3]
+        u0, u1, u2, u3 = u[j], u[j + 1], u[j + 2], u[j + 3]
+        dy0, dy1, dy2, dy3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
+        du0 = du1 = du2 = du3 = G.dtype.type(0)
+        for k in range(B.shape[0]):
+            write, read = B[k], C[k]
+            kept0, kept1, kept2, kept3 = row0[k] * decay, row1[k] * decay, row2[k] * decay, row3[k] * decay
+            du0 += kept0 * write
+            du1 += kept1 * write
+            du2 += kept2 * write
+            du3 += kept3 * write
+            kept0 += dy0 * read
+            kept1 += dy1 * read
+            kept2 += dy2 * read
+            kept3 += dy3 * read
+            gathered[k] += u0 * kept0 + u1 * kept1 + u2 * kept2 + u3 * kept3
+            row0[k] = kept0
+            row1[k] = kept1
+            row2[k] = kept2
+            row3[k] = kept3
+        du[j], du[j + 1], du[j + 2], du[j + 3] = du0, du1, du2, du3
+
+
+@numba.njit(fastmath=True, cache=True)
+def _states(H, place, x, dt, A, B, C, dy, sums_C, flow, work):  # type: ignore[no-untyped-def]
+    """H (rows, n) over a sequence: adds to dC (l, n) and to flow (l + 1,), and returns the sum of dy x.
+
+    place: the head, its group, its first row here and how many rows there are.
+    """
+    head, group, first, count = place
+    u, out, _, gathered = work
+    zero = H.dtype.type(0)  # sums that begin with the literal 0 would be float64
+    skip = 0.0
+    for t in range(dt.shape[0]):
+        write, read, step, sums = B[t, group], C[t, group], dt[t, head], sums_C[t]
+        skipped = zero
+        for j in range(count):
+            value = x[t, head, first + j]
+            out[j] = dy[t, head, first + j]
+            u[j] = step * value
+            skipped += value * out[j]
+        own, carried = step * skipped, zero
+        gathered[:] = 0
+        _advance(H, np.exp(step * A[head]), u, out, write, gathered)
+        for k in range(write.shape[0]):
+            sums[k] += gathered[k] + own * write[k]
+            carried += gathered[k] * read[k]
+        flow[t] += carried
+        skip += skipped
+    return skip
+
+
+@numba.njit(fastmath=True, cache=True)
+def _state_gradients(G, place, x, dt, A, B, C, D, dy, dx, sums_B, flow, written, work):  # type: ignore[no-untyped-def]
+    """G (rows, n) over a sequence backwards: sets dx, adds to dB (l, n), flow (l + 1,) and, in x du, written (l,)."""
+    head, group, first, count = place
+    u, out, du, gathered = work
+    zero = G.dtype.type(0)
+    decay = G.dtype.type(1)
+    for t in range(dt.shape[0] - 1, -1, -1):
+        write, read, step, sums = B[t, group], C[t, group], dt[t, head], sums_B[t]
+        for j in range(count):
+            out[j] = dy[t, head, first + j]
+            u[j] = step * x[t, head, first + j]
+        gathered[:] = 0
+        _retreat(G, decay, u, out, write, read, gathered, du)
+        alike, carried, own = zero, zero, zero
+        for k in range(write.shape[0]):
+            sums[k] += gathered[k]
+            alike += write[k] * read[k]
+        for j in range(count):
+            whole = du[j] + alike * out[j]
+            carried += u[j] * du[j]
+            own += x[t, head, first + j] * whole
+            dx[t, head, first + j] = step * whole + D[head] * out[j]
+        flow[t] -= carried
+        written[t] += own
+        decay = np.exp(step * A[head])
+    for j in range(count):
+        for k in range(G.shape[1]):
+            G[j, k] *= decay
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
+    """The gradients of `ssd_scan`, whose arguments stand first.
+
+    state (b, h, p, n), before the first token. dy as y. dstate (b, h, p, n): the gradient of the state, from after to
+    before. dx, ddt as x, dt. dA, dD (b, h), float64. dB, dC (b, g, parts, l, n): each part a sum over some heads.
+
+    With u_t = dt_t x_t, H the state and G its gradient, each walks over the sequence once, in opposite directions:
+
+        H_t = a_t H_{t-1} + u_t B_t^T           dC_t = H_t^T dy_t               du_t = G_t B_t
+        G_t = a_{t+1} G_{t+1} + dy_t C_t^T      dB_t = G_t^T u_t                dx_t = dt_t du_t + D dy_t
+
+    so that no state is kept. The gradient of log a_t is q_t = a_t <G_t, H_{t-1}>, and needs no product of the two:
+
+        q_t = q_{t+1} + dy_t^T (a_t H_{t-1}) C_t - u_t^T (a_{t+1} G_{t+1}) B_t
+
+    What a token writes and reads itself is on both sides, and left out lest q drown in its rounding.
+    """
+    b, length, h, p = x.shape
+    n = state.shape[3]
+    groups, parts = dB.shape[1], dB.shape[2]
+    heads_per_group = h // groups
+    heads_per_part = (heads_per_group + parts - 1) // parts
+    for index in numba.prange(b * groups * parts):
+        i, group, part = index // (groups * parts), (index // parts) % groups, index % parts
+        sums_B, sums_C = dB[i, group, part], dC[i, group, part]
+        sums_B[:] = 0
+        sums_C[:] = 0
+        rows, flow, written = np.empty((_ROWS, n), x.dtype), np.empty(length + 1), np.empty(length)
+        of_rows = np.empty((3, _ROWS), x.dtype)
+        work = of_rows[0], of_rows[1], of_rows[2], np.empty(n, x.dtype)
+        first_head = group * heads_per_group + part * heads_per_part
+        for head in range(first_head, min(first_head + heads_per_part, (group + 1) * heads_per_group)):
+            flow[:] = 0
+            written[:] = 0
+            skip = 0.0
+            for first in range(0, p, _ROWS):
+                count = min(_ROWS, p - first)
+                place = head, group, first, count
+                block = rows[: (count + 3) // 4 * 4]  # rows of zeros fill the last four
+                block[:] = 0
+                of_rows[:] = 0
+                block[:count] = state[i, head, first : first + count]
+                skip += _states(block, place, x[i], dt[i], A, B[i], C[i], dy[i], sums_C, flow, work)
+                after = dstate[i, head, first : first + count]
+                flow[length] += (after * block[:count]).sum()
+                block[:count] = after
+                block[count:] = 0
+                _state_gradients(block, place, x[i], dt[i], A, B[i], C[i], D, dy[i], dx[i], sums_B, flow, written, work)
+                after[:] = block[:count]
+            towards_A, log_decay = 0.0, flow[length]
+            for t in range(length - 1, -1, -1):
+                log_decay += flow[t]
+                ddt[i, t, head] = written[t] + A[head] * log_decay
+                towards_A += dt[i, t, head] * log_decay
+            dA[i, head], dD[i, head] = towards_A, skip

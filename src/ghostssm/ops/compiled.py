@@ -1,6 +1,6 @@
 """Whether compiled loops may serve a call, and how tensors reach them.
 
-They need numba (extra ``cpu``), float32 tensors on the CPU, and no gradient to record.
+They need numba (extra ``cpu``) and float32 tensors on the CPU; most of them have no backward pass.
 """
 
 from __future__ import annotations
@@ -22,12 +22,21 @@ except ImportError:  # numba is an extra
 HAS_KERNELS = kernels is not None
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the compiled loops can take these tensors."""
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether loops that have a backward pass can take these tensors: all float32 or all float64, on the CPU."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if kernels is None or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
+    dtype = given[0].dtype
+    if kernels is None or dtype not in (torch.float32, torch.float64):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not torch.compiler.is_compiling()
+    return all(t.dtype == dtype and t.device.type == "cpu" for t in given) and not torch.compiler.is_compiling()
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether loops without a backward pass can take these tensors: float32, and no gradient to record."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].dtype != torch.float32 or not differentiable(*given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
 def arrays(*tensors: Tensor) -> list[object]:
