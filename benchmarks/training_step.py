@@ -23,13 +23,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--state-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpointing", action="store_true", help="both sides compute activations anew")
     args = parser.parse_args()
 
     print_machine()
     model = model_130m(args.state_size, layers=args.layers).train()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable()
     ids = torch.randint(model.config.vocab_size, (args.batch, args.length))
 
     def step() -> None:

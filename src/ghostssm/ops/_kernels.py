@@ -216,6 +216,15 @@ def _retreat(G, decay, u, dy, B, C, gathered, du):  # type: ignore[no-untyped-de
 
 
 @numba.njit(fastmath=True, cache=True)
+def _fill(block, state, place):  # type: ignore[no-untyped-def]
+    """Rows of a head's state to a block, whose last four are made up with zeros; slices would take long to compile."""
+    head, _, first, count = place
+    for j in range(block.shape[0]):
+        for k in range(block.shape[1]):
+            block[j, k] = state[head, first + j, k] if j < count else 0
+
+
+@numba.njit(fastmath=True, cache=True)
 def _states(H, place, x, dt, A, B, C, dy, sums_C, flow, work):  # type: ignore[no-untyped-def]
     """H (rows, n) over a sequence: adds to dC (l, n) and to flow (l + 1,), and returns the sum of dy x.
 
@@ -275,12 +284,44 @@ def _state_gradients(G, place, x, dt, A, B, C, D, dy, dx, sums_B, flow, written,
             G[j, k] *= decay
 
 
+@numba.njit(fastmath=True, cache=True)
+def _backward_of_heads(  # type: ignore[no-untyped-def]
+    heads, group, state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, sums_B, sums_C, dD
+):
+    """`ssd_scan_backward` for some heads of one group of one sequence; no argument has an axis for sequences."""
+    (length, _, p), n = x.shape, B.shape[2]
+    rows, of_rows = np.empty((_ROWS, n), x.dtype), np.empty((3, _ROWS), x.dtype)
+    work = of_rows[0], of_rows[1], of_rows[2], np.empty(n, x.dtype)
+    for head in range(heads[0], heads[1]):
+        flow, written = np.zeros(length + 1), np.zeros(length)
+        for first in range(0, p, _ROWS):
+            place = head, group, first, min(_ROWS, p - first)
+            block = rows[: (place[3] + 3) // 4 * 4]
+            of_rows[:] = 0
+            _fill(block, state, place)
+            dD[head] += _states(block, place, x, dt, A, B, C, dy, sums_C, flow, work)
+            for j in range(place[3]):
+                for k in range(n):
+                    flow[length] += dstate[head, first + j, k] * block[j, k]
+            _fill(block, dstate, place)
+            _state_gradients(block, place, x, dt, A, B, C, D, dy, dx, sums_B, flow, written, work)
+            for j in range(place[3]):
+                for k in range(n):
+                    dstate[head, first + j, k] = block[j, k]
+        log_decay = flow[length]
+        for t in range(length - 1, -1, -1):
+            log_decay += flow[t]
+            ddt[t, head] = written[t] + A[head] * log_decay
+            dA[head] += dt[t, head] * log_decay
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
     """The gradients of `ssd_scan`, whose arguments stand first.
 
     state (b, h, p, n), before the first token. dy as y. dstate (b, h, p, n): the gradient of the state, from after to
-    before. dx, ddt as x, dt. dA, dD (b, h), float64. dB, dC (b, g, parts, l, n): each part a sum over some heads.
+    before. dx, ddt as x, dt. dA, dD (b, h), float64, and dB, dC (b, g, parts, l, n), each part
+    a sum over some heads, begin as zeros.
 
     With u_t = dt_t x_t, H the state and G its gradient, each walks over the sequence once, in opposite directions:
 
@@ -293,41 +334,14 @@ def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC,
 
     What a token writes and reads itself is on both sides, and left out lest q drown in its rounding.
     """
-    b, length, h, p = x.shape
-    n = state.shape[3]
     groups, parts = dB.shape[1], dB.shape[2]
-    heads_per_group = h // groups
+    heads_per_group = x.shape[2] // groups
     heads_per_part = (heads_per_group + parts - 1) // parts
-    for index in numba.prange(b * groups * parts):
+    for index in numba.prange(x.shape[0] * groups * parts):
         i, group, part = index // (groups * parts), (index // parts) % groups, index % parts
-        sums_B, sums_C = dB[i, group, part], dC[i, group, part]
-        sums_B[:] = 0
-        sums_C[:] = 0
-        rows, flow, written = np.empty((_ROWS, n), x.dtype), np.empty(length + 1), np.empty(length)
-        of_rows = np.empty((3, _ROWS), x.dtype)
-        work = of_rows[0], of_rows[1], of_rows[2], np.empty(n, x.dtype)
-        first_head = group * heads_per_group + part * heads_per_part
-        for head in range(first_head, min(first_head + heads_per_part, (group + 1) * heads_per_group)):
-            flow[:] = 0
-            written[:] = 0
-            skip = 0.0
-            for first in range(0, p, _ROWS):
-                count = min(_ROWS, p - first)
-                place = head, group, first, count
-                block = rows[: (count + 3) // 4 * 4]  # rows of zeros fill the last four
-                block[:] = 0
-                of_rows[:] = 0
-                block[:count] = state[i, head, first : first + count]
-                skip += _states(block, place, x[i], dt[i], A, B[i], C[i], dy[i], sums_C, flow, work)
-                after = dstate[i, head, first : first + count]
-                flow[length] += (after * block[:count]).sum()
-                block[:count] = after
-                block[count:] = 0
-                _state_gradients(block, place, x[i], dt[i], A, B[i], C[i], D, dy[i], dx[i], sums_B, flow, written, work)
-                after[:] = block[:count]
-            towards_A, log_decay = 0.0, flow[length]
-            for t in range(length - 1, -1, -1):
-                log_decay += flow[t]
-                ddt[i, t, head] = written[t] + A[head] * log_decay
-                towards_A += dt[i, t, head] * log_decay
-            dA[i, head], dD[i, head] = towards_A, skip
+        first = group * heads_per_group + part * heads_per_part
+        heads = first, min(first + heads_per_part, (group + 1) * heads_per_group)
+        _backward_of_heads(
+            heads, group, state[i], x[i], dt[i], A, B[i], C[i], D, dy[i],
+            dstate[i], dx[i], ddt[i], dA[i], dB[i, group, part], dC[i, group, part], dD[i],
+        )  # fmt: skip

@@ -153,10 +153,10 @@ class CompiledScan(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else dy
         dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
         dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)
-        (dA, dD) = torch.empty(2, b, h, dtype=torch.float64)
+        dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         heads_per_part = min(h // groups, -(-b * h // _PARTS))
         parts = -(-(h // groups) // heads_per_part)
-        (dB, dC) = torch.empty(2, b, groups, parts, length, n, dtype=x.dtype)
+        dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
         compiled.kernels.ssd_scan_backward(
             *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
         )
