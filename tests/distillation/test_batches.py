@@ -83,7 +83,9 @@ def test_going_on_from_any_place(streamed: StreamedText) -> None:
 def test_too_short_texts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     file = tmp_path / "short.txt"
     file.write_text("x" * 60)
-    with pytest.raises(TextError, match="has 5 windows of 12 tokens, of which 1 must be held out, fewer than one batch"):
+    with pytest.raises(
+        TextError, match="has 5 windows of 12 tokens, of which 1 must be held out, fewer than one batch"
+    ):
         Batches(StreamedText(str(file), tokenizer, 12), 5, 0)
     with pytest.raises(TextError, match="fewer tokens than one window of 100"):
         Batches(StreamedText(str(file), tokenizer, 100), 1, 0)

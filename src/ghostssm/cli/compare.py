@@ -120,6 +120,12 @@ def compare(
         machine = measure_machine(batch, device)
         write_page(file, comparison_report(result, described, test_windows, settings, observations, machine))
         note(f"report: {file.path}")
+    for row in result.rows:
+        if row.distilled_tokens:
+            note(
+                f"{row.method} saw gradients through the whole model, on {row.distilled_tokens:,} tokens "
+                f"(N' = {row.state_size})"
+            )
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])
         return

@@ -139,7 +139,7 @@ class CompiledScan(torch.autograd.Function):
         x, dt, A, B, C, D, initial_state = arguments
         state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
         y = torch.empty(x.shape, dtype=x.dtype)
-        skip = torch.zeros_like(A) if D is None else D
+        skip = torch.zeros_like(A) if D is None else D.clone()
         compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
         return y, state
 
@@ -149,7 +149,7 @@ class CompiledScan(torch.autograd.Function):
         x, dt, A, B, C, D, initial_state = ctx.saved_tensors
         (b, length, h, _), (groups, n) = x.shape, B.shape[2:]
         state = _initial_state(x, B, initial_state)
-        skip = torch.zeros_like(A) if D is None else D
+        skip = torch.zeros_like(A) if D is None else D.clone()
         dy = torch.zeros_like(x) if dy is None else dy
         dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
         dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)

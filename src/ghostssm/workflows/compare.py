@@ -73,6 +73,7 @@ class Row:
         state_bytes: recurrent state of one sequence over all layers, float32.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
+        distilled_tokens: on which gradients went through the whole model; 0 where all was local.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Row:
     state_bytes: int
     tokens_per_second: dict[int, float]
     seconds: float
+    distilled_tokens: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -161,6 +163,7 @@ def compare(
             state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
             tokens_per_second=speeds[shape.get(cell, layout.state_size)],
             seconds=seconds,
+            distilled_tokens=sum(each.tokens for each in plan.distillations),
         )
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
