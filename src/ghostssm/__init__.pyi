@@ -50,6 +50,7 @@ from ghostssm.models.layout import SSDLayout as SSDLayout
 from ghostssm.models.mixer import Projection as Projection
 from ghostssm.plan.decision import Decision as Decision
 from ghostssm.plan.decision import Selection as Selection
+from ghostssm.plan.distillation import Distillation as Distillation
 from ghostssm.plan.measurement import Difference as Difference
 from ghostssm.plan.measurement import Measurement as Measurement
 from ghostssm.plan.plan import Plan as Plan
@@ -76,6 +77,9 @@ from ghostssm.text.windows import evaluation_windows as evaluation_windows
 from ghostssm.workflows.compare import Comparison as Comparison
 from ghostssm.workflows.compare import Row as Row
 from ghostssm.workflows.compare import compare as compare
+from ghostssm.workflows.distill import distill as distill
+from ghostssm.workflows.distill_request import DistillOutcome as DistillOutcome
+from ghostssm.workflows.distill_request import DistillRequest as DistillRequest
 from ghostssm.workflows.prune import prune as prune
 from ghostssm.workflows.prune_request import PruneOutcome as PruneOutcome
 from ghostssm.workflows.prune_request import PruneRequest as PruneRequest

@@ -155,8 +155,8 @@ def distill(
 ) -> None:
     """Let a pruned model learn the unpruned model's predictions, to give back what pruning took.
 
-    ghostssm distill small --teacher state-spaces/mamba2-130m --text wikitext2 --output healed
-    torchrun --nproc-per-node 8 -m ghostssm distill small --teacher MODEL --text ORG/NAME --device cuda --output healed
+    ghostssm distill small --teacher MODEL --text wikitext2 --output healed
+    ghostssm distill small --teacher MODEL --text ORG/NAME --output healed
     """
     from ghostssm.workflows.distill import distill as carry_out
     from ghostssm.workflows.distill_request import DistillRequest

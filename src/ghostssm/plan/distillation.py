@@ -86,7 +86,7 @@ class Distillation:
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(_point_from_json(point) for point in values["curve"])
             measured = {
-                name: tuple(found for each in values[name] if (found := Measurement.from_json(each)) is not None)
+                name: tuple(each for found in values[name] if (each := Measurement.from_json(found)) is not None)
                 for name in ("before", "after")
             }
             found = cls(**values | {"curve": curve} | measured)

@@ -55,7 +55,7 @@ def without_head(model: PreTrainedModel) -> Iterator[Tensor]:
         ModelError: the head is no matrix alone.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+    if not isinstance(head, torch.nn.Linear) or getattr(head, "bias", None) is not None:
         raise ModelError(f"The head is a {type(head).__name__}; expected torch's Linear without a bias.")
     before = head.__dict__.get("forward")
     head.__dict__["forward"] = lambda hidden: hidden
@@ -74,7 +74,8 @@ def divergence(student: Readout, teacher: Readout) -> Tensor:
         student, teacher: of the same tokens and vocabulary; their hidden sizes may differ.
     """
     student, teacher = student.flat, teacher.flat
-    mean: Tensor = _Divergence.apply(student.hidden, student.head, teacher.hidden, teacher.head)
+    apply: Any = _Divergence.apply  # torch gives it no types
+    mean: Tensor = apply(student.hidden, student.head, teacher.hidden, teacher.head)
     return mean
 
 
@@ -103,7 +104,7 @@ class _Divergence(torch.autograd.Function):
         return (total / len(hidden)).to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if part is None else part * slope.to(part) for part in ctx.gradients), None, None
 
 

@@ -118,7 +118,7 @@ def prepared(
         block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
     if processes.size > 1:
         for module, parts in zip((student, teacher), blocks, strict=True):
-            mesh = init_device_mesh(module.model.device.type, (processes.size,))
+            mesh = init_device_mesh(torch.device(processes.device).type, (processes.size,))
             for part in (*parts, module):
                 fully_shard(part, mesh=mesh)
     # Autocast, and not narrower weights: A_log and dt_bias are exponentiated, and small steps must not be rounded away.

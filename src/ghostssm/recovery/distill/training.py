@@ -31,6 +31,7 @@ _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
 _PATIENCE = 8
 """Looks without a gain, after which there are no more steps."""
+ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
 """A divergence on the held-out windows of so many times the first one ends the training."""
 
@@ -173,19 +174,24 @@ class Training:
         self.curve.append(point)
         if self.kept is point:
             self.best = self._copy()
-        if not point.divergence <= _DIVERGED * self.curve[0].divergence:
-            self.ended = (
-                f"it diverged: {point.divergence:.4g} on the held-out windows, {self.curve[0].divergence:.4g} before"
-            )
-        elif len(self.curve) - 1 - self.curve.index(self.kept) >= _PATIENCE:
-            self.ended = f"no gain on the held-out windows since step {self.kept.step}"
-        elif self.step == self.settings.steps:
-            self.ended = "all steps were taken"
+        self.ended = self._end()
         return point
+
+    def _end(self) -> str:
+        """Why there are no more steps; empty if there are."""
+        first, now, earlier = self.curve[0], self.curve[-1], self.curve[:-_PATIENCE]
+        if not now.divergence <= _DIVERGED * first.divergence:
+            return f"it diverged, from {first.divergence:.4g} to {now.divergence:.4g} on the held-out windows"
+        if self.step == self.settings.steps:
+            return ALL_STEPS
+        # Not against the best of all: a high rate may first make it worse, and better than ever in the end.
+        if earlier and all(earlier[-1].divergence <= point.divergence for point in self.curve[-_PATIENCE:]):
+            return f"no gain on the held-out windows since step {earlier[-1].step}"
+        return ""
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that decides how the training goes on: JSON values, and whole tensors. Every process calls it."""
-        tensors = {}
+        tensors = dict[str, Tensor]()
         for name, value in self.parameters.items():
             parts = {"now": value, "best": self.best[name], **self.optimizer.state.get(value, {})}
             tensors |= {f"{part}:{name}": whole(tensor) for part, tensor in parts.items()}
@@ -308,7 +314,7 @@ def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
             _tell(training, training.look(), listener, loss, speed)
         if keeper is not None and training.processes.from_first(keeper.is_due):
             keeper.write(*training.state())
-    if training.ended != "all steps were taken":
+    if training.ended != ALL_STEPS:
         listener.notify(f"stopped after {training.step} of {steps} steps: {training.ended}")
 
 
