@@ -187,9 +187,9 @@ def distillation_lines(distillations: Sequence[Distillation]) -> list[str]:
     ]
 
 
-def distilled_card(own: str, base: Base, distillations: Sequence[Distillation]) -> str:
+def distilled_card(own: str, base: Base, distilled: Distillation) -> str:
     """The card of a model that others pruned: its own, with what ghostssm did to it."""
-    how = "\n".join(["## Distilled by ghostssm", "", *distillation_lines(distillations)])
+    how = "\n".join(["## Distilled by ghostssm", "", *distillation_lines([distilled])])
     return f"{own.rstrip() or f'# {base.name}'}\n\n{how}\n"
 
 

@@ -71,7 +71,7 @@ def export_checkpoint(
             manifest = _manifest(checkpoint, dialect, untied)
             if distilled is not None:
                 manifest = _distilled(manifest, checkpoint, distilled, measured, request)
-            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest))
+            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest, distilled))
             saving.write_model(checkpoint, folder.partial, dialect)
         if manifest is not None:
             lost = (manifest.left_out or LeftOut()) | left_out(checkpoint.source, checkpoint.model, folder.partial)
@@ -171,7 +171,9 @@ def _distilled(
     )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None) -> None:
+def _write_card(
+    checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None, distilled: Distillation | None
+) -> None:
     """A card of what is written where a plan and a manifest say what it is, else the model's own."""
     source = checkpoint.source
     if manifest is not None and (source.folder / PLAN_FILE).is_file():
@@ -179,9 +181,9 @@ def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Ma
         plan = replace(plan, method=manifest.method or plan.method, distillations=manifest.distillations)
         base, config, untied = Base.of_pruned(source, manifest), checkpoint.model.config, manifest.untied_head
         write_card(model_card(base, config, plan, dialect, manifest.measured, untied=untied), folder)
-    elif manifest is not None:
+    elif distilled is not None:
         own = (source.folder / CARD_FILE).read_text(encoding="utf-8") if (source.folder / CARD_FILE).is_file() else ""
-        card = distilled_card(own, Base.of(source), manifest.distillations)
+        card = distilled_card(own, Base.of(source), distilled)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     elif (source.folder / CARD_FILE).is_file():
         copy_file(source.folder / CARD_FILE, folder)
