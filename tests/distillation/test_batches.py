@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ghostssm.errors import TextError
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
+from ghostssm.text.overlap import Overlap
 from ghostssm.text.streams import Place, StreamedText
 from tests.conftest import random_windows
 
@@ -78,6 +79,25 @@ def test_going_on_from_any_place(streamed: StreamedText) -> None:
         for expected in taken[start:]:
             assert torch.equal(again.take(), expected)
         assert again.tokens_sha256 == reference.tokens_sha256
+
+
+def test_what_was_also_watched_for(streamed: StreamedText) -> None:
+    """Wherever it begins; and it is kept by a state."""
+    windows = random_windows(6, 96)
+    shifted = torch.cat([torch.zeros(2, 5, dtype=torch.long), windows.ids[:2], windows.ids[3:5]], dim=1)
+    overlap = Overlap([windows.ids[1:4], random_windows(3, 40, seed=9).ids])
+    assert overlap.share == 0
+    overlap.see(shifted)
+    assert overlap.share == pytest.approx(6 / 12)  # all of the second window and the fourth, nothing of the third
+    overlap.see(shifted)
+    assert overlap.share == pytest.approx(6 / 12)
+    batches = Batches(HeldWindows(windows), 2, 0, [windows.ids])
+    while batches.state()["place"]["epoch"] == 0:
+        batches.take()
+    again = Batches(HeldWindows(windows), 2, 0, [windows.ids])
+    again.restore(batches.state())
+    assert again.overlap.share == batches.overlap.share == pytest.approx(5 / 6)
+    assert Batches(streamed, 1, 0).overlap.share is None
 
 
 def test_too_short_texts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -60,6 +60,7 @@ def test_a_student_of_ghostssm(request_of: Callable[..., DistillRequest], tmp_pa
     manifest = Manifest.read(outcome.written)
     assert manifest.distillations == (found,)
     assert manifest.base_model == "teacher"
+    assert found.overlap == 0
     assert manifest.measured == found.after[0]
     card = (outcome.written / "README.md").read_text()
     assert "- method: `ghost+distill8`" in card

@@ -50,6 +50,7 @@ class Distillation:
         seed, learning_rate, trained: as they were asked for.
         held_out_windows: set apart from the text. curve: on them, from before the first step on.
         ended: why there were no more steps.
+        overlap: of the pieces of 32 tokens of these other texts, the share that was trained on; None if there are none.
         before, after: losses on other texts, of the student as it came and as it went.
     """
 
@@ -66,6 +67,7 @@ class Distillation:
     held_out_windows: int
     curve: Sequence[Point]
     ended: str
+    overlap: float | None = None
     before: Sequence[Measurement] = field(default=())
     after: Sequence[Measurement] = field(default=())
 

@@ -41,6 +41,9 @@ from ghostssm.workflows.distill_request import (
 )
 from ghostssm.workflows.remarks import idle_gpu_remark
 
+_TOLD_OVERLAP = 0.02
+"""Licences and the like stand in many texts."""
+
 
 def distill(request: DistillRequest, *, progress: Progress = silent, notify: Notify = unheard) -> DistillOutcome:
     """Carry a request out: what ``ghostssm distill`` does, in one call; of several processes, in each of them.
@@ -98,11 +101,12 @@ class _Job:
         )
         vocabulary = checkpoint.require_tokenizer()
         check_tokenizers(vocabulary, dense.tokenizer)
-        batches = Batches(StreamedText(asked.text, vocabulary, asked.window_length), asked.batch, asked.seed)
         texts = [
             evaluation_windows(read_text(text, "evaluation"), vocabulary, asked.window_length, asked.text_windows)
             for text in asked.evaluate
         ]
+        stream = StreamedText(asked.text, vocabulary, asked.window_length)
+        batches = Batches(stream, asked.batch, asked.seed, [text.ids for text in texts])
         identity = _identity(asked, checkpoint.source, dense.source, batches, processes.size)
         keeper = RunState(asked.output, identity, asked.save_minutes, asked.resume, processes)
         self.notify(
@@ -145,6 +149,11 @@ class _Job:
         change_parameters(checkpoint.model, found.changes)
         checkpoint.model.tie_weights()
         after = self._measured(checkpoint, texts, wanted)
+        if found.record.overlap is not None and found.record.overlap > _TOLD_OVERLAP:
+            self.notify(
+                f"{found.record.overlap:.0%} of the text to measure on was also trained on; the loss on other text "
+                "may be larger"
+            )
         record = dataclasses.replace(found.record, before=tuple(before), after=tuple(after))
         written = export_checkpoint(
             checkpoint,

@@ -7,7 +7,7 @@ place in the text is a few numbers, and whoever goes on from there gets the same
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.errors import TextError
+from ghostssm.text.overlap import Overlap
 from ghostssm.text.streams import Place
 from ghostssm.text.windows import Windows
 
@@ -74,12 +75,16 @@ class Batches:
         tokens_sha256: of all batches so far in their order.
     """
 
-    def __init__(self, source: Source, batch: int, seed: int):
+    def __init__(self, source: Source, batch: int, seed: int, watched: Sequence[Tensor] = ()):
         """
+        Args:
+            watched: windows of other texts, (count, length) each; ``overlap`` tells how much of them was in batches.
+
         Raises:
             TextError: the text's first stretch has no batch besides a window to hold out.
         """
         self.source, self.batch, self._seed = source, batch, seed
+        self.overlap = Overlap(watched)
         self.tokens_sha256 = ""
         self._place, self._dealt = Place(), 0
         self._stretches = source.stretches(self._place)
@@ -108,16 +113,18 @@ class Batches:
         ids = torch.cat(rows)
         digest = hashlib.sha256(self.tokens_sha256.encode() + ids.numpy().astype("<i8").tobytes())
         self.tokens_sha256 = digest.hexdigest()
+        self.overlap.see(ids)
         return ids
 
     def state(self) -> dict[str, Any]:
         """Where in the text the next batch begins, as JSON values."""
-        return {"place": asdict(self._place), "dealt": self._dealt, "tokens_sha256": self.tokens_sha256}
+        so_far = {"tokens_sha256": self.tokens_sha256, "overlap": self.overlap.found}
+        return {"place": asdict(self._place), "dealt": self._dealt, **so_far}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where a `state` was taken."""
         self._place, self._dealt = Place(**state["place"]), state["dealt"]
-        self.tokens_sha256 = state["tokens_sha256"]
+        self.tokens_sha256, self.overlap.found = state["tokens_sha256"], state["overlap"]
         self._stretches = self.source.stretches(self._place)
         self._windows, self._next = next(self._stretches)
         self._order = self._shuffled()

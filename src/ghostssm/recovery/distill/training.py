@@ -298,6 +298,7 @@ def distill(
         held_out_windows=len(batches.held_out),
         curve=tuple(training.curve),
         ended=training.ended,
+        overlap=batches.overlap.share,
     )
     return Distilled(changes, record)
 
