@@ -17,6 +17,8 @@ from ghostssm.calibration import LayerWalk
 from ghostssm.checkpoint import Checkpoint
 from ghostssm.ops.ssd import ssd_chunked
 from ghostssm.text.windows import Windows
+from ghostssm.workflows.compare import compare_on
+from ghostssm.workflows.inputs import Inputs
 
 SHARED = Path(os.environ.get("GHOSTSSM_TEST_DATA", Path(__file__).parents[2] / "shared"))
 ENGLISH, WIKITEXT = SHARED / "models" / "english-4m", SHARED / "data" / "wikitext-2"
@@ -94,10 +96,13 @@ def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Ca
         block.advance()
 
 
+def compared(case: Case, methods: tuple[str, ...], sizes: tuple[int, ...]) -> ghostssm.Comparison:
+    inputs = Inputs(case.checkpoint, case.calibration, case.test)
+    return compare_on(inputs, ghostssm.CompareRequest("here", sizes, methods, batches=()))
+
+
 def test_ghost_loses_at_most_half_of_what_magnitude_and_random_lose(case: Case) -> None:
-    result = ghostssm.compare(
-        case.checkpoint, case.calibration, case.test, ["ghost", "magnitude", "random"], [64, 32, 16], batches=()
-    )
+    result = compared(case, ("ghost", "magnitude", "random"), (64, 32, 16))
     excess = {(row.method, row.state_size): row.excess for row in result.rows}
     for size in (64, 32, 16):
         assert excess["ghost", size] <= 0.5 * excess["magnitude", size]
@@ -105,9 +110,7 @@ def test_ghost_loses_at_most_half_of_what_magnitude_and_random_lose(case: Case) 
 
 
 def test_what_goes_past_ghost_loses_less(case: Case) -> None:
-    result = ghostssm.compare(
-        case.checkpoint, case.calibration, case.test, ["ghost", "output+repair", "balanced"], [32], batches=()
-    )
+    result = compared(case, ("ghost", "output+repair", "balanced"), (32,))
     excess = {row.method: row.excess for row in result.rows}
     assert excess["output+repair"] < excess["ghost"]
     assert excess["balanced"] < 0.6 * excess["ghost"]

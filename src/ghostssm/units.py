@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
+
+from ghostssm.errors import InputError
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([MGT])(i?)B", re.IGNORECASE)
 
 
 def text_name(name: str) -> str:
@@ -41,3 +46,18 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of a memory's size such as ``80GiB`` or ``24 GB``; the latter counts by thousands.
+
+    Raises:
+        InputError: it is no such size, or 0.
+    """
+    found = _MEMORY.fullmatch(text.strip())
+    count = (
+        0.0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2].upper()) + 2)
+    )
+    if count < 1:
+        raise InputError(f"The memory is {text!r}; expected a size with its unit, such as 80GiB or 24GB.")
+    return round(count)

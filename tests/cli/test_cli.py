@@ -168,7 +168,7 @@ def test_a_failed_upload_leaves_the_checkpoint(
         (["--engine", "vllm", "--per-layer"], "vllm has no class for projected states"),
         (["--engine", "vllm", "--method", "balanced"], "vllm has no class for projected states"),
         (["--engine", "vllm", "--method", "taylor"], "known beforehand"),
-        (["--engine", "llama"], "No engine 'llama' is known"),
+        (["--engine", "llama"], "Did you mean 'llama.cpp-cpu'?"),
     ],
 )
 def test_engines_that_refuse(

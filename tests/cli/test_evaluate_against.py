@@ -76,7 +76,7 @@ def test_one_model_is_in_memory_at_a_time(
         before.append(weakref.ref(checkpoint.model))
         return checkpoint
 
-    monkeypatch.setattr(ghostssm, "load", watched, raising=False)
+    monkeypatch.setattr("ghostssm.workflows.evaluate.load", watched)
     code, _, err = run("evaluate", pruned, "--against", small, "--text", text_file, "--window-length", 64)
     assert code == 0, err
     assert len(before) == 2

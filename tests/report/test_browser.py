@@ -16,8 +16,8 @@ from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import hankel_figure
-from ghostssm.report.page import Report, html_page
-from ghostssm.workflows.compare import Row
+from ghostssm.report.page import Report, Section, html_page
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.record import Observations
 
 _FLAGS = (
@@ -66,7 +66,7 @@ def test_every_figure_is_drawn(browser: Any, pages: dict[str, Path], name: str, 
         " wide: place.querySelector('.chart svg').getBoundingClientRect().width,"
         " alternative: place.querySelector('[role=img]').ariaLabel}))"
     )
-    assert len(figures) == {"prune": 5, "compare": 6}[name]
+    assert len(figures) == {"prune": 6, "compare": 8}[name]
     assert all(figure["marks"] >= 3 and len(figure["alternative"]) > 40 for figure in figures)
     assert all(0.7 * width < figure["wide"] <= width for figure in figures)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -118,7 +118,7 @@ def test_no_row_of_a_legend_is_cut_off_on_a_phone(browser: Any, tmp_path: Path) 
     rows = [Row("dense", 16, 16, 10.0, 1.0, 0.0, 0.0, 4096, {}, 0.0)]
     rows += [Row(name, 8, 8, 11.0, 1.0, 0.1, 0.01, 2048, {}, 0.0) for name in methods]
     page = tmp_path / "page.html"
-    page.write_text(html_page(Report("page", "", [], [size_figure(rows)])))
+    page.write_text(html_page(Report("page", "", [], [Section("", [size_figure(rows)])])))
     show(browser, page, 390)
     chart, *labels = browser.execute_script(
         "return [...document.querySelectorAll('.chart, .role-legend-label text')]"
@@ -136,7 +136,9 @@ def test_sizes_of_their_own_leave_the_axis_alone_until_a_layer_is_chosen(browser
     kept = {name: Decision(Selection((tuple(range(size)),))) for name, size in zip(names, (2, 4), strict=True)}
     plan = Plan("ghost", "mamba2", 1, 8, kept, per_layer=True)
     page = tmp_path / "page.html"
-    page.write_text(html_page(Report("page", "", [], [hankel_figure(Observations({}, {}, values, "text", 1), plan)])))
+    page.write_text(
+        html_page(Report("page", "", [], [Section("", [hankel_figure(Observations({}, {}, values, "text", 1), plan)])]))
+    )
     show(browser, page)
     assert browser.get_log("browser") == []
 

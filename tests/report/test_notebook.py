@@ -11,11 +11,11 @@ import pytest
 
 from ghostssm.plan.plan import Plan
 from ghostssm.report.notebook import comparison_html, plan_html
-from ghostssm.workflows.compare import Comparison, Row
+from ghostssm.workflows.comparison import Comparison, Row
 
 _CELLS = """
 import ghostssm
-from ghostssm.workflows.compare import Comparison, Row
+from ghostssm.workflows.comparison import Comparison, Row
 plan = ghostssm.Plan.read(__import__("pathlib").Path({folder!r}))
 plan
 ---
@@ -40,6 +40,10 @@ def test_a_notebook_shows_tables_and_figures(pages: dict[str, Path]) -> None:
     assert "0.1000 ± 0.0100" in shown[1]
     for html in shown:
         assert len(re.findall("<path", html)) > 2, "the figure is drawn"
+        inks = re.findall('<text [^>]*fill="(.*?)"', html)
+        assert inks
+        assert set(inks) == {"currentColor"}, "light on dark and dark on light, as the text around it"
+        assert not re.search('class="background"[^>]*fill="(?!transparent)', html)
 
 
 @pytest.mark.usefixtures("without_library")

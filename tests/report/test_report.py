@@ -19,8 +19,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from transformers import Mamba2ForCausalLM, PreTrainedTokenizerFast
 
-from ghostssm.checkpoint.manifest import RECORD_FILE
+from ghostssm.checkpoint.description import describe
+from ghostssm.checkpoint.manifest import RECORD_FILE, Manifest
+from ghostssm.cli.main import app
 from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.decision import Decision, Selection
@@ -30,9 +33,11 @@ from ghostssm.report.building import checkpoint_report
 from ghostssm.report.figures import MOST_CHANNELS
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
-from ghostssm.report.page import Report, html_page
-from ghostssm.workflows.compare import Row
+from ghostssm.report.page import Report, Section, Table, Texts, html_page
+from ghostssm.report.telling import prune_command
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
+from ghostssm.workflows.prune_request import PruneRequest
 from ghostssm.workflows.record import Observations, Record
 from tests.conftest import random_windows, tiny_model
 
@@ -74,15 +79,17 @@ def test_quadrants_and_correlation() -> None:
 
 def test_pages_hold_every_figure_and_fetch_nothing(pages: dict[str, Path]) -> None:
     expected = {
-        "prune": {"phantom", "hankel", "saliency", "windows", "decode"},
-        "compare": {"sizes", "windows", "decode", "phantom", "hankel", "saliency"},
+        "prune": ["windows", "decode", "capacity", "phantom", "hankel", "saliency"],
+        "compare": ["sizes", "windows", "speeds", "decode", "capacity", "phantom", "hankel", "saliency"],
     }
     for name, figures in expected.items():
         text = pages[name].read_text()
-        assert {figure["name"] for figure in data_of(text)} == figures
+        assert [figure["name"] for figure in data_of(text)] == figures
         assert pages[name].stat().st_size < _LIMIT
         assert "default-src 'none'" in text
         markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        headings = re.findall("<h2>(.*?)</h2>", markup)
+        assert headings == ["What it cost", "What it bought", "What the state does", "Where it comes from"]
         assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import', markup)
 
 
@@ -114,21 +121,70 @@ def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp
     folder = shutil.copytree(pages["folder"], tmp_path / "bare")
     (folder / RECORD_FILE).unlink()
     plan, report = Plan.read(folder), checkpoint_report(folder)
-    assert [figure.name for figure in report.figures] == ["saliency"]
+    assert [figure.name for figure in report.figures] == ["capacity", "saliency"]
     assert any("--report" in command for _, command in report.missing)
     assert any("--evaluate" in command for _, command in report.missing)
     assert plan.provenance is not None
     sizes = dataclasses.replace(plan, per_layer=True, provenance=dataclasses.replace(plan.provenance, groups="pooled"))
     sizes.save(folder)
+    (folder / "ghostssm.json").unlink()
     words = shlex.split(checkpoint_report(folder).missing[0][1])
     assert words[words.index("--state-size") + 1] == "4"
     assert words[words.index("--groups") + 1] == "pooled"
-    (folder / "ghostssm.json").unlink()
     assert "ghostssm.json" in " ".join(what for what, _ in checkpoint_report(folder).missing)
     for content in ("{", "[]", '{"format": "ghostssm-report", "version": 9}'):
         (folder / RECORD_FILE).write_text(content)
         with pytest.raises(InputError, match="is not a record that ghostssm wrote"):
             checkpoint_report(folder)
+
+
+def test_the_command_asks_for_what_was_asked_for(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(pages["folder"])
+    words = shlex.split(prune_command(Plan.read(pages["folder"]), manifest))
+    asked: list[PruneRequest] = []
+
+    def carry_out(request: PruneRequest, **_: object) -> None:
+        asked.append(request)
+        raise InputError("enough")
+
+    monkeypatch.setattr("ghostssm.workflows.prune.prune", carry_out)
+    app(words[1:], standalone_mode=False)
+    assert asked[0].as_json() == manifest.request
+    assert words[-2:] == ["--output", "DIR"]
+
+
+def test_samples_are_what_the_models_say(pages: dict[str, Path]) -> None:
+    folder = pages["folder"]
+    plan = Plan.read(folder)
+    samples = Record.read(folder, list(plan.selections), (2, 16)).samples
+    assert samples is not None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    text = (folder.parent / "text.txt").read_text()
+    assert samples.prompt in text
+    prompt = tokenizer(samples.prompt, return_tensors="pt", add_special_tokens=False)
+    for name, place in (("dense", folder.parent / "model"), ("pruned", folder)):
+        model = Mamba2ForCausalLM.from_pretrained(place)
+        ids = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(ids) == samples.continuations[name]
+
+
+def test_the_best_are_told_by_class(pages: dict[str, Path]) -> None:
+    text = pages["compare"].read_text()
+    for size in (8, 4):
+        stock = re.search(f"Best at N&#x27; = {size} in a stock checkpoint(.*?)</div></div>", text)
+        assert stock is not None
+        assert re.search(
+            r"ghost.*excess loss [-0-9.]+ ± [0-9.]+; [0-9.]+x the dense speed at batch 2; runs in ", stock[1]
+        )
+
+
+def test_sequences_are_those_of_the_arithmetic(pages: dict[str, Path]) -> None:
+    model = describe(str(pages["folder"].parent / "model"))
+    rows = {figure["name"]: figure["tables"] for figure in data_of(pages["compare"])}["capacity"]["rows"]
+    drawn = dict(zip(zip(rows["gpu"], rows["state"], strict=True), rows["sequences"], strict=True))
+    for gpu, memory in (("24 GiB", 24 << 30), ("80 GiB", 80 << 30), ("141 GiB", 141 << 30)):
+        for label, size in (("N = 16", 16), ("N' = 8", 8), ("N' = 4", 4)):
+            assert drawn[gpu, label] == model.footprint(size).sequences(memory)
 
 
 def test_what_can_be_no_loss_is_not_shown(pages: dict[str, Path], tmp_path: Path) -> None:
@@ -150,7 +206,9 @@ def test_a_record_of_another_model_is_refused(pages: dict[str, Path]) -> None:
 
 def test_names_of_others_are_only_text(pages: dict[str, Path]) -> None:
     plan = dataclasses.replace(Plan.read(pages["folder"]), method=_HOSTILE)
-    page = html_page(Report(_HOSTILE, _HOSTILE, [], [saliency_figure({_HOSTILE: plan})], details={"x": _HOSTILE}))
+    told = [Table(_HOSTILE, [], [[_HOSTILE, _HOSTILE]], _HOSTILE), Texts(_HOSTILE, {_HOSTILE: _HOSTILE}, _HOSTILE)]
+    sections = [Section(_HOSTILE, [saliency_figure({_HOSTILE: plan}), *told])]
+    page = html_page(Report(_HOSTILE, _HOSTILE, [], sections, details={"x": _HOSTILE}))
     assert "<script>alert" not in page
     assert escape(_HOSTILE) in page
 
@@ -164,7 +222,7 @@ def test_a_page_of_a_large_model_stays_small() -> None:
     selection = Selection((tuple(range(32)),) * 16)
     plan = Plan("ghost", "mamba2", 16, 128, dict.fromkeys(names, Decision(selection)), scores=values)
     figures = [phantom_figure(seen, plan), hankel_figure(seen, plan), saliency_figure({"ghost": plan})]
-    page = html_page(Report("large", "", [], figures))
+    page = html_page(Report("large", "", [], [Section("", figures)]))
     assert len(page.encode()) < _LIMIT
     assert len(data_of(page)[0]["tables"]["channels"]["layer"]) <= MOST_CHANNELS
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from ghostssm.checkpoint.headers import Facts, facts_from_files
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
+from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, footprint
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
@@ -82,27 +89,59 @@ class Description:
         channels = self.layout.conv_dim - self.layout.with_state_size(state_size).conv_dim
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
 
+    def footprint(
+        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, *, state_number_bytes: float = 4
+    ) -> Footprint:
+        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
+        layout, sizes = self.layout, self.state_sizes
+        if state_size is not None:
+            layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
+        parameters = self.parameters - self.removed_parameters(state_size)
+        return footprint(layout, sizes, parameters, self.config, context, state_number_bytes=state_number_bytes)
+
 
 def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
     config = model_config(source)
-    model = empty_model(config)
-    if _settled_by_files(source, model):
-        model = empty_model(model.config)
-    family, mixers = family_of(config), mixers_of(model)
+    facts = facts_from_files(source, config, family_of(config))
+    if facts is None:
+        return described(_built(source, config), spec, source)
+    return _description(config, facts, spec, source)
+
+
+def described(model: PreTrainedModel, name: str, source: Source) -> Description:
+    """Describe a model in memory, with its weights or without."""
+    return _description(model.config, _facts_of(model), name, source)
+
+
+def _description(config: PreTrainedConfig, facts: Facts, name: str, source: Source) -> Description:
+    family = family_of(config)
     return Description(
-        name=spec,
+        name=name,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),
-        state_sizes=tuple(mixer.state_size for mixer in mixers),
         vocab_size=config.vocab_size,
+        config=config,
+        pruning=_pruning(source.folder, len(facts.state_sizes)),
+        **vars(facts),
+    )
+
+
+def _built(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, without memory; takes seconds."""
+    model = empty_model(config)
+    return empty_model(model.config) if _settled_by_files(source, model) else model
+
+
+def _facts_of(model: PreTrainedModel) -> Facts:
+    mixers = mixers_of(model)
+    return Facts(
+        state_sizes=tuple(mixer.state_size for mixer in mixers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=has_tied_head(model),
-        config=config,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
-        pruning=_pruning(source.folder, len(mixers)),
     )
 
 

@@ -2,130 +2,108 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, note_if, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note, print_json, print_table, print_text, progress_reporter
+from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
-    from ghostssm.evaluation.speed import Speedup
+    from ghostssm.evaluation.speed import Rate, Speedup
+    from ghostssm.workflows.bench import BenchRow
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
-_ROUNDS = 5
-"""Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
 
 
 def bench(
     model: arguments.Model,
     state_size: Annotated[
-        list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
+        list[int],
+        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to measure beside the model's own N."),
     ] = [64, 32],  # noqa: B006  (read only)
-    batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
-    prompt: Annotated[
-        int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
+    batch: Annotated[
+        list[int],
+        typer.Option("--batch", metavar="SIZE ...", callback=arguments.at_least(1), help="Sequences at a time."),
+    ] = [1, 8, 32],  # noqa: B006
+    prompt_length: Annotated[
+        int,
+        typer.Option(
+            "--prompt-length",
+            callback=arguments.at_least(1),
+            help="Tokens per sequence to prefill.",
+            metavar="TOKENS",
+        ),
     ] = 128,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure prefill and decode at several state sizes, beside what bandwidth and arithmetic predict.
+    """Measure on this machine how fast a model reads a prompt (prefill) and writes (decode) at several state sizes.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
     """
-    import torch
+    given = locals()
+    from ghostssm.workflows.bench import ROUNDS, BenchRequest
+    from ghostssm.workflows.bench import bench as carry_out
 
-    import ghostssm
-    from ghostssm.errors import InputError
-    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
-    from ghostssm.evaluation.speed import Speedup, first_channels, measure
-    from ghostssm.pruning.feasibility import check_state_size
-    from ghostssm.workflows.remarks import idle_gpu_remark
-
-    if min(batch) < 1:
-        raise InputError(f"The batch size is {min(batch)}; expected at least 1.")
-    described = ghostssm.describe(model)
-    if not described.is_stock:
-        raise InputError(f"{model} has a projected state or a state size per layer; bench the original model.")
-    for size in state_size:
-        check_state_size(size, described.layout.state_size)
-    dense = described.layout.state_size
-    sizes = [dense, *(size for size in state_size if size != dense)]
-    note_if(idle_gpu_remark(device))
-    loaded = ghostssm.load(model, dtype=torch.float32, device=device).model
-    machine = measure_machine(batch, device)
-    plans = {size: first_channels(loaded, size) for size in sizes}
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
     with progress_reporter() as progress:
-        timings = measure(loaded, plans, batch, prompt, progress, _ROUNDS)
-
-    rows: list[dict[str, Any]] = []
-    for count in batch:
-        dense_predicted = predicted_step_seconds(described, machine, count, dense)
-        for size in sizes:
-            timing = timings[size, count]
-            predicted = predicted_step_seconds(described, machine, count, size)
-            speedup = Speedup.of(timings[dense, count], timing)
-            rows.append(
-                {
-                    "batch": count,
-                    "state_size": size,
-                    "state_bytes": count * described.state_bytes(size),
-                    "prefill_tokens_per_second": count * prompt / statistics.median(timing.prefill),
-                    "decode_tokens_per_second": count / statistics.median(timing.steps),
-                    "predicted_tokens_per_second": count / predicted,
-                    "peak_memory_bytes": timing.peak_bytes,
-                    "speedup": speedup.median,
-                    "speedup_range": [speedup.low, speedup.high],
-                    "predicted_speedup": dense_predicted / predicted,
-                }
-            )
+        outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
-        print_json({"bandwidth": machine.bandwidth, "rates": machine.rates, "rows": rows})
+        print_json(outcome.as_json())
         return
-    _print_rows(rows, dense)
-    note(f"bandwidth {machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
-    for size in sizes[1:]:
-        speedups = {count: Speedup.of(timings[dense, count], timings[size, count]) for count in batch}
-        print(f"N' = {size} {_verdict(speedups)}")
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]], dense: int) -> None:
-    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
-    headers += ["times dense", "predicted", "peak memory"]
-    print_table(
-        headers,
-        [
-            (
-                str(row["batch"]),
-                str(row["state_size"]),
-                bytes_text(row["state_bytes"]),
-                f"{row['prefill_tokens_per_second']:,.0f}",
-                f"{row['decode_tokens_per_second']:,.0f}",
-                f"{row['predicted_tokens_per_second']:,.0f}",
-                f"{row['speedup']:.2f}"
-                + ("" if row["state_size"] == dense else " ({:.2f} to {:.2f})".format(*row["speedup_range"])),
-                f"{row['predicted_speedup']:.2f}",
-                bytes_text(row["peak_memory_bytes"]),
-            )
-            for row in rows
-        ],
-        text_columns=0,
+    dense = outcome.state_size
+    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s"]
+    headers += [f"times N = {dense}", "times predicted", "peak memory"]
+    print_table(headers, [_cells(row, row.state_size == dense) for row in outcome.rows], text_columns=0)
+    bandwidth = f"{outcome.machine.bandwidth / 1e9:.1f} GB/s"
+    print_text(
+        f"±, and in brackets: the range over {ROUNDS} rounds. Predicted: from {bandwidth} of this machine. Weights and "
+        "state are in float32."
     )
+    for size in dict.fromkeys(row.state_size for row in outcome.rows if row.state_size != dense):
+        speedups = {row.batch: row.speedup for row in outcome.rows if row.state_size == size}
+        print_text(f"N' = {size}: {_verdict(speedups)}.")
+
+
+def _cells(row: BenchRow, is_dense: bool) -> list[str]:
+    speedup = row.speedup
+    times = f"{speedup.median:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+    return [
+        str(row.batch),
+        str(row.state_size),
+        bytes_text(row.state_bytes),
+        _rate(row.prefill),
+        _rate(row.decode),
+        "" if is_dense else times,
+        "" if is_dense else f"{row.predicted_speedup:.2f}",
+        bytes_text(row.peak_memory_bytes),
+    ]
+
+
+def _rate(rate: Rate) -> str:
+    """With half of the range as a share of it."""
+    return f"{rate.median:,.0f} ±{(rate.high - rate.low) / 2 / rate.median:.0%}"
 
 
 def _verdict(speedups: Mapping[int, Speedup]) -> str:
-    """What to make of the measured speedups of one state size, by batch size."""
-    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided]
-    paying = [batch for batch, speedup in speedups.items() if speedup.decided and speedup.median >= _WORTH_IT]
-    if paying and min(paying) > max(undecided, default=0):
-        return f"decodes at least {_WORTH_IT} times faster from batch {min(paying)} on"
+    """What to make of the measured speedups of one state size, by batch size; only what the rounds agree on."""
+    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided(_WORTH_IT)]
+    faster = [batch for batch, speedup in speedups.items() if speedup.low > _WORTH_IT]
+    told = []
+    if faster:
+        told.append(f"decodes at least {_WORTH_IT} times as fast at batch {_listed(faster)}")
     if undecided:
-        return (
-            f"is undecided at batch {' '.join(map(str, undecided))}, where the rounds disagree; measure again on a "
-            "quieter machine, or at larger batches"
-        )
-    return "does not pay at these batch sizes: the weights are the traffic, not the state"
+        told.append(f"undecided at batch {_listed(undecided)}, where the range has {_WORTH_IT} in it")
+    if len(faster) + len(undecided) < len(speedups):
+        others = [batch for batch in speedups if batch not in (*faster, *undecided)]
+        told.append(f"less than {_WORTH_IT} times as fast at batch {_listed(others)}")
+    return "; ".join(told)
+
+
+def _listed(batches: Sequence[int]) -> str:
+    return ", ".join(map(str, batches))

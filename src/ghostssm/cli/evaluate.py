@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments, completion
-from ghostssm.cli.console import note_if, print_facts, print_json, print_table, progress_reporter
+from ghostssm.cli.console import note, print_facts, print_json, print_table, progress_reporter
+from ghostssm.cli.requesting import requested
+from ghostssm.progress import silent
 from ghostssm.units import plus_minus
 
 if TYPE_CHECKING:
-    from ghostssm.checkpoint import Checkpoint
     from ghostssm.text.windows import Windows
-
-_HARNESS_BATCH = 8
+    from ghostssm.workflows.evaluate import EvaluateOutcome
+    from ghostssm.workflows.harness import Score
 
 
 def evaluate(
-    context: typer.Context,
     model: arguments.Model,
-    text: arguments.EvaluationText = "wikitext2",
+    text: arguments.EvaluationText = "",
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
     against: Annotated[
@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             "--against",
             metavar="BASE",
-            help="Also measure the model that MODEL was pruned from, and the difference window by window.",
+            help="Also measure BASE, the model that MODEL was pruned from, and the difference.",
             autocompletion=completion.models,
         ),
     ] = None,
@@ -41,16 +41,21 @@ def evaluate(
         typer.Option(
             "--last-words",
             metavar="TEXT",
-            help="Instead: the last word of every line or row of TEXT, as LAMBADA.",
+            help="Instead: how well the last word of every line or row of TEXT is guessed, as in LAMBADA.",
             autocompletion=completion.texts,
         ),
     ] = None,
     copying: Annotated[
-        bool, typer.Option("--copying", help="Instead: tokens that repeat what was read 256 or more tokens before.")
+        bool,
+        typer.Option("--copying", help="Instead: how well text is repeated that was read 256 or more tokens before."),
     ] = False,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="NAME ...", help="Instead: tasks of lm-evaluation-harness (package lm-eval)."),
+        typer.Option(
+            "--tasks",
+            metavar="NAME ...",
+            help="Instead: tasks of lm-evaluation-harness; pip install 'ghostssm[lm-eval]' first.",
+        ),
     ] = None,
     include_path: Annotated[
         str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
@@ -58,7 +63,7 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", help="With --tasks: documents per task, at most. With --last-words: passages.", metavar="N"
+            "--limit", help="With --tasks or --last-words: measure at most so many documents.", metavar="COUNT"
         ),
     ] = None,
     tokenizer: arguments.Tokenizer = None,
@@ -67,92 +72,81 @@ def evaluate(
         bool,
         typer.Option(
             "--stream",
-            help="Hold one block of weights at a time, for models larger than memory.",
+            help="Hold one layer's weights in memory at a time.",
             rich_help_panel=arguments.MEMORY_PANEL,
         ),
     ] = False,
     offload: arguments.Offload = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
+    """Measure a model's loss on a text, in float32. Or instead: how well it recalls, or its scores in known tasks.
 
     ghostssm evaluate mamba2-130m-n64 --against state-spaces/mamba2-130m
-    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai,piqa
+    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai piqa
     """
-    import torch
+    given = locals()
+    from ghostssm.workflows.evaluate import EvaluateRequest
+    from ghostssm.workflows.evaluate import evaluate as carry_out
 
-    import ghostssm
-    from ghostssm.cli.text_loss import Measuring, print_excess, print_loss
-    from ghostssm.errors import InputError
-    from ghostssm.workflows.remarks import idle_gpu_remark
-
-    if sum((last_words is not None, copying, bool(tasks))) > 1:
-        raise InputError("Give at most one of --last-words, --copying and --tasks.")
-    arguments.check_needed(context, "--tasks", bool(tasks), "include_path")
-    arguments.check_needed(context, "--tasks or --last-words", bool(tasks) or last_words is not None, "limit")
-    arguments.check_needed(context, "--stream", stream, "offload")
-    arguments.check_unread(context, "--tasks", bool(tasks), "text", "text_windows", "against")
-    arguments.check_unread(
-        context, "--last-words", last_words is not None, "text", "text_windows", "window_length", "against"
-    )
-    arguments.check_unread(context, "--copying", copying, "against")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit is {limit}; expected at least 1 document or passage.")
-    if stream and (last_words is not None or copying or tasks):
-        raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
-    if tasks:
-        names = [name for value in tasks for name in value.split(",") if name]
-        _evaluate_tasks(model, names, include_path, limit, window_length, tokenizer, device, as_json)
-        return
-    note_if(idle_gpu_remark(device))
-    if last_words is not None:
-        checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
-        _evaluate_last_words(checkpoint, last_words, limit, as_json)
-        return
-    how = Measuring(text, text_windows, window_length, tokenizer, device, stream, offload)
-    if copying:
-        checkpoint = ghostssm.load(model, dtype=torch.float32, device=device, tokenizer=tokenizer)
-        _evaluate_copying(checkpoint, how.windows(checkpoint.require_tokenizer()), as_json)
-    elif against is not None:
-        print_excess(model, against, how, as_json)
-    else:
-        print_loss(model, how, as_json)
-
-
-def _evaluate_tasks(
-    model: str,
-    names: list[str],
-    include_path: str | None,
-    limit: int | None,
-    max_length: int,
-    tokenizer: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    from ghostssm.checkpoint.loading import check_device
-    from ghostssm.checkpoint.source import find_source
-    from ghostssm.errors import InputError
-
-    check_device(device)
-    find_source(model, weights=False)  # before the data of every task is fetched
-    for library in ("datasets", "huggingface_hub", "lm_eval"):
+    for library in ("datasets", "huggingface_hub", "lm_eval") if tasks else ():
         logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        from ghostssm.workflows import harness
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
-            "install it with: pip install 'lm-eval[hf]'."
-        ) from None
-
-    # What the harness and the tasks' own code print is not the result.
-    with contextlib.redirect_stdout(sys.stderr):
-        loaded = harness.load_tasks(names, include_path)
-        evaluated = harness.GhostLM(model, tokenizer, device=device, batch_size=_HARNESS_BATCH, max_length=max_length)
-        scores = harness.run_tasks(evaluated, loaded, limit)
+    # What the harness and the tasks' own code print is not the result; the harness draws bars of its own.
+    reporter = contextlib.nullcontext(silent) if tasks else progress_reporter()
+    with contextlib.redirect_stdout(sys.stderr), reporter as progress:
+        outcome = carry_out(requested(EvaluateRequest, given), progress=progress, notify=note)
     if as_json:
-        print_json([dataclasses.asdict(score) for score in scores])
-        return
+        print_json(outcome.as_json())
+    else:
+        _print(outcome)
+
+
+def _print(outcome: EvaluateOutcome) -> None:
+    from ghostssm.evaluation.copying import CONTEXT, DISTANCE
+    from ghostssm.workflows.evaluate import Copied, ExcessLoss, LastWords, TextLoss
+
+    match outcome:
+        case TextLoss(windows, found):
+            facts = [
+                ("text", _windows_text(windows)),
+                ("loss", f"{plus_minus(found.loss, found.standard_error)} nats per token"),
+                ("perplexity", f"{found.perplexity:.3f}"),
+                ("bits per byte", f"{found.bits_per_byte:.4f}"),
+            ]
+        case ExcessLoss(windows, dense, pruned):
+            facts = [
+                ("text", _windows_text(windows)),
+                ("loss", f"{pruned.loss:.4f} nats per token, perplexity {pruned.perplexity:.3f}"),
+                ("loss of the base", f"{dense.loss:.4f} nats per token, perplexity {dense.perplexity:.3f}"),
+                ("excess loss", f"{outcome.measured.excess_text} nats per token"),
+            ]
+        case LastWords(text, recall):
+            facts = [
+                ("text", f"{text}, {outcome.passages} passages"),
+                ("loss of the last word", f"{recall.loss:.4f} nats"),
+                ("accuracy", f"{recall.accuracy:.2%}"),
+            ]
+        case Copied(windows, seen):
+            gains = {part: plus_minus(gain.mean, gain.standard_error) for part, gain in outcome.gains.items()}
+            copied = f"the end of {CONTEXT + 1} tokens read {DISTANCE} or more before"
+            facts = [
+                ("text", _windows_text(windows)),
+                ("copied tokens", f"{int(seen.copied.counts.sum())}, {copied}"),
+                ("their loss", f"{seen.copied.mean:.4f} nats per token"),
+                ("gained by sight of these", gains["copied"]),
+                ("loss elsewhere", f"{seen.elsewhere.mean:.4f} nats per token"),
+                ("gained by sight elsewhere", gains["elsewhere"]),
+            ]
+        case _:
+            _print_scores(outcome.scores)
+            return
+    print_facts(facts)
+
+
+def _windows_text(windows: Windows) -> str:
+    return f"{windows.text_name}, {len(windows)} windows of {windows.length} tokens"
+
+
+def _print_scores(scores: Sequence[Score]) -> None:
     several_filters = any(score.filter != "none" for score in scores)
     print_table(
         ["task", "metric", "value", "documents", "shots"],
@@ -169,60 +163,4 @@ def _evaluate_tasks(
             for score in scores
         ],
         text_columns=2,
-    )
-
-
-def _evaluate_last_words(checkpoint: Checkpoint, text: str, limit: int | None, as_json: bool) -> None:
-    from ghostssm.evaluation.recall import last_words
-    from ghostssm.text.sources import read_passages
-
-    passages = read_passages(text)[:limit]
-    with progress_reporter() as progress:
-        found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
-    if as_json:
-        print_json({"text": text, "passages": len(passages), "loss": found.loss, "accuracy": found.accuracy})
-        return
-    print_facts(
-        [
-            ("text", f"{text}, {len(passages)} passages"),
-            ("loss of the last word", f"{found.loss:.4f} nats"),
-            ("accuracy", f"{found.accuracy:.2%}"),
-        ]
-    )
-
-
-def _evaluate_copying(checkpoint: Checkpoint, windows: Windows, as_json: bool) -> None:
-    from ghostssm.evaluation.copying import CONTEXT, DISTANCE, copying, copying_in_reach
-
-    with progress_reporter() as progress:
-        found = copying(checkpoint.model, windows, progress=progress)
-        control = copying_in_reach(checkpoint.model, windows, progress=progress)
-    gain = {part: getattr(control, part).excess_over(getattr(found, part)) for part in ("copied", "elsewhere")}
-    if as_json:
-        print_json(
-            {"text": windows.text_name, "window_length": windows.length, "context": CONTEXT, "distance": DISTANCE}
-            | {
-                part: {
-                    "tokens": int(getattr(found, part).counts.sum()),
-                    "loss": getattr(found, part).mean,
-                    "gain": gain[part].mean,
-                    "gain_standard_error": gain[part].standard_error,
-                }
-                for part in gain
-            }
-        )
-        return
-    texts = {part: plus_minus(gain[part].mean, gain[part].standard_error) for part in gain}
-    print_facts(
-        [
-            ("text", f"{windows.text_name}, {len(windows)} windows of {windows.length} tokens"),
-            (
-                "copied tokens",
-                f"{int(found.copied.counts.sum())}, the end of {CONTEXT + 1} tokens read {DISTANCE} or more before",
-            ),
-            ("their loss", f"{found.copied.mean:.4f} nats per token"),
-            ("gained by sight of these", texts["copied"]),
-            ("loss elsewhere", f"{found.elsewhere.mean:.4f} nats per token"),
-            ("gained by sight elsewhere", texts["elsewhere"]),
-        ]
     )

@@ -13,26 +13,34 @@ def generate(
     model: arguments.Model,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.", metavar="TEXT")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.", metavar="N")
+        int,
+        typer.Option(
+            "--max-new-tokens", callback=arguments.at_least(1), help="Stop after so many tokens.", metavar="COUNT"
+        ),
     ] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.", metavar="T")
+        float,
+        typer.Option(
+            "--temperature",
+            callback=arguments.at_least(0),
+            help="0 always takes the likeliest token.",
+            metavar="NUMBER",
+        ),
     ] = 0.0,
     seed: Annotated[
         int,
         typer.Option(
             "--seed",
-            metavar="N",
-            min=0,
-            max=2**63 - 1,
-            help="Of the random draws; with --temperature above 0.",
+            metavar="NUMBER",
+            callback=arguments.at_least(0, 2**63 - 1),
+            help="With --temperature above 0: the same number gives the same text.",
             rich_help_panel=arguments.OTHER_PANEL,
         ),
     ] = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
 ) -> None:
-    """Stream a continuation of a prompt to standard output.
+    """Write text that goes on from a prompt, token by token.
 
     ghostssm generate reference --prompt "def main(" --max-new-tokens 64
     ghostssm generate mamba2-130m-n64 --prompt "The state of" --temperature 0.7

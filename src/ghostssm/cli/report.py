@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
+from ghostssm.errors import InputError
+
+if TYPE_CHECKING:
+    from ghostssm.files.output_file import OutputFile
 
 
 def report(
@@ -20,13 +24,12 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought; needs no network.
+    """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought.
 
     ghostssm report mamba2-130m-n64
     ghostssm report mamba2-130m-n64 --output n64.html --overwrite
     """
     from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.errors import InputError
     from ghostssm.files.output_file import OutputFile
     from ghostssm.plan.file import PLAN_FILE
 
@@ -56,6 +59,18 @@ def report(
     )
     for what, command in found.missing:
         note(f"not shown: {what}; it comes with: {command}")
+
+
+def page_to_write(page: str | None, overwrite: bool) -> OutputFile | None:
+    """Where ``--report FILE`` is to go, if a page is wanted; checked before the work, as is whether it can be drawn."""
+    from ghostssm.files.output_file import OutputFile
+
+    if page is not None:
+        check_drawable()
+        return OutputFile(page, overwrite)
+    if overwrite:
+        raise InputError("--overwrite works with --report only; add that, or leave out --overwrite.")
+    return None
 
 
 def check_drawable() -> None:

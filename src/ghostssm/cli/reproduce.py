@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_json, print_table, progress_reporter
-from ghostssm.files.interrupts import Terminated
-
-if TYPE_CHECKING:
-    from ghostssm.workflows.published import Wanted
-    from ghostssm.workflows.reproduction import Measured
-
-MARKDOWN_FILE = "results.md"
+from ghostssm.cli.requesting import requested
+from ghostssm.errors import GhostError
 
 
 def reproduce(
     output: Annotated[
-        str, typer.Option("--output", metavar="DIR", help="Folder for results.json and results.md; goes on if there.")
+        str,
+        typer.Option(
+            "--output", metavar="DIR", help="Folder for results.json and results.md. A run that stopped goes on there."
+        ),
     ],
     models: Annotated[
         list[str] | None,
         typer.Option(
             "--models",
             metavar="NAME ...",
-            help="mamba2-130m ... mamba2-2.7b, from the hub; NAME=FOLDER for a local one; or a folder that holds "
-            "folders of these names. All five from the hub if not given.",
+            help="Names from mamba2-130m to mamba2-2.7b are fetched from the hub. NAME=FOLDER takes a local one; a "
+            "folder alone has folders of these names. If not given: all five from the hub.",
             autocompletion=completion.published_models,
         ),
     ] = None,
@@ -38,7 +34,8 @@ def reproduce(
         typer.Option(
             "--table",
             metavar="NAME ...",
-            help="'sparsity': 1.3b cut by 10 to 90%. 'size': 130m to 2.7b cut by half.",
+            help="'sparsity': the 1.3b model cut by 10 to 90%. 'size': all models cut by half.",
+            callback=arguments.tables_known,
             autocompletion=completion.tables,
         ),
     ] = None,
@@ -46,17 +43,18 @@ def reproduce(
         list[str] | None,
         typer.Option(
             "--methods",
-            metavar="NAME ...",
-            help="Methods, as for compare; those of the paper if not given.",
+            metavar="RECIPE ...",
+            help="Methods or recipes, as for compare. If not given: those of the paper.",
+            callback=arguments.recipes_known,
             autocompletion=completion.methods,
         ),
     ] = None,
     state_size: Annotated[
         list[int] | None,
-        typer.Option("--state-size", metavar="R ...", help="State sizes N' in place of the paper's sparsities."),
+        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to prune to, in place of the paper's."),
     ] = None,
-    calibration: arguments.CalibrationText = "wikitext2",
-    text: arguments.EvaluationText = "wikitext2",
+    calibration: arguments.CalibrationText = "",
+    text: arguments.EvaluationText = "",
     windows: arguments.CalibrationWindows = 128,
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
@@ -70,58 +68,26 @@ def reproduce(
     ghostssm reproduce --output reproduction --device cuda
     ghostssm reproduce --output quick --models mamba2-130m --windows 32
     """
-    from ghostssm.checkpoint.loading import check_device
-    from ghostssm.errors import GhostError, InputError
-    from ghostssm.pruning.recipe import Recipe
-    from ghostssm.workflows import reproduction as library
-    from ghostssm.workflows.published import cells, published_models, source, tables_named
-    from ghostssm.workflows.reproduction_table import markdown_page, printed_tables
+    given = locals()
+    from ghostssm.workflows.published import source
+    from ghostssm.workflows.reproduce import reproduce as carry_out
+    from ghostssm.workflows.reproduction import ReproduceRequest
 
-    check_device(device)
     arguments.check_separated("--methods", methods)
-    tables = tables_named(table)
-    recipes = [str(Recipe.parse(method)) for method in methods] if methods else None
-    settings = library.Settings(calibration, text, windows, text_windows, window_length, seed)
-    found = library.find_models(models or published_models(tables))
-    if not table:  # of both tables, those that the models at hand stand in
-        tables = tuple(name for name in tables if found.keys() & set(published_models([name])))
-    library.check_models(found)
-    wanted = [cell for name in tables for cell in cells(name, recipes, state_size)]
-    if not any(cell.model in found for cell in wanted):
-        raise InputError(f"None of the named models is in the table {' or '.join(tables)}; name others, or no --table.")
-    texts = library.read_texts(settings)
-    results = library.Results(output, settings, texts)
-    if results.cells:
-        note(f"going on from {len(results.cells)} finished cells in {results.path}")
-    try:
-        with progress_reporter() as progress:
-            failures = library.measure(
-                wanted, found, results, texts, settings, device=device, tokenizer=tokenizer, progress=progress
-            )
-    except (KeyboardInterrupt, Terminated) as stop:
-        raise type(stop)(
-            f"{len(results.cells)} finished cells are in {results.path}. The same command goes on from there."
-        ) from None
-
-    drawn = printed_tables(wanted, results.cells)
-    library.write_whole(Path(output) / MARKDOWN_FILE, markdown_page(drawn, settings))
+    with progress_reporter() as progress:
+        request = requested(ReproduceRequest, given, tables=table, state_sizes=state_size)
+        outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
-        entries = [_as_json(cell, results.cells.get(cell.key)) for cell in wanted]
-        print_json({"source": source(), "output": output, "cells": entries})
+        print_json({"output": output, **outcome.as_json()})
     else:
-        for one in drawn:
+        for one in outcome.tables:
             print(one.title)
             print_table(one.headers, one.rows, text_columns=2)
             print()
         print(f"published: {source()}")
-        print(f"written: {results.path}, {Path(output) / MARKDOWN_FILE}")
-    if failures:
-        listed = "".join(f"\n  - {' '.join(map(str, key))}: {reason}" for key, reason in failures.items())
-        raise GhostError(f"{len(failures)} cells could not be measured; the same command tries them again:{listed}")
-
-
-def _as_json(cell: Wanted, measured: Measured | None) -> dict[str, object]:
-    results: dict[str, object] = {"measured": None, "loss": None, "seconds": None}
-    if measured is not None:
-        results = {"measured": measured.perplexity, "loss": measured.loss, "seconds": measured.seconds}
-    return dataclasses.asdict(cell) | results
+        print(f"written: {', '.join(map(str, outcome.written))}")
+    if outcome.failures:
+        listed = "".join(f"\n  - {' '.join(map(str, key))}: {reason}" for key, reason in outcome.failures.items())
+        raise GhostError(
+            f"{len(outcome.failures)} cells could not be measured; the same command tries them again:{listed}"
+        )

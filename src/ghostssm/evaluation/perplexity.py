@@ -23,6 +23,8 @@ from ghostssm.models.forward import replaced_forward
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
+from ghostssm.units import plus_minus
+from ghostssm.values import Value
 
 _TOKENS_OF_LOGITS = 512
 
@@ -35,8 +37,8 @@ def perplexity_of(loss: float) -> float:
         return math.inf
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False, eq=False)
+class Evaluation(Value):
     """Losses of a model on windows of text.
 
     Attributes:
@@ -48,6 +50,10 @@ class Evaluation:
     losses: Tensor
     bytes_per_token: float
     consecutive: bool = False
+
+    def __repr__(self) -> str:
+        loss = plus_minus(self.loss, self.standard_error)
+        return f"<Evaluation: perplexity {self.perplexity:.3f}, loss {loss} nats per token, {len(self.losses)} windows>"
 
     @property
     def loss(self) -> float:

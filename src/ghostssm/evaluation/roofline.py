@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.progress import stage
 
 _BUFFER_BYTES = 256 << 20
 _ROUNDS = 5
@@ -31,16 +32,17 @@ class Machine:
     rates: dict[int, float]
 
 
-def measure_machine(batches: list[int], device: str = "cpu") -> Machine:
+def measure_machine(batches: Sequence[int], device: str = "cpu") -> Machine:
     """Measure bandwidth on a buffer beyond the caches, and the rate of a (batch, 1024) x (1024, 4096) product."""
-    buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
-    bandwidth = 2 * _BUFFER_BYTES / _median_seconds(lambda: buffer.mul_(1.0), device)
-    weight = torch.randn(4096, 1024, device=device)
-    rates = {}
-    for batch in batches:
-        rows = torch.randn(batch, 1024, device=device)
-        seconds = _median_seconds(lambda rows=rows: torch.nn.functional.linear(rows, weight), device)  # type: ignore[misc]
-        rates[batch] = 2 * weight.numel() * batch / seconds
+    with stage("measuring the bandwidth of this machine"):
+        buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
+        bandwidth = 2 * _BUFFER_BYTES / _median_seconds(lambda: buffer.mul_(1.0), device)
+        weight = torch.randn(4096, 1024, device=device)
+        rates = {}
+        for batch in batches:
+            rows = torch.randn(batch, 1024, device=device)
+            seconds = _median_seconds(lambda rows=rows: torch.nn.functional.linear(rows, weight), device)  # type: ignore[misc]
+            rates[batch] = 2 * weight.numel() * batch / seconds
     return Machine(bandwidth, rates)
 
 

@@ -43,6 +43,34 @@ class Timings:
         """Decode steps of all rounds."""
         return list(chain.from_iterable(self.rounds))
 
+    def tokens_per_second(self, batch: int) -> float:
+        """Decode speed of all sequences of such a batch together: the median."""
+        return batch / statistics.median(self.steps)
+
+    def speed_range(self, batch: int) -> tuple[float, float]:
+        """The same of the slowest and of the fastest round."""
+        speeds = [batch / statistics.median(steps) for steps in self.rounds]
+        return min(speeds), max(speeds)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second: the median, and the range over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tokens: int, seconds: Sequence[Sequence[float]]) -> Rate:
+        """Of a piece of work that was timed in several rounds.
+
+        Args:
+            seconds: of every round, one time or several.
+        """
+        rounds = [tokens / statistics.median(times) for times in seconds]
+        return cls(tokens / statistics.median(chain.from_iterable(seconds)), min(rounds), max(rounds))
+
 
 @dataclass(frozen=True)
 class Speedup:
@@ -62,18 +90,9 @@ class Speedup:
         ratios = [statistics.median(before) / statistics.median(after) for before, after in pairs]
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
-    @property
-    def decided(self) -> bool:
-        """Whether all rounds agree which plan is the faster."""
-        return not self.low <= 1 <= self.high
-
-
-def decode_speeds(
-    model: PreTrainedModel, plans: Mapping[Key, Plan], batches: Sequence[int], progress: Progress = silent
-) -> dict[Key, dict[int, float]]:
-    """Greedy decode speed of the accelerated model under each plan: batch size to tokens per second over the batch."""
-    timings = measure(model, plans, batches, prompt=8, progress=progress)
-    return {key: {batch: batch / statistics.median(timings[key, batch].steps) for batch in batches} for key in plans}
+    def decided(self, bound: float = 1.0) -> bool:
+        """Whether all rounds agree on whether it is more than ``bound`` times."""
+        return not self.low <= bound <= self.high
 
 
 def measure(

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
@@ -28,6 +27,9 @@ from ghostssm.models.mixer import Mixer, mixer_output, split_streams
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, norm_step
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""

@@ -107,7 +107,8 @@ class Chunk:
 
     def _by_head(self, product: Tensor) -> Tensor:
         """(b, g, anything, k * p) to (b, g, k, anything, p)."""
-        return product.unflatten(-1, (self.u.shape[2], -1)).transpose(2, 3)
+        heads: Tensor = product.unflatten(-1, (self.u.shape[2], -1))
+        return heads.transpose(2, 3)
 
     def _by_group(self, product: Tensor) -> Tensor:
         """(b, g, k, anything, p) to (b, g, anything, k * p)."""
@@ -131,10 +132,11 @@ class ChunkGradients:
 
 
 def chunks_of(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = DEFAULT_CHUNK
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = DEFAULT_CHUNK, *, backwards: bool = False
 ) -> Iterator[tuple[slice, Chunk]]:
-    """The chunks of a sequence and where they are."""
-    for start in range(0, x.shape[1], chunk_size):
+    """The chunks of a sequence, each made when its turn comes, and where they are."""
+    starts = range(0, x.shape[1], chunk_size)
+    for start in reversed(starts) if backwards else starts:
         span = slice(start, start + chunk_size)
         yield span, Chunk.of(x[:, span], dt[:, span], A, B[:, span], C[:, span])
 

@@ -12,12 +12,14 @@ from torch import Tensor
 
 kernels: Any
 """The module of compiled loops, or None."""
+backward_kernels: Any
+"""That of the backward pass."""
 try:
-    from ghostssm.ops import _kernels
+    from ghostssm.ops import _kernels, _kernels_backward
 
-    kernels = _kernels
+    kernels, backward_kernels = _kernels, _kernels_backward
 except ImportError:  # numba is an extra
-    kernels = None
+    kernels = backward_kernels = None
 
 HAS_KERNELS = kernels is not None
 

@@ -81,6 +81,9 @@ def ssd(
     On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
     recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On
     a GPU it is that loop as one kernel, which keeps the state in registers over the whole sequence.
+
+    Differentiable once in every argument, whichever form serves the call. Gradients of B and C, which are sums over a
+    group's heads, do not depend on the number of threads.
     """
     initial_state = None if initial_state is None else initial_state.to(x.dtype)
     arguments = (x, dt, A, B, C, D, initial_state)
@@ -133,14 +136,17 @@ class CompiledScan(torch.autograd.Function):
     """The compiled loop, with a backward pass that keeps nothing but the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*arguments)
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
         ctx.set_materialize_grads(False)
-        x, dt, A, B, C, D, initial_state = arguments
         state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
         y = torch.empty(x.shape, dtype=x.dtype)
         skip = torch.zeros_like(A) if D is None else D.clone()
-        compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
+        narrow = B.shape[-1] <= x.shape[-1]
+        scan = compiled.kernels.ssd_scan_narrow if narrow else compiled.kernels.ssd_scan
+        scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
         return y, state
 
     @staticmethod
@@ -149,18 +155,19 @@ class CompiledScan(torch.autograd.Function):
         x, dt, A, B, C, D, initial_state = ctx.saved_tensors
         (b, length, h, _), (groups, n) = x.shape, B.shape[2:]
         state = _initial_state(x, B, initial_state)
-        skip = torch.zeros_like(A) if D is None else D.clone()
         dy = torch.zeros_like(x) if dy is None else dy
         dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
-        dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)
+        dx, ddt = torch.zeros(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         heads_per_part = min(h // groups, -(-b * h // _PARTS))
         parts = -(-(h // groups) // heads_per_part)
         dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
-        compiled.kernels.ssd_scan_backward(
-            *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
+        compiled.backward_kernels.ssd_scan_backward(
+            *compiled.arrays(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD)
         )
         dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
+        if D is not None:
+            dx.addcmul_(dy, D[:, None])
         dD = None if D is None else dD.sum(0).to(D.dtype)
         return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
 
@@ -173,8 +180,9 @@ class ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, dt, A, B, C, D, initial_state = arguments
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         state = to_grouped_state(_initial_state(x, B, initial_state), groups=B.shape[2])
         y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
@@ -182,7 +190,7 @@ class ChunkedScan(torch.autograd.Function):
             states.append(state)
             y[:, span] = chunk.output(state, D).flatten(2, 3)
             state = chunk.advance(state)
-        ctx.save_for_backward(*arguments, *states)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state, *states)
         return y, from_grouped_state(state, heads=x.shape[2])
 
     @staticmethod
@@ -194,9 +202,9 @@ class ChunkedScan(torch.autograd.Function):
         dstate = to_grouped_state(dstate, groups=B.shape[2])
         dx, dlog_decay = torch.empty_like(x), torch.empty(dt.shape, dtype=torch.float64, device=x.device)
         ddt, dB, dC = torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
-        for (span, chunk), state in reversed(list(zip(chunks_of(x, dt, A, B, C), states, strict=True))):
+        for span, chunk in chunks_of(x, dt, A, B, C, backwards=True):
             dout = dy[:, span].unflatten(2, chunk.u.shape[1:3]).permute(0, 2, 3, 1, 4)
-            found = chunk.backward(state, dout, dstate)
+            found = chunk.backward(states.pop(), dout, dstate)
             du = found.du.permute(0, 3, 1, 2, 4).flatten(2, 3)
             dx[:, span] = du * dt[:, span, :, None]
             ddt[:, span] = (du * x[:, span]).sum(-1)

@@ -17,10 +17,12 @@ from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.provenance import Provenance
+from ghostssm.units import sizes_text
+from ghostssm.values import Value
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False, eq=False)
+class Plan(Value):
     """Decisions for every mixer of a model, and what else becomes of its parameters.
 
     Attributes:
@@ -45,6 +47,10 @@ class Plan:
     provenance: Provenance | None = None
     per_layer: bool = False
     distillations: tuple[Distillation, ...] = ()
+
+    def __repr__(self) -> str:
+        sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}"
+        return f"<Plan: {self.method}, {len(self.decisions)} mixers of {self.model_type}, {sizes}>"
 
     @property
     def selections(self) -> dict[str, Selection]:

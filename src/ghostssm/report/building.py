@@ -1,31 +1,35 @@
-"""What a report shows of a checkpoint's folder, or of a comparison."""
+"""What a report shows of a checkpoint's folder, or of a comparison: its cost, what it bought, what the state does."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.source import is_hub_id
+from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, capacity_cells
 from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
-from ghostssm.report.figures.cost import decode_figure, size_figure, window_figure
+from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_figure, speed_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
-from ghostssm.report.page import Card, Report, Table
-from ghostssm.text.windows import Windows
+from ghostssm.report.page import Card, Report, Section, Table, Texts
+from ghostssm.report.telling import advice_of, command, engine_tables, manifest_table, prune_command, running
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, Row, comparison_cells
+from ghostssm.workflows.comparison import Comparison, Row, comparison_cells
 from ghostssm.workflows.observing import predicted_speed
-from ghostssm.workflows.record import DecodeSpeed, Observations, Record, WindowLosses
+from ghostssm.workflows.record import DecodeSpeed, Record, Samples, WindowLosses
 
 _NO_LOSS = 700.0
 """No loss is so large: its perplexity would be no number."""
+_MEMORIES = (24 << 30, 80 << 30, 141 << 30)
+"""Of GPUs that are sold as having 24, 80 and 141 GB."""
+_COST, _BOUGHT, _STATE = "What it cost", "What it bought", "What the state does"
 
 
 def checkpoint_report(folder: Path) -> Report:
@@ -39,75 +43,114 @@ def checkpoint_report(folder: Path) -> Report:
     manifest = Manifest.read(folder) if Manifest.is_in(folder) else None
     record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
     described = _described(folder)
-    measured = None if manifest is None else manifest.measured
-    figures: list[Figure] = []
-    if record.observations is not None:
-        figures += [phantom_figure(record.observations, plan), hankel_figure(record.observations, plan)]
-    if plan.has_scores:
-        figures.append(saliency_figure({plan.method: plan}))
-    if record.losses is not None:
-        figures.append(window_figure(record.losses))
-    if record.decode:
-        figures.append(decode_figure(record.decode))
     sizes = sizes_text(plan.state_sizes)
+    bought: list[Figure | Table | Texts] = [decode_figure(record.decode)] if record.decode else []
+    if described is not None:
+        footprints = {f"N = {plan.state_size}": described.footprint(plan.state_size)}
+        footprints[f"N' = {sizes}"] = described.footprint()
+        bought += [*_capacity(footprints), *engine_tables({f"N' = {sizes}": advice_of(described, None, written=True)})]
+    state = [saliency_figure({plan.method: plan})] if plan.has_scores else []
+    if (seen := record.observations) is not None:
+        state[:0] = [phantom_figure(seen, plan), hankel_figure(seen, plan)]
+    made: list[Figure | Table | Texts] = [] if manifest is None else [manifest_table(manifest)]
     base = None if manifest is None else manifest.base_model
     return Report(
         title=f"{Path(base or plan.model_type).name}: state size {plan.state_size} to {sizes}",
         subtitle=f"method {plan.method}, family {plan.model_type}",
         cards=[
+            *_loss_cards(None if manifest is None else manifest.measured),
             *_state_cards(plan, described),
-            *_loss_cards(measured),
             *_speed_cards(record.decode),
         ],
-        figures=figures,
+        sections=[
+            Section(_COST, [*([window_figure(record.losses)] if record.losses else []), *_texts(record.samples)]),
+            Section(_BOUGHT, bought),
+            Section(_STATE, state),
+            Section("Where it comes from", [*made, _repeating(prune_command(plan, manifest))]),
+        ],
         missing=_missing(plan, record, manifest),
-        details={} if manifest is None else {"Manifest": manifest.as_json()},
+        details={} if manifest is None else {"All of ghostssm.json": manifest.as_json()},
     )
 
 
-def comparison_report(
-    comparison: Comparison,
-    described: Description,
-    windows: Windows,
-    settings: Mapping[str, Any],
-    observations: Observations | None = None,
-    machine: Machine | None = None,
-) -> Report:
-    """Of methods and sizes side by side.
-
-    Args:
-        described: the dense model. windows: what the losses were measured on.
-        settings: what the comparison was run with; JSON values.
-        machine: what it does at the batch sizes of the comparison, for the predicted speeds.
-    """
+def comparison_report(comparison: Comparison) -> Report:
+    """Of methods and sizes side by side, as `ghostssm.compare` found them for a request with ``report``."""
+    basis = comparison.basis
+    assert basis is not None
+    described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
-    labels = {(row.method, row.state_size): f"{row.method}, N' = {row.state_size}" for row in others}
+    labels = {(row.method, row.state_size): _label(row) for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
-    figures = [size_figure(comparison.rows), window_figure(losses)] if others else []
-    speeds = _speeds(comparison, described, machine)
-    if speeds:
-        figures.append(decode_figure(speeds))
-    if observations is not None:
-        figures += [phantom_figure(observations), hankel_figure(observations)]
-    figures += _comparison_saliency(comparison.plans)
-    cards = [
-        Card("Dense model", f"{dense.perplexity:.3f}", f"perplexity, N = {dense.state_size}"),
-        Card("State per sequence, dense", bytes_text(dense.state_bytes), "float32, all layers"),
-    ]
-    for size in sorted({row.state_size for row in others}, reverse=True):
-        best = min((row for row in others if row.state_size == size), key=lambda row: row.excess)
-        cards.append(
-            Card(f"Best at N' = {size}", best.method, f"excess loss {plus_minus(best.excess, best.standard_error)}")
-        )
+    cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
+    bought: list[Figure | Table | Texts] = []
+    if speeds := _speeds(comparison, described, basis.machine):
+        bought += [speed_figure(comparison.rows)] if others else []
+        bought += [decode_figure(speeds)]
+    footprints = {f"N = {dense.state_size}": described.footprint()}
+    advice = {f"N = {dense.state_size}": advice_of(described, None)}
+    ranked = sorted(comparison.plans.values(), key=lambda plan: (plan.needs_own_class, -plan.kept_state_size))
+    for plan in ranked:
+        size = f"N' = {plan.kept_state_size}"
+        smaller = dataclasses.replace(described, state_sizes=plan.state_sizes)
+        own = plan.needs_own_class
+        footprints.setdefault(size, smaller.footprint() if own else described.footprint(plan.kept_state_size))
+        advice.setdefault("own class" if own else size, advice_of(described, plan))
+    bought += [*_capacity(footprints), *engine_tables(advice)]
+    name = described.name if is_hub_id(described.name) else text_name(described.name)
+    asked = {**basis.request.as_json(), "model": name, "report": "FILE"}
+    seen = [] if observations is None else [phantom_figure(observations), hankel_figure(observations)]
     return Report(
         title=f"{Path(described.name).name}: methods compared",
         subtitle=f"{len(windows)} windows of {windows.length} tokens of {text_name(windows.text_name)}",
-        cards=cards,
-        figures=figures,
-        tables=[Table("All figures", *comparison_cells(comparison.rows))],
-        details={"Settings": dict(settings)},
+        cards=[
+            Card("Dense model", f"{dense.perplexity:.3f}", f"perplexity, N = {dense.state_size}"),
+            Card("State per sequence, dense", bytes_text(dense.state_bytes), "float32, all layers"),
+            *_best_cards(comparison, described),
+        ],
+        sections=[
+            Section(_COST, [*cost, Table("All figures", *comparison_cells(comparison.rows)), *_texts(basis.samples)]),
+            Section(_BOUGHT, bought),
+            Section(_STATE, [*seen, *_comparison_saliency(comparison.plans)]),
+            Section("Where it comes from", [_repeating(command("compare", asked))]),
+        ],
     )
+
+
+def _label(row: Row) -> str:
+    return f"{row.method}, N' = {row.state_size}"
+
+
+def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
+    dense, *others = comparison.rows
+    cards = []
+    for size in sorted({row.state_size for row in others}, reverse=True):
+        for row in comparison.best(size):
+            plan = comparison.plans[row.method, size]
+            where = "in any class" if plan.needs_own_class else "in a stock checkpoint"
+            notes = [f"excess loss {plus_minus(row.excess, row.standard_error)}"]
+            if speeds := row.tokens_per_second:
+                batch = max(speeds)
+                notes.append(f"{speeds[batch] / dense.tokens_per_second[batch]:.2f}x the dense speed at batch {batch}")
+            notes.append(running(advice_of(described, plan)))
+            cards.append(Card(f"Best at N' = {size} {where}", row.method, "; ".join(notes)))
+    return cards
+
+
+def _capacity(footprints: Mapping[str, Footprint]) -> list[Figure | Table | Texts]:
+    figure = capacity_figure(footprints, _MEMORIES, DEFAULT_CONTEXT)
+    return [figure, Table("What a sequence takes", *capacity_cells(footprints, ()))]
+
+
+def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:
+    if samples is None:
+        return []
+    caption = f"The likeliest token each time, after the same prompt, the beginning of a window of {samples.text}."
+    return [Texts("How the models go on", {"prompt": samples.prompt, **samples.continuations}, caption)]
+
+
+def _repeating(words: str) -> Texts:
+    return Texts("The command that repeats it", {"": words}, "Models and texts by their names, not where they lay.")
 
 
 def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
@@ -131,7 +174,13 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
             name = f"{row.method}, N' = {row.state_size}"
         names.setdefault(name, (row, plan))
     return [
-        DecodeSpeed(name, batch, speed, None if machine is None else predicted_speed(described, machine, batch, plan))
+        DecodeSpeed(
+            name,
+            batch,
+            speed,
+            None if machine is None else predicted_speed(described, machine, batch, plan),
+            row.speed_range.get(batch),
+        )
         for name, (row, plan) in names.items()
         for batch, speed in row.tokens_per_second.items()
     ]
@@ -193,24 +242,16 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
 
 
 def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tuple[str, str]]:
-    base = (None if manifest is None else manifest.base_model) or "MODEL"
-    made = plan.provenance
-    size = plan.kept_state_size if made is None else made.requested_state_size
-    words = ["ghostssm", "prune", base, "--method", plan.method, "--state-size", str(size), "--output", "DIR"]
-    again = shlex.join(words)
-    if made is not None:
-        seen = made.calibration
-        again += f" --calibration {shlex.quote(seen.text)} --windows {seen.windows}"
-        again += f" --window-length {seen.window_length}"
-        again += " --groups pooled" if made.groups == "pooled" else ""
     missing = []
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:
-        missing.append((", ".join(unreported), f"{again} --report"))
+        missing.append((", ".join(unreported), prune_command(plan, manifest, report=True)))
     if record.losses is None or manifest is None or manifest.measured is None:
-        missing.append(("excess loss and its windows", f"{again} --evaluate TEXT"))
+        missing.append(("excess loss and its windows", prune_command(plan, manifest, evaluate="TEXT")))
+    elif record.samples is None:
+        missing.append(("texts of the models", prune_command(plan, manifest, report=True)))
     if not plan.has_scores:
-        missing.append(("scores", again))
+        missing.append(("scores", prune_command(plan, manifest)))
     if manifest is None:
-        missing.append(("what produced the checkpoint (ghostssm.json)", again))
+        missing.append(("what produced the checkpoint (ghostssm.json)", prune_command(plan, manifest)))
     return missing

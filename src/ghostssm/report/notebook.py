@@ -8,8 +8,9 @@ from html import escape
 from ghostssm.errors import InputError
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table, table_html
+from ghostssm.report.showing import figure_of
 from ghostssm.units import sizes_text, text_name
-from ghostssm.workflows.compare import Comparison, comparison_cells
+from ghostssm.workflows.comparison import Comparison, comparison_cells
 
 
 def register_with_ipython() -> None:
@@ -45,12 +46,7 @@ def comparison_html(comparison: Comparison) -> str:
 
 def _figure_html(shown: Plan | Comparison) -> str:
     try:
-        from ghostssm.report.figures.cost import size_figure
-        from ghostssm.report.figures.state import saliency_figure
+        figure = figure_of(shown)
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
-    figure = saliency_figure({shown.method: shown}) if isinstance(shown, Plan) else size_figure(shown.rows)
-    return (
-        f'<figure><div role="img" aria-label="{escape(figure.description)}">{figure.svg()}</div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
+    return figure.html()

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network: cards, figures, tables, and what produced it."""
+"""A report as one HTML file that needs no network: cards, then sections of figures, tables and texts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ghostssm._version import __version__
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
+from ghostssm.progress import stage
 
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure
+
+_NUMBERS, _NAMES, _WORDS = "numbers", "names", "words"
+_LONGEST_NAME = 26
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,29 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first column is aligned left, the others right."""
+    """Rows of text; without headers each is a name and what there is to say of it."""
 
     title: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Longer texts as they are, such as commands, each under its label."""
+
+    title: str
+    texts: Mapping[str, str]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures, tables and texts under one heading."""
+
+    title: str
+    parts: Sequence[Figure | Table | Texts]
 
 
 @dataclass(frozen=True)
@@ -50,10 +72,15 @@ class Report:
     title: str
     subtitle: str
     cards: Sequence[Card]
-    figures: Sequence[Figure]
+    sections: Sequence[Section]
     missing: Sequence[tuple[str, str]] = ()
-    tables: Sequence[Table] = ()
     details: Mapping[str, Any] | None = None
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Of all sections."""
+        parts = (part for section in self.sections for part in section.parts)
+        return [part for part in parts if not isinstance(part, Table | Texts)]
 
 
 def html_page(report: Report) -> str:
@@ -77,11 +104,7 @@ def html_page(report: Report) -> str:
         subtitle=escape(report.subtitle),
         cards="\n".join(map(_card_html, report.cards)),
         missing=_missing_html(report.missing),
-        figures="\n".join(map(_figure_html, report.figures)),
-        tables="\n".join(
-            f'<section class="panel"><h2>{escape(table.title)}</h2>{table_html(table)}</section>'
-            for table in report.tables
-        ),
+        sections="\n".join(map(_section_html, report.sections)),
         details=details,
         data=base64.b64encode(packed).decode(),
         style=_asset("page.css"),
@@ -92,9 +115,22 @@ def html_page(report: Report) -> str:
 
 def table_html(table: Table) -> str:
     """A table that scrolls where it is too wide."""
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kinds = [_kind(column) if table.headers else _WORDS for column in zip(*table.rows, strict=True)]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        shown = zip(cells, kinds or [_NUMBERS] * len(cells), strict=True)
+        return "".join(f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for cell, kind in shown)
+
+    head = f"<thead><tr>{line('th', table.headers)}</tr></thead>" if table.headers else ""
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in table.rows)
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _kind(column: Sequence[str]) -> str:
+    """How a column is set: sentences may be broken, and only numbers are aligned right."""
+    if any(len(cell) > _LONGEST_NAME for cell in column):
+        return _WORDS
+    return _NUMBERS if any(cell[:1].isdigit() for cell in column) else _NAMES
 
 
 def _asset(name: str) -> str:
@@ -109,6 +145,22 @@ def _card_html(card: Card) -> str:
     )
 
 
+def _section_html(section: Section) -> str:
+    parts = "\n".join(
+        _panel_html(part) if isinstance(part, Table | Texts) else _figure_html(part) for part in section.parts
+    )
+    return f"<section><h2>{escape(section.title)}</h2>\n{parts}\n</section>" if section.parts else ""
+
+
+def _panel_html(part: Table | Texts) -> str:
+    if isinstance(part, Table):
+        shown = table_html(part)
+    else:
+        shown = "".join(f"<h4>{escape(label)}</h4><pre>{escape(text)}</pre>" for label, text in part.texts.items())
+    caption = part.caption and f'<p class="caption">{escape(part.caption)}</p>'
+    return f'<div class="panel"><h3>{escape(part.title)}</h3>{shown}{caption}</div>'
+
+
 def _figure_html(figure: Figure) -> str:
     title = escape(figure.title)
     buttons = "".join(
@@ -116,7 +168,7 @@ def _figure_html(figure: Figure) -> str:
         for kind in ("svg", "csv")
     )
     return (
-        f'<figure id="{figure.name}"><div class="figure-head"><h2>{title}</h2><div class="save">{buttons}</div></div>'
+        f'<figure id="{figure.name}"><div class="figure-head"><h3>{title}</h3><div class="save">{buttons}</div></div>'
         f'<div class="choices"></div><div role="img" aria-label="{escape(figure.description)}">'
         '<div class="chart"></div></div>'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
@@ -143,7 +195,8 @@ def write_page(file: OutputFile, report: Report) -> None:
     Raises:
         StorageError: writing failed; nothing is left behind.
     """
-    page = html_page(report)
+    with stage("drawing figures"):
+        page = html_page(report)
     with file, storing(file.path):
         file.partial.write_text(page, encoding="utf-8")
         file.commit()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import GhostError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.streaming.run import StreamedRun
+from ghostssm.streaming.run import StreamedRun, options_of
 from ghostssm.streaming.run_places import run_folder_of
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
@@ -20,32 +22,25 @@ def may_be_finished(output: Path) -> bool:
 
 
 def finished_run(
-    folder: Path,
-    base_fingerprint: str,
-    method: str,
-    state_size: int,
-    groups: str,
-    seed: int,
-    windows: Windows,
-    held_out: Windows | None,
+    folder: Path, base_fingerprint: str, request: Mapping[str, Any], windows: Windows, held_out: Windows | None
 ) -> StreamedRun | None:
     """What a run ended in whose output is there; None if that is the output of another run.
 
     Args:
-        base_fingerprint: of the model to prune. windows: to calibrate on. held_out: to measure on, if that is wanted.
+        base_fingerprint: of the model to prune. request: what is asked for, JSON values.
+        windows: to calibrate on. held_out: to measure on, if that is wanted.
     """
     try:
         manifest, plan = Manifest.read(folder), Plan.read(folder, changes=False)
-    except GhostError:  # not a folder of ours, or a broken one
+        options = None if manifest.request is None else options_of(manifest.request)
+    except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
         return None
-    if (made := manifest.options) is None:
+    made = manifest.options
+    if options is None or made is None or not _covers(manifest.measured, held_out):
         return None
-    written = (
-        *(manifest.base_model_sha256, manifest.dialect, manifest.method),
-        *(made.requested_state_size, made.groups, made.seed, made.calibration.tokens_sha256),
-    )
-    wanted = (base_fingerprint, "transformers", method, state_size, groups, seed, windows.fingerprint)
-    if written != wanted or not _covers(manifest.measured, held_out):
+    wanted = options_of(request) | {"text_windows": options.get("text_windows")}  # their number was just compared
+    written = (manifest.base_model_sha256, made.calibration.tokens_sha256)
+    if written != (base_fingerprint, windows.fingerprint) or options != wanted:
         return None
     return StreamedRun(plan, manifest.measured)
 

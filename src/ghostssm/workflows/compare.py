@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.description import Description
+from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
-from ghostssm.evaluation.speed import decode_speeds, first_channels
+from ghostssm.evaluation.roofline import measure_machine
+from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.progress import Progress, silent
-from ghostssm.pruning.feasibility import check_recipe, check_state_size
+from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
-from ghostssm.text.windows import Windows
-from ghostssm.units import bytes_text, plus_minus
+from ghostssm.workflows.compare_request import CompareRequest, checked
+from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row
+from ghostssm.workflows.inputs import Inputs
+from ghostssm.workflows.observing import observe, sample
+from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
 
-Cell = tuple[str, int]
-"""A method's name and a state size."""
-DENSE = "dense"
+_CALIBRATION_COST = 3.0
+"""Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
 Measured = TypeVar("Measured")
 
 
@@ -61,81 +65,73 @@ def measure_cell(
         return Outcome(plan, measure(smaller), seconds)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: `DENSE` for the unpruned model.
-        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
-            larger where uneven groups or layers are padded.
-        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
-        tokens_per_second: batch size to decode speed, all sequences together.
-        seconds: to calibrate and decide.
-        distilled_tokens: on which gradients went through the whole model; 0 where all was local.
-    """
-
-    method: str
-    state_size: int
-    stored_state_size: float
-    perplexity: float
-    bits_per_byte: float
-    excess: float
-    standard_error: float
-    state_bytes: int
-    tokens_per_second: dict[int, float]
-    seconds: float
-    distilled_tokens: int = 0
-
-    @property
-    def is_dense(self) -> bool:
-        return self.method == DENSE
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
-
-    rows: tuple[Row, ...]
-    plans: dict[Cell, Plan]
-    evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
-
-
-def compare(
-    checkpoint: Checkpoint,
-    calibration_windows: Windows,
-    windows: Windows,
-    methods: Sequence[str],
-    state_sizes: Sequence[int],
-    *,
-    groups: Groups = "equal",
-    seed: int = DEFAULT_SEED,
-    batches: Iterable[int] = (1, 32),
-    progress: Progress = silent,
-) -> Comparison:
-    """Prune by every method to every size, and measure loss, state and decode speed. The model is left as it was.
+def compare(request: CompareRequest, *, progress: Progress = silent, notify: Notify = unheard) -> Comparison:
+    """Prune by every method to every size, and measure loss, state and decode speed: what ``ghostssm compare`` does.
 
     Args:
-        methods: recipes (`ghostssm.pruning.recipe.Recipe`), such as ``ghost`` or ``output+repair``.
-        calibration_windows: what the methods see. windows: what the losses are measured on.
-        batches: batch sizes at which to measure decoding; empty for none.
+        progress: told how far the work is. notify: told what a person should know, in sentences.
+
+    Raises:
+        InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
+        NumericalError: numbers that are not finite; names the layer.
     """
-    model = checkpoint.model
+    request, described = checked(request)
+    tell(notify, idle_gpu_remark(request.device))
+    checkpoint = load(request.model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
+    vocabulary = checkpoint.require_tokenizer()
+    windows, held_out = request.calibration_windows(vocabulary), request.windows_of(request.text, vocabulary)
+    return compare_at_hand(Inputs(checkpoint, windows, held_out), request, described, progress, notify)
+
+
+def compare_at_hand(
+    inputs: Inputs[Checkpoint], request: CompareRequest, described: Description, progress: Progress, notify: Notify
+) -> Comparison:
+    """Carry a checked request out, and keep with the comparison what it was made from; otherwise as `compare_on`."""
+    checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
+    assert held_out is not None
+    tell(notify, same_text_remark(windows, held_out))
+    notify(
+        f"windows of {windows.length} tokens: calibrating on {len(windows)} of {windows.text_name}, measuring "
+        f"on {len(held_out)} of {held_out.text_name}"
+    )
+    comparison = compare_on(inputs, request, progress)
+    basis = Basis(request, described, windows, held_out)
+    if request.report:
+        observations = observe(checkpoint.model, windows, progress)
+        smallest = comparison.best(min(request.state_sizes))
+        plans = {
+            f"{row.method}, N' = {row.state_size}": comparison.plans[row.method, row.state_size] for row in smallest
+        }
+        basis = replace(
+            basis,
+            observations=observations,
+            machine=measure_machine(request.batches, str(checkpoint.model.device)),
+            samples=sample(checkpoint, plans, held_out),
+        )
+    return replace(comparison, basis=basis)
+
+
+def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Progress = silent) -> Comparison:
+    """Carry a checked request out on a loaded model and windows, whatever it says of these; the model stays as it was.
+
+    Args:
+        inputs: with windows to measure the losses on.
+    """
+    model, windows = inputs.checkpoint.model, inputs.held_out
+    assert windows is not None
     layout = layout_of(model.config)
-    for state_size in state_sizes:
-        check_state_size(state_size, layout.state_size)
-    recipes = [Recipe.parse(method) for method in methods]
-    for recipe in recipes:
-        check_recipe(recipe, model.config.model_type)
-    cells = [(str(recipe), state_size) for recipe in recipes for state_size in state_sizes]
-    calibration = Calibration(model, calibration_windows)
+    recipes = [Recipe.parse(method) for method in request.methods]
+    cells = [(str(recipe), state_size) for recipe in recipes for state_size in request.state_sizes]
+    calibration = Calibration(model, inputs.calibration)
+    measured, calibrated = windows.ids.numel(), _CALIBRATION_COST * inputs.calibration.ids.numel()
+    expect("models", [measured, *(measured + calibrated * Recipe.parse(method).cost for method, _ in cells)])
     progress("models", 0, len(cells) + 1)
     dense = evaluate(model, windows)
     outcomes: dict[Cell, Outcome[Evaluation]] = {}
     for done, cell in enumerate(cells, 1):
         progress("models", done, len(cells) + 1)
-        outcomes[cell] = measure_cell(calibration, cell, partial(evaluate, windows=windows), groups=groups, seed=seed)
+        loss = partial(evaluate, windows=windows)
+        outcomes[cell] = measure_cell(calibration, cell, loss, groups=request.groups, seed=request.seed)
     progress("models", len(cells) + 1, len(cells) + 1)
 
     plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
@@ -147,11 +143,12 @@ def compare(
     timed = {layout.state_size: whole} | {
         key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
     }
-    speeds = decode_speeds(model, timed, tuple(batches), progress)
+    timings = measure(model, timed, request.batches, prompt=8, progress=progress)
     numbers_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
     def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
         excess = evaluation.excess_over(dense)
+        decoded = {batch: timings[shape.get(cell, layout.state_size), batch] for batch in request.batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
@@ -161,8 +158,9 @@ def compare(
             excess=excess.mean,
             standard_error=excess.standard_error,
             state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
-            tokens_per_second=speeds[shape.get(cell, layout.state_size)],
+            tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
             seconds=seconds,
+            speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
             distilled_tokens=sum(each.tokens for each in plan.distillations),
         )
 
@@ -170,27 +168,3 @@ def compare(
     rows += [row(cell, outcome.plan, outcome.measured, outcome.seconds) for cell, outcome in outcomes.items()]
     evaluations = {(DENSE, layout.state_size): dense} | {cell: outcome.measured for cell, outcome in outcomes.items()}
     return Comparison(tuple(rows), plans, evaluations)
-
-
-def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
-
-    A stored state that is larger than the one asked for stands in brackets behind it.
-    """
-    batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
-    headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
-
-
-def _cells(row: Row) -> list[str]:
-    padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
-    return [
-        row.method,
-        f"{row.state_size}{padded}",
-        f"{row.perplexity:.3f}",
-        f"{row.bits_per_byte:.4f}",
-        "" if row.is_dense else plus_minus(row.excess, row.standard_error),
-        bytes_text(row.state_bytes),
-    ]

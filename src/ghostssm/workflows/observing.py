@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.samples import sample_outputs
 from ghostssm.checkpoint.description import Description
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
 from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods.balanced import hankel_values
 from ghostssm.methods.base import Evidence, Known
 from ghostssm.methods.baselines import magnitude
+from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import replaced_forward
+from ghostssm.models.transformers_private import quiet_transformers
 from ghostssm.plan.plan import Plan
+from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
-from ghostssm.workflows.record import DecodeSpeed, Observations
+from ghostssm.workflows.record import DecodeSpeed, Observations, Samples
 
 _OBSERVED_TOKENS = 16384
 """A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
 _SAMPLES = 2048
 _PROMPT = 8
+_SAMPLE_PROMPT = 64
+_SAMPLE_TOKENS = 64
 
 
 def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Observations:
@@ -44,7 +51,7 @@ def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silen
     for block in walk.blocks():
         progress("observed", block.index, len(walk))
         if (mixer := block.mixer) is not None:
-            samples = sample_outputs(mixer, block.streams(), seen.ids.numel(), _SAMPLES)
+            samples = sample_outputs(mixer, block.scanned_streams(), seen.ids.numel(), _SAMPLES)
             evidence = Evidence(mixer.layout, mixer.in_proj.weight.detach(), 0, Known(known_samples=samples))
             norms[mixer.name] = magnitude(evidence).double().cpu()
             hankel[mixer.name] = hankel_values(evidence).double().cpu()
@@ -65,17 +72,41 @@ def decode_speeds(
     whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
     plans = {"dense": first_channels(model, plan.state_size), "pruned": plan}
     timings = measure(whole, plans, batches, _PROMPT, progress)
-    machine = measure_machine(list(batches), str(model.device))
-    return tuple(
-        DecodeSpeed(
-            name,
-            batch,
-            batch / statistics.median(timings[name, batch].steps),
-            predicted_speed(described, machine, batch, plan if name == "pruned" else None),
+    machine = measure_machine(batches, str(model.device))
+    speeds = []
+    for name in plans:
+        for batch in batches:
+            timing = timings[name, batch]
+            predicted = predicted_speed(described, machine, batch, plan if name == "pruned" else None)
+            speeds.append(
+                DecodeSpeed(name, batch, timing.tokens_per_second(batch), predicted, timing.speed_range(batch))
+            )
+    return tuple(speeds)
+
+
+def sample(checkpoint: Checkpoint, plans: Mapping[str, Plan], windows: Windows) -> Samples:
+    """How a model goes on from the beginning of the first window, as it is ("dense") and under each of some plans."""
+    model, tokenizer = checkpoint.model, checkpoint.require_tokenizer()
+    prompt = windows.ids[:1, : min(_SAMPLE_PROMPT, windows.length)].to(model.device)
+    found = {"dense": _continuation(model, prompt)}
+    for name, plan in plans.items():
+        with pruned(model, plan) as smaller:
+            found[name] = _continuation(smaller, prompt)
+    texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
+    return Samples(text_name(windows.text_name), tokenizer.decode(prompt[0]), texts)
+
+
+def _continuation(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """The likeliest next token, again and again; (l,), int64."""
+    with replaced_forward(mixers_of(model)), quiet_transformers():
+        ids: Tensor = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_SAMPLE_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
         )
-        for name in plans
-        for batch in batches
-    )
+    return ids[0, prompt.shape[1] :]
 
 
 def predicted_speed(described: Description, machine: Machine, batch: int, plan: Plan | None) -> float:

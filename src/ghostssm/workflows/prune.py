@@ -24,14 +24,15 @@ from ghostssm.streaming.finished import finished_run, may_be_finished
 from ghostssm.streaming.run import prune_streamed
 from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.observing import decode_speeds, observe
+from ghostssm.workflows.inputs import Inputs
+from ghostssm.workflows.observing import decode_speeds, observe, sample
 from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
 from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
-    """Carry a request out: what ``ghostssm prune`` does, in one call.
+    """Carry a request out: what ``ghostssm prune`` does.
 
     Args:
         progress: told how far the work is. notify: told what a person should know, in sentences.
@@ -43,39 +44,54 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
         HubError: the upload failed; what was to be uploaded is on the disk.
     """
-    check_apart(request.output, request.model)
-    folder = None if request.stream else OutputFolder(request.output, request.overwrite)
+    folder = None
+    if request.output is not None:
+        check_apart(request.output, request.model)
+        folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
-    if folder is None:
+    tell(notify, idle_gpu_remark(request.device))
+    if request.stream:
         outcome, is_first = _streamed(job, progress, notify)
-    else:
-        outcome, is_first = _in_memory(job, folder, progress, notify), True
-    if request.push_to_hub is None or not is_first:
+        return _uploaded(outcome, request) if is_first else outcome
+    checkpoint = load(request.model, device=request.device, tokenizer=request.tokenizer)
+    return prune_on(job, job.inputs(checkpoint), folder, progress, notify)
+
+
+def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
+    """With the address that it was uploaded to, if that was asked for."""
+    if request.push_to_hub is None or outcome.written is None:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
     return dataclasses.replace(outcome, address=address)
 
 
-def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: Notify) -> PruneOutcome:
-    """With the whole model in memory."""
+def prune_on(
+    job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder | None, progress: Progress, notify: Notify
+) -> PruneOutcome:
+    """With the whole model in memory, whatever the request says of model and texts.
+
+    The model is changed, where the stock class can express the result.
+
+    Args:
+        folder: to write the result into, if it is to be written.
+    """
     asked = job.request
-    checkpoint = load(asked.model, device=asked.device, tokenizer=asked.tokenizer)
-    vocabulary = checkpoint.require_tokenizer()
-    rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
-    held_out = job.held_out(vocabulary)
+    checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
+    if folder is not None:
+        rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
+    job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
-    windows = job.windows(vocabulary)
-    job.announce(windows, held_out, notify)
     plan = _plan(job, checkpoint, windows, progress)
-    record = _observed(job, checkpoint, windows, plan, progress) if asked.report else Record()
+    record = _observed(job, checkpoint, windows, held_out, plan, progress) if asked.report else Record()
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
     measured = None
     if held_out is not None and dense is not None:
         after = evaluate_in_float32(smaller.model, held_out, progress)
         measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
+    outcome = PruneOutcome(None, plan, measured, checkpoint=smaller)
+    if folder is None:
+        return outcome
     try:
         written = save(
             smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
@@ -85,7 +101,7 @@ def _in_memory(job: PruneJob, folder: OutputFolder, progress: Progress, notify: 
         raise
     _tell_renamed_class(checkpoint, written, notify)
     _keep(record, written)
-    return PruneOutcome(written, plan, measured)
+    return _uploaded(dataclasses.replace(outcome, written=written), asked)
 
 
 def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
@@ -107,11 +123,15 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
     )
 
 
-def _observed(job: PruneJob, checkpoint: Checkpoint, windows: Windows, plan: Plan, progress: Progress) -> Record:
+def _observed(
+    job: PruneJob, checkpoint: Checkpoint, windows: Windows, held_out: Windows | None, plan: Plan, progress: Progress
+) -> Record:
     """What a report shows besides the plan, of the model before the plan is applied to it."""
     observations = observe(checkpoint.model, windows, progress)
     batches = job.request.batches or DEFAULT_BATCHES
-    return Record(observations, decode=decode_speeds(checkpoint.model, job.description, plan, batches, progress))
+    speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
+    samples = None if held_out is None else sample(checkpoint, {"pruned": plan}, held_out)
+    return Record(observations, decode=speeds, samples=samples)
 
 
 def _keep(record: Record, folder: Path) -> None:
@@ -133,6 +153,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
     """
     asked, size = job.request, job.target.size
     assert size is not None
+    assert asked.output is not None
     device = own_device(asked.device)
     processes = Processes.join(device)
     output = Path(asked.output)
@@ -144,20 +165,19 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
     if not finished:
         check_output()
     checkpoint = stream(asked.model, device=device, tokenizer=asked.tokenizer, head=False)
-    vocabulary = checkpoint.require_tokenizer()
-    held_out, windows = job.held_out(vocabulary), job.windows(vocabulary)
+    inputs = job.inputs(checkpoint)
     if finished:
         base = processes.from_first(checkpoint.source.fingerprint)
-        run = finished_run(output, base, str(job.recipe), size, asked.groups, asked.seed, windows, held_out)
+        run = finished_run(output, base, asked.as_json(), inputs.calibration, inputs.held_out)
         if run is not None:
             notify(f"{output} is finished: this run wrote it before")
             processes.leave()
             return PruneOutcome(output, run.plan, run.measured), processes.rank == 0
         check_output()
-    job.announce(windows, held_out, notify)
+    job.announce(inputs, notify)
     run = prune_streamed(
         checkpoint,
-        windows,
+        inputs.calibration,
         job.recipe,
         size,
         output,
@@ -166,7 +186,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         overwrite=asked.overwrite,
         resume=asked.resume,
         offload=asked.offload,
-        held_out=held_out,
+        held_out=inputs.held_out,
         processes=processes,
         request=asked.as_json(),
         progress=progress,

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.hub import check_hub_target
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_streamable
+from ghostssm.pruning.feasibility import check_original, check_streamable
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
-from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED
+from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
-from ghostssm.text.sources import read_text
-from ghostssm.text.windows import Windows, cut_windows, evaluation_windows
-from ghostssm.units import text_name
-from ghostssm.workflows.remarks import same_text_remark
+from ghostssm.values import Value
+from ghostssm.workflows.inputs import AnyCheckpoint, Inputs
+from ghostssm.workflows.remarks import same_text_remark, tell
+from ghostssm.workflows.request import CalibratingRequest, check_belonging
 from ghostssm.workflows.state_size import (
     Target,
     check_engine_dialects,
@@ -38,45 +37,40 @@ DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
 """On fewer, the standard error of an excess loss is itself a guess."""
 _BELONGS_TO = {
-    "text_windows": "evaluate",
-    "batches": "report",
-    "private": "push_to_hub",
-    "offload": "stream",
-    "resume": "stream",
+    "text_windows": ("evaluate",),
+    "batches": ("report",),
+    "private": ("push_to_hub",),
+    "offload": ("stream",),
+    "resume": ("stream",),
+    **dict.fromkeys(("untie", "report", "push_to_hub", "stream", "overwrite"), ("output",)),
 }
 """Options that have no effect without another one."""
-_OPTIONS = {"batches": "--batch", "recipe": "--method", "engines": "--engine"}
-"""Names on the command line that are not those of the fields."""
-_NOT_IN_RESULT = frozenset({"output", "stream", "overwrite", "offload", "resume", "push_to_hub", "private", "device"})
-_NAMES_OF_PLACES = ("model", "calibration", "evaluate", "tokenizer")
 
 
-@dataclass(frozen=True)
-class PruneRequest:
-    """Everything that can be asked of a pruning run; the only list of its options.
+@dataclass(frozen=True, repr=False)
+class PruneRequest(Value, CalibratingRequest):
+    """Everything that can be asked of a pruning run; with its bases the only list of its options.
 
     Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``. output: the folder to write.
+        model: a hub id, a folder in either dialect, or ``reference``.
+        output: the folder to write; if not given, the result stays in memory.
         state_size, budget, max_excess_loss: how much to keep; exactly one is given. N'; or a share of the state, above
             0 and up to 1; or the smallest state that loses at most so many nats per token on held-out windows.
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
         multiple: of sizes per layer, and of sizes that are searched; 8 if not given.
         engines: names of engines that are to run the result; the nearest size that suits them is taken.
         groups: how the groups of a layer share the state.
-        calibration: text to calibrate on, of which ``windows`` windows of ``window_length`` tokens are drawn with
-            ``seed``.
-        evaluate: text to measure the loss on, before and after, in ``text_windows`` windows; all if not given.
+        evaluate: text to measure the loss on, before and after.
         dialect: of the output. untie: store a tied head as a weight of its own.
         report: also measure what a report shows, at ``batches`` (1, 8 and 32 if not given), and keep it in the output.
         push_to_hub: repository to upload to, ORG/NAME. private: of a repository that is made; true if not given.
-        tokenizer: folder or hub id of the tokenizer, if the model has none. device: where to compute.
         stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
         resume: go on with the streamed run whose state OUTPUT.run holds.
         overwrite: replace an output folder that is not empty.
     """
 
     model: str
-    output: str
+    output: str | None = None
     state_size: int | None = None
     budget: float | None = None
     max_excess_loss: float | None = None
@@ -84,47 +78,36 @@ class PruneRequest:
     multiple: int | None = None
     engines: tuple[str, ...] = ()
     groups: Groups = "equal"
-    calibration: str = "wikitext2"
-    windows: int = 128
-    window_length: int = 2048
-    seed: int = DEFAULT_SEED
     evaluate: str | None = None
-    text_windows: int | None = None
     dialect: Literal["transformers", "mamba_ssm"] = "transformers"
     untie: bool = False
     report: bool = False
     batches: tuple[int, ...] | None = None
     push_to_hub: str | None = None
     private: bool | None = None
-    tokenizer: str | None = None
-    device: str = "cpu"
     stream: bool = False
     offload: Path | None = None
     resume: bool = False
     overwrite: bool = False
 
-    def as_json(self) -> dict[str, Any]:
-        """What decides the result, as JSON values: names of texts and models, not where they lay on a disk."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RESULT}
-        names = {name: text_name(values[name]) for name in _NAMES_OF_PLACES if values[name] is not None}
-        return values | names | {"engines": list(self.engines), "batches": self.batches and list(self.batches)}
 
-
-@dataclass(frozen=True)
-class PruneOutcome:
+@dataclass(frozen=True, repr=False, eq=False)
+class PruneOutcome(Value):
     """What became of a request.
 
     Attributes:
-        written: the checkpoint's folder.
+        written: the checkpoint's folder, if one was to be written.
         plan: what was decided; of a streamed run it names the changed parameters, whose values are in the output only.
         measured: the loss before and after, if it was asked for.
         address: of the repository on the hub, if the result was uploaded.
+        checkpoint: the pruned model in memory; None of a streamed run.
     """
 
-    written: Path
+    written: Path | None
     plan: Plan
     measured: Measurement | None = None
     address: str | None = None
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -144,22 +127,15 @@ class PruneJob:
     def multiple(self) -> int:
         return self.request.multiple or DEFAULT_MULTIPLE
 
-    def windows(self, vocabulary: PreTrainedTokenizerBase) -> Windows:
-        """The windows to calibrate on."""
-        asked = self.request
-        text = read_text(asked.calibration, "calibration")
-        return cut_windows(text, vocabulary, asked.window_length, asked.windows, asked.seed)
+    def inputs(self, checkpoint: AnyCheckpoint) -> Inputs[AnyCheckpoint]:
+        """The opened model with the windows that the request names."""
+        vocabulary, asked = checkpoint.require_tokenizer(), self.request
+        held_out = None if asked.evaluate is None else asked.windows_of(asked.evaluate, vocabulary)
+        return Inputs(checkpoint, asked.calibration_windows(vocabulary), held_out)
 
-    def held_out(self, vocabulary: PreTrainedTokenizerBase) -> Windows | None:
-        """The windows to measure the loss on, if it is asked for."""
-        asked = self.request
-        if asked.evaluate is None:
-            return None
-        text = read_text(asked.evaluate, "evaluation")
-        return evaluation_windows(text, vocabulary, asked.window_length, asked.text_windows)
-
-    def announce(self, windows: Windows, held_out: Windows | None, notify: Notify) -> None:
+    def announce(self, inputs: Inputs[Any], notify: Notify) -> None:
         """Tell what is about to be done with the windows to calibrate on, and what to think of those to measure on."""
+        windows, held_out = inputs.calibration, inputs.held_out
         count, wanted = len(windows), self.request.windows
         fewer = "" if count == wanted else f" (not {wanted}: the text has no more)"
         notify(
@@ -172,17 +148,20 @@ class PruneJob:
                 f"{apart} of these windows are held out to measure the excess loss on"
                 + ("" if apart >= _SURE_WINDOWS else few)
             )
-        if held_out is not None and (remark := same_text_remark(windows, held_out)):
-            notify(remark)
+        if held_out is not None:
+            tell(notify, same_text_remark(windows, held_out))
 
 
-def checked(request: PruneRequest, notify: Notify) -> PruneJob:
+def checked(request: PruneRequest, notify: Notify, described: Description | None = None) -> PruneJob:
     """Check a request before anything is loaded; its model's config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
 
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
-    _check_belonging(request)
+    check_belonging(request, _BELONGS_TO)
     if request.stream:
         _check_streamed(request)
     elif os.environ.get("WORLD_SIZE", "1") != "1":
@@ -190,14 +169,13 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
     recipe = Recipe.parse(request.recipe)
     if request.multiple is not None and not (recipe.per_layer or request.max_excess_loss is not None):
         raise InputError("--multiple works with --per-layer or --max-excess-loss only; leave out --multiple.")
-    described = describe(request.model)
+    described = described or describe(request.model)
     check_original(described.is_stock)
-    check_recipe(recipe, described.family)
     check_dialect(request.dialect, described.family, not recipe.stock, request.untie)
     if request.push_to_hub is not None:
         check_hub_target(request.push_to_hub)
     if request.stream:
-        check_streamable(recipe, described.family)
+        check_streamable(recipe)
     target = wanted_target(described.layout.state_size, request.state_size, request.budget, request.max_excess_loss)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
@@ -205,20 +183,6 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
         target = suited_target(target, described, recipe, request.groups, request.engines, tied, multiple, notify)
     check_smaller(target, described.layout.state_size)
     return PruneJob(request, described, recipe, target)
-
-
-def _option(name: str) -> str:
-    return _OPTIONS.get(name, "--" + name.replace("_", "-"))
-
-
-def _check_belonging(request: PruneRequest) -> None:
-    """Raise InputError for an option that is given without the one that it is about."""
-    defaults = {field.name: field.default for field in fields(request)}
-    for name, owner in _BELONGS_TO.items():
-        if getattr(request, name) != defaults[name] and not getattr(request, owner):
-            raise InputError(
-                f"{_option(name)} works with {_option(owner)} only; add that, or leave out {_option(name)}."
-            )
 
 
 def _check_streamed(request: PruneRequest) -> None:

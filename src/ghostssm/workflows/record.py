@@ -62,12 +62,26 @@ class WindowLosses:
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decode speed of one model at one batch size, all sequences together, measured and predicted."""
+    """Decode speed of one model at one batch size, all sequences together, measured and predicted.
+
+    Attributes:
+        spread: of the measured speed, the slowest and the fastest round; None where it is not known.
+    """
 
     model: str
     batch: int
     tokens_per_second: float
     predicted_tokens_per_second: float | None
+    spread: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How models go on from a prompt, each taking the likeliest token; what the prompt was taken from."""
+
+    text: str
+    prompt: str
+    continuations: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Record:
     observations: Observations | None = None
     losses: WindowLosses | None = None
     decode: tuple[DecodeSpeed, ...] = ()
+    samples: Samples | None = None
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` into a folder; an old one is replaced.
@@ -108,11 +123,12 @@ class Record:
             document = json.loads(path.read_text(encoding="utf-8"))
             if (document["format"], document["version"]) != (_FORMAT, _VERSION):
                 raise ValueError(f"its format is {document['format']!r}, version {document['version']!r}")
-            seen, losses = document.get("observations"), document.get("losses")
+            seen, losses, samples = (document.get(part) for part in ("observations", "losses", "samples"))
             return cls(
                 None if seen is None else _observations(seen, mixers, channels),
                 None if losses is None else _losses(losses),
                 tuple(_speed(entry) for entry in document.get("decode", [])),
+                None if samples is None else _samples(samples),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -142,13 +158,19 @@ def _losses(found: dict[str, Any]) -> WindowLosses:
 
 
 def _speed(found: dict[str, Any]) -> DecodeSpeed:
-    predicted = found["predicted_tokens_per_second"]
+    predicted, spread = found["predicted_tokens_per_second"], found.get("spread")
     return DecodeSpeed(
         str(found["model"]),
         int(found["batch"]),
         float(found["tokens_per_second"]),
         None if predicted is None else float(predicted),
+        None if spread is None else (float(spread[0]), float(spread[1])),
     )
+
+
+def _samples(found: dict[str, Any]) -> Samples:
+    texts = {str(name): str(text) for name, text in found["continuations"].items()}
+    return Samples(str(found["text"]), str(found["prompt"]), texts)
 
 
 def as_json(value: Any, digits: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ghostssm.progress import Notify
 from ghostssm.text.windows import Windows
 
 
@@ -19,3 +20,9 @@ def same_text_remark(calibration: Windows, evaluation: Windows) -> str | None:
     if calibration.text_fingerprint != evaluation.text_fingerprint:
         return None
     return f"calibrating and measuring on the same text, {evaluation.text_name}: other text will lose more"
+
+
+def tell(notify: Notify, remark: str | None) -> None:
+    """Tell a remark, if there is one."""
+    if remark is not None:
+        notify(remark)

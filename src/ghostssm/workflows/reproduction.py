@@ -20,13 +20,12 @@ from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
 from ghostssm.files.output_file import OutputFile
 from ghostssm.progress import Progress, silent
-from ghostssm.pruning.feasibility import check_recipe, check_state_size
-from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_SEED, Calibration
-from ghostssm.text.sources import Text, read_text
-from ghostssm.text.windows import cut_windows, evaluation_windows
-from ghostssm.workflows.compare import DENSE, measure_cell
+from ghostssm.pruning.run import Calibration
+from ghostssm.text.sources import Text
+from ghostssm.workflows.compare import measure_cell
+from ghostssm.workflows.comparison import DENSE
 from ghostssm.workflows.published import Sizes, Wanted, published_models, published_sizes
+from ghostssm.workflows.request import CalibratingRequest
 
 RESULTS_FILE = "results.json"
 _FORMAT, _VERSION = "ghostssm-reproduction", 1
@@ -35,20 +34,30 @@ Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the measured numbers depend on beside model and method; the defaults are the paper's.
+class ReproduceRequest(CalibratingRequest):
+    """Everything that can be asked of a reproduction; with its bases the only list of its options.
 
     Attributes:
-        calibration, text: TEXT to calibrate and to measure on. windows: calibration windows, drawn with ``seed``.
-        text_windows: windows to measure on; None for all of the text. window_length: tokens in each.
+        output: folder for the results; what is there is gone on with.
+        models: published hub ids, their short names, NAME=FOLDER, or folders that hold folders of these names; all
+            published models of the tables if not given.
+        tables: ``sparsity`` and ``size``; those that the models stand in if not given.
+        methods: recipes; the paper's methods if not given. state_sizes: N' in place of the paper's sparsities.
+        text: text to measure the loss on.
     """
 
-    calibration: str = "wikitext2"
+    output: str
+    models: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    state_sizes: tuple[int, ...] = ()
     text: str = "wikitext2"
-    windows: int = 128
-    text_windows: int | None = None
-    window_length: int = 2048
-    seed: int = DEFAULT_SEED
+
+    @property
+    def numbers(self) -> dict[str, int | None]:
+        """What the measured numbers depend on besides model, method and texts."""
+        names = ("windows", "text_windows", "window_length", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -84,15 +93,15 @@ class Results:
         OutputError: the folder is a file, holds something else under that name, or results with other settings.
     """
 
-    def __init__(self, folder: Path | str, settings: Settings, texts: Mapping[str, Text]):
-        self.path = Path(folder) / RESULTS_FILE
+    def __init__(self, request: ReproduceRequest, texts: Mapping[str, Text]):
+        folder = Path(request.output)
+        self.path = folder / RESULTS_FILE
         # A text is the same by its characters, whatever it is called.
-        numbers = {name: value for name, value in asdict(settings).items() if name not in ("calibration", "text")}
-        self._settings = numbers | {f"{role}_sha256": text.fingerprint for role, text in texts.items()}
+        self._settings = request.numbers | {f"{role}_sha256": text.fingerprint for role, text in texts.items()}
         self._names = {f"{role}_text": text.name for role, text in texts.items()}
         self.models: dict[str, str] = {}
         self.cells: dict[Key, Measured] = {}
-        if Path(folder).exists() and not Path(folder).is_dir():
+        if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file; expected a folder for the results.")
         self._read()
 
@@ -209,14 +218,11 @@ def check_models(models: Mapping[str, str]) -> None:
 
 
 def measure(
+    request: ReproduceRequest,
     wanted: Sequence[Wanted],
     models: Mapping[str, str],
     results: Results,
     texts: Mapping[str, Text],
-    settings: Settings,
-    *,
-    device: str = "cpu",
-    tokenizer: str | None = None,
     progress: Progress = silent,
 ) -> dict[Key, str]:
     """Measure what is wanted of the models at hand and not yet among the results; return why cells failed.
@@ -227,13 +233,9 @@ def measure(
         models: MODEL by published hub id. texts: by the roles ``calibration`` and ``evaluation``.
 
     Raises:
-        InputError: a method or size that a model can't have, a model that can't be loaded, text that is too short.
+        InputError: a model that can't be loaded, text that is too short.
         OutputError: results of another model under this name, or a folder that can't be written.
     """
-    for cell in wanted:
-        if cell.model in models and cell.method != DENSE:
-            check_recipe(Recipe.parse(cell.method), "mamba2")
-            check_state_size(cell.state_size, published_sizes(cell.model).state_size)
     # By model, so that each is loaded once; a cell may stand in both tables.
     keys = {name: dict.fromkeys(cell.key for cell in wanted if cell.model == name) for name in models}
     missing = {name: [key for key in keys[name] if key not in results.cells] for name in models}
@@ -245,8 +247,8 @@ def measure(
         if missing[name] or Path(spec).is_dir():  # a finished model of the hub is not fetched again to be compared
             results.check_model(name, find_source(spec).fingerprint())
         if missing[name]:
-            checkpoint = load(spec, dtype=torch.float32, device=device, tokenizer=tokenizer)
-            for key, outcome in _measured(checkpoint, missing[name], texts, settings, progress):
+            checkpoint = load(spec, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
+            for key, outcome in _measured(request, checkpoint, missing[name], texts, progress):
                 if isinstance(outcome, Measured):
                     results.add(outcome)
                 else:
@@ -257,13 +259,16 @@ def measure(
 
 
 def _measured(
-    checkpoint: Checkpoint, keys: Sequence[Key], texts: Mapping[str, Text], settings: Settings, progress: Progress
+    request: ReproduceRequest,
+    checkpoint: Checkpoint,
+    keys: Sequence[Key],
+    texts: Mapping[str, Text],
+    progress: Progress,
 ) -> Iterator[tuple[Key, Measured | str]]:
     """Cells of one model, each measured or the reason why it is not."""
-    model, vocabulary, length = checkpoint.model, checkpoint.require_tokenizer(), settings.window_length
-    cut = cut_windows(texts["calibration"], vocabulary, length, settings.windows, settings.seed)
-    held_out = evaluation_windows(texts["evaluation"], vocabulary, length, settings.text_windows)
-    calibration = Calibration(model, cut)
+    model, vocabulary = checkpoint.model, checkpoint.require_tokenizer()
+    held_out = request.windows_of(texts["evaluation"], vocabulary)
+    calibration = Calibration(model, request.calibration_windows(vocabulary, texts["calibration"]))
     made_with = {
         "ghostssm": __version__,
         "torch": torch.__version__,
@@ -277,7 +282,7 @@ def _measured(
     def loss(method: str, state_size: int) -> float:
         if method == DENSE:
             return loss_of(model)
-        cell, seed = (method, state_size), settings.seed
+        cell, seed = (method, state_size), request.seed
         return measure_cell(calibration, cell, loss_of, groups="pooled", seed=seed, progress=progress).measured
 
     for key in keys:
@@ -288,11 +293,3 @@ def _measured(
             yield key, str(error).splitlines()[0]
         else:
             yield key, Measured(*key, value, len(held_out), round(time.perf_counter() - begun, 1), made_with)
-
-
-def read_texts(settings: Settings) -> dict[str, Text]:
-    """The texts of the settings, by role; raises TextError."""
-    return {
-        "calibration": read_text(settings.calibration, "calibration"),
-        "evaluation": read_text(settings.text, "evaluation"),
-    }

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ghostssm.workflows.compare import DENSE
+from ghostssm.workflows.comparison import DENSE
 from ghostssm.workflows.published import Wanted, source
-from ghostssm.workflows.reproduction import Key, Measured, Settings
+from ghostssm.workflows.reproduction import Key, Measured, ReproduceRequest
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def perplexity_text(value: float) -> str:
     return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"
 
 
-def markdown_page(tables: Sequence[PrintedTable], settings: Settings) -> str:
+def markdown_page(tables: Sequence[PrintedTable], request: ReproduceRequest) -> str:
     """The tables with where they are from and how they were measured."""
-    amount = "all windows" if settings.text_windows is None else f"{settings.text_windows} windows"
+    amount = "all windows" if request.text_windows is None else f"{request.text_windows} windows"
     lines = [
         "# Published and measured perplexities\n",
         f"Published: {source()}.\n",
-        f"Measured: `ghostssm reproduce`, calibrated on {settings.windows} windows of {settings.window_length} tokens "
-        f"of {settings.calibration} (seed {settings.seed}), measured on {amount} of {settings.text}. "
+        f"Measured: `ghostssm reproduce`, calibrated on {request.windows} windows of {request.window_length} tokens "
+        f"of {request.calibration} (seed {request.seed}), measured on {amount} of {request.text}. "
         "An empty cell was not measured.\n",
         *(table.markdown for table in tables),
     ]

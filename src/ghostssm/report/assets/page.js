@@ -22,34 +22,17 @@
     return getComputedStyle(root).getPropertyValue(name).trim();
   }
 
-  function themedConfig() {
-    const [text, muted, line] = ["--text", "--muted", "--line"].map(colour);
-    return {
-      axis: { labelColor: muted, titleColor: text, gridColor: line, tickColor: line },
-      legend: { labelColor: text, titleColor: text },
-    };
-  }
-
   async function draw({ name, spec }) {
     const place = document.getElementById(name);
-    const chart = place.querySelector(".chart");
-    const choices = place.querySelector(".choices");
-    const old = views.get(name);
-    const chosen = old ? spec.params.filter(({ bind }) => bind).map(({ name }) => [name, old.signal(name)]) : [];
-    if (old) old.finalize();
-    choices.replaceChildren();
     const rows = Object.values(spec.datasets).reduce((sum, table) => sum + table.length, 0);
-    const { view } = await vegaEmbed(chart, { ...spec, background: colour("--back") }, {
+    const { view } = await vegaEmbed(place.querySelector(".chart"), spec, {
       mode: "vega-lite",
-      config: themedConfig(),
       renderer: rows > MANY_MARKS ? "canvas" : "svg",
-      bind: choices,
+      bind: place.querySelector(".choices"),
       tooltip: { id: tip.id, disableDefaultStyle: true },
       actions: false,
       defaultStyle: false,
     });
-    for (const [name, value] of chosen) view.signal(name, value);
-    view.signal("ink", colour("--text")).signal("faint", colour("--muted")).run();
     views.set(name, view);
   }
 
@@ -57,10 +40,12 @@
     tip.classList.remove("visible");
   }
 
-  function drawAll(theme) {
+  function paint(theme) {
     root.dataset.theme = theme;
     hideTooltip();
-    return Promise.all(figures.map(draw));
+    const [ink, faint] = ["--text", "--muted"].map(colour);
+    const painted = (view) => view.signal("ink", ink).signal("faint", faint).background(colour("--back")).runAsync();
+    return Promise.all([...views.values()].map(painted));
   }
 
   function save(name, type, text) {
@@ -89,12 +74,13 @@
       place.querySelector(".save-csv").onclick = () =>
         save(`${name}.csv`, "text/csv", csv(Object.values(spec.datasets)[0]));
     }
-    await drawAll(theme());
-    document.getElementById("theme").onclick = () => drawAll(root.dataset.theme === "dark" ? "light" : "dark");
-    dark.addEventListener("change", () => drawAll(theme()));
+    await Promise.all(figures.map(draw));
+    await paint(theme());
+    document.getElementById("theme").onclick = () => paint(root.dataset.theme === "dark" ? "light" : "dark");
+    dark.addEventListener("change", () => paint(theme()));
     let shown;
-    addEventListener("beforeprint", () => { shown = root.dataset.theme; drawAll("light"); });
-    addEventListener("afterprint", () => drawAll(shown));
+    addEventListener("beforeprint", () => { shown = root.dataset.theme; paint("light"); });
+    addEventListener("afterprint", () => paint(shown));
     addEventListener("scroll", hideTooltip, { passive: true });
     root.dataset.ready = "yes";
   }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from ghostssm.errors import InputError
@@ -28,7 +29,7 @@ MOST_CHANNELS = 32_000
 """So many channels of a model are drawn at most: a page must stay small and quick."""
 INK = alt.param(name="ink", value="#1b1f24")
 FAINT = alt.param(name="faint", value="#57606a")
-"""Colours of text and rules that stand among the marks; a page sets them by its theme."""
+"""Colours of text, and of rules and numbers beside it; a page sets them by its theme."""
 COLOURS = ("#1F86C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 """After Okabe & Ito (2008), which colour-blind readers can tell apart, without its yellow and black."""
 _LOOK = alt.Config(
@@ -38,12 +39,29 @@ _LOOK = alt.Config(
     style={"guide-label": {"fontSize": 12}, "guide-title": {"fontSize": 12, "fontWeight": "normal"}},
     text=alt.MarkConfig(fontSize=12),
     view=alt.ViewConfig(stroke=None),
-    axis=alt.AxisConfig(domain=False, gridOpacity=0.5, labelOverlap=True, titlePadding=8),
+    axis=alt.AxisConfig(
+        domain=False,
+        gridColor=FAINT,
+        gridOpacity=0.25,
+        labelColor=FAINT,
+        labelOverlap=True,
+        tickColor=FAINT,
+        tickOpacity=0.5,
+        titleColor=INK,
+        titlePadding=8,
+    ),
     legend=alt.LegendConfig(
-        orient="top", columnPadding=14, gradientLength=160, gradientThickness=10, labelLimit=260, symbolStrokeWidth=2
+        orient="top",
+        columnPadding=14,
+        gradientLength=160,
+        gradientThickness=10,
+        labelColor=INK,
+        labelLimit=260,
+        symbolStrokeWidth=2,
+        titleColor=INK,
     ),
 )
-"""The look of all figures, but for the colours that a page's theme sets."""
+"""The look of all figures."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,21 @@ class Figure:
         return {**chart.to_dict(), "datasets": as_json(self.tables, 4)}
 
     def svg(self, width: int = 640) -> str:
-        """The figure as it first appears."""
-        return vl_convert.vegalite_to_svg(self.spec(width))
+        """The figure as it first appears, in the colours of the text around it, light or dark."""
+        spec = self.spec(width)
+        for param in spec["params"]:
+            if param["name"] in (INK.name, FAINT.name):
+                param["value"] = "currentColor"
+        return vl_convert.vegalite_to_svg(spec | {"background": "transparent"})
+
+    def html(self) -> str:
+        """As a notebook shows it."""
+        return (
+            f'<figure style="margin: 1em 0"><div role="img" aria-label="{escape(self.description)}">{self.svg()}</div>'
+            f"<figcaption>{escape(self.caption)}</figcaption></figure>"
+        )
+
+    _repr_html_ = html
 
 
 @functools.cache

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
+from ghostssm.engines.capacity import Footprint
 from ghostssm.report.figures import (
     COLOURS,
+    INK,
     Figure,
     chosen,
     index_axis,
@@ -23,67 +25,112 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.compare import DENSE, Row
+from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03
 """Methods at one size are drawn beside each other, over this part of a doubling of the size at most."""
+_EXCESS, _SPEED = "excess loss, nats per token", "tokens per second"
+_BARS = "Bars are one standard error of the paired loss difference."
 
 
 def size_figure(rows: Sequence[Row]) -> Figure:
-    """Perplexity against N' by method, with bars of one standard error of the paired loss difference."""
+    """Excess loss against the state's bytes per sequence by method, with bars of one standard error."""
     dense, *others = rows
     methods = list(dict.fromkeys(row.method for row in others))
+    unit, name = (2**20, "MiB") if max(row.state_bytes for row in rows) >= 2**20 else (2**10, "KiB")
     shown = []
     for row in others:
-        offset = _SPREAD * (methods.index(row.method) - (len(methods) - 1) / 2)
-        error = 0.0 if math.isnan(row.standard_error) else row.standard_error
-        shown.append(
-            {
-                "method": row.method,
-                "size": row.state_size,
-                "place": row.state_size * 2**offset,
-                "perplexity": row.perplexity,
-                "low": row.perplexity * math.exp(-error),
-                "high": row.perplexity * math.exp(error),
-                "excess": row.excess,
-                "error": row.standard_error,
-                "state_bytes": row.state_bytes,
-            }
-        )
-    best = min(others, key=lambda row: row.perplexity)
+        place = row.state_bytes / unit * 2 ** (_SPREAD * (methods.index(row.method) - (len(methods) - 1) / 2))
+        shown.append({**_loss(row, others), "place": place, "bytes": row.state_bytes})
+    best = min(others, key=lambda row: row.excess)
+    ticks = sorted({row.state_bytes / unit for row in rows})
+    places = alt.X("place:Q", scale=log_scale(24, base=2), title=f"state per sequence, float32, {name}")
     return Figure(
         "sizes",
-        "Perplexity against state size",
-        f"Lower is better; the dashed line is the dense model (N = {dense.state_size}, {dense.perplexity:.3f}). Bars "
-        "are one standard error of the paired difference to it. Methods are drawn slightly apart.",
-        f"Line chart of perplexity against state size for {len(methods)} methods, both axes logarithmic. The dense "
-        f"model has {dense.perplexity:.3f}; the lowest of the others is {best.perplexity:.3f}, {best.method} at "
+        "Loss against bytes per sequence",
+        f"Lower is better. {_BARS} Dashed: the dense model's state (N = {dense.state_size}, perplexity "
+        f"{dense.perplexity:.3f}). Methods are drawn slightly apart.",
+        f"Line chart of excess loss against bytes of state per sequence for {len(methods)} methods. The dense model "
+        f"has a perplexity of {dense.perplexity:.3f}; the lowest excess loss is {best.excess:.4f}, {best.method} at "
         f"{best.state_size}.",
-        _size_chart(methods, sorted({row.state_size for row in others})),
-        {"rows": shown, "dense": [{"perplexity": dense.perplexity}]},
+        _loss_chart(others, places.axis(values=ticks, format=".3~g", grid=False), {"bytes": "bytes"}),
+        {"rows": shown, "dense": [{"place": dense.state_bytes / unit}]},
     )
 
 
-def _size_chart(methods: list[str], sizes: list[int]) -> alt.LayerChart:
+def speed_figure(rows: Sequence[Row]) -> Figure:
+    """Excess loss against decode speed by method at every batch size, with bars of one standard error and of rounds."""
+    whole, *others = rows
+    batches = list(whole.tokens_per_second)
+    dense = [{"batch": batch, "place": speed} for batch, speed in whole.tokens_per_second.items()]
+    shown = []
+    for row in others:
+        for batch, speed in row.tokens_per_second.items():
+            slowest, fastest = row.speed_range.get(batch, (speed, speed))
+            shown.append({**_loss(row, others), "batch": batch, "place": speed, "slowest": slowest, "fastest": fastest})
+    last = batches[-1]
+    times = [
+        f"{row.method} at {row.state_size}: {row.tokens_per_second[last] / whole.tokens_per_second[last]:.2f}"
+        for row in others
+    ]
+    places = alt.X("place:Q", scale=log_scale(24), title=_SPEED).axis(format="~s", tickCount=6)
+    return Figure(
+        "speeds",
+        "Loss against decode speed",
+        f"Lower and further right is better. {_BARS} Those of the speed are its range over rounds. Dashed: the dense "
+        "model's speed. All sequences of a batch together; each stock shape is timed once, since which channels are "
+        "kept makes no difference.",
+        f"Scatter plot of excess loss against decode speed. Times the dense model's speed at batch {last}: "
+        f"{', '.join(times)}.",
+        _loss_chart(others, places, {"place": "tokens/s"}, selector("batch", batches)),
+        {"rows": shown, "dense": dense},
+    )
+
+
+def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
+    """A row's loss; where the axis is logarithmic, its bar ends there."""
+    error = 0.0 if math.isnan(row.standard_error) else row.standard_error
+    least = min(row.excess for row in others)
+    low = max(row.excess - error, least / 2) if least > 0 else row.excess - error
+    return {
+        "method": row.method,
+        "size": row.state_size,
+        "perplexity": row.perplexity,
+        "excess": row.excess,
+        "error": row.standard_error,
+        "low": low,
+        "high": row.excess + error,
+    }
+
+
+def _loss_chart(
+    others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
+) -> alt.LayerChart:
+    """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
+    methods = list(dict.fromkeys(row.method for row in others))
+    positive = min(row.excess for row in others) > 0
+    scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
+    losses = alt.Y("excess:Q", title=_EXCESS, scale=scale).axis(format=".2~g", tickCount=6)
     legend = legend_of(methods)
-    places = table("rows").encode(
-        alt.X("place:Q", scale=log_scale(24, base=2), axis=alt.Axis(values=sizes, format="d", grid=False)).title(
-            "state size N'"
-        ),
-        alt.Y("perplexity:Q", scale=log_scale(16), axis=alt.Axis(format=".4~g", tickCount=6)),
-        alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend),
-    )
-    points = places.mark_point(filled=True, size=60, opacity=1).encode(
-        alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend),
-        tooltip=tooltip(
-            method="method", size="N'", perplexity="perplexity", excess="excess loss", error="standard error"
-        ),
-    )
-    bars = places.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title="perplexity"), alt.Y2("high"))
-    dense = rule("dense").encode(alt.Y("perplexity:Q"))
-    return alt.LayerChart(layer=[places.mark_line(strokeWidth=1.5), bars, points, dense], height=360)
+    colours = alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend)
+    shapes = alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend)
+    points = table("rows").encode(places, losses, colours)
+    titles = {"method": "method", "size": "N'", "perplexity": "perplexity", "excess": "excess loss"}
+    shown = tooltip(**titles, error="standard error", **hovered)
+    bars = points.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title=_EXCESS), alt.Y2("high"))
+    parts = [
+        bars,
+        points.mark_point(filled=True, size=60, opacity=1).encode(shapes, tooltip=shown),
+        rule("dense").encode(places),
+    ]
+    if selectors:
+        speeds = points.encode(alt.X("slowest:Q", title=_SPEED), alt.X2("fastest"))
+        parts.insert(0, speeds.mark_rule(strokeWidth=1.5))
+    else:
+        parts.insert(0, points.mark_line(strokeWidth=1.5))
+    return alt.LayerChart(layer=[chosen(part, *selectors) for part in parts], height=340).add_params(*selectors)
 
 
 def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
@@ -91,58 +138,91 @@ def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
     models = list(dict.fromkeys(speed.model for speed in speeds))
     batches = sorted({speed.batch for speed in speeds})
     largest = {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batches[-1]}
-    others = models[1] if len(models) == 2 else "the model that is chosen"
+    rows = []
+    for speed in speeds:
+        measured, predicted = speed.tokens_per_second, speed.predicted_tokens_per_second
+        kinds = [("measured", measured, *(speed.spread or (measured, measured)))]
+        kinds += [] if predicted is None else [("predicted", predicted, predicted, predicted)]
+        for kind, value, low, high in kinds:
+            at = {"model": speed.model, "batch": speed.batch, "kind": kind}
+            rows.append({**at, "speed": value, "low": low, "high": high})
     return Figure(
         "decode",
         "Decode speed",
-        "Tokens per second of all sequences together. Dashed: what memory bandwidth and arithmetic of this machine "
-        "predict (each weight is read once per step, each sequence's state read and written once); nothing else is "
-        f"counted, so measured speeds lie below. Blue is {models[0]}, orange {others}.",
+        "Tokens per second of all sequences together; bars are the range over rounds where it is known. Dashed: what "
+        "memory bandwidth and arithmetic of this machine predict (each weight is read once per step, each sequence's "
+        "state read and written once); nothing else is counted, so measured speeds lie below.",
         f"Line chart of decode speed against batch size, both logarithmic. At batch {batches[-1]}: "
         + ", ".join(f"{model} {value:,.0f}" for model, value in largest.items())
         + " tokens per second.",
         _decode_chart(models, batches),
-        {
-            "rows": [
-                {"model": speed.model, "batch": speed.batch, "kind": kind, "speed": value}
-                for speed in speeds
-                for kind, value in (
-                    ("measured", speed.tokens_per_second),
-                    ("predicted", speed.predicted_tokens_per_second),
-                )
-                if value is not None
-            ]
-        },
+        {"rows": rows},
     )
 
 
 def _decode_chart(models: list[str], batches: list[int]) -> alt.LayerChart:
-    others = [model for model in models if model != DENSE]
-    selectors = [selector("model", others)] if len(others) > 1 else []
-    colours = [COLOURS[0], *[COLOURS[1]] * (len(models) - 1)]
+    legend = legend_of(models)
     places = table("rows").encode(
         alt.X("batch:Q", scale=log_scale(16, base=2), axis=alt.Axis(values=batches, format="d", grid=False)).title(
             "batch size"
         ),
-        alt.Y("speed:Q", scale=log_scale(16), axis=alt.Axis(format="~s", tickCount=6)).title("tokens per second"),
-        alt.Color(
-            "model:N",
-            title=None,
-            scale=names_scale(models, colours),
-            legend=None if selectors else legend_of(models),
-        ),
+        alt.Y("speed:Q", scale=log_scale(16), axis=alt.Axis(format="~s", tickCount=6)).title(_SPEED),
+        alt.Color("model:N", title=None, scale=names_scale(models, COLOURS), legend=legend),
     )
-    for model in selectors:
-        places = places.transform_filter((alt.datum.model == DENSE) | (alt.datum.model == model))
     dashes = alt.Scale(domain=["measured", "predicted"], range=[[1, 0], [5, 4]])
     lines = places.mark_line(strokeWidth=1.8).encode(
         # a phone has no room for two legends side by side
         alt.StrokeDash("kind:N", title=None, scale=dashes, legend=alt.Legend(orient="bottom"))
     )
     points = places.mark_point(filled=True, size=45, opacity=1).encode(
-        tooltip=tooltip(model="model", batch="batch", kind="kind", speed="tokens/s")
+        alt.Shape("model:N", title=None, scale=names_scale(models, _SHAPES), legend=legend),
+        tooltip=tooltip(model="model", batch="batch", kind="kind", speed="tokens/s"),
     )
-    return alt.LayerChart(layer=[lines, points], height=320).add_params(*selectors)
+    bars = places.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title=_SPEED), alt.Y2("high"))
+    return alt.LayerChart(layer=[lines, bars, points], height=320)
+
+
+def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int], context: int) -> Figure:
+    """How many sequences GPUs' memories hold, at every state size.
+
+    Args:
+        footprints: by the state size's label. memories: bytes. context: tokens whose keys and values are counted.
+    """
+    labels = list(footprints)
+    gpus = [f"{memory / 2**30:g} GiB" for memory in memories]
+    rows: list[dict[str, Any]] = [
+        {"gpu": gpu, "state": label, "sequences": each.sequences(memory)}
+        for gpu, memory in zip(gpus, memories, strict=True)
+        for label, each in footprints.items()
+    ]
+    most = max([1, *(row["sequences"] for row in rows)])
+    cached = f" keys and values of {context} tokens," if any(each.cache for each in footprints.values()) else ""
+    bars = table("rows").encode(
+        alt.X("sequences:Q", scale=alt.Scale(domain=[0, 1.3 * most]), axis=alt.Axis(format="~s", tickCount=5)),
+        alt.Y("gpu:N", title=None, sort=gpus, axis=alt.Axis(grid=False)),
+        alt.YOffset("state:N", sort=labels),
+        tooltip=tooltip(gpu="GPU", state="state", sequences="sequences"),
+    )
+    numbers = bars.mark_text(align="left", dx=4, color=INK).encode(alt.Text("sequences:Q", format=","))
+    return Figure(
+        "capacity",
+        "Sequences per GPU",
+        f"How many sequences fit beside the weights, from the sizes alone: state in float32,{cached} weights and "
+        "convolution windows in bfloat16. Activations and what an engine keeps for itself are left out.",
+        "Bar chart of sequences per GPU. "
+        + "; ".join(f"{row['gpu']}, {row['state']}: {row['sequences']:,}" for row in rows)
+        + ".",
+        alt.LayerChart(
+            layer=[
+                bars.mark_bar().encode(
+                    alt.Color("state:N", title=None, scale=names_scale(labels, COLOURS), legend=legend_of(labels))
+                ),
+                numbers,
+            ],
+            height=max(150, 26 * len(rows)),
+        ),
+        {"rows": rows},
+    )
 
 
 def window_figure(losses: WindowLosses) -> Figure:
@@ -160,7 +240,7 @@ def window_figure(losses: WindowLosses) -> Figure:
         .mark_bar()
         .encode(
             alt.X("window:O", axis=index_axis(len(losses.dense))),
-            alt.Y("excess:Q", title="excess loss, nats per token"),
+            alt.Y("excess:Q", title=_EXCESS),
             alt.Color("sign:N", title=None, scale=names_scale(["worse", "better"], [COLOURS[1], COLOURS[0]])),
             tooltip=tooltip(window="window", dense="dense", loss="pruned", excess="difference"),
         )

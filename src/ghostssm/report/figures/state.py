@@ -98,8 +98,8 @@ def _phantom_chart(layers: int, with_kept: bool) -> alt.LayerChart:
             alt.Color(
                 "kind:N",
                 title=None,
-                scale=names_scale(_KINDS, [COLOURS[1], COLOURS[0], "#999999", "#999999"]),
-                legend=alt.Legend(values=_KINDS[:2], columns=half),
+                scale=names_scale(_KINDS, [COLOURS[1], COLOURS[0], "#b0b0b0", "#808080"]),
+                legend=alt.Legend(columns=half),
             ),
             tooltip=tooltip(**titles),
         )

@@ -1,0 +1,143 @@
+"""What a page says in words: how a checkpoint came about, the command that repeats it, which engines run it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghostssm.checkpoint.description import Description
+from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.engines import Advice, advise
+from ghostssm.plan.plan import Plan
+from ghostssm.report.page import Table
+from ghostssm.units import bytes_text, text_name
+from ghostssm.workflows.request import option
+
+_VERDICTS = {"runs": "runs", "slow": "runs slowly", "no": "no"}
+
+
+def command(verb: str, asked: Mapping[str, Any]) -> str:
+    """A command line from the fields of a request; what was not asked for is left out."""
+    words = ["ghostssm", verb]
+    for name, value in asked.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if value is True:
+            words.append(option(name))
+        elif values and value not in (None, False):
+            words += [*([] if name == "model" else [option(name)]), *map(str, values)]
+    return shlex.join(words)
+
+
+def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
+    """The command that repeats a run: as it was asked for, or, of older checkpoints, as far as the plan tells it.
+
+    Args:
+        more: fields of the request that are to be others.
+    """
+    model = {"model": (None if manifest is None else manifest.base_model) or "MODEL"}
+    asked: dict[str, Any] = dict(model)
+    made = plan.provenance
+    if manifest is not None and manifest.request is not None:
+        asked |= {**manifest.request, **model}
+    elif made is None:
+        asked |= {"recipe": plan.method, "state_size": plan.kept_state_size}
+    else:
+        seen = made.calibration
+        asked |= {"recipe": plan.method, "state_size": made.requested_state_size, "groups": made.groups}
+        asked |= {"calibration": seen.text, "windows": seen.windows, "window_length": seen.window_length}
+        asked |= {"seed": made.seed}
+    return command("prune", asked | more | {"output": "DIR"})
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """What a manifest says, in sentences."""
+    base, made = manifest.base_model or "an unknown model", manifest.options
+    told = {
+        "Base model": base
+        + ("" if manifest.base_model_sha256 is None else f", SHA-256 {manifest.base_model_sha256[:12]}")
+    }
+    told["Method"] = f"{manifest.method}, of ghostssm {manifest.ghostssm}, on {manifest.device or 'an unknown device'}"
+    if made is not None:
+        seen = made.calibration
+        drawn = "" if seen.seed is None else f", drawn with seed {seen.seed}"
+        told["Calibrated on"] = (
+            f"{seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}{drawn}"
+        )
+        told["Groups of a layer"] = "keep as many channels each" if made.groups == "equal" else made.groups
+        if made.search is not None:
+            told["Searched"] = f"for the smallest state within {made.search.max_excess_loss:g}: {made.search.text}"
+    if (found := manifest.measured) is not None:
+        told["Measured on"] = f"{found.windows} windows of {found.window_length} tokens of {text_name(found.text)}"
+    told["Weights"] = f"{manifest.dtype}, in the {manifest.dialect} dialect"
+    if manifest.untied_head:
+        told["Head"] = "a weight of its own, which the base model ties to the embeddings"
+    if manifest.overflow is not None:
+        told["Range"] = manifest.overflow.text
+    notes = [] if manifest.left_out is None else [*manifest.left_out.notes]
+    told["Left out"] = "; ".join(notes) or "nothing of the base model"
+    if manifest.missing:
+        told["Missing"] = ", ".join(manifest.missing)
+    size = bytes_text(sum(record.bytes for record in manifest.files.values()))
+    told["Files"] = f"{len(manifest.files)}, {size}; ghostssm verify DIR compares them with what was written"
+    told["Software"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items() if version)
+    return Table("How it was made", (), [[f"{name}:", text] for name, text in told.items()])
+
+
+def advice_of(described: Description, plan: Plan | None, *, written: bool = False) -> tuple[Advice, ...]:
+    """What engines make of a model as it is, or under a plan.
+
+    Args:
+        written: whether the description is of files that engines would read as they are.
+    """
+    layout = described.layout if plan is None else described.layout.with_state_size(max(plan.state_sizes))
+    return advise(
+        layout,
+        described.family,
+        dialect=described.dialect if written else None,
+        own_class=not described.is_stock if plan is None else plan.needs_own_class,
+        tied_head=described.tied_head,
+        config=described.config,
+    )
+
+
+def running(advice: Sequence[Advice]) -> str:
+    """The engines that run a model at full speed, at once or after an export; places of one engine in brackets."""
+    places: dict[str, list[str]] = {}
+    for entry in advice:
+        if entry.level == "runs":
+            engine, _, place = entry.engine.partition("-")
+            places.setdefault(engine, []).append(place)
+    names = [
+        f"{engine} ({', '.join(found)})" if len(found) > 1 else "-".join([engine, *filter(None, found)])
+        for engine, found in places.items()
+    ]
+    return f"runs in {', '.join(names)}" if names else "no engine runs it at full speed"
+
+
+def engine_tables(advice: Mapping[str, Sequence[Advice]]) -> list[Table]:
+    """Engines by what is run, and the reasons, once for all engines that share one."""
+    rows = []
+    shared: dict[str, list[str]] = {}
+    for entries in zip(*advice.values(), strict=True):
+        rows.append([entries[0].engine, *map(_verdict, entries)])
+        reasons: dict[str, list[str]] = {}
+        for label, entry in zip(advice, entries, strict=True):
+            export = entry.export and f"needs ghostssm export {entry.export}"
+            for reason in filter(None, (entry.reason, export)):
+                reasons.setdefault(reason, []).append(label)
+        for reason, labels in reasons.items():
+            where = "" if len(labels) == len(advice) else f"{', '.join(labels)}: "
+            shared.setdefault(where + reason, []).append(entries[0].engine)
+    why = [[", ".join(engines), reason] for reason, engines in shared.items()]
+    verdicts = Table("Engines", ["engine", *advice], rows, "By what their source accepts; nothing was run for this.")
+    return [verdicts, *[Table("Why, and what helps", (), why)] * bool(why)]
+
+
+def _verdict(entry: Advice) -> str:
+    """An export makes the files that an engine reads, where nothing else is in the way."""
+    return (
+        f"{_VERDICTS['runs' if entry.level == 'no' else entry.level]} after export"
+        if entry.export
+        else _VERDICTS[entry.level]
+    )

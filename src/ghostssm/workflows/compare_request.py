@@ -1,0 +1,56 @@
+"""What can be asked of a comparison, and every check that needs no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ghostssm.checkpoint.description import Description, describe
+from ghostssm.methods import method_names
+from ghostssm.methods.selection import Groups
+from ghostssm.models.layout import check_state_size
+from ghostssm.pruning.feasibility import check_original
+from ghostssm.pruning.recipe import Recipe
+from ghostssm.values import Value
+from ghostssm.workflows.request import CalibratingRequest
+
+
+@dataclass(frozen=True, repr=False)
+class CompareRequest(Value, CalibratingRequest):
+    """Everything that can be asked of a comparison; with its bases the only list of its options.
+
+    Attributes:
+        model: a hub id, a folder in either dialect, or ``reference``.
+        state_sizes: N' to prune to.
+        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is
+            given.
+        text: text to measure the loss on.
+        groups: how the groups of a layer share the state.
+        batches: batch sizes at which to measure decoding; empty for none.
+        report: also measure what a report shows.
+    """
+
+    model: str
+    state_sizes: tuple[int, ...]
+    methods: tuple[str, ...] = ()
+    text: str = "wikitext2"
+    groups: Groups = "equal"
+    batches: tuple[int, ...] = (1, 32)
+    report: bool = False
+
+
+def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
+    """The request with its methods named, and its model's description; only config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
+
+    Raises:
+        InputError: a fault of the request, or of what it names; says what was found and what was expected.
+    """
+    recipes = [str(Recipe.parse(method)) for method in request.methods]
+    described = described or describe(request.model)
+    check_original(described.is_stock)
+    for size in request.state_sizes:
+        check_state_size(size, described.layout.state_size)
+    return dataclasses.replace(request, methods=tuple(recipes) or method_names()), described

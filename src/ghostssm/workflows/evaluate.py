@@ -1,0 +1,279 @@
+"""Measure a model: its loss on a text, beside another's, its recall, or tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.loading import Checkpoint, check_device, load, model_config
+from ghostssm.checkpoint.source import find_source
+from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
+from ghostssm.checkpoint.tokenizer import load_tokenizer, required
+from ghostssm.errors import InputError
+from ghostssm.evaluation import copying, perplexity
+from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.recall import Recall, last_words
+from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.text.sources import read_passages
+from ghostssm.text.windows import Windows
+from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.request import Request, check_belonging, check_heeded
+
+if TYPE_CHECKING:
+    from ghostssm.workflows.harness import Score
+
+_HARNESS_BATCH = 8
+_BELONGS_TO = {"include_path": ("tasks",), "limit": ("tasks", "last_words"), "offload": ("stream",)}
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(Request):
+    """Everything that can be asked of an evaluation; with its base the only list of its options.
+
+    Attributes:
+        model: a hub id, a folder in either dialect, or ``reference``.
+        text: text to measure the loss on.
+        against: also measure the model that this one was pruned from, and the difference window by window.
+        last_words: instead: the last word of every line or row of this text.
+        copying: instead: tokens that repeat what was read long before.
+        tasks: instead: names of lm-evaluation-harness. include_path: a folder of more task files.
+        limit: documents per task, or passages, at most.
+        stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
+    """
+
+    model: str
+    text: str = "wikitext2"
+    against: str | None = None
+    last_words: str | None = None
+    copying: bool = False
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    stream: bool = False
+    offload: Path | None = None
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The loss of one model on windows of text."""
+
+    windows: Windows
+    evaluation: Evaluation
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.evaluation
+        return {
+            "text": self.windows.text_name,
+            "window_length": self.windows.length,
+            "loss": found.loss,
+            "standard_error": found.standard_error,
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+            "window_losses": found.losses.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class ExcessLoss:
+    """The losses of a model and of its base on the same windows."""
+
+    windows: Windows
+    dense: Evaluation
+    pruned: Evaluation
+
+    @property
+    def measured(self) -> Measurement:
+        return measurement_of(self.windows, self.dense, self.pruned)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.measured.as_json(),
+            "dense_perplexity": self.dense.perplexity,
+            "pruned_perplexity": self.pruned.perplexity,
+            "dense_window_losses": self.dense.losses.tolist(),
+            "pruned_window_losses": self.pruned.losses.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """How well the last words of a text's passages are named."""
+
+    text: str
+    recall: Recall
+
+    @property
+    def passages(self) -> int:
+        return len(self.recall.losses)
+
+    def as_json(self) -> dict[str, Any]:
+        recall = self.recall
+        return {"text": self.text, "passages": self.passages, "loss": recall.loss, "accuracy": recall.accuracy}
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The loss at copied tokens and elsewhere, and that of the control, which sees no occurrence that it copies."""
+
+    windows: Windows
+    found: copying.Copying
+    control: copying.Copying
+
+    @property
+    def gains(self) -> dict[str, Difference]:
+        """What the sight of more than the control sees gains, by part: ``copied`` and ``elsewhere``."""
+        parts = ("copied", "elsewhere")
+        return {part: getattr(self.control, part).excess_over(getattr(self.found, part)) for part in parts}
+
+    def as_json(self) -> dict[str, Any]:
+        text = {"text": self.windows.text_name, "window_length": self.windows.length}
+        return text | {
+            "context": copying.CONTEXT,
+            "distance": copying.DISTANCE,
+            **{
+                part: {
+                    "tokens": int(getattr(self.found, part).counts.sum()),
+                    "loss": getattr(self.found, part).mean,
+                    "gain": gain.mean,
+                    "gain_standard_error": gain.standard_error,
+                }
+                for part, gain in self.gains.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the harness found."""
+
+    scores: tuple[Score, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(score) for score in self.scores]
+
+
+EvaluateOutcome = TextLoss | ExcessLoss | LastWords | Copied | TaskScores
+
+
+def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: Notify = unheard) -> EvaluateOutcome:
+    """Carry a request out: what ``ghostssm evaluate`` does, in one call. Losses are measured in float32.
+
+    Args:
+        progress: told how far the work is. notify: told what a person should know, in sentences.
+
+    Raises:
+        InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
+        NumericalError: a loss that is not finite.
+    """
+    _check(request)
+    check_device(request.device)
+    if request.tasks:
+        return _scored(request)
+    tell(notify, idle_gpu_remark(request.device))
+    if request.last_words is not None:
+        passages = read_passages(request.last_words)[: request.limit]
+        checkpoint = _loaded(request, request.model)
+        found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
+        return LastWords(request.last_words, found)
+    if request.copying:
+        checkpoint = _loaded(request, request.model)
+        windows = request.windows_of(request.text, checkpoint.require_tokenizer())
+        with_sight = copying.copying(checkpoint.model, windows, progress=progress)
+        return Copied(windows, with_sight, copying.copying_in_reach(checkpoint.model, windows, progress=progress))
+    if request.against is None:
+        opened = _opened(request, request.model)
+        windows = request.windows_of(request.text, opened.require_tokenizer())
+        return TextLoss(windows, _evaluation(request, opened, windows, progress))
+    windows = _shared_windows(request, request.model, request.against)
+    evaluations = []
+    for model in (request.model, request.against):  # one is in memory at a time
+        notify(f"measuring {model}")
+        evaluations.append(_evaluation(request, _opened(request, model), windows, progress))
+    pruned, dense = evaluations
+    return ExcessLoss(windows, dense, pruned)
+
+
+def _check(request: EvaluateRequest) -> None:
+    """Raise InputError for options that do not go together."""
+    instead = (request.last_words is not None, request.copying, bool(request.tasks))
+    if sum(instead) > 1:
+        raise InputError("Give at most one of --last-words, --copying and --tasks.")
+    check_belonging(request, _BELONGS_TO)
+    check_heeded(request, "tasks", "text", "text_windows", "against")
+    check_heeded(request, "last_words", "text", "text_windows", "window_length", "against")
+    check_heeded(request, "copying", "against")
+    if request.limit is not None and request.limit < 1:
+        raise InputError(f"--limit is {request.limit}; expected at least 1 document or passage.")
+    if request.stream and any(instead):
+        raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
+
+
+def _loaded(request: EvaluateRequest, model: str) -> Checkpoint:
+    return load(model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
+
+
+def _opened(request: EvaluateRequest, model: str) -> Checkpoint | StreamedCheckpoint:
+    """In memory, or one block at a time."""
+    if not request.stream:
+        return _loaded(request, model)
+    return stream(model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
+
+
+def _evaluation(
+    request: EvaluateRequest, opened: Checkpoint | StreamedCheckpoint, windows: Windows, progress: Progress
+) -> Evaluation:
+    measured = opened.model if isinstance(opened, Checkpoint) else opened.blocks
+    return perplexity.evaluate(measured, windows, progress, Scratch(request.offload))
+
+
+def _shared_windows(request: EvaluateRequest, model: str, base: str) -> Windows:
+    """The windows of both models; from their configs and tokenizers only, so that a mismatch shows before the work.
+
+    Raises:
+        InputError: the models differ in their vocabulary, or their tokenizers make other tokens of the text.
+    """
+    cut, sizes = [], []
+    for spec in (model, base):
+        source = find_source(spec, weights=False)
+        config = model_config(source)
+        sizes.append(config.vocab_size)
+        vocabulary = required(load_tokenizer(source, config, request.tokenizer), source)
+        cut.append(request.windows_of(request.text, vocabulary))
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{model} has a vocabulary of {sizes[0]} tokens, {base} one of {sizes[1]}; expected the model that "
+            f"{model} was pruned from after --against."
+        )
+    if not torch.equal(cut[0].ids, cut[1].ids):
+        raise InputError(
+            f"The tokenizers of {model} and {base} make different tokens of {cut[0].text_name}, so that their losses "
+            "can't be compared; name the tokenizer that both were trained with by --tokenizer."
+        )
+    return cut[0]
+
+
+def _scored(request: EvaluateRequest) -> TaskScores:
+    find_source(request.model, weights=False)  # before the data of every task is fetched
+    try:
+        from ghostssm.workflows import harness
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
+            "install it with: pip install 'lm-eval[hf]'."
+        ) from None
+    names = [name for value in request.tasks for name in value.split(",") if name]
+    tasks = harness.load_tasks(names, request.include_path)
+    model = harness.GhostLM(
+        request.model,
+        request.tokenizer,
+        device=request.device,
+        batch_size=_HARNESS_BATCH,
+        max_length=request.window_length,
+    )
+    return TaskScores(tuple(harness.run_tasks(model, tasks, request.limit)))

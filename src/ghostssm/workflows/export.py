@@ -1,0 +1,111 @@
+"""Write a model as another engine reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ghostssm.checkpoint.exporting import export_checkpoint
+from ghostssm.checkpoint.gguf import export_gguf
+from ghostssm.checkpoint.left_out import LeftOut, left_out
+from ghostssm.checkpoint.loading import load
+from ghostssm.checkpoint.tokenizer import renamed_class
+from ghostssm.errors import InputError
+from ghostssm.files.output_file import OutputFile
+from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.models.families import mixers_of
+from ghostssm.plan.surgery import pad_state
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything that can be asked of an export.
+
+    Attributes:
+        model: a hub id, a folder in either dialect, or ``reference``. output: one file for GGUF, else a folder.
+        format: ``gguf`` for llama.cpp, or the dialect of a checkpoint folder.
+        dtype: of the large matrices; as stored if not given. ``q8_0`` is for GGUF only.
+        pad_to: pad the state with zeros to so many channels; the logits stay the same.
+        untie: store a tied head as a weight of its own.
+        tokenizer: folder or hub id of the tokenizer, if the model has none. no_tokenizer: write none.
+        overwrite: replace what is there.
+    """
+
+    model: str
+    output: str
+    format: Literal["gguf", "transformers", "mamba_ssm"] = "gguf"
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    pad_to: int | None = None
+    untie: bool = False
+    tokenizer: str | None = None
+    no_tokenizer: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ExportOutcome:
+    """What was written.
+
+    Attributes:
+        dtype: that it is stored in. state_sizes: that there are, ascending. bytes: of all files.
+        notes: what a person should know. left_out: of the model.
+    """
+
+    output: Path
+    format: str
+    dtype: str
+    state_sizes: tuple[int, ...]
+    bytes: int
+    notes: tuple[str, ...]
+    left_out: LeftOut
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"output": str(self.output), "left_out": self.left_out.as_json()}
+
+
+def export(request: ExportRequest) -> ExportOutcome:
+    """Carry a request out: what ``ghostssm export`` does, in one call.
+
+    Raises:
+        InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
+        StorageError: writing failed; nothing half-written is left.
+    """
+    place = _checked(request)
+    dtype = None if isinstance(place, OutputFile) or request.dtype is None else _DTYPES[request.dtype]
+    checkpoint = load(request.model, dtype=dtype, tokenizer=request.tokenizer)
+    if request.pad_to is not None:
+        checkpoint = replace(checkpoint, model=pad_state(checkpoint.model, request.pad_to))
+    with_tokenizer = not request.no_tokenizer
+    if isinstance(place, OutputFile):
+        written = export_gguf(checkpoint, place, dtype=request.dtype, with_tokenizer=with_tokenizer)
+        path, notes, missing = written.path, written.notes, written.left_out
+        stored: str = written.dtype
+        size = path.stat().st_size
+    else:
+        assert request.format != "gguf"
+        path = export_checkpoint(
+            checkpoint, place, dialect=request.format, untie=request.untie, with_tokenizer=with_tokenizer
+        )
+        stored = str(checkpoint.model.dtype).removeprefix("torch.")
+        missing = left_out(checkpoint.source, checkpoint.model, path)
+        renamed = renamed_class(checkpoint.tokenizer, path) if with_tokenizer else None
+        notes = () if renamed is None else (renamed,)
+        size = sum(file.stat().st_size for file in path.iterdir())
+    sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
+    return ExportOutcome(path, request.format, stored, tuple(sizes), size, notes, missing)
+
+
+def _checked(request: ExportRequest) -> OutputFile | OutputFolder:
+    """Where the result is to go; raises InputError for options that contradict."""
+    if request.dtype == "q8_0" and request.format != "gguf":
+        raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {request.format}.")
+    if request.untie and request.format == "gguf":
+        raise InputError("--untie is for --format transformers; llama.cpp knows tied heads, so leave it out for GGUF.")
+    check_apart(request.output, request.model)
+    kind = OutputFile if request.format == "gguf" else OutputFolder
+    return kind(request.output, request.overwrite)
