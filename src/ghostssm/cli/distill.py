@@ -40,12 +40,8 @@ def distill(
         ),
     ],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="Folder for the checkpoint.")],
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps to take; 300 if not given.")
-    ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="B", min=1, help="Windows per step, over all processes.")
-    ] = 8,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Steps to take; 300 if not given.")] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Windows per step, over all processes.")] = 8,
     window_length: arguments.WindowLength = 512,
     learning_rate: Annotated[
         float | None,
@@ -83,7 +79,6 @@ def distill(
         typer.Option(
             "--accumulate",
             metavar="N",
-            min=1,
             help="Compute a batch in N parts, one after the other.",
             rich_help_panel=_SCALE_PANEL,
         ),
@@ -122,7 +117,6 @@ def distill(
         typer.Option(
             "--save-minutes",
             metavar="X",
-            min=0,
             help="Keep the state in DIR.run every so many minutes.",
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),

@@ -75,7 +75,6 @@ def prune(
         typer.Option(
             "--distill",
             metavar="N",
-            min=1,
             help="Steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.",
             rich_help_panel=arguments.HOW_PANEL,
         ),
