@@ -56,6 +56,7 @@ def inspect(
     from ghostssm.engines.capacity import capacity_cells
     from ghostssm.errors import InputError
     from ghostssm.models.layout import check_state_size
+    from ghostssm.ops.state_format import BFLOAT16
     from ghostssm.units import memory_bytes
 
     batches = batch or []
@@ -87,7 +88,7 @@ def inspect(
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
-            "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
+            "state_bytes_bfloat16": found.state_bytes(size, BFLOAT16),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": predicted.get(size, {}),

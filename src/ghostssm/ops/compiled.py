@@ -14,12 +14,14 @@ kernels: Any
 """The module of compiled loops, or None."""
 backward_kernels: Any
 """That of the backward pass."""
+rounding_kernels: Any
+"""That of states in fewer bits."""
 try:
-    from ghostssm.ops import _kernels, _kernels_backward
+    from ghostssm.ops import _kernels, _kernels_backward, _rounding_kernels
 
-    kernels, backward_kernels = _kernels, _kernels_backward
+    kernels, backward_kernels, rounding_kernels = _kernels, _kernels_backward, _rounding_kernels
 except ImportError:  # numba is an extra
-    kernels = backward_kernels = None
+    kernels = backward_kernels = rounding_kernels = None
 
 HAS_KERNELS = kernels is not None
 
