@@ -46,8 +46,7 @@ def inspect(
     """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
-    ghostssm inspect MODEL --state-size 64 32 --state-dtype float32 bfloat16 --memory 80GiB --context 8192
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --state-dtype float32 bfloat16 --memory 80GiB
     """
     from ghostssm import advise, describe
     from ghostssm.errors import InputError
