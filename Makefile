@@ -13,8 +13,15 @@ TYPES := build/mypy.txt
 .PHONY: demo test lint style docs clean
 
 demo: $(VENV)/installed
-	$(BIN)/ghostssm compare reference --state-size 64 32 --calibration stdlib --text stdlib --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
-	$(BIN)/ghostssm prune reference --state-size 32 --calibration stdlib $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
+	@echo "Six methods prune the built-in model to two state sizes. It takes minutes; the time left is told on the way."
+	$(BIN)/ghostssm compare reference --state-size 64 32 --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
+	$(BIN)/ghostssm prune reference --state-size 32 --refit 0 $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/ghostssm generate $(DEMO_OUTPUT) --prompt 'def main(' --max-new-tokens 64    # let it write"
+	@echo "  $(BIN)/ghostssm report $(DEMO_OUTPUT)                       # a page with figures of what was pruned"
+	@echo "  $(BIN)/ghostssm inspect YOUR_MODEL --state-size 64         # your own model: a folder or a hub id"
+	@echo "  $(BIN)/ghostssm prune YOUR_MODEL --state-size 64 --windows 16 --output smaller"
 
 # mypy works beside the tests. What it finds comes after their summary; where it finds nothing, that is the last line.
 test: style

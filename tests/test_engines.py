@@ -107,7 +107,7 @@ def test_a_refusal_states_the_rule() -> None:
 
 
 def test_an_unknown_engine() -> None:
-    with pytest.raises(InputError, match=r"'llama\.cpp' is known; expected one of: transformers-cpu.*llama\.cpp-cuda"):
+    with pytest.raises(InputError, match=r"'llama\.cpp'; expected one of: transformers-cpu.*llama\.cpp-cuda"):
         advise(SMALL, "mamba2", engines=["llama.cpp"])
 
 

@@ -80,7 +80,7 @@ def test_a_step_of_model_scope() -> None:
     assert torch.equal(model.backbone.norm_f.weight, 2 * before)
     recipe = ghostssm.Recipe.parse("ghost+louder")
     with pytest.raises(ghostssm.InputError, match="louder changes the whole model at once, so it can't be streamed"):
-        check_streamable(recipe, "mamba2")
+        check_streamable(recipe)
 
 
 def test_a_family() -> None:

@@ -19,7 +19,7 @@ from ghostssm.plan.surgery import apply_plan
 from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import stepwise, tiny_hybrid
-from tests.modeling.test_ghost_mamba2 import tiny_ghost
+from tests.modeling.test_ghost import tiny_ghost
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import ghostssm
 from ghostssm.evaluation import evaluate
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Projection
-from ghostssm.models.own_class import GhostMamba2ForCausalLM
+from ghostssm.models.own_class.modeling_ghost import GhostMamba2ForCausalLM
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned

@@ -21,7 +21,7 @@ from tests.conftest import tiny_model
 def test_training_ends_in_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ["--layers", "1", "--hidden-size", "32", "--head-dim", "8", "--state-size", "16"]
     task = ["--pairs", "4", "--keys", "10", "--values", "6"]
-    run = ["--steps", "2", "--warmup", "1", "--batch", "4", "--no-compile"]
+    run = ["--steps", "2", "--warmup", "1", "--batch", "4"]
     monkeypatch.setattr(sys, "argv", ["train_recall", "--output", str(tmp_path / "model"), *sizes, *task, *run])
     train_recall.main()
     record = json.loads((tmp_path / "model" / "training.json").read_text())

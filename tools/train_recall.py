@@ -21,7 +21,9 @@ import torch
 import transformers
 from associative_recall import associative_recall, recall_of
 from torch import Tensor
-from train_reference import Trainee, descend, optimizer_for
+from train_reference import descend, loss_of, optimizer_for
+
+import ghostssm
 
 ROUNDS = (1, 2, 4, 8)
 """The sequences of a batch take turns. Those held out have one round; of several the first are easier, as fewer pairs
@@ -77,7 +79,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--state-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true", help="slower; for machines without a C++ compiler")
     return parser.parse_args()
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     model = build_model(args)
-    trainee = Trainee(model, compiled=not args.no_compile)
+    ghostssm.accelerate(model)
     optimizer = optimizer_for(model, args)
     train, test = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
     held_out = associative_recall(64, args.pairs, args.keys, args.values, test)
@@ -94,7 +95,7 @@ def main() -> None:
 
     begun, accuracy = time.perf_counter(), 0.0
     for step in range(args.steps):
-        loss = trainee.loss(*draw_batch(args, train))
+        loss = loss_of(model, *draw_batch(args, train))
         descend(loss, model, optimizer, step, args)
         done = step + 1
         if done % 100 == 0 or done == args.steps:
@@ -107,7 +108,7 @@ def main() -> None:
             )
 
     model.save_pretrained(args.output)
-    options = {key: value for key, value in vars(args).items() if key not in ("output", "no_compile")}
+    options = {key: value for key, value in vars(args).items() if key != "output"}
     record = {"options": options, "held_out_accuracy": accuracy, "torch": torch.__version__}
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"saved {args.output}")

@@ -1,7 +1,8 @@
-"""Train a small Mamba-2: the built-in one, on the sources of Python's standard library, or one on other text.
+"""Train a small Mamba-2 or hybrid: the built-in one, on the sources of Python's standard library, or one on other text.
 
     python tools/train_reference.py --output runs/reference
     python tools/train_reference.py --output runs/headers --text FOLDER --groups 2 --head-dim 32 --hidden-size 192
+    python tools/train_reference.py --output runs/granite --family granitemoehybrid --hidden-size 192 --layers 6
 
 Modules are held out by a hash of their name (``ghostssm.text.stdlib``), files of another text by a hash of what they
 say. The folder gets the weights in bfloat16, the tokenizer, ``training.json`` with every choice and the losses,
@@ -19,6 +20,7 @@ import platform
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -26,14 +28,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import ghostssm
 from ghostssm.models.families import mixers_of
-from ghostssm.models.mixer import Mixer, mixer_forward
-from ghostssm.ops.conv_norm import rms_norm
 from ghostssm.text.sources import read_text
 from ghostssm.text.stdlib import stdlib_texts
 
 END = "<|endoftext|>"
+FAMILIES = ("mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2")
 SAMPLE_BYTES = 4_000_000
 """Size of the texts that are written beside a model trained with ``--text``."""
 
@@ -77,61 +80,139 @@ def encode(tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str]) ->
     return np.concatenate([np.array([*batch.ids, end], dtype=np.uint16) for batch in batches])
 
 
-def build_model(args: argparse.Namespace) -> transformers.Mamba2ForCausalLM:
-    config = transformers.Mamba2Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.layers,
-        state_size=args.state_size,
-        head_dim=args.head_dim,
-        num_heads=2 * args.hidden_size // args.head_dim,
-        expand=2,
-        n_groups=args.groups,
-        chunk_size=64,
-        tie_word_embeddings=True,
-        residual_in_fp32=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
+    """A model of a family, with random weights; one of four to six layers of a hybrid has attention."""
+    heads, layers = 2 * args.hidden_size // args.head_dim, args.layers
+    common = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    attention = {"num_attention_heads": args.hidden_size // 32, "num_key_value_heads": args.hidden_size // 64}
+    mixer = {
+        "mamba_n_heads": heads,
+        "mamba_d_head": args.head_dim,
+        "mamba_d_state": args.state_size,
+        "mamba_n_groups": args.groups,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 64,
+    }
+    third = [layer % 5 == 2 for layer in range(layers)]
+    of_family: dict[str, tuple[str, dict[str, Any]]] = {
+        "mamba2": (
+            "Mamba2",
+            {
+                "state_size": args.state_size,
+                "head_dim": args.head_dim,
+                "num_heads": heads,
+                "expand": 2,
+                "n_groups": args.groups,
+                "chunk_size": 64,
+                "residual_in_fp32": False,
+            },
+        ),
+        "granitemoehybrid": (
+            "GraniteMoeHybrid",
+            {
+                **attention,
+                **mixer,
+                "layer_types": ["full_attention" if here else "linear_attention" for here in third],
+                "num_local_experts": 0,
+                "shared_intermediate_size": 2 * args.hidden_size,
+                "attention_multiplier": 32**-0.5,
+                "embedding_multiplier": 12.0,
+                "logits_scaling": 3.0,
+                "residual_multiplier": 0.5,
+                "position_embedding_type": "nope",
+            },
+        ),
+        "nemotron_h": (
+            "NemotronH",
+            {
+                **attention,
+                "head_dim": 32,
+                "ssm_state_size": args.state_size,
+                "mamba_num_heads": heads,
+                "mamba_head_dim": args.head_dim,
+                "n_groups": args.groups,
+                "chunk_size": 64,
+                "intermediate_size": 3 * args.hidden_size,
+                "layers_block_type": [
+                    ("mamba", "mlp", "mamba", "attention", "mamba", "moe")[layer % 6] for layer in range(layers)
+                ],
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": args.hidden_size,
+                "moe_shared_expert_intermediate_size": args.hidden_size,
+            },
+        ),
+        "falcon_h1": (
+            "FalconH1",
+            {
+                **attention,
+                **mixer,
+                "mamba_d_ssm": 2 * args.hidden_size,
+                "mamba_rms_norm": False,
+                "intermediate_size": 2 * args.hidden_size,
+                "ssm_multipliers": [0.7, 1.3, 0.9, 1.1, 0.8],
+                "ssm_in_multiplier": 1.25,
+                "attention_in_multiplier": 0.9,
+                "key_multiplier": 0.5,
+                "embedding_multiplier": 2.5,
+                "lm_head_multiplier": 0.5,
+            },
+        ),
+        "zamba2": (
+            "Zamba2",
+            {
+                "layers_block_type": ["hybrid" if here else "mamba" for here in third],
+                "mamba_d_state": args.state_size,
+                "mamba_ngroups": args.groups,
+                "n_mamba_heads": heads,
+                "mamba_expand": 2,
+                "chunk_size": 64,
+                "num_attention_heads": args.hidden_size // 32,
+                "intermediate_size": 2 * args.hidden_size,
+                "num_mem_blocks": 1,
+                "adapter_rank": 8,
+                "use_mem_rope": True,
+                "time_step_min": 1e-3,
+            },
+        ),
+    }
+    prefix, sizes = of_family[args.family]
+    model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")(
+        getattr(transformers, f"{prefix}Config")(**common | sizes)
     )
-    model = transformers.Mamba2ForCausalLM(config)
-    with torch.no_grad():
-        model.backbone.embeddings.weight.normal_(std=0.02)
-        for block in model.backbone.layers:
-            block.mixer.out_proj.weight /= math.sqrt(args.layers)
+    begin_as_mamba2(model, layers)
+    ghostssm.accelerate(model)
     return model
 
 
-class Trainee(nn.Module):
-    """The model's loss through our own differentiable ops, compiled block by block (every block shares one graph)."""
+@torch.no_grad()
+def begin_as_mamba2(model: PreTrainedModel, layers: int) -> None:
+    """Give every mixer Mamba-2's first decays, and dt from 0.001 to 0.1, since some families forget at first."""
+    model.get_input_embeddings().weight.normal_(std=0.02)
+    for mixer in mixers_of(model):
+        dt = torch.exp(torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(0.1)))
+        mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        mixer.A_log.copy_(torch.empty_like(mixer.A_log).uniform_(1, 16).log())
+        mixer.out_proj.weight /= math.sqrt(layers)
 
-    def __init__(self, model: transformers.Mamba2ForCausalLM, compiled: bool):
-        super().__init__()
-        self.model = model
-        self.mixers = mixers_of(model)
-        self.block = torch.compile(self._block) if compiled else self._block
-        self.head_loss = torch.compile(self._head_loss) if compiled else self._head_loss
 
-    def _block(self, norm_weight: Tensor, mixer: Mixer, hidden: Tensor) -> Tensor:
-        assert mixer.norm is not None  # of the mixer itself; the block's own has the same epsilon
-        return hidden + mixer_forward(mixer, rms_norm(hidden, norm_weight, mixer.norm.eps))
+def loss_of(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss over the positions whose target is not -100; both (b, l)."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        backbone = self.model.backbone
-        hidden = rms_norm(hidden, backbone.norm_f.weight, backbone.norm_f.variance_epsilon)
-        logits = F.linear(hidden, self.model.lm_head.weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mean next-token loss of windows (b, l + 1)."""
-        return self.loss(tokens[:, :-1], tokens[:, 1:])
-
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over the positions whose target is not -100; both (b, l)."""
-        hidden = self.model.backbone.embeddings(ids)
-        for block, mixer in zip(self.model.backbone.layers, self.mixers, strict=True):
-            hidden = self.block(block.norm.weight, mixer, hidden)
-        return self.head_loss(hidden, targets)
+def next_token_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Mean loss of windows (b, l + 1)."""
+    return loss_of(model, windows[:, :-1], windows[:, 1:])
 
 
 def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -159,16 +240,12 @@ def descend(
     optimizer.zero_grad(set_to_none=True)
 
 
-def held_out_loss(
-    trainee: Trainee, stream: np.ndarray, args: argparse.Namespace, windows: int, autocast: bool
-) -> float:
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, stream: np.ndarray, args: argparse.Namespace, windows: int) -> float:
     """Mean loss over evenly spread held-out windows."""
     starts = np.linspace(0, len(stream) - args.window - 2, windows).astype(int)
-    losses = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for first in range(0, windows, args.batch):
-            losses.append(trainee(gather(stream, starts[first : first + args.batch], args)).item())
-    return float(np.mean(losses))
+    batches = (starts[first : first + args.batch] for first in range(0, windows, args.batch))
+    return float(np.mean([next_token_loss(model, gather(stream, batch, args)).item() for batch in batches]))
 
 
 def gather(stream: np.ndarray, starts: np.ndarray, args: argparse.Namespace) -> Tensor:
@@ -179,6 +256,7 @@ def gather(stream: np.ndarray, starts: np.ndarray, args: argparse.Namespace) -> 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--family", default="mamba2", choices=FAMILIES, help="mamba2, or a hybrid with attention")
     parser.add_argument("--text", help="a file or folder to train on instead of the standard library")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
@@ -193,7 +271,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--state-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true", help="slower; for machines without a C++ compiler")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/checkpoint.pt")
     return parser.parse_args()
 
@@ -210,7 +287,6 @@ def main() -> None:
         write_sample(args.output / "calibration.txt", texts)
         write_sample(args.output / "held_out.txt", held_out_texts)
     model = build_model(args)
-    trainee = Trainee(model, compiled=not args.no_compile)
     optimizer = optimizer_for(model, args)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(train):,} training tokens, {len(held_out):,} held out", flush=True)
@@ -226,8 +302,7 @@ def main() -> None:
     for step in range(first, args.steps):
         draw = np.random.default_rng((args.seed, step))
         batch = gather(train, draw.integers(0, len(train) - args.window - 1, args.batch), args)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = trainee(batch)
+        loss = next_token_loss(model, batch)
         descend(loss, model, optimizer, step, args)
         done = step + 1
         if done % 20 == 0:
@@ -238,7 +313,7 @@ def main() -> None:
                 flush=True,
             )
         if done % 200 == 0 or done == args.steps:
-            history.append((done, held_out_loss(trainee, held_out, args, 64, autocast=True)))
+            history.append((done, held_out_loss(model, held_out, args, 64)))
             print(f"held-out loss {history[-1][1]:.4f}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "history": history}
             torch.save(state, checkpoint)
@@ -247,7 +322,7 @@ def main() -> None:
 
 
 def save(
-    model: transformers.Mamba2ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerFast,
     args: argparse.Namespace,
     history: list[tuple[int, float]],
@@ -257,9 +332,7 @@ def save(
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     record = {
-        "options": {
-            key: value for key, value in vars(args).items() if key not in ("output", "text", "resume", "no_compile")
-        },
+        "options": {key: value for key, value in vars(args).items() if key not in ("output", "text", "resume")},
         "parameters": parameters,
         "training_tokens": tokens,
         "held_out_loss": history,

@@ -1,11 +1,8 @@
 """ghostssm: trained Mamba-2 models that decode with a much smaller recurrent state.
 
-checkpoint = ghostssm.load("state-spaces/mamba2-130m")
-text = ghostssm.read_text("wikitext2", "calibration")
-windows = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), length=2048, count=128, seed=42)
-plan = ghostssm.Calibration(checkpoint.model, windows).plan("ghost", state_size=64)
-ghostssm.apply_plan(checkpoint.model, plan)
-ghostssm.save(checkpoint, plan, "mamba2-130m-n64")
+outcome = ghostssm.prune("state-spaces/mamba2-130m", "wikitext2", state_size=64, output="mamba2-130m-n64")
+outcome = ghostssm.prune(model, strings, tokenizer=tokenizer, state_size=64)  # all of it in memory
+outcome.checkpoint.model.generate(...)
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(module), own_name)
     check_transformers()
     value = globals()[name] = getattr(import_module(module), own_name)
+    import_module("ghostssm.progress").register_screen(import_module("ghostssm.report.screen").progress_line)
     if "IPython" in sys.modules:
         import_module("ghostssm.report.notebook").register_with_ipython()
     return value

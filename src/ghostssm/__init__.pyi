@@ -37,7 +37,6 @@ from ghostssm.errors import ProcessError as ProcessError
 from ghostssm.errors import StorageError as StorageError
 from ghostssm.errors import TextError as TextError
 from ghostssm.evaluation import Evaluation as Evaluation
-from ghostssm.evaluation import evaluate as evaluate
 from ghostssm.methods import Evidence as Evidence
 from ghostssm.methods import Method as Method
 from ghostssm.methods import method_named as method_named
@@ -66,6 +65,8 @@ from ghostssm.recovery.base import ModelStep as ModelStep
 from ghostssm.recovery.base import Step as Step
 from ghostssm.recovery.base import register_step as register_step
 from ghostssm.recovery.base import step_names as step_names
+from ghostssm.report.showing import plot as plot
+from ghostssm.report.showing import write_report as write_report
 from ghostssm.streaming.run import StreamedRun as StreamedRun
 from ghostssm.streaming.run import prune_streamed as prune_streamed
 from ghostssm.text.sources import Text as Text
@@ -76,14 +77,15 @@ from ghostssm.text.windows import evaluation_windows as evaluation_windows
 from ghostssm.workflows.bench import BenchOutcome as BenchOutcome
 from ghostssm.workflows.bench import BenchRequest as BenchRequest
 from ghostssm.workflows.bench import bench as bench
-from ghostssm.workflows.compare import compare as compare
+from ghostssm.workflows.calls import compare as compare
+from ghostssm.workflows.calls import evaluate as evaluate
+from ghostssm.workflows.calls import prune as prune
 from ghostssm.workflows.compare_request import CompareRequest as CompareRequest
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row
 from ghostssm.workflows.export import ExportOutcome as ExportOutcome
 from ghostssm.workflows.export import ExportRequest as ExportRequest
 from ghostssm.workflows.export import export as export
-from ghostssm.workflows.prune import prune as prune
 from ghostssm.workflows.prune_request import PruneOutcome as PruneOutcome
 from ghostssm.workflows.prune_request import PruneRequest as PruneRequest
 from ghostssm.workflows.reproduce import ReproduceOutcome as ReproduceOutcome

@@ -5,6 +5,8 @@ A message names the file or option, what was found, what was expected, and the n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 CONVERT = "ghostssm export MODEL --format transformers --dtype bf16 --output DIR"
@@ -83,3 +85,15 @@ class HubError(GhostError):
 
 class PrecisionWarning(GhostWarning):
     """A model that was written overflows in the dtype of its weights, and not in float32; names the layer."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+    """What to raise for a name that is not among those known; it asks for the nearest one.
+
+    Args:
+        what: a name's kind, such as "method".
+    """
+    names = list(known)
+    near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, 1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return InputError(f"No {what} is called {name!r}; expected one of: {', '.join(names)}.{guess}")

@@ -4,11 +4,14 @@ decisions by being applied."""
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.samples import OutputSamples
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams
 from ghostssm.ops.ssd import ssd_reference
@@ -54,6 +57,32 @@ def reference_maps(mixer: Mixer, s: Streams) -> Tensor:
             columns = mixer.out_proj.weight.view(-1, *y.shape)
             maps.append(torch.einsum("dgkp,gkp,gkpn->gdn", columns, scale, heads))
     return torch.stack(maps)
+
+
+def reference_samples(mixer: Mixer, s: Streams, positions: Sequence[int], maps: Tensor) -> OutputSamples:
+    """Samples with given random maps (s, d, hidden_size), from the state in hand at each position."""
+    groups, states = mixer.layout.n_groups, reference_states(mixer, s)
+    samples = []
+    for position, drawn in zip(positions, maps, strict=True):
+        weight = drawn @ mixer.out_proj.weight / math.sqrt(len(drawn))
+        if mixer.norm is not None:
+            weight = weight * mixer.norm.weight
+        weight = weight.view(-1, groups, weight.shape[1] // groups).transpose(0, 1)  # (g, d, k * p)
+        state = states[position].reshape(len(s.x), groups, -1, mixer.layout.state_size)
+        C = s.C[:, position]
+        y = (state @ C[..., None])[..., 0] + (mixer.D[:, None] * s.x[:, position]).view(state.shape[:3])
+        gate = torch.nn.functional.silu(s.z[:, position]).view_as(y)
+        before, after = (gate, torch.ones_like(gate))
+        if mixer.norm is None:
+            rms, along = y.new_ones(len(y), groups, 1), C * 0
+        else:
+            before, after = (before, after) if mixer.norm.gate_first else (after, before)
+            rms = ((y * before).square().mean(-1, keepdim=True) + mixer.norm.eps).sqrt()
+            along = ((y * before**2 / rms**2)[:, :, None] @ state)[:, :, 0] / y.shape[-1]
+        weight = weight * after[:, :, None]
+        maps_here = (weight * (before / rms)[:, :, None]) @ state
+        samples.append((maps_here, C, (weight @ (y * before / rms)[..., None])[..., 0], along))
+    return OutputSamples(*(torch.cat(part) for part in zip(*samples, strict=True)))
 
 
 def change_when_applied(block: OpenBlock, decision: Decision) -> float:

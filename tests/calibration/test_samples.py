@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.calibration.samples import OutputSamples, sample_outputs, states_at
-from ghostssm.models.mixer import mixer_output
+from ghostssm.calibration.samples import OutputSamples, _mixed, sample_outputs
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, scanned
 from ghostssm.ops.ssd import ssd_reference
-from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
+from tests.calibration.reference import mixer_and_streams, reference_maps, reference_samples, reference_states
 
 NORMS = ["falcon_h1", "falcon_h1-norm", "falcon_h1-norm-first"]
 """No norm, gate first, norm first; each with two groups."""
 
 
-@pytest.mark.parametrize("n_groups", [1, 2])
-def test_states_are_the_recurrences(n_groups: int) -> None:
-    mixer, streams = mixer_and_streams(n_groups)
-    states = reference_states(mixer, streams)
-    for position, state in states_at(mixer, streams, [0, 5, 6, 23]):
-        torch.testing.assert_close(state, states[position])
+def taken(mixer: Mixer, s: Streams, **options: Any) -> OutputSamples:
+    return sample_outputs(mixer, [(s, scanned(mixer, s))], s.dt.shape[0] * s.dt.shape[1], **options)
+
+
+@pytest.mark.parametrize("length", [24, 150])
+@pytest.mark.parametrize(("n_groups", "case"), [(1, None), (2, None), *((2, case) for case in NORMS)])
+def test_samples_are_those_of_a_loop_that_stops_at_every_token(n_groups: int, case: str | None, length: int) -> None:
+    mixer, s = mixer_and_streams(n_groups, length, case)
+    found = taken(mixer, s, samples=length, directions=3, seed=5)
+    assert len(found) == length
+    generator = torch.Generator().manual_seed(_mixed(5, 0))
+    shift = int(torch.randint(2, (), generator=generator))
+    draws = [torch.randint(0, 2, (3, 32), generator=generator) * 2.0 - 1 for _ in range(length // 2)]
+    expected = reference_samples(mixer, s, range(shift, length, 2), torch.stack(draws).double())
+    for field in fields(OutputSamples):
+        torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), msg=field.name)
 
 
 @pytest.mark.parametrize(("n_groups", "case"), [(1, None), (2, None), *((2, case) for case in NORMS)])
 def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int, case: str | None) -> None:
     mixer, s = mixer_and_streams(n_groups, case=case)
-    gram = sample_outputs(mixer, [s], tokens=48, directions=None).output_gram()
+    gram = taken(mixer, s, directions=None).output_gram()
     removed = torch.rand(n_groups, 16, generator=torch.Generator().manual_seed(0)) < 0.4
     states = reference_states(mixer, s)
     total = 0.0
@@ -51,7 +62,7 @@ def test_gram_is_the_exact_change_at_the_scale_of_the_whole_output(n_groups: int
 @pytest.mark.parametrize("case", [None, *NORMS])
 def test_a_share_of_one_is_the_derivative_of_the_whole_mixer(case: str | None) -> None:
     mixer, s = mixer_and_streams(case=case)
-    samples = sample_outputs(mixer, [s], tokens=48, directions=None).with_share(1.0)
+    samples = taken(mixer, s, directions=None)
     amount, direction = 1e-6, torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def output(C: Tensor) -> Tensor:
@@ -61,20 +72,20 @@ def test_a_share_of_one_is_the_derivative_of_the_whole_mixer(case: str | None) -
     change = (output(s.C * (1 + amount * direction)) - output(s.C * (1 - amount * direction))) / (2 * amount)
     weights = direction.flatten()
     expected = change.square().sum(-1).mean().item()
-    assert (weights @ samples.output_gram() @ weights).item() == pytest.approx(expected, rel=1e-6)
+    assert (weights @ samples.output_gram(1.0) @ weights).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_random_directions_estimate_the_same_gram() -> None:
     mixer, s = mixer_and_streams(length=400)
-    exact = sample_outputs(mixer, [s], tokens=800, directions=None).output_gram()
-    estimate = sample_outputs(mixer, [s], tokens=800, directions=16).output_gram()
+    exact = taken(mixer, s, directions=None).output_gram()
+    estimate = taken(mixer, s, directions=16).output_gram()
     assert (estimate - exact).norm() < 0.1 * exact.norm()
-    assert len(sample_outputs(mixer, [s], tokens=800, samples=100)) == 100
+    assert len(taken(mixer, s, samples=100)) == 100
 
 
 def test_gramians_are_those_of_the_definition() -> None:
     mixer, s = mixer_and_streams()
-    samples = sample_outputs(mixer, [s], tokens=48, directions=None)
+    samples = taken(mixer, s, directions=None)
     readouts = s.C.flatten(0, 1)
     expected = torch.einsum("tgn,tgm->gnm", readouts, readouts) / 48
     torch.testing.assert_close(samples.observability(), expected)
@@ -84,8 +95,26 @@ def test_gramians_are_those_of_the_definition() -> None:
 
 def test_split_keeps_every_sample_once() -> None:
     mixer, s = mixer_and_streams()
-    samples = sample_outputs(mixer, [s], tokens=48)
+    samples = taken(mixer, s)
     first, last = samples.split(0.25)
     assert len(last) == 12
     assert torch.equal(torch.cat([first.maps, last.maps]), samples.maps)
     assert isinstance(replace(first), OutputSamples)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_a_share_is_what_takes_that_much_off_every_map(n_groups: int) -> None:
+    mixer, s = mixer_and_streams(n_groups)
+    samples, share = taken(mixer, s, directions=5), 0.7
+    maps = samples.maps - share * samples.directions[..., None] * samples.along[:, :, None]
+    plain = replace(samples, maps=maps, along=torch.zeros_like(samples.along))
+    torch.testing.assert_close(samples.output_gram(share), plain.output_gram())
+    torch.testing.assert_close(samples.controllability(share), plain.controllability())
+    readouts = torch.randn(samples.readouts.shape, dtype=torch.float64, requires_grad=True)
+    output = torch.einsum("sgdn,sgn->sd", maps, readouts)
+    (0.5 * output.square().sum()).backward()
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        parts = {field.name: getattr(samples, field.name).to(dtype) for field in fields(OutputSamples)}
+        found, pull = OutputSamples(**parts).read(readouts.detach().to(dtype), share)
+        torch.testing.assert_close(found.double(), output.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(pull.double(), readouts.grad, rtol=tolerance, atol=tolerance)

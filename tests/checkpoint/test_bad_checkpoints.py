@@ -188,7 +188,7 @@ def test_missing_files(folder_of: FolderOf, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json"):
         ghostssm.load(str(folder))
-    with pytest.raises(ModelError, match="No model at"):
+    with pytest.raises(ModelError, match="There is no folder"):
         ghostssm.load(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="is a file"):
         ghostssm.load(str(tmp_path / "elsewhere"))

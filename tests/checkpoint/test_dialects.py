@@ -92,9 +92,9 @@ def test_what_a_dialect_does_not_hold_is_refused(folder_of: Callable[..., Path],
 
 def test_a_dialect_that_is_not_there(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint, plan = pruned_checkpoint(folder_of())
-    with pytest.raises(InputError, match="no dialect 'toy'; expected one of: transformers, mamba_ssm"):
+    with pytest.raises(InputError, match="No dialect is called 'toy'; expected one of: transformers, mamba_ssm"):
         ghostssm.save(checkpoint, plan, tmp_path / "out", dialect="toy")
-    with pytest.raises(InputError, match="no dialect 'gguf'"):
+    with pytest.raises(InputError, match="No dialect is called 'gguf'"):
         ghostssm.export_checkpoint(checkpoint, tmp_path / "out", dialect="gguf")
     assert not (tmp_path / "out").exists()
     assert dialect_named("mamba_ssm").name == "mamba_ssm"

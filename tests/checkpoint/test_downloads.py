@@ -30,7 +30,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         fetched: list[str] = []
         asked: list[str | None] = []
 
-        def snapshot_download(hub_id: str, *, allow_patterns: Sequence[str], revision: str | None = None) -> str:
+        def snapshot_download(
+            hub_id: str, *, allow_patterns: Sequence[str], local_files_only: bool, revision: str | None = None
+        ) -> str:
+            assert not local_files_only
             assert hub_id == "org/name"
             assert revision == (COMMIT if asked else None)  # later calls see what the first saw
             asked.append(revision)
@@ -41,6 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
             return str(snapshot)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr("ghostssm.checkpoint.source.hub_answers", lambda: True)
         return fetched
 
     return of

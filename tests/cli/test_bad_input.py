@@ -205,3 +205,10 @@ def test_a_prompt_that_is_not_utf8(run: Run, small: Path) -> None:
     code, _, err = run("generate", small, "--prompt", os.fsdecode(b"a\xff\xfe"))
     assert code == 2
     assert "The prompt is not UTF-8" in err
+
+
+@pytest.mark.parametrize("name", ["./nothere", "/nothere", "../not/here", "a/b/c"])
+def test_a_path_is_never_taken_for_a_hub_id(run: Run, name: str) -> None:
+    code, _, err = run("inspect", name)
+    assert code == 2
+    assert f"error: There is no folder {name!r}; " in err

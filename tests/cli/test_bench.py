@@ -25,8 +25,13 @@ def test_bench(run: Run, small: Path) -> None:
     for row in found["rows"]:
         low, high = row["speedup_range"]
         assert low <= row["speedup"] <= high
+        for kind in ("prefill", "decode"):
+            low, high = row[f"{kind}_range"]
+            assert low <= row[f"{kind}_tokens_per_second"] <= high
     code, out, _ = run("bench", small, *sizes)
     assert code == 0
+    assert out.count("±") == 2 * 6 + 1
+    assert max(map(len, out.splitlines())) <= 100
     assert "N' = 4" in out
     assert len(re.findall(r"\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", out)) == 4
     assert run("bench", small, "--batch", 0)[0] == 2
@@ -36,18 +41,19 @@ def test_rounds_are_compared_in_pairs() -> None:
     drifting = Timings(rounds=[[1.0, 9.0, 1.0], [2.0, 2.0, 2.0], [4.0, 4.0, 0.1]])
     other = Timings(rounds=[[0.5], [1.25], [1.0]])
     assert Speedup.of(drifting, other) == Speedup(2.0, 1.6, 4.0)
-    assert Speedup.of(drifting, other).decided
-    assert Speedup.of(other, drifting).decided
-    assert not Speedup.of(drifting, drifting).decided
+    assert Speedup.of(drifting, other).decided()
+    assert Speedup.of(other, drifting).decided()
+    assert not Speedup.of(drifting, drifting).decided()
 
 
 @pytest.mark.parametrize(
     ("speedups", "verdict"),
     [
-        ({1: (1.0, 0.9, 1.1), 8: (1.4, 1.3, 1.5), 32: (2.0, 1.9, 2.1)}, "at least 1.1 times faster from batch 8 on"),
+        ({1: (1.0, 0.9, 1.1), 8: (1.4, 1.3, 1.5), 32: (2.0, 1.9, 2.1)}, "at least 1.1 times as fast at batch 8, 32;"),
         ({1: (1.4, 1.3, 1.5), 8: (1.2, 0.95, 1.5)}, "undecided at batch 8,"),
-        ({1: (1.0, 0.9, 1.1), 8: (1.3, 1.0, 1.5)}, "undecided at batch 1 8,"),
-        ({1: (1.05, 1.01, 1.08), 8: (0.9, 0.8, 0.99)}, "does not pay"),
+        ({1: (1.0, 0.9, 1.1), 8: (1.3, 1.0, 1.5)}, "undecided at batch 1, 8,"),
+        ({1: (1.07, 1.05, 1.34)}, "undecided at batch 1,"),
+        ({1: (1.05, 1.01, 1.08), 8: (0.9, 0.8, 0.99)}, "less than 1.1 times as fast at batch 1, 8"),
     ],
 )
 def test_verdicts(speedups: dict[int, tuple[float, float, float]], verdict: str) -> None:

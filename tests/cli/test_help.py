@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import ghostssm
 from ghostssm.cli import completion, console
 from ghostssm.cli.main import _VERBS, app
+from ghostssm.recovery import step_names
 from ghostssm.workflows import published
 
 GROUP: Any = get_command(app)
@@ -40,7 +41,7 @@ def test_the_guide_names_every_verb_by_task() -> None:
 
 def test_the_seed_of_generate_draws_no_windows() -> None:
     text = " ".join(help_text("generate").replace("│", " ").split())
-    assert "Of the random draws" in text
+    assert "the same number gives the same text" in text
     assert "calibration" not in text
 
 
@@ -57,6 +58,8 @@ def test_help_is_readable_at_80_columns_and_plain_when_piped(verb: str) -> None:
     described = [line for line in text.splitlines() if re.match(r"│ [* ]*--[a-z-]+", line)]
     assert described
     assert all("…" not in line for line in described), "names of options are whole"
+    assert not re.search(r"<\w+>|x[<>]=|<=x", text), "types and ranges are the parser's own words"
+    assert not re.search(r"(?<![\w'])R(?![\w'])", text), "N and N' are the letters of the state size"
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -72,6 +75,7 @@ def test_examples_parse_and_fit_on_a_line(verb: str) -> None:
 
 def test_names_for_completion_are_the_registered_ones() -> None:
     assert sorted(completion.METHODS) == list(ghostssm.method_names())
+    assert step_names() == completion.STEPS
     assert ghostssm.engine_names() == completion.ENGINES
     assert published.table_names() == completion.TABLES
     assert published.published_models() == completion.PUBLISHED_MODELS
@@ -99,7 +103,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed("inspect", "m") == ["models"]
     assert completed("prune", "m", "--method", "bal") == ["balanced"]
     assert completed("compare", "m", "--methods", "ghost", "rand") == ["random"]
-    assert completed("compare", "m", "--methods", "ghost", "--st") == ["--state-size"]
+    assert completed("compare", "m", "--methods", "ghost", "--state-s") == ["--state-size"]
+    assert completed("compare", "m", "--state-dtype", "int8", "bf") == ["bfloat16"]
     assert completed("compare", "m", "--methods", "random", "ghost+") == [
         "ghost+repair",
         "ghost+refit100+repair",
@@ -126,45 +131,43 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
     assert lines[-2:] == ["reference", "light"]
 
 
-def test_plain_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    with console.progress_reporter() as progress:
-        for done in range(5):
-            progress("layers", done, 4)
-            now[0] += 3
-        for done in range(5):  # a second round says little
-            progress("layers", done, 4)
-            now[0] += 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines() == [
-        "layers 0/4",
-        "layers 2/4, about 6 s left",
-        "layers 4/4",
-        "layers 2/4, about 2 s left",
-    ]
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("prune m --method gost --output o", "No method is called 'gost'; .* Did you mean 'ghost'\\?"),
+        ("prune m --method ghost+refi100 --output o", "No recovery step is called 'refi'; .* Did you mean 'refit'\\?"),
+        ("compare m --state-size 4 --methods ghost outptu", "No method is called 'outptu'; .* 'output'\\?"),
+        ("inspect m --engine vlm", "No engine is called 'vlm'; .* Did you mean 'vllm'\\?"),
+        ("reproduce --output o --table sizes", "No table is called 'sizes'; .* Did you mean 'size'\\?"),
+        ("prune m --dialect mamba-ssm --output o", "'mamba-ssm' is not one of .* Did you mean 'mamba_ssm'\\?"),
+        ("prune m --state-size many --output o", "'--state-size': expected a whole number"),
+        ("prune m --seed -1 --output o", "--seed is -1; expected from 0 to"),
+        ("prune m", "Missing option '--output'"),
+        ("compare", "Missing argument 'MODEL'"),
+        ("prnue m", "No such command 'prnue'"),
+    ],
+)
+def test_what_is_wrong_in_a_command_line_is_told_in_one_line_before_pytorch_is_imported(
+    tmp_path: Path, arguments: str, told: str
+) -> None:
+    script = (
+        "import sys\nfrom ghostssm.cli import main\n"
+        f"sys.argv = ['ghostssm', *{arguments.split()!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules)\n    print(stop.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
+    assert re.fullmatch(rf"error: .*{told}.*\n", done.stderr)
+    assert "Value error" not in done.stderr
 
 
-def test_bars_on_a_terminal_start_anew_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    class Kept(console.RichProgress):
-        def __init__(self, *arguments: Any, **options: Any):
-            super().__init__(*arguments, **options)
-            made.append(self)
-
-    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(console, "RichProgress", Kept)
-    with console.progress_reporter() as progress:
-        progress("windows", 0, 4)
-        progress("windows", 4, 4)
-        first = made[0].tasks[0].start_time
-        assert made[0].tasks[0].finished
-        progress("windows", 0, 8)
-        task = made[0].tasks[0]
-        assert (len(made[0].tasks), task.completed, task.total, task.finished) == (1, 0, 8, False)
-        assert task.start_time >= first
+@pytest.mark.parametrize(("model", "text"), [("reference", "stdlib"), ("org/name", "wikitext2")])
+def test_the_default_text_is_that_of_the_model(model: str, text: str) -> None:
+    for rest in ([], ["--calibration", "mine.txt"]):
+        with GROUP.commands["compare"].make_context("compare", [model, "--state-size", "4", *rest]) as context:
+            assert context.params["calibration"] == (rest or [text])[-1]
+            assert context.params["text"] == text
 
 
 def test_errors_are_coloured_on_a_terminal_only(

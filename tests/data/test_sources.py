@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pyarrow
@@ -72,8 +73,19 @@ def test_missing(tmp_path: Path) -> None:
 def test_an_unreachable_hub_names_the_file_to_bring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(TextError, match=r"Bring wikitext-2-raw-v1/train-00000-of-00001\.parquet"):
+    with pytest.raises(
+        TextError, match=r"--calibration stdlib\); or bring wikitext-2-raw-v1/train-00000-of-00001\.parquet"
+    ):
         read_text("wikitext2", "calibration")
+
+
+def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    begun = time.monotonic()
+    with pytest.raises(TextError, match="which does not answer"):
+        read_text("wikitext2", "evaluation")
+    assert time.monotonic() - begun < 5
 
 
 def test_wikitext_takes_the_split_of_its_role(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,6 +95,8 @@ def test_wikitext_takes_the_split_of_its_role(monkeypatch: pytest.MonkeyPatch, t
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("ghostssm.text.sources.hub_answers", lambda: True)
     calibration, evaluation = (read_text("wikitext2", role) for role in ("calibration", "evaluation"))
     assert "train-0" in calibration.joined
     assert "test-0" in evaluation.joined

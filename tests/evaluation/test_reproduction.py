@@ -233,7 +233,7 @@ def test_results_of_other_settings_or_models_are_not_mixed(
         (["--methods", "gost"], "No method is called 'gost'"),
         (["--models", "mamba2-130m={models}/mamba2-130m", "--table", "sparsity"], "in the table sparsity"),
         (["--state-size", 17], "expected an integer from 1 to the model's N = 16"),
-        (["--table", "third"], "no table 'third'; expected one of: sparsity, size"),
+        (["--table", "third"], "No table is called 'third'; expected one of: sparsity, size"),
         (["--calibration", "nowhere.txt"], "No text at 'nowhere.txt'"),
     ],
 )

@@ -46,25 +46,44 @@ def test_every_verb(run: Run, model: Path, text_file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("model", ["bamba"], indirect=True)
-def test_comparing_takes_the_methods_that_the_family_has(run: Run, model: Path, text_file: Path) -> None:
+def test_comparing_takes_all_methods(run: Run, model: Path, text_file: Path) -> None:
     texts = ["--calibration", text_file, "--text", text_file, "--text-windows", 3]
     sizes = ["--windows", 2, "--window-length", 32, "--batch", 1]
     code, out, err = run("compare", model, "--state-size", 4, *texts, *sizes, "--json")
     assert code == 0, err
     methods = {row["method"] for row in json.loads(out)}
-    assert {"dense", "ghost", "output", "rrqr"} < methods
-    assert "balanced" not in methods
-    code, out, err = run("compare", model, "--state-size", 4, "--methods", "ghost", "balanced", *texts, *sizes)
-    assert (code, out) == (2, "")
-    assert "bamba models have no class" in err
+    assert {"dense", "ghost", "output", "rrqr", "balanced"} < methods
+
+
+@pytest.mark.parametrize("model", ["granite", "zamba2"], indirect=True)
+def test_projections_and_sizes_per_layer(run: Run, model: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--calibration", text_file, "--windows", 4, "--window-length", 32]
+    output = tmp_path / "pruned"
+    code, _, err = run(
+        "prune",
+        model,
+        "--state-size",
+        4,
+        "--method",
+        "balanced",
+        "--per-layer",
+        "--multiple",
+        2,
+        *options,
+        "--output",
+        output,
+    )
+    assert code == 0, err
+    assert run("verify", output)[0] == 0
+    code, _, err = run("evaluate", output, "--against", model, "--text", text_file, "--window-length", 32, "--json")
+    assert code == 0, err
+    assert run("generate", output, "--prompt", "line", "--max-new-tokens", 3)[0] == 0
 
 
 @pytest.mark.parametrize("model", ["granite"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "balanced"], "granitemoehybrid models have no class"),
-        (["--per-layer"], "granitemoehybrid models have no class"),
         (["--dialect", "mamba_ssm"], "mamba_ssm dialect has no granitemoehybrid models"),
     ],
 )

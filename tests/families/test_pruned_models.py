@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import ghostssm
 from ghostssm.calibration import LayerWalk
 from ghostssm.checkpoint.weights import stored_tensors
-from ghostssm.methods import stock_method_names
+from ghostssm.methods import method_names
 from ghostssm.models.families import mixers_of
-from ghostssm.models.mixer import Projection
-from ghostssm.plan.decision import Decision, Selection
-from ghostssm.workflows.compare_request import check_cells
 from tests.conftest import random_windows
 from tests.families.test_stock_models import last_hidden_states, padding, tokens
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
@@ -115,11 +111,11 @@ def test_from_bfloat16_checkpoint_to_checkpoint(case: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("case", "groups"), [("falcon_h1-norm-first", "equal"), ("nemotron_h", "pooled")])
-def test_every_method_that_keeps_the_stock_class(case: str, groups: Any) -> None:
+def test_every_method(case: str, groups: Any) -> None:
     model, windows = tiny_hybrid(case), random_windows(2, 30)
     dense = logits_of(model, windows.ids)
     calibration = ghostssm.Calibration(model, windows)
-    for method in stock_method_names():
+    for method in method_names():
         plan = calibration.plan(method, 4, groups=groups)
         assert set(plan.selections) == {mixer.name for mixer in mixers_of(model)}
         with ghostssm.pruned(model, plan) as smaller:
@@ -200,38 +196,6 @@ def test_published_names_of_nemotron_h(tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("recipe", ["balanced", "ghost+per-layer", "balanced+refit5+repair"])
-    def test_recipes_without_a_class_are_refused_before_any_work(
-        self, recipe: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model, windows = tiny_hybrid("bamba"), random_windows(8, 20)
-        calibration = ghostssm.Calibration(model, windows)
-        monkeypatch.setattr(type(model), "forward", None)
-        for work in (
-            lambda: calibration.plan(recipe, 4),
-            lambda: ghostssm.smallest_plan(model, windows, recipe, 1.0),
-            lambda: check_cells(ghostssm.CompareRequest("m", (4,), ("ghost", recipe)), "bamba", 16),
-        ):
-            with pytest.raises(ghostssm.InputError, match="bamba models have no class; expected one of the methods"):
-                work()
-
-    def test_plans_without_a_class(self) -> None:
-        model = tiny_hybrid("zamba2")
-        plan = random_plan(model, [16])
-        maps = Projection(torch.randn(2, 16, 4), torch.randn(2, 16, 4))
-        for wrong in (
-            replace(plan, decisions={name: replace(d, projection=maps) for name, d in plan.decisions.items()}),
-            replace(
-                plan,
-                per_layer=True,
-                decisions={**plan.decisions, "model.layers.0.mamba": Decision(Selection(((0, 1), (2, 3))))},
-            ),
-        ):
-            with pytest.raises(ghostssm.PlanError, match="zamba2 models have no class"):
-                ghostssm.apply_plan(model, wrong)
-            with pytest.raises(ghostssm.PlanError, match="zamba2 models have no class"), ghostssm.pruned(model, wrong):
-                pass
-
     def test_the_mamba_ssm_dialect(self, tmp_path: Path) -> None:
         checkpoint = ghostssm.load(str(saved(tiny_hybrid("granite"), tmp_path / "dense")))
         plan = random_plan(checkpoint.model, [4])

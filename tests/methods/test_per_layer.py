@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ghostssm.calibration.open_block import OpenBlock
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -71,6 +72,19 @@ def test_curves_are_what_each_layer_loses_of_the_hidden_states_after_it(
             with torch.inference_mode():
                 lost = (mixer.module(given) - output).square().sum() / after.square().sum()
             assert curve[size].item() == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_curves_measure_no_decision_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Decision] = []
+    measure = OpenBlock.changes
+
+    def counted(block: OpenBlock, decisions: Sequence[Decision]) -> list[float]:
+        measured.extend(decisions)
+        return measure(block, decisions)
+
+    monkeypatch.setattr(OpenBlock, "changes", counted)
+    Calibration(tiny_model(), random_windows(3, 60)).plan("balanced+per-layer", 8)
+    assert len({id(decision) for decision in measured}) == len(measured) > 0
 
 
 def nothing_of(model: Any) -> Plan:

@@ -16,7 +16,7 @@ from ghostssm.methods.base import Known
 from ghostssm.methods.selection import Cut
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward
-from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams
+from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams, scanned
 from ghostssm.ops.ssd import ssd_reference
 from tests.calibration.reference import mixer_and_streams, reference_maps, reference_states
 from tests.conftest import random_windows, tiny_model
@@ -98,7 +98,7 @@ def case() -> tuple[Mixer, Streams, Evidence]:
     """Two groups of four heads, and all that a method may look at but gradients."""
     mixer, s = mixer_and_streams()
     statistics = gather_statistics(mixer, [s])
-    samples = sample_outputs(mixer, [s], tokens=48, directions=None)
+    samples = sample_outputs(mixer, [(s, scanned(mixer, s))], tokens=48, directions=None)
     return mixer, s, Evidence(mixer.layout, mixer.in_proj.weight, 0, Known(statistics, samples))
 
 

@@ -7,14 +7,25 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostssm.calibration.capture import captured_input
 from ghostssm.calibration.samples import OutputSamples, joined, sample_outputs
 from ghostssm.calibration.statistics import LayerStatistics, gather_statistics
 from ghostssm.errors import NumericalError
-from ghostssm.models.forward import replaced_forward
-from ghostssm.models.mixer import Mixer, Streams, mixer_forward, mixer_streams, output_of_streams
+from ghostssm.models.forward import replaced_forward, rounded_forward
+from ghostssm.models.mixer import (
+    Mixer,
+    Streams,
+    gated_norm,
+    mixer_output,
+    mixer_streams,
+    normed_output,
+    output_of_streams,
+    scanned,
+)
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.decision import Decision
 from ghostssm.plan.surgery import change_parameters, prune_mixer
 
@@ -22,7 +33,8 @@ if TYPE_CHECKING:
     from ghostssm.calibration.walk import LayerWalk
 
 _KEPT_STREAM_BYTES = 256 << 20
-"""Bytes of streams that are kept from scoring until the hidden states are carried on; others are computed again."""
+"""Bytes of streams, and of y for as many tokens, that are kept from scoring until the hidden states are carried on;
+others are computed again."""
 
 _MEASURED_TOKENS = 8192
 """Tokens of the windows on which the effect of a decision is measured."""
@@ -80,6 +92,7 @@ class OpenBlock(_WalkedBlock):
         super().__init__(walk, index, block, walk.family.mixer(block, index))
         self.original = original
         self._kept: dict[int, Streams] = {}
+        self._scanned: dict[int, Tensor] = {}
         self._pruned: PrunedBlock | None = None
 
     def stored_mixer(self) -> Mixer:
@@ -91,14 +104,20 @@ class OpenBlock(_WalkedBlock):
     def streams(self) -> Iterator[Streams]:
         """The mixer's streams, batch by batch; as many as fit are kept for later calls."""
         self._kept.clear()
+        self._scanned.clear()
         room = _KEPT_STREAM_BYTES
         for number, hidden in enumerate(self.inputs()):
             with torch.inference_mode():
                 streams = mixer_streams(self.present_mixer, hidden)
-            room -= streams.nbytes
+            room -= streams.nbytes + streams.x.nbytes
             if room >= 0:
                 self._kept[number] = streams
             yield streams
+
+    def scanned_streams(self) -> Iterator[tuple[Streams, Tensor]]:
+        """The mixer's streams with what the recurrence gives on them, y (b, l, h, p), batch by batch; kept likewise."""
+        for number, streams in enumerate(self.streams()):
+            yield streams, self._y(number, streams)
 
     def statistics(self) -> LayerStatistics:
         """Mean energies of the mixer's channels."""
@@ -107,7 +126,7 @@ class OpenBlock(_WalkedBlock):
     def samples(self, seed: int) -> OutputSamples:
         """Samples of what the mixer's channels add to its output."""
         first, tokens = self.walk.first_window, self.walk.tokens
-        own = sample_outputs(self.present_mixer, self.streams(), tokens, seed=seed, first=first)
+        own = sample_outputs(self.present_mixer, self.scanned_streams(), tokens, seed=seed, first=first)
         return joined(self.walk.processes.gather([own]))
 
     def input_gram(self) -> Tensor:
@@ -121,15 +140,16 @@ class OpenBlock(_WalkedBlock):
         """The mean squared change of the mixer's output that each decision would make, on the first windows."""
         mixer, sums = self.present_mixer, list[tuple[list[float], int]]()  # of squares, and over how many tokens
         tokens = self.walk.first_window * self.walk.hidden.shape[1]
+        weight = mixer.out_proj.weight  # a change of its input has no bias
         with torch.inference_mode():
             for number, hidden in enumerate(self.inputs()):
                 if tokens >= _MEASURED_TOKENS:
                     break
                 streams = self._streams_of(number, hidden)
-                dense = output_of_streams(mixer, streams)
-                changed = (output_of_streams(mixer, _decided(streams, decision)) - dense for decision in decisions)
-                totals = [change.double().square().sum().item() for change in changed]
-                sums.append((totals, dense.shape[0] * dense.shape[1]))
+                dense = gated_norm(mixer.norm, self._y(number, streams), streams.z, mixer.layout.n_groups)
+                changed = (normed_output(mixer, _decided(streams, decision)).sub_(dense) for decision in decisions)
+                totals = [F.linear(change, weight).square_().sum(dtype=torch.float64).item() for change in changed]
+                sums.append((totals, hidden.shape[0] * hidden.shape[1]))
                 tokens += sums[-1][1]
         sums = self.walk.processes.gather(sums)
         measured = sum(count for _, count in sums)
@@ -143,13 +163,20 @@ class OpenBlock(_WalkedBlock):
                 for number, hidden in enumerate(self.inputs())
             ]
 
-    def advance(self) -> None:
+    def advance(self, storage: StateStorage = FLOAT32_STORAGE) -> None:
         """Replace the hidden states by the block's output.
+
+        Args:
+            storage: how the mixer keeps its state, which is rounded after every token.
 
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        self._advance(self._last_output)
+        if not storage.rounds:
+            self._advance(self._last_output)
+            return
+        forwards = [rounded_forward(storage, span.start) for span, _ in self.walk.calls(self.index, self._block)]
+        self._advance(lambda number, hidden: forwards[number](self.present_mixer, hidden))
 
     def prune(self, decision: Decision, *, keep_outputs: bool = False) -> PrunedBlock:
         """Prune the copy and give it the decision's parameters; this object is of no use afterwards.
@@ -164,7 +191,7 @@ class OpenBlock(_WalkedBlock):
         view = family.mixer(self._block, self.index)
         assert view is not None
         kept = {} if decision.changes else self._kept
-        self.mixer, self._kept = None, {}
+        self.mixer, self._kept, self._scanned = None, {}, {}
         pruned = replace(view, projection=decision.projection)
         self._pruned = PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
         return self._pruned
@@ -179,15 +206,24 @@ class OpenBlock(_WalkedBlock):
         kept = self._kept.get(number)
         return mixer_streams(self.present_mixer, hidden) if kept is None else kept
 
+    def _y(self, number: int, streams: Streams) -> Tensor:
+        """What the recurrence gives on a batch's streams; kept as long as these are."""
+        y = self._scanned.get(number)
+        if y is None:
+            with torch.inference_mode():
+                y = scanned(self.present_mixer, streams)
+            if number in self._kept:
+                self._scanned[number] = y
+        return y
+
     def _output(self, number: int, hidden: Tensor) -> Tensor:
-        kept = self._kept.get(number)
-        if kept is None:
-            return mixer_forward(self.present_mixer, hidden)
-        return output_of_streams(self.present_mixer, kept)
+        streams = self._streams_of(number, hidden)
+        return mixer_output(self.present_mixer, self._y(number, streams), streams.z)
 
     def _last_output(self, number: int, hidden: Tensor) -> Tensor:
         output = self._output(number, hidden)
         self._kept.pop(number, None)
+        self._scanned.pop(number, None)
         return output
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.models.mixer import Mixer, Streams
-from ghostssm.ops.ssd import ssd
+from ghostssm.ops.reading import read_and_pull, read_states
 from ghostssm.ops.step import at_least_float32
 
 DEFAULT_SAMPLES = 4096
 DEFAULT_DIRECTIONS = 16
+_STRETCH = 32
+"""Sampled positions whose directions are in memory at a time: few enough for a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,22 @@ class OutputSamples:
     def __len__(self) -> int:
         return self.maps.shape[0]
 
-    def with_share(self, share: float) -> OutputSamples:
-        """The same samples with the norm's derivative to this share."""
-        along = self.along * share
-        maps = self.maps - self.directions[..., None] * along[:, :, None]
-        return OutputSamples(maps, self.readouts, self.directions, self.along - along)
+    def read(self, readouts: Tensor, share: float = 0.0) -> tuple[Tensor, Tensor]:
+        """What the states add to the output where they are read with ``readouts`` (s, g, n), summed over groups (s, d);
+        and half the derivative of its square with respect to the readouts (s, g, n)."""
+        return read_and_pull(self.maps, self.directions, self.along, readouts, share)
 
-    def output_gram(self) -> Tensor:
+    def output_gram(self, share: float = 0.0) -> Tensor:
         """(g * n, g * n), float64: mean inner products of the channels' contributions.
 
         For a set R of channels, 1_R^T G 1_R is the mean squared change of the output from removing all of R, with the
         norm linearised; G is an unbiased estimate of its mean over tokens and directions.
         """
-        contributions = (self.maps * self.readouts[:, :, None]).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-        return _gram(contributions) / len(self)
+        return self._contributions.at(share) / len(self)
 
-    def controllability(self) -> Tensor:
+    def controllability(self, share: float = 0.0) -> Tensor:
         """(g, n, n), float64: the Gramian of the states, weighted by how they reach the output."""
-        return torch.stack([_gram(self.maps[:, g].flatten(0, 1)) for g in range(self.maps.shape[1])]) / len(self)
+        return torch.stack([group.at(share) for group in self._by_group]) / len(self)
 
     def observability(self) -> Tensor:
         """(g, n, n), float64: the Gramian of the readouts."""
@@ -82,8 +83,59 @@ class OutputSamples:
     def split(self, held_out: float) -> tuple[OutputSamples, OutputSamples]:
         """The samples in two parts, of which the last has this fraction."""
         count = len(self) - max(1, round(held_out * len(self)))
-        parts = (self.maps, self.readouts, self.directions, self.along)
-        return OutputSamples(*(part[:count] for part in parts)), OutputSamples(*(part[count:] for part in parts))
+        return self._rows(slice(0, count)), self._rows(slice(count, None))
+
+    def _rows(self, rows: slice) -> OutputSamples:
+        return OutputSamples(self.maps[rows], self.readouts[rows], self.directions[rows], self.along[rows])
+
+    @cached_property
+    def _contributions(self) -> _Forms:
+        return _Forms.of(self.maps, self.directions, self.along, self.readouts)
+
+    @cached_property
+    def _by_group(self) -> list[_Forms]:
+        each = (part.split(1, dim=1) for part in (self.maps, self.directions, self.along))
+        return [_Forms.of(*parts) for parts in zip(*each, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """Gram matrices of samples' maps, of what a share of 1 takes off them, and between the two, summed over samples.
+
+    So the Gram matrix for any share takes no further look at the samples.
+
+    Attributes:
+        whole, taken, between: (g * n, g * n), float64.
+    """
+
+    whole: Tensor
+    taken: Tensor
+    between: Tensor
+
+    @classmethod
+    def of(cls, maps: Tensor, directions: Tensor, along: Tensor, readouts: Tensor | None = None) -> _Forms:
+        """From what `OutputSamples` has of the groups; if ``readouts`` are given, the maps and ``along`` times these.
+
+        Summed in float64 over stretches, each in the samples' own precision.
+        """
+        (_, g, _, n), stretch = maps.shape, max(1, 4096 // maps.shape[2])
+        sums = [torch.zeros(g * n, g * n, dtype=torch.float64, device=maps.device) for _ in range(3)]
+        for first in range(0, len(maps), stretch):
+            rows = slice(first, first + stretch)
+            M, toward, off = maps[rows], directions[rows], along[rows]
+            if readouts is not None:
+                M, off = M * readouts[rows, :, None], off * readouts[rows]
+            flat = M.transpose(1, 2).reshape(-1, g * n)
+            sums[0] += (flat.T @ flat).double()
+            toward = toward.transpose(1, 2)  # (s, d, g)
+            sums[1] += torch.einsum("sgn,sge,sem->gnem", off, toward.mT @ toward, off).reshape(g * n, g * n).double()
+            onto = (M.transpose(1, 2).flatten(2).mT @ toward).unflatten(1, (g, n))  # (s, g, n, g)
+            sums[2] += torch.einsum("sgne,sem->gnem", onto, off).reshape(g * n, g * n).double()
+        return cls(*sums)
+
+    def at(self, share: float) -> Tensor:
+        """The Gram matrix for a share."""
+        return self.whole - share * (self.between + self.between.T) + share**2 * self.taken
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -96,14 +148,14 @@ def _gram(rows: Tensor) -> Tensor:
 
 def sample_outputs(
     mixer: Mixer,
-    batches: Iterable[Streams],
+    batches: Iterable[tuple[Streams, Tensor]],
     tokens: int,
     samples: int = DEFAULT_SAMPLES,
     directions: int | None = DEFAULT_DIRECTIONS,
     seed: int = 0,
     first: int = 0,
 ) -> OutputSamples:
-    """Sample a mixer whose streams arrive in batches.
+    """Sample a mixer whose streams arrive in batches, each with the y (b, l, h, p) that the recurrence gives on them.
 
     Positions are evenly spaced, shifted at random from batch to batch, so that all depths of a window are covered. What
     is drawn depends on the seed and on the number of a batch's first window.
@@ -115,15 +167,15 @@ def sample_outputs(
         first: the number of the first window.
     """
     stride = max(1, tokens // samples)
-    taken: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    taken: list[OutputSamples] = []
     with torch.inference_mode():
-        for streams in batches:
+        for streams, y in batches:
             generator = torch.Generator().manual_seed(_mixed(seed, first))
             first += len(streams.dt)
             shift = int(torch.randint(stride, (), generator=generator))
-            for position, state in states_at(mixer, streams, range(shift, streams.dt.shape[1], stride)):
-                taken.append(_sample(mixer, _at(streams, position), state, directions, generator))
-    return OutputSamples(*(torch.cat(part) for part in zip(*taken, strict=True)))
+            positions = range(shift, streams.dt.shape[1], stride)
+            taken += _sampled(mixer, streams, y, positions, directions, generator)
+        return joined(taken)
 
 
 def _mixed(seed: int, window: int) -> int:
@@ -133,49 +185,59 @@ def _mixed(seed: int, window: int) -> int:
 
 def joined(parts: Sequence[OutputSamples]) -> OutputSamples:
     """All samples in one."""
+    if len(parts) == 1:
+        return parts[0]
     return OutputSamples(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(OutputSamples)))
 
 
-def states_at(mixer: Mixer, s: Streams, positions: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-    """The state (b, h, p, n) right after each of some ascending positions, from a state of zeros."""
-    state, done = None, 0
-    for position in positions:
-        span = slice(done, position + 1)
-        _, state = ssd(s.x[:, span], s.dt[:, span], mixer.A, s.B[:, span], s.C[:, span], None, state)
-        done = position + 1
-        yield position, state
+def _sampled(
+    mixer: Mixer, s: Streams, y: Tensor, positions: range, directions: int | None, generator: torch.Generator
+) -> Iterator[OutputSamples]:
+    """Samples at some positions of a batch, stretch by stretch."""
+    state, done, weight = None, 0, at_least_float32(mixer.out_proj.weight)
+    if mixer.norm is not None:
+        weight = weight * at_least_float32(mixer.norm.weight)
+    for first in range(0, len(positions), _STRETCH):
+        at = positions[first : first + _STRETCH]
+        toward, u = _directions(mixer, weight, y[:, at], s.z[:, at], directions, generator)
+        span = slice(done, at[-1] + 1)
+        here = range(at[0] - done, span.stop - done, positions.step)
+        reads, state = read_states(s.x[:, span], s.dt[:, span], mixer.A, s.B[:, span], u, here, state)
+        done = span.stop
+        maps, along = reads[..., :-1, :], reads[..., -1, :]
+        # One position after the other, all windows of each together.
+        yield OutputSamples(*(part.transpose(0, 1).flatten(0, 1) for part in (maps, s.C[:, at], toward, along)))
 
 
-def _at(s: Streams, position: int) -> Streams:
-    return Streams(s.x[:, position], s.B[:, position], s.C[:, position], s.dt[:, position], s.z[:, position])
+def _directions(
+    mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor, directions: int | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The maps of states at some positions, from y (b, s, h, p) and z (b, s, h * p) there.
 
+    Args:
+        weight: (hidden_size, h * p), what makes the output of a vector that was gated and divided by its rms.
 
-def _sample(
-    mixer: Mixer, s: Streams, state: Tensor, directions: int | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `OutputSamples` has of one token, for a batch; the streams hold that token only."""
-    b, _, _, n = state.shape
-    g = s.C.shape[1]
-    grouped = state.reshape(b, g, -1, n)
-    y = (grouped @ s.C[..., None])[..., 0] + (at_least_float32(mixer.D)[:, None] * s.x).view(b, g, -1)
-    gate = F.silu(at_least_float32(s.z)).view(b, g, -1)
-    norm = mixer.norm
-    gate_first = norm is None or norm.gate_first
-    weight = at_least_float32(mixer.out_proj.weight)
-    if norm is not None:
-        weight = weight * at_least_float32(norm.weight)
+    Returns:
+        `OutputSamples.directions`, (b, s, g, d), and u (b, s, h, d + 1, p), which makes of states the maps and, by the
+        last of the directions, ``along``.
+    """
+    (b, s, h, p), norm = y.shape, mixer.norm
+    g = mixer.layout.n_groups
     if directions is not None:
-        signs = torch.randint(0, 2, (directions, len(weight)), generator=generator).to(weight) * 2 - 1
-        weight = signs @ weight / math.sqrt(directions)
-    by_group = weight.view(len(weight), g, -1).transpose(0, 1)  # (g, d, k * p)
-    if not gate_first:
-        by_group = by_group * gate[:, :, None]  # (b, g, d, k * p)
-    factor = gate if gate_first else torch.ones_like(gate)
-    if norm is None:
-        along = grouped.new_zeros(b, g, n)
-        normed = y * factor
-    else:
-        factor = factor * torch.rsqrt((y * factor).square().mean(-1, keepdim=True) + norm.eps)
-        normed = y * factor
-        along = ((normed * factor)[:, :, None] @ grouped)[:, :, 0] / normed.shape[-1]
-    return (by_group * factor[:, :, None]) @ grouped, s.C, (by_group @ normed[..., None])[..., 0], along
+        drawn = torch.randint(0, 2, (s * directions, len(weight)), generator=generator, dtype=weight.dtype)
+        weight = drawn.mul_(2).sub_(1).to(weight.device) @ weight / math.sqrt(directions)
+    weight = weight.view(1 if directions is None else s, -1, h, p)  # of every position, or of all: (., d, h, p)
+    gate = F.silu(at_least_float32(z)).view(y.shape)
+    before = gate if norm is None or norm.gate_first else torch.ones_like(gate)
+    rms = y.new_ones(b, s, g, 1, 1)
+    if norm is not None:
+        square = (y * before).square().unflatten(2, (g, -1)).mean((-1, -2), keepdim=True)
+        rms = torch.rsqrt(square + norm.eps)
+    rms = rms.expand(b, s, g, h // g, 1).reshape(b, s, h, 1)
+    factor = gate * rms
+    u = y.new_empty(b, s, h, weight.shape[1] + 1, p)
+    torch.mul(weight.transpose(1, 2), factor[:, :, :, None], out=u[:, :, :, :-1])
+    torch.mul(y * before * rms, 0 if norm is None else before * rms / (h // g * p), out=u[:, :, :, -1])
+    normed = (y * factor).view(b, s, g, -1)
+    toward = weight.unflatten(2, (g, -1)).transpose(1, 2).flatten(3) @ normed.permute(1, 2, 3, 0)  # (s, g, d, b)
+    return toward.permute(3, 0, 1, 2), u

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from ghostssm.checkpoint.headers import Facts, facts_from_files
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
@@ -18,6 +20,10 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.plan.measurement import Measurement
+from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Pruning:
     measured: Measurement | None
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
@@ -99,22 +105,44 @@ def describe(spec: str) -> Description:
     """Describe a model; arguments and errors as `ghostssm.load` has them."""
     source = find_source(spec, weights=False)
     config = model_config(source)
-    model = empty_model(config)
-    if _settled_by_files(source, model):
-        model = empty_model(model.config)
-    family, mixers = family_of(config), mixers_of(model)
+    facts = facts_from_files(source, config, family_of(config))
+    if facts is None:
+        return described(_built(source, config), spec, source)
+    return _description(config, facts, spec, source)
+
+
+def described(model: PreTrainedModel, name: str, source: Source) -> Description:
+    """Describe a model in memory, with its weights or without."""
+    return _description(model.config, _facts_of(model), name, source)
+
+
+def _description(config: PreTrainedConfig, facts: Facts, name: str, source: Source) -> Description:
+    family = family_of(config)
     return Description(
-        name=spec,
+        name=name,
         dialect=source.dialect,
         family=family.model_type,
         layout=family.layout(config),
-        state_sizes=tuple(mixer.state_size for mixer in mixers),
         vocab_size=config.vocab_size,
+        config=config,
+        pruning=_pruning(source.folder, len(facts.state_sizes)),
+        **vars(facts),
+    )
+
+
+def _built(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, without memory; takes seconds."""
+    model = empty_model(config)
+    return empty_model(model.config) if _settled_by_files(source, model) else model
+
+
+def _facts_of(model: PreTrainedModel) -> Facts:
+    mixers = mixers_of(model)
+    return Facts(
+        state_sizes=tuple(mixer.state_size for mixer in mixers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied_head=has_tied_head(model),
-        config=config,
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
-        pruning=_pruning(source.folder, len(mixers)),
     )
 
 

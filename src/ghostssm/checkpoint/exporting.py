@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
 from ghostssm.checkpoint.dialects import dialect_named
+from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Manifest
@@ -27,7 +30,7 @@ from ghostssm.units import text_name
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | PreTrainedModel,
     output: Path | str | OutputFolder,
     *,
     dialect: str = "transformers",
@@ -41,7 +44,7 @@ def export_checkpoint(
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
 
     Args:
-        untie: as `ghostssm.save` has it.
+        checkpoint, untie: as `ghostssm.save` has them.
 
     Raises:
         InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.
@@ -50,6 +53,7 @@ def export_checkpoint(
         StorageError: writing failed, for example on a full disk; nothing is left behind.
         NumericalError: as `ghostssm.save`, which see for PrecisionWarning too.
     """
+    checkpoint = in_memory(checkpoint)
     if not dialect_named(dialect).holds_own_class:
         require_stock(checkpoint, f"The {dialect} dialect")
     saving.check_dialect(dialect, checkpoint.model.config.model_type, needs_own_class=False, untie=untie)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
 from ghostssm.checkpoint.naming import places_of_parameters
@@ -16,6 +16,9 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import tied_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED = 3
 # Names in older configs, to those that transformers gives the same values now.
@@ -85,9 +88,13 @@ class LeftOut:
 def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
     """What a source holds and a folder that was written from it does not; both are compared as files.
 
+    A model that came without files has nothing that is not in memory.
+
     Args:
         model: as it was written.
     """
+    if not source.has_files:
+        return LeftOut()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dialect = dialect_named(dialect_of(config, folder))
     counts = family_of(model.config).unread_layers_keys[:1]
@@ -118,7 +125,11 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    return (
+        ()
+        if not source.has_files
+        else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
+    )
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:

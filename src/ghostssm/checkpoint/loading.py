@@ -5,16 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.dialects import dialect_named
@@ -25,8 +20,13 @@ from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
-from ghostssm.models.families import family_named, mixers_of
+from ghostssm.models.families import check_model, family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
+from ghostssm.progress import stage
+from ghostssm.values import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED_FAULTS = 8
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -36,16 +36,41 @@ _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Checkpoint:
-    """A loaded model with the tokenizer and the files that it came from.
+    """A model in memory with its tokenizer, and the files that it came from.
 
-    The tokenizer is None where the folder has none; `require_tokenizer` then says what to do.
+    Attributes:
+        model: of transformers.
+        tokenizer: None where there is none; `require_tokenizer` then says what to do.
+        source: where its files are; of a model that came without, `Source.in_memory`.
+
+    Raises:
+        InputError: something else in place of model or tokenizer.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: Source
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, source: Source | None = None
+    ):
+        check_model(model)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise InputError(
+                f"Found {short(tokenizer)} in place of a tokenizer; expected one of transformers: "
+                "ghostssm.Checkpoint(model, AutoTokenizer.from_pretrained(...))."
+            )
+        for name, value in (("model", model), ("tokenizer", tokenizer)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "source", source or Source.in_memory(model.config))
+
+    def __repr__(self) -> str:
+        model, tokenizer = self.model, "a" if self.tokenizer is not None else "no"
+        dtype = str(model.dtype).removeprefix("torch.")
+        size = f"{model.num_parameters():,} parameters, {dtype} on {model.device}"
+        return f"<Checkpoint {self.source.name!r}: {model.config.model_type}, {size}, with {tokenizer} tokenizer>"
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         return required(self.tokenizer, self.source)
@@ -73,12 +98,13 @@ def load(
     check_device(device)
     source = find_source(spec)
     config = model_config(source)
-    stored = checked_tensors(source, config)
-    with quiet_transformers():
-        model = _build(source, config, stored, dtype or stored_dtype(stored))
-    if dtype is None:
-        tell_narrowed(model, stored, source)
-    check_finite(model.state_dict(), source, stored)
+    with stage(f"loading {spec}"):
+        stored = checked_tensors(source, config)
+        with quiet_transformers():
+            model = _build(source, config, stored, dtype or stored_dtype(stored))
+        if dtype is None:
+            tell_narrowed(model, stored, source)
+        check_finite(model.state_dict(), source, stored)
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
@@ -163,6 +189,8 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
         ModelError: transformers can't build it, it has more modules than ``most_modules``, no Mamba-2 layer, or one of
             a kind that ghostssm does not know.
     """
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.source import is_hub_id
@@ -26,6 +25,10 @@ from ghostssm.files.reading import confined, read_json_object
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
+from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST_FILE = "ghostssm.json"
 PAGE_FILE = "report.html"
@@ -156,8 +159,8 @@ class FileRecord:
         return cls(_typed(values.get("sha256"), str) or _NO_HASH, _typed(values.get("bytes"), int) or 0)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Value):
     """What ghostssm.json says; what it does not say, or not as this version knows it, is None or empty.
 
     Attributes:

@@ -21,6 +21,7 @@ from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
+from ghostssm.progress import stage
 from ghostssm.units import bytes_text
 
 
@@ -33,7 +34,12 @@ def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, un
         OutputError: the folder can't be written, or its disk has no room for the weights.
         StorageError: writing failed.
     """
-    with folder, storing(folder.path), saving.untied_head(checkpoint.model, untie) as untied:
+    with (
+        stage(f"trying whether {folder.path} can be written"),
+        folder,
+        storing(folder.path),
+        saving.untied_head(checkpoint.model, untie) as untied,
+    ):
         check_room(folder.partial, folder.path, stored_bytes(checkpoint))
         rehearse_side_files(folder.partial, checkpoint, dialect, untied)
 

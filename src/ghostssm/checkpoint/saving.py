@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.card import Base, model_card, write_card
 from ghostssm.checkpoint.dialects import dialect_named
+from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
 from ghostssm.checkpoint.manifest import Manifest
@@ -29,10 +29,15 @@ from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
+from ghostssm.progress import stage
+from ghostssm.values import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def save(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | PreTrainedModel,
     plan: Plan,
     output: Path | str | OutputFolder,
     *,
@@ -42,13 +47,14 @@ def save(
     measured: Measurement | None = None,
     request: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint whose model a plan was applied to.
+    """Write a checkpoint whose model a plan was applied to: ``ghostssm.save(model, plan, "smaller")``.
 
     The folder gets the weights and config in the chosen dialect, the tokenizer and generation config, the base model's
     licence files, the plan (``plan.json``, ``plan.tensors``), a model card
     (``README.md``), and ``ghostssm.json``, which says what produced it all and what `ghostssm.verify` checks.
 
     Args:
+        checkpoint: or its model alone, which has no tokenizer to be written; ``Checkpoint(model, tokenizer)`` has.
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no
             tied heads. measured: goes into the card and the manifest. request: what was asked for, in JSON values that
             name no place on this machine; goes into the manifest.
@@ -63,14 +69,17 @@ def save(
             PrecisionWarning.
         IncompleteError: the folder is written, but without something that belongs beside the weights; says what.
     """
+    checkpoint = in_memory(checkpoint)
+    if not isinstance(plan, Plan):
+        raise InputError(f"Found {short(plan)} in place of a plan; expected ghostssm.save(model, plan, folder).")
     check_dialect(dialect, plan.model_type, plan.needs_own_class, untie)
     _check_applied(checkpoint.model, plan)
     folder = output if isinstance(output, OutputFolder) else OutputFolder(output, overwrite)
-    with folder, storing(folder.path):
+    with stage(f"writing {folder.path}"), folder, storing(folder.path):
         files = SideFiles(folder.partial, fatal=NumericalError)
         with untied_head(checkpoint.model, untie) as untied:
             write_model(checkpoint, folder.partial, dialect)
-            fingerprint = checkpoint.source.fingerprint()
+            fingerprint = checkpoint.source.fingerprint() if checkpoint.source.has_files else None
             write_beside_weights(files, checkpoint, plan, dialect, measured, fingerprint, untied, request=request)
         folder.commit()
     files.raise_missing(folder.path)
@@ -83,7 +92,7 @@ def write_beside_weights(
     plan: Plan,
     dialect: str,
     measured: Measurement | None,
-    fingerprint: str,
+    fingerprint: str | None,
     untied: bool,
     *,
     request: Mapping[str, Any] | None = None,
@@ -92,7 +101,8 @@ def write_beside_weights(
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
-        fingerprint: of the base model. untied: whether the config's head is tied no more. request: as `save`.
+        fingerprint: of the base model's files, if it has any. untied: whether the config's head is tied no more.
+        request: as `save`.
         rehearsal: there are no weights in the folder; what needs them is left out.
 
     Raises:

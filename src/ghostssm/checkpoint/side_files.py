@@ -84,10 +84,18 @@ class SideFiles:
 def carry_over(checkpoint: Checkpoint | StreamedCheckpoint, files: SideFiles) -> None:
     """Write what belongs to a model beside its weights, as the base model has it."""
     source, tokenizer = checkpoint.source, checkpoint.tokenizer
-    files.write("the generation config", lambda place: _copy(source.folder, [GENERATION_CONFIG_NAME], place))
+    files.write("the generation config", lambda place: _write_generation_config(checkpoint, place))
     if tokenizer is not None:
         files.write("the tokenizer", lambda place: _write_tokenizer(checkpoint, tokenizer, place))
     files.write("the licence", lambda place: _copy(source.folder, _LICENCE_FILES, place))
+
+
+def _write_generation_config(checkpoint: Checkpoint | StreamedCheckpoint, place: Path) -> None:
+    """As the base model's files have it; of a model that came without files, its own."""
+    _copy(checkpoint.source.folder, [GENERATION_CONFIG_NAME], place)
+    own = checkpoint.model.generation_config
+    if own is not None and not checkpoint.source.has_files:
+        own.save_pretrained(place)
 
 
 def copy_file(file: Path, place: Path) -> None:

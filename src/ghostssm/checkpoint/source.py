@@ -7,17 +7,24 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ghostssm.checkpoint.dialects import dialect_of
 from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.network import hub_answers
+from ghostssm.progress import stage
+from ghostssm.values import Value
 
 REFERENCE = "reference"
+_NOWHERE = Path(os.devnull)
 _HUB_CACHE_ENTRY = "models--"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,13 +36,13 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 _MOST_SMALL_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, repr=False)
+class Source(Value):
     """A model's files, found but not yet read.
 
     Attributes:
         name: what the user called it.
-        folder: where its files are.
+        folder: where its files are; of a model in memory a place where there are none.
         config: the parsed config.json.
         dialect: the name of its config.json's.
         hub_id: its name on the hub, if it came from there.
@@ -49,10 +56,24 @@ class Source:
     hub_id: str | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def in_memory(cls, config: PreTrainedConfig) -> Source:
+        """Of a model that is at hand without its files: all that is known of these is a name, if the config has one.
+
+        What lies at that name now need not be what the model was made from.
+        """
+        name = getattr(config, "name_or_path", None) or config.model_type
+        hub_id = name if is_hub_id(name) and not Path(name).exists() else None
+        return cls(hub_id or Path(name).name, _NOWHERE, config.to_diff_dict(), "transformers", hub_id)
+
+    @property
+    def has_files(self) -> bool:
+        return self.folder != _NOWHERE
+
     @property
     def published_name(self) -> str:
         """What others may know it by: its id on the hub or its folder's name, never where it lies on this machine."""
-        if self.name == REFERENCE or self.hub_id:
+        if self.name == REFERENCE or self.hub_id or not self.has_files:
             return self.hub_id or self.name
         folder = Path(os.path.abspath(self.folder))
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith(_HUB_CACHE_ENTRY):
@@ -101,8 +122,12 @@ def find_source(spec: str, weights: bool = True) -> Source:
         folder = Path(spec)
     elif Path(spec).exists():
         raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
+    elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise ModelError(f"There is no folder {spec!r}; expected one with config.json and the weights in it.")
     elif is_hub_id(spec):
-        folder, hub_id = _download(spec, weights), spec
+        hub_id = spec
+        with stage(f"fetching {spec} from the hub"):
+            folder = _download(spec, weights)
     else:
         raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
@@ -144,23 +169,26 @@ def _download(hub_id: str, weights: bool) -> Path:
     """A snapshot of a model in the hub's cache; of its weights, the files that are read and no second copy of them."""
     from huggingface_hub import snapshot_download
 
+    local = not hub_answers()
+    fetch = partial(snapshot_download, hub_id, local_files_only=local)
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_SMALL_FILES))
+        folder = Path(fetch(allow_patterns=_SMALL_FILES))
         commit = folder.name if _COMMIT.fullmatch(folder.name) else None  # a repository may change meanwhile
         for stem, suffix in FORMATS if weights else ():
             whole, index = f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-            snapshot_download(hub_id, revision=commit, allow_patterns=[whole])
+            fetch(revision=commit, allow_patterns=[whole])
             if (folder / whole).exists():
                 break
             if index.exists():
                 shards = sorted(set(shard_places(index, suffix).values()))
-                snapshot_download(hub_id, revision=commit, allow_patterns=shards)
+                fetch(revision=commit, allow_patterns=shards)
                 break
     except ModelError:
         raise
     except Exception as error:  # the hub client's faults share no base class
+        why = "does not answer" if local else f"could not be read ({type(error).__name__})"
         raise ModelError(
-            f"{hub_id} is no local folder and could not be fetched from the hub ({type(error).__name__}). "
+            f"{hub_id} is no local folder, and the hub {why}. "
             "Check the name, or bring config.json, the weights (*.safetensors or pytorch_model.bin) and tokenizer.json "
             "into a folder and name that."
         ) from error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.weights import StoredTensor
 from ghostssm.models.transformers_private import tied_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def with_values_of_their_own(

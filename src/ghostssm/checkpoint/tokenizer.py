@@ -27,6 +27,7 @@ from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_sour
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
 from ghostssm.models.transformers_private import quiet_transformers
+from ghostssm.network import hub_answers
 
 _FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
@@ -48,6 +49,11 @@ _SAMPLE = (
 
 def required(tokenizer: PreTrainedTokenizerBase | None, source: Source) -> PreTrainedTokenizerBase:
     """A tokenizer that must be there; raises ModelError if it is not."""
+    if tokenizer is None and not source.has_files:
+        raise ModelError(
+            "The model came without a tokenizer, which text needs; give one along: "
+            "ghostssm.Checkpoint(model, AutoTokenizer.from_pretrained(...)), or tokenizer=... where that is taken."
+        )
     if tokenizer is None:
         raise ModelError(
             f"{source.folder} holds no tokenizer, which text needs; expected tokenizer.json. "
@@ -113,7 +119,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", *_FILES]))
+        wanted, local = ["config.json", *_FILES], not hub_answers()
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=local))
     except Exception as error:  # the hub client's faults share no base class
         raise ModelError(
             f"The tokenizer {hub_id!r} is no local folder and could not be fetched from the hub "

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.dialects import Dialect, dialect_named
 from ghostssm.checkpoint.loading import model_config, stored_dtype
@@ -20,6 +20,9 @@ from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors
 from ghostssm.files import durable
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import left_in_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHARD_BYTES = 1 << 30
 """Of tensors that are copied together: about what a block has where models are streamed."""
@@ -47,7 +50,7 @@ def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredT
     fit no engine, so none of the layers is carried over then.
     """
     patterns = left_in_files(model)
-    if not dialect_named(source.dialect).keeps_unread or not patterns:
+    if not source.has_files or not dialect_named(source.dialect).keeps_unread or not patterns:
         return {}
     stored = stored_tensors(source.folder)
     unread = unread_names(model, {name: name for name in stored})

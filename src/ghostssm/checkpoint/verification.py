@@ -20,6 +20,7 @@ from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Selection
 from ghostssm.plan.plan import Plan
+from ghostssm.values import Value
 
 _CARD = "README.md"
 # What loaders read, so that a file more is not the same checkpoint.
@@ -44,8 +45,8 @@ class Check:
     found: str
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Value):
     """What was checked of a folder, and what is worth knowing but no fault."""
 
     folder: str

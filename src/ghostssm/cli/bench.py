@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ghostssm.cli import arguments
-from ghostssm.cli.console import bytes_text, note, print_json, print_table, progress_reporter
+from ghostssm.cli.console import bytes_text, note, print_json, print_table, print_text, progress_reporter
 from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
-    from ghostssm.evaluation.speed import Speedup
-    from ghostssm.workflows.bench import BenchRow
+    from ghostssm.evaluation.speed import Rate, Speedup
+    from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
@@ -22,63 +22,97 @@ _WORTH_IT = 1.1
 def bench(
     model: arguments.Model,
     state_size: Annotated[
-        list[int], typer.Option("--state-size", metavar="R ...", help="State sizes to measure beside the model's own.")
+        list[int],
+        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to measure beside the model's own N."),
     ] = [64, 32],  # noqa: B006  (read only)
-    batch: Annotated[list[int], typer.Option("--batch", metavar="B ...", help="Batch sizes.")] = [1, 8, 32],  # noqa: B006
+    batch: Annotated[
+        list[int],
+        typer.Option("--batch", metavar="SIZE ...", callback=arguments.at_least(1), help="Sequences at a time."),
+    ] = [1, 8, 32],  # noqa: B006
     prompt_length: Annotated[
-        int, typer.Option("--prompt-length", min=1, help="Tokens per sequence to prefill.", metavar="N")
+        int,
+        typer.Option(
+            "--prompt-length",
+            callback=arguments.at_least(1),
+            help="Tokens per sequence to prefill.",
+            metavar="TOKENS",
+        ),
     ] = 128,
+    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
+    state_rounding: arguments.StateRounding = "nearest",
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure prefill and decode at several state sizes, beside what bandwidth and arithmetic predict.
+    """Measure on this machine how fast a model reads a prompt (prefill) and writes (decode) at several state sizes.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
     """
     given = locals()
-    from ghostssm.workflows.bench import BenchRequest
+    from ghostssm.workflows.bench import ROUNDS, BenchRequest
     from ghostssm.workflows.bench import bench as carry_out
 
-    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch, state_dtypes=state_dtype)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
         print_json(outcome.as_json())
         return
-    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s", "predicted"]
-    headers += ["times dense", "predicted", "peak memory"]
-    print_table(headers, [_cells(row, row.state_size == outcome.state_size) for row in outcome.rows], text_columns=0)
-    note(f"bandwidth {outcome.machine.bandwidth / 1e9:.1f} GB/s, weights and state in float32")
-    for size in dict.fromkeys(row.state_size for row in outcome.rows):
-        if size != outcome.state_size:
-            print(f"N' = {size} {_verdict({row.batch: row.speedup for row in outcome.rows if row.state_size == size})}")
+    headers = ["batch", "N'", "dtype", "state", "prefill tok/s", "decode tok/s", "times dense"]
+    headers += ["times predicted", "peak memory"]
+    print_table(headers, [_cells(row, _is_dense(row, outcome)) for row in outcome.rows], text_columns=0)
+    bandwidth = f"{outcome.machine.bandwidth / 1e9:.1f} GB/s"
+    print_text(
+        f"±, and in brackets: the range over {ROUNDS} rounds. Dense: N' = {outcome.state_size} in float32. Predicted: "
+        f"from {bandwidth} of this machine. Weights are in float32."
+    )
+    others: dict[tuple[int, str], dict[int, Speedup]] = {}
+    for row in outcome.rows:
+        if not _is_dense(row, outcome):
+            others.setdefault((row.state_size, row.state_dtype), {})[row.batch] = row.speedup
+    for (size, dtype), speedups in others.items():
+        print_text(f"N' = {size}{'' if dtype == 'float32' else f' in {dtype}'}: {_verdict(speedups)}.")
+
+
+def _is_dense(row: BenchRow, outcome: BenchOutcome) -> bool:
+    return row.state_size == outcome.state_size and row.state_dtype == "float32"
 
 
 def _cells(row: BenchRow, is_dense: bool) -> list[str]:
-    spread = "" if is_dense else f" ({row.speedup.low:.2f} to {row.speedup.high:.2f})"
+    speedup = row.speedup
+    times = f"{speedup.median:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
     return [
         str(row.batch),
         str(row.state_size),
+        row.state_dtype,
         bytes_text(row.state_bytes),
-        f"{row.prefill_tokens_per_second:,.0f}",
-        f"{row.decode_tokens_per_second:,.0f}",
-        f"{row.predicted_tokens_per_second:,.0f}",
-        f"{row.speedup.median:.2f}{spread}",
-        f"{row.predicted_speedup:.2f}",
+        _rate(row.prefill),
+        _rate(row.decode),
+        "" if is_dense else times,
+        "" if is_dense else f"{row.predicted_speedup:.2f}",
         bytes_text(row.peak_memory_bytes),
     ]
 
 
+def _rate(rate: Rate) -> str:
+    """With half of the range as a share of it."""
+    return f"{rate.median:,.0f} ±{(rate.high - rate.low) / 2 / rate.median:.0%}"
+
+
 def _verdict(speedups: Mapping[int, Speedup]) -> str:
-    """What to make of the measured speedups of one state size, by batch size."""
-    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided]
-    paying = [batch for batch, speedup in speedups.items() if speedup.decided and speedup.median >= _WORTH_IT]
-    if paying and min(paying) > max(undecided, default=0):
-        return f"decodes at least {_WORTH_IT} times faster from batch {min(paying)} on"
+    """What to make of the measured speedups of one state size, by batch size; only what the rounds agree on."""
+    undecided = [batch for batch, speedup in speedups.items() if not speedup.decided(_WORTH_IT)]
+    faster = [batch for batch, speedup in speedups.items() if speedup.low > _WORTH_IT]
+    told = []
+    if faster:
+        told.append(f"decodes at least {_WORTH_IT} times as fast at batch {_listed(faster)}")
     if undecided:
-        return (
-            f"is undecided at batch {' '.join(map(str, undecided))}, where the rounds disagree; measure again on a "
-            "quieter machine, or at larger batches"
-        )
-    return "does not pay at these batch sizes: the weights are the traffic, not the state"
+        told.append(f"undecided at batch {_listed(undecided)}, where the range has {_WORTH_IT} in it")
+    if len(faster) + len(undecided) < len(speedups):
+        others = [batch for batch in speedups if batch not in (*faster, *undecided)]
+        told.append(f"less than {_WORTH_IT} times as fast at batch {_listed(others)}")
+    return "; ".join(told)
+
+
+def _listed(batches: Sequence[int]) -> str:
+    return ", ".join(map(str, batches))

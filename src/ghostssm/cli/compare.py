@@ -20,42 +20,57 @@ def compare(
         list[str] | None,
         typer.Option(
             "--methods",
-            metavar="NAME ...",
-            help="Methods to compare, each with its repairs: ghost, output+repair, output+refit60+repair, "
-            "balanced+per-layer ... All methods that the model's family has, without repairs, if not given.",
+            metavar="RECIPE ...",
+            help="Methods or recipes to compare, such as ghost, output+repair or balanced+per-layer. A recipe is a "
+            "method with recovery steps. If not given: all methods that the model can take, without steps.",
+            callback=arguments.recipes_known,
             autocompletion=completion.methods,
         ),
     ] = None,
-    calibration: arguments.CalibrationText = "wikitext2",
-    text: arguments.EvaluationText = "wikitext2",
+    calibration: arguments.CalibrationText = "",
+    text: arguments.EvaluationText = "",
     windows: arguments.CalibrationWindows = 128,
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
     batch: Annotated[
-        list[int], typer.Option("--batch", metavar="B ...", min=1, help="Batch sizes at which to measure decoding.")
+        list[int],
+        typer.Option(
+            "--batch", metavar="SIZE ...", callback=arguments.at_least(1), help="Batch sizes to measure decoding at."
+        ),
     ] = [1, 32],  # noqa: B006  (read only)
     groups: arguments.Groups = "equal",
+    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
+    state_rounding: arguments.StateRounding = "nearest",
     seed: arguments.Seed = 42,
     report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE", help="Also write the comparison as an HTML page.")
+        str | None,
+        typer.Option("--report", metavar="FILE", help="Also write an HTML page; pip install 'ghostssm[report]' first."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Prune by several methods to several sizes and print one table; only a report is written, on demand.
+    """Prune by several methods to several state sizes, in memory, and print one table of loss, state and speed.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-size 64 --calibration a.txt --text b.txt
+    ghostssm compare MODEL --state-size 64 32 --state-dtype float32 int8 --calibration a.txt --text b.txt
     """
     given = locals()
     import ghostssm
     from ghostssm.workflows.comparison import comparison_cells
 
     arguments.check_separated("--methods", methods)
+    arguments.check_separated("--state-dtype", state_dtype)
     page = page_to_write(report, overwrite)
-    request = requested(ghostssm.CompareRequest, given, state_sizes=state_size, batches=batch, report=page is not None)
+    request = requested(
+        ghostssm.CompareRequest,
+        given,
+        state_sizes=state_size,
+        batches=batch,
+        report=page is not None,
+        state_dtypes=state_dtype,
+    )
     with progress_reporter() as progress:
         result = ghostssm.compare(request, progress=progress, notify=note)
     if page is not None:
@@ -68,5 +83,7 @@ def compare(
         print_json([dataclasses.asdict(row) for row in result.rows])
         return
     print_table(*comparison_cells(result.rows))
+    if batch:
+        note("tok/s: measured once per state size and model class; ± is half of the range over the rounds")
     if any(row.stored_state_size != row.state_size for row in result.rows):
         note("(in brackets: the state size stored, padded to the widest group and layer, or whole)")

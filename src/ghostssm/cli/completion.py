@@ -1,9 +1,16 @@
-"""What the shell offers for a half-typed value. Names are written out here, because the registries import PyTorch."""
+"""What the shell offers for a half-typed value, and which names there are.
+
+Names are written out here, because the registries import PyTorch. Only where these are imported can there be others.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from ghostssm.errors import unknown_name
 
 METHODS = (
     *("output", "balanced", "ghost", "output-single", "rrqr", "product", "controllability", "observability"),
@@ -13,8 +20,12 @@ ENGINES = (
     *("transformers-cpu", "transformers-cuda", "mamba_ssm", "vllm", "sglang", "llama.cpp-cpu", "llama.cpp-cuda"),
     *("llama.cpp-vulkan", "llama.cpp-sycl", "llama.cpp-opencl", "llama.cpp-metal", "mlx-lm"),
 )
+STATE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")
 TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
+REFERENCE = "reference"
+STEPS = ("refit", "repair")
+_PER_LAYER = "per-layer"
 _REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 Completer = Callable[[str], list[str]]
@@ -24,8 +35,35 @@ def _starting(names: Iterable[str], incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def check_recipe(text: str) -> None:
+    """Raise InputError for a recipe with a method or a step that can't be known."""
+    method, *parts = text.split("+")
+    _check("method", method, METHODS)
+    for part in parts:
+        _check("recovery step", re.sub(r"\d+$", "", part), (*STEPS, _PER_LAYER))
+
+
+def check_engine(name: str) -> None:
+    """Raise InputError for an unknown engine."""
+    _check("engine", name, ENGINES)
+
+
+def check_table(name: str) -> None:
+    """Raise InputError for an unknown table."""
+    _check("table", name, TABLES)
+
+
+def _check(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known and "ghostssm.methods" not in sys.modules:  # else the registries have all names, and check
+        raise unknown_name(what, name, known)
+
+
 def engines(incomplete: str) -> list[str]:
     return _starting(ENGINES, incomplete)
+
+
+def state_dtypes(incomplete: str) -> list[str]:
+    return _starting(STATE_DTYPES, incomplete)
 
 
 def tables(incomplete: str) -> list[str]:
@@ -45,7 +83,7 @@ def methods(incomplete: str) -> list[str]:
 def models(incomplete: str) -> list[str]:
     """The built-in model, folders here, and the published checkpoints once something of their name is typed."""
     hub = PUBLISHED_MODELS if incomplete else ()
-    return [*_starting(("reference", *hub), incomplete), *_paths(incomplete, ())]
+    return [*_starting((REFERENCE, *hub), incomplete), *_paths(incomplete, ())]
 
 
 def published_models(incomplete: str) -> list[str]:

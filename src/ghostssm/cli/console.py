@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
-import time
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
 
+from ghostssm.cli.screen import is_first_process, progress_reporter, say, watched
 from ghostssm.errors import GhostWarning
-from ghostssm.progress import Progress
 from ghostssm.units import bytes_text
 
 __all__ = [
@@ -30,19 +28,14 @@ __all__ = [
     "print_facts",
     "print_json",
     "print_table",
+    "print_text",
     "progress_reporter",
     "warnings_told",
+    "watched",
 ]
 
-_PLAIN_INTERVAL = 5.0
-"""Seconds between progress lines when nobody watches."""
-_bars: list[RichProgress] = []
-"""What is drawn at the moment."""
-
-
-def is_first_process() -> bool:
-    """Of several processes that share a run, the first reports."""
-    return os.environ.get("RANK", "0") == "0"
+_PLAIN_WIDTH = 100
+_GAP = "  "
 
 
 def print_error(message: str) -> None:
@@ -91,26 +84,51 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-    """A table on standard output: ruled on a terminal, aligned plain lines elsewhere. Numbers align right."""
-    if sys.stdout.isatty():
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for position, header in enumerate(headers):
-            justify: Literal["left", "right"] = "left" if position < text_columns else "right"
-            table.add_column(header.replace(", ", "\n"), justify=justify, no_wrap=True, vertical="bottom")
-        for row in rows:
-            table.add_row(*row)
-        console = Console()
-        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        console.width = max(console.width, needed)  # numbers may wrap, but are never cut off
-        console.print(table)
-        return
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
-    for row in (headers, *rows):
-        cells = [
-            cell.ljust(width) if position < text_columns else cell.rjust(width)
-            for position, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    """A table on standard output that fits the terminal, or 100 columns elsewhere. Numbers align right.
+
+    Where it is too wide, headers and texts go on in another line; words and numbers are never broken.
+    """
+    columns = list(zip(headers, *rows, strict=True))
+    natural = [max(map(len, column)) for column in columns]
+    unbroken = [max(map(len, (*header.split(), *cells))) for header, *cells in columns]
+    least = [max(len(word) for cell in column for word in ("", *cell.split())) for column in columns]
+    room = _width() - len(_GAP) * (len(headers) - 1)
+    widths = _narrowed(_narrowed(natural, unbroken, room), least, room)  # headers break first
+    for index, row in enumerate((headers, *rows)):
+        wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+        height = max(map(len, wrapped))
+        filled = [[""] * (height - len(cell)) + cell if index == 0 else cell for cell in wrapped]
+        for line in zip_longest(*filled, fillvalue=""):
+            cells = [
+                text.ljust(width) if position < text_columns else text.rjust(width)
+                for position, (text, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            print(_GAP.join(cells).rstrip())
+
+
+def _narrowed(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that fit into the room, as far as their longest words let them: the widest give way first."""
+    widths = list(natural)
+    while sum(widths) > room:
+        able = [position for position, width in enumerate(widths) if width > least[position]]
+        if not able:
+            break
+        widths[max(able, key=lambda position: widths[position])] -= 1
+    return widths
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PLAIN_WIDTH
+
+
+def print_text(text: str) -> None:
+    """A sentence on standard output, wrapped by words as tables are."""
+    if is_first_process():
+        print("\n".join(_wrapped(_spelled_out(text), _width())))
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
@@ -123,62 +141,4 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 def note(message: str) -> None:
     """A line for the person at the terminal, kept out of standard output; above the bars, while there are some."""
-    if not is_first_process():
-        return
-    if _bars:
-        _bars[-1].console.print(message, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress_reporter() -> Iterator[Progress]:
-    """A progress listener: bars with the time left on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty() or not is_first_process():
-        yield _PlainProgress()
-        return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars, _shown(bars):
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            elif not done:
-                bars.reset(tasks[what], total=total)  # the time left is that of this round
-            bars.update(tasks[what], completed=done, total=total, visible=done < total)
-
-        yield report
-
-
-@contextmanager
-def _shown(bars: RichProgress) -> Iterator[None]:
-    _bars.append(bars)
-    try:
-        yield
-    finally:
-        _bars.remove(bars)
-
-
-class _PlainProgress:
-    """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between. What is
-    done again and again, such as the windows of every cell of a table, gets these lines once and then one now and then.
-    """
-
-    def __init__(self) -> None:
-        self._begun: dict[str, float] = {}
-        self._finished: set[str] = set()
-        self._last = 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begun = self._begun.setdefault(what, now)
-        between = 0 < done < total or what in self._finished
-        if done == total:
-            self._begun.pop(what)
-            self._finished.add(what)
-        if between and now - self._last < _PLAIN_INTERVAL:
-            return
-        self._last = now
-        left = f", about {(now - begun) / done * (total - done):.0f} s left" if 0 < done < total else ""
-        note(f"{what} {done}/{total}{left}")
+    say(message)

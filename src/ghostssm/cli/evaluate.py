@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: arguments.Model,
-    text: arguments.EvaluationText = "wikitext2",
+    text: arguments.EvaluationText = "",
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,
     against: Annotated[
@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             "--against",
             metavar="BASE",
-            help="Also measure the model that MODEL was pruned from, and the difference window by window.",
+            help="Also measure BASE, the model that MODEL was pruned from, and the difference.",
             autocompletion=completion.models,
         ),
     ] = None,
@@ -41,16 +41,21 @@ def evaluate(
         typer.Option(
             "--last-words",
             metavar="TEXT",
-            help="Instead: the last word of every line or row of TEXT, as LAMBADA.",
+            help="Instead: how well the last word of every line or row of TEXT is guessed, as in LAMBADA.",
             autocompletion=completion.texts,
         ),
     ] = None,
     copying: Annotated[
-        bool, typer.Option("--copying", help="Instead: tokens that repeat what was read 256 or more tokens before.")
+        bool,
+        typer.Option("--copying", help="Instead: how well text is repeated that was read 256 or more tokens before."),
     ] = False,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="NAME ...", help="Instead: tasks of lm-evaluation-harness (package lm-eval)."),
+        typer.Option(
+            "--tasks",
+            metavar="NAME ...",
+            help="Instead: tasks of lm-evaluation-harness; pip install 'ghostssm[lm-eval]' first.",
+        ),
     ] = None,
     include_path: Annotated[
         str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
@@ -58,26 +63,28 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", help="With --tasks: documents per task, at most. With --last-words: passages.", metavar="N"
+            "--limit", help="With --tasks or --last-words: measure at most so many documents.", metavar="COUNT"
         ),
     ] = None,
+    state_dtype: arguments.StateDtype = "float32",
+    state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
-            help="Hold one block of weights at a time, for models larger than memory.",
+            help="Hold one layer's weights in memory at a time.",
             rich_help_panel=arguments.MEMORY_PANEL,
         ),
     ] = False,
     offload: arguments.Offload = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Measure perplexity and bits per byte on a text, in float32; or recall: last words, copying; or known tasks.
+    """Measure a model's loss on a text, in float32. Or instead: how well it recalls, or its scores in known tasks.
 
     ghostssm evaluate mamba2-130m-n64 --against state-spaces/mamba2-130m
-    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai,piqa
+    ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai piqa
     """
     given = locals()
     from ghostssm.workflows.evaluate import EvaluateRequest

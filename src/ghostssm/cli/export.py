@@ -17,33 +17,37 @@ def export(
     format: Annotated[
         Literal["gguf", "transformers", "mamba_ssm"],
         typer.Option(
-            "--format", help="gguf for llama.cpp; or a checkpoint folder: transformers, mamba_ssm.", metavar="NAME"
+            "--format", help="gguf: a file for llama.cpp. transformers, mamba_ssm: a checkpoint folder.", metavar="NAME"
         ),
     ] = "gguf",
     dtype: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
         typer.Option(
             "--dtype",
-            help="Of the large matrices: f32, f16, bf16, or q8_0 for gguf. As stored if not given.",
+            help="Number format of the large matrices: f32, f16, bf16, or q8_0 for gguf. If not given: as they are.",
             metavar="NAME",
         ),
     ] = None,
     pad_to: Annotated[
         int | None,
         typer.Option(
-            "--pad-to", metavar="R", min=1, help="Pad the state with zeros to R channels; the logits stay the same."
+            "--pad-to",
+            metavar="SIZE",
+            callback=arguments.at_least(1),
+            help="Enlarge the state to this size with zeros, for an engine that needs it. Answers stay the same.",
         ),
     ] = None,
     untie: Annotated[
         bool,
-        typer.Option("--untie", help="Store a tied head as lm_head.weight of its own, as SGLang needs it."),
+        typer.Option(
+            "--untie",
+            help="Store the output head as a weight of its own even if it equals the embeddings; SGLang needs that.",
+        ),
     ] = False,
     tokenizer: arguments.Tokenizer = None,
     no_tokenizer: Annotated[
         bool,
-        typer.Option(
-            "--no-tokenizer", help="Write none; text is tokenized elsewhere.", rich_help_panel=arguments.OTHER_PANEL
-        ),
+        typer.Option("--no-tokenizer", help="Write no tokenizer.", rich_help_panel=arguments.OTHER_PANEL),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=arguments.OTHER_PANEL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostssm.cli import arguments, serving
-from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table
+from ghostssm.cli import arguments, completion, serving
+from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ghostssm import Advice, Description
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
 def inspect(
     model: arguments.Model,
     state_size: Annotated[
-        list[int] | None, typer.Option("--state-size", metavar="R ...", help="Also say what these state sizes save.")
+        list[int] | None,
+        typer.Option("--state-size", metavar="N' ...", help="Also say what a cut to state sizes N' saves."),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", metavar="B ...", help="Also predict decode speed at these batch sizes."),
+        typer.Option(
+            "--batch",
+            metavar="SIZE ...",
+            callback=arguments.at_least(1),
+            help="Also predict the decode speed on this machine, at these batch sizes.",
+        ),
     ] = None,
     state_dtype: Annotated[
         list[str] | None,
@@ -30,6 +37,7 @@ def inspect(
             "--state-dtype",
             metavar="NAME ...",
             help="Also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.",
+            autocompletion=completion.state_dtypes,
         ),
     ] = None,
     memory: Annotated[
@@ -38,26 +46,28 @@ def inspect(
     ] = None,
     context: Annotated[
         int,
-        typer.Option("--context", metavar="TOKENS", min=1, help="With --memory: tokens of a sequence."),
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            callback=arguments.at_least(1),
+            help="With --memory: tokens of a sequence.",
+        ),
     ] = 8192,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Show a model's sizes, the state it keeps per sequence, and which engines run it; weights are not loaded.
+    """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --state-dtype float32 bfloat16 --memory 80GiB
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --state-dtype bfloat16 --memory 80GiB
     """
     from ghostssm import advise, describe
     from ghostssm.errors import InputError
-    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+    from ghostssm.models.layout import check_state_size
     from ghostssm.ops.state_format import BFLOAT16, StateFormat
-    from ghostssm.pruning.feasibility import check_state_size
     from ghostssm.units import memory_bytes
 
     batches = batch or []
-    if any(count < 1 for count in batches):
-        raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
     memories = [memory_bytes(size) for size in memory or []]
     forms = [StateFormat.of(name) for name in state_dtype or ["float32"]]
     found = describe(model)
@@ -83,7 +93,7 @@ def inspect(
         for size in sizes
     ]
     before = found.state_bytes(layout.state_size if found.pruning is None else found.pruning.state_size)
-    machine = measure_machine(batches) if batches else None
+    predicted = _predicted_speeds(found, sizes, batches) if batches else {}
     cuts: list[dict[str, Any]] = [
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
@@ -91,9 +101,7 @@ def inspect(
             "state_bytes_bfloat16": found.state_bytes(size, BFLOAT16),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
-            "predicted_tokens_per_second": {
-                count: count / predicted_step_seconds(found, machine, count, size) for count in batches if machine
-            },
+            "predicted_tokens_per_second": predicted.get(size, {}),
             "kept": serving.kept(found, size, forms, context),
             "admitted": serving.admissions(found, size, forms, context, memories, told),
             "engines": [dataclasses.asdict(entry) for entry in entries],
@@ -123,7 +131,7 @@ def inspect(
     print()
     print_table(
         [
-            *("N'", "state per sequence, fp32", "bf16", "saved", "parameters"),
+            *("N'", "state per sequence, fp32", "the same in bf16", "saved", "parameters"),
             *(f"predicted tok/s, batch {count}" for count in batches),
         ],
         [
@@ -147,6 +155,19 @@ def inspect(
     _print_advice(labels, advice)
 
 
+def _predicted_speeds(
+    found: Description, sizes: Sequence[int | None], batches: Sequence[int]
+) -> dict[int | None, dict[int, float]]:
+    """Tokens per second by state size and batch size; imported here, since it takes model classes."""
+    from ghostssm.evaluation.roofline import measure_machine, predicted_step_seconds
+
+    machine = measure_machine(list(batches))
+    return {
+        size: {count: count / predicted_step_seconds(found, machine, count, size) for count in batches}
+        for size in sizes
+    }
+
+
 def _state_facts(found: Description) -> list[tuple[str, str]]:
     """The state size, and how it came about in a pruned checkpoint."""
     stored, pruning = _sizes_text(found.state_sizes), found.pruning
@@ -168,24 +189,31 @@ def _sizes_text(sizes: Sequence[int]) -> str:
 
 
 def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> None:
-    """Engines by state sizes, then reasons and exports: of all engines and sizes at once where they agree."""
+    """Engines by state sizes, then the reasons, each once: engines and sizes that share one are told together."""
     by_engine = list(zip(*advice, strict=True))
-    rows = [(entries[0].engine, *(entry.level for entry in entries)) for entries in by_engine]
-    print_table(["engine", *(f"N' = {size}" for size in sizes)], rows)
-    print()
-    alike: dict[tuple[str, str], list[str]] = {}
+    print_table(
+        ["engine", *(f"N' = {size}" for size in sizes)],
+        [(entries[0].engine, *map(_verdict, entries)) for entries in by_engine],
+    )
+    places: dict[str, list[str]] = {}
     for entries in by_engine:
         reasons: dict[str, list[str]] = {}
         for size, entry in zip(sizes, entries, strict=True):
-            if entry.reason:
-                reasons.setdefault(f"{entry.level}: {entry.reason}", []).append(size)
-        for reason, places in reasons.items():
-            alike.setdefault((reason, ", ".join(places)), []).append(entries[0].engine)
-    for (reason, where), names in alike.items():
-        print(f"{', '.join(names)}, N' = {where}: {reason}.")
-    exports: dict[str, list[str]] = {}
-    for entries in by_engine:
-        for options in dict.fromkeys(entry.export for entry in entries if entry.export):
-            exports.setdefault(options, []).append(entries[0].engine)
-    for options, names in exports.items():
-        print(f"{', '.join(names)}: first ghostssm export {options}.")
+            reason = entry.reason.rpartition("; ")[0] if entry.remedy else entry.reason
+            if reason:
+                reasons.setdefault(reason, []).append(size)
+        for reason, of_sizes in reasons.items():
+            where = "" if len(of_sizes) == len(sizes) else f" at N' = {', '.join(of_sizes)}"
+            places.setdefault(f"{where}: {reason}", []).append(entries[0].engine)
+    print()
+    for told, names in places.items():
+        print_text(f"{', '.join(names)}{told}.")
+    if any(entry.remedy for entry in chain.from_iterable(advice)):
+        print_text("after ...: once `ghostssm export` or `ghostssm prune` has written it with that option.")
+    if any(entry.export == "--format gguf" for entry in chain.from_iterable(advice)):
+        print_text("llama.cpp reads GGUF files, which `ghostssm export` writes.")
+
+
+def _verdict(advice: Advice) -> str:
+    """The cell of one engine at one size."""
+    return f"after {advice.remedy}" if advice.remedy else advice.level

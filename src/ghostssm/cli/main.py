@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import inspect as inspect_module
 import os
+import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
-from ghostssm.cli.arguments import SpacedListCommand
-from ghostssm.cli.console import print_error, warnings_told
+from ghostssm.cli.arguments import SpacedListCommand, plain_in_help, usage_message
+from ghostssm.cli.console import print_error, warnings_told, watched
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers
+from ghostssm.progress import stage
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
 
@@ -25,18 +28,59 @@ _GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent sta
 
 \bThe shortest way, with the built-in model:
 $ ghostssm inspect reference --state-size 64 32
-$ ghostssm prune reference --state-size 64 --calibration stdlib \\
-    --windows 8 --output small
-$ ghostssm generate small --prompt "def main("
+$ ghostssm prune reference --state-size 64 --method ghost --windows 8 \\
+    --window-length 1024 --output small
+$ ghostssm generate small --prompt "def main(" --max-new-tokens 32
 
-\bEach verb's --help has examples. --install-completion lets the shell complete
-verbs, options, methods and engines."""
+\bEach verb's --help has examples. After `ghostssm --install-completion` the
+shell completes verbs, options, methods and engines."""
+
+_ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
+"""The base of what the parser raises; typer has it from click, or as a copy of its own."""
+
+
+class _Verbs(TyperGroup):
+    """The verbs; what is wrong with a command line is told as any other input that is wrong."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return plain_in_help(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+    def main(
+        self,
+        args: Any = None,
+        prog_name: Any = None,
+        complete_var: Any = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            if not standalone_mode:
+                return code
+        except GhostError as error:
+            if not standalone_mode:
+                raise
+            if not error.told:
+                print_error(str(error))
+            sys.exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED)
+        except _ClickError as error:
+            if not standalone_mode:
+                raise
+            print_error(usage_message(error))
+            sys.exit(_EXIT_BAD_INPUT)
+        sys.exit(code if isinstance(code, int) else 0)
+
 
 app = typer.Typer(
     name="ghostssm",
     epilog="MODEL is a hub id, a local folder (transformers or mamba_ssm dialect), or 'reference', the built-in model. "
-    "TEXT is a .txt, .jsonl, .json or .parquet file, a folder of text, 'wikitext2' or 'stdlib'.",
-    no_args_is_help=True,
+    "TEXT is a .txt, .jsonl, .json or .parquet file, a folder of text, 'wikitext2' or 'stdlib' (Python's own library). "
+    "N is the state size of a model, N' the smaller one that it is pruned to.",
+    cls=_Verbs,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -64,15 +108,14 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             check_transformers()
-            import ghostssm.checkpoint  # noqa: F401  (PyTorch and transformers, before SIGINT raises an exception)
+            with watched():
+                with stage("starting: PyTorch and transformers are loaded"):
+                    if verb is not inspect.inspect:  # which can do without model classes
+                        import transformers.modeling_utils  # noqa: F401
 
-            raise_again()
-            with terminable(), warnings_told():
-                verb(*args, **kwargs)
-        except GhostError as error:
-            if not error.told:
-                print_error(str(error))
-            raise typer.Exit(_EXIT_BAD_INPUT if isinstance(error, InputError) else _EXIT_FAILED) from None
+                raise_again()
+                with terminable(), warnings_told():
+                    verb(*args, **kwargs)
         except KeyboardInterrupt as stop:
             print_error(_ending("interrupted", str(stop)))
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -97,7 +140,8 @@ def _ending(what: str, next_step: str) -> str:
 
 def _help(verb: Callable[..., None]) -> str:
     """A verb's docstring, with its last paragraph as examples, line by line."""
-    text, _, examples = inspect_module.cleandoc(verb.__doc__ or "").rpartition("\n\n")
+    *paragraphs, examples = inspect_module.cleandoc(verb.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     lines = "\n".join(f"$ {line}" for line in examples.splitlines())
     return f"{text}\n\n\bExamples:\n{lines}"
 

@@ -24,7 +24,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought; needs no network.
+    """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought.
 
     ghostssm report mamba2-130m-n64
     ghostssm report mamba2-130m-n64 --output n64.html --overwrite

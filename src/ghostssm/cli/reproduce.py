@@ -14,15 +14,18 @@ from ghostssm.errors import GhostError
 
 def reproduce(
     output: Annotated[
-        str, typer.Option("--output", metavar="DIR", help="Folder for results.json and results.md; goes on if there.")
+        str,
+        typer.Option(
+            "--output", metavar="DIR", help="Folder for results.json and results.md. A run that stopped goes on there."
+        ),
     ],
     models: Annotated[
         list[str] | None,
         typer.Option(
             "--models",
             metavar="NAME ...",
-            help="mamba2-130m ... mamba2-2.7b, from the hub; NAME=FOLDER for a local one; or a folder that holds "
-            "folders of these names. All five from the hub if not given.",
+            help="Names from mamba2-130m to mamba2-2.7b are fetched from the hub. NAME=FOLDER takes a local one; a "
+            "folder alone has folders of these names. If not given: all five from the hub.",
             autocompletion=completion.published_models,
         ),
     ] = None,
@@ -31,7 +34,8 @@ def reproduce(
         typer.Option(
             "--table",
             metavar="NAME ...",
-            help="'sparsity': 1.3b cut by 10 to 90%. 'size': 130m to 2.7b cut by half.",
+            help="'sparsity': the 1.3b model cut by 10 to 90%. 'size': all models cut by half.",
+            callback=arguments.tables_known,
             autocompletion=completion.tables,
         ),
     ] = None,
@@ -39,17 +43,18 @@ def reproduce(
         list[str] | None,
         typer.Option(
             "--methods",
-            metavar="NAME ...",
-            help="Methods, as for compare; those of the paper if not given.",
+            metavar="RECIPE ...",
+            help="Methods or recipes, as for compare. If not given: those of the paper.",
+            callback=arguments.recipes_known,
             autocompletion=completion.methods,
         ),
     ] = None,
     state_size: Annotated[
         list[int] | None,
-        typer.Option("--state-size", metavar="R ...", help="State sizes N' in place of the paper's sparsities."),
+        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to prune to, in place of the paper's."),
     ] = None,
-    calibration: arguments.CalibrationText = "wikitext2",
-    text: arguments.EvaluationText = "wikitext2",
+    calibration: arguments.CalibrationText = "",
+    text: arguments.EvaluationText = "",
     windows: arguments.CalibrationWindows = 128,
     text_windows: arguments.EvaluationWindows = None,
     window_length: arguments.WindowLength = 2048,

@@ -14,7 +14,7 @@ from ghostssm.engines.admission import Admission, by_sum, in_llama_cpp, in_sglan
 from ghostssm.engines.capacity import Footprint
 from ghostssm.engines.states import FLOAT32_ONLY, IN_LLAMA_CPP, IN_MAMBA_SSM, IN_SGLANG, IN_VLLM, StateDtypes
 from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 from ghostssm.models.layout import SSDLayout
 
 if TYPE_CHECKING:
@@ -94,13 +94,13 @@ class Engine:
         unheeded = self._unheeded_in(config)
         levels += ["no"] * len(unheeded)
         reasons += unheeded
-        export = ""
+        export = remedy = ""
         if "no" not in levels:  # else no other files help
-            of_files, reason, export = self._files(model_type, dialect, tied_head)
+            of_files, reason, export, remedy = self._files(model_type, dialect, tied_head)
             levels.append(of_files)
             reasons += [reason] * bool(reason)
         level = max(levels, key=_LEVELS.index)
-        return Advice(self.name, layout.state_size, level, "; ".join(reasons), export)
+        return Advice(self.name, layout.state_size, level, "; ".join(reasons), export, remedy)
 
     def _unheeded_in(self, config: PreTrainedConfig | None) -> list[str]:
         """Why answers would be wrong with a config."""
@@ -109,20 +109,20 @@ class Engine:
         ours = (entry for entry in self.unheeded if entry.model_type == config.model_type)
         return [entry.reason for entry in ours if not entry.is_usual(config)]
 
-    def _files(self, model_type: str, dialect: str | None, tied_head: bool) -> tuple[Level, str, str]:
-        """What it means that a model's files are in a dialect, why, and `Advice.export`."""
+    def _files(self, model_type: str, dialect: str | None, tied_head: bool) -> tuple[Level, str, str, str]:
+        """What it means that a model's files are in a dialect, why, `Advice.export` and `Advice.remedy`."""
         if self.dialect is None:
-            return "runs", "", "--format gguf"
+            return "runs", "", "--format gguf", ""
         if tied_head and model_type in self.cannot_tie:
             reason = f"knows no tied head for {model_type}, and leaves the head uninitialised"
             if dialect is None:
-                return "no", f"{reason}; write it with --untie", ""
-            return "no", reason, f"--format {self.dialect} --untie"
-        if dialect is None:
-            return "runs", "" if self.dialect == "transformers" else f"write with --dialect {self.dialect}", ""
-        if dialect != self.dialect:
-            return "no", f"reads the {self.dialect} dialect", f"--format {self.dialect}"
-        return "runs", "", ""
+                return "no", f"{reason} (write it with --untie)", "", "--untie"
+            return "no", reason, f"--format {self.dialect} --untie", "--untie"
+        if dialect is None and self.dialect != "transformers":
+            return "runs", f"write with --dialect {self.dialect}", "", f"--dialect {self.dialect}"
+        if dialect is not None and dialect != self.dialect:
+            return "no", f"reads the {self.dialect} dialect", f"--format {self.dialect}", f"--format {self.dialect}"
+        return "runs", "", "", ""
 
     def never(self, model_type: str, tied_head: bool, config: PreTrainedConfig | None) -> str:
         """Why it runs a model at no state size; empty where that depends on the size."""
@@ -145,6 +145,8 @@ class Advice:
 
     Attributes:
         export: options with which ``ghostssm export`` writes files that the engine reads, where these are not.
+        remedy: the option of ``ghostssm prune`` or ``ghostssm export`` without which the engine does not run the
+            files; the last of the reasons is then about it.
     """
 
     engine: str
@@ -152,6 +154,7 @@ class Advice:
     level: Level
     reason: str
     export: str = ""
+    remedy: str = ""
 
 
 _OWN_CLASS: dict[Level, str] = {
@@ -360,5 +363,5 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
     known = {engine.name: engine for engine in ENGINES}
     for name in names:
         if name not in known:
-            raise InputError(f"No engine {name!r} is known; expected one of: {', '.join(known)}.")
+            raise unknown_name("engine", name, known)
     return tuple(known[name] for name in names)

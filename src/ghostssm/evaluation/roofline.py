@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.ops.state_format import FLOAT32, StateFormat
+from ghostssm.progress import stage
 
 _BUFFER_BYTES = 256 << 20
 _ROUNDS = 5
@@ -33,22 +35,25 @@ class Machine:
 
 def measure_machine(batches: Sequence[int], device: str = "cpu") -> Machine:
     """Measure bandwidth on a buffer beyond the caches, and the rate of a (batch, 1024) x (1024, 4096) product."""
-    buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
-    bandwidth = 2 * _BUFFER_BYTES / _median_seconds(lambda: buffer.mul_(1.0), device)
-    weight = torch.randn(4096, 1024, device=device)
-    rates = {}
-    for batch in batches:
-        rows = torch.randn(batch, 1024, device=device)
-        seconds = _median_seconds(lambda rows=rows: torch.nn.functional.linear(rows, weight), device)  # type: ignore[misc]
-        rates[batch] = 2 * weight.numel() * batch / seconds
+    with stage("measuring the bandwidth of this machine"):
+        buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
+        bandwidth = 2 * _BUFFER_BYTES / _median_seconds(lambda: buffer.mul_(1.0), device)
+        weight = torch.randn(4096, 1024, device=device)
+        rates = {}
+        for batch in batches:
+            rows = torch.randn(batch, 1024, device=device)
+            seconds = _median_seconds(lambda rows=rows: torch.nn.functional.linear(rows, weight), device)  # type: ignore[misc]
+            rates[batch] = 2 * weight.numel() * batch / seconds
     return Machine(bandwidth, rates)
 
 
-def predicted_step_seconds(model: Description, machine: Machine, batch: int, state_size: int | None) -> float:
-    """Seconds per decode step of a whole batch, with weights and state in float32."""
+def predicted_step_seconds(
+    model: Description, machine: Machine, batch: int, state_size: int | None, form: StateFormat = FLOAT32
+) -> float:
+    """Seconds per decode step of a whole batch, with weights in float32."""
     weights = model.parameters - model.removed_parameters(state_size)
     multiply = max(4 * weights / machine.bandwidth, 2 * weights * batch / machine.rates[batch])
-    return multiply + 2 * batch * model.state_bytes(state_size) / machine.bandwidth
+    return multiply + 2 * batch * model.state_bytes(state_size, form) / machine.bandwidth
 
 
 def wait_for(device: torch.device | str) -> None:

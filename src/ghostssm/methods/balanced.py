@@ -23,6 +23,9 @@ itself; T_C T_B^T is a map of rank r afterwards, no projection any more.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -52,24 +55,49 @@ def balanced_maps(
     Args:
         controllability, observability: (n, n), float64, symmetric, positive semidefinite.
     """
-    L, R = _factor(controllability, ridge), _factor(observability, ridge)
-    U, S, Vh = torch.linalg.svd(R.T @ L)
-    scale = S[:r].rsqrt()
-    return R @ U[:, :r] * scale, L @ Vh[:r].T * scale, S
+    return _balanced(_Roots.of(controllability), _Roots.of(observability), r, ridge)
+
+
+def _balanced(controllability: _Roots, observability: _Roots, r: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`balanced_maps` of one group or, with a leading axis, of each."""
+    L, R = controllability.factor(ridge), observability.factor(ridge)
+    U, S, Vh = torch.linalg.svd(R.mT @ L)
+    scale = S[..., None, :r].rsqrt()
+    return R @ U[..., :r] * scale, L @ Vh.mT[..., :r] * scale, S
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """Eigenvalues and vectors of a Gramian, or of one per group, from which a factor for any ridge is made.
+
+    Attributes:
+        values: (..., n), ascending. vectors: (..., n, n). mean: (..., 1), of the diagonal, or 1 for zeros.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, gramian: Tensor) -> _Roots:
+        mean = gramian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        values, vectors = torch.linalg.eigh(gramian)
+        return cls(values, vectors, torch.where(mean == 0, 1.0, mean))
+
+    def factor(self, ridge: float) -> Tensor:
+        """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
+        return self.vectors * (self.values.clamp_min(0) + ridge * self.mean).sqrt()[..., None, :]
 
 
 def hankel_values(evidence: Evidence) -> Tensor:
     """(g, n), descending."""
     samples = evidence.samples
-    pairs = zip(samples.controllability(), samples.observability(), strict=True)
-    return torch.stack([balanced_maps(W_c, W_o, 1, _RIDGES[0])[2] for W_c, W_o in pairs])
+    return _balanced(_Roots.of(samples.controllability()), _Roots.of(samples.observability()), 1, _RIDGES[0])[2]
 
 
-def projection_error(samples: OutputSamples, maps: Projection) -> Tensor:
+def projection_error(samples: OutputSamples, maps: Projection, share: float = 0.0) -> Tensor:
     """Mean squared change of the output, all groups together, from projecting the state."""
-    inner = torch.einsum("gnr,sgn->sgr", maps.C, samples.readouts)
-    lost = samples.readouts - torch.einsum("gnr,sgr->sgn", maps.B, inner)
-    return torch.einsum("sgdn,sgn->sd", samples.maps, lost).square().sum() / len(samples)
+    return _error_and_gradient(samples, maps, share)[0]
 
 
 def decide(evidence: Evidence, cut: Cut) -> Decision:
@@ -78,39 +106,36 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
     Every group projects to the same size.
     """
     everything = Selection.whole(evidence.layout)
+    fit, held_out = evidence.once("halves", lambda: evidence.samples.split(_HELD_OUT))
     candidates = []
     for share in SHARES:
-        fit, held_out = evidence.samples.with_share(share).split(_HELD_OUT)
-        starts = [_projection(fit, cut.state_size, ridge) for ridge in _RIDGES]
-        start = min(starts, key=lambda maps: projection_error(held_out, maps).item())
-        maps = start if evidence.rough else refined(start, fit, held_out)
+        bases = evidence.once(("balanced", share), partial(_bases, fit, share))
+        starts = (Projection(basis.B[..., : cut.state_size], basis.C[..., : cut.state_size]) for basis in bases)
+        start = min(starts, key=lambda maps: projection_error(held_out, maps, share).item())
+        maps = start if evidence.rough else refined(start, fit, held_out, share)
         candidates.append(Decision(everything, maps))
     return evidence.least_change(candidates)
 
 
-def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples) -> Projection:
+def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples, share: float = 0.0) -> Projection:
     """Both maps by L-BFGS on the output error of samples; the best on the held-out ones, which may be the start."""
-    # Outside inference mode, in which the samples were made and which keeps no gradients.
-    with torch.inference_mode(False), torch.enable_grad():
-        fit = OutputSamples(fit.maps.clone(), fit.readouts.clone(), fit.directions, fit.along)
+    with torch.inference_mode(False), torch.no_grad():
         B, C = start.B.clone().requires_grad_(), start.C.clone().requires_grad_()
-        trial = Projection(B, C)
-        scale = max(projection_error(fit, start).item(), 1e-30)
+        scale = max(projection_error(fit, start, share).item(), 1e-30)
         optimizer = torch.optim.LBFGS(
             [B, C], max_iter=_ITERATIONS_PER_ROUND, history_size=20, line_search_fn="strong_wolfe"
         )
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
-            error = projection_error(fit, trial) / scale
-            error.backward()
-            return error
+            error, gradient = _error_and_gradient(fit, Projection(B.detach(), C.detach()), share)
+            B.grad, C.grad = gradient.B / scale, gradient.C / scale
+            return error / scale
 
-        best, kept, rounds_without = projection_error(held_out, start).item(), start, 0
+        best, kept, rounds_without = projection_error(held_out, start, share).item(), start, 0
         for _ in range(_ROUNDS):
             optimizer.step(loss)
             now = Projection(B.detach().clone(), C.detach().clone())
-            error = projection_error(held_out, now).item()
+            error = projection_error(held_out, now, share).item()
             rounds_without = 0 if error < best else rounds_without + 1
             if error < best:
                 best, kept = error, now
@@ -119,19 +144,21 @@ def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples) -> P
     return kept
 
 
-def _projection(samples: OutputSamples, r: int, ridge: float) -> Projection:
-    pairs = zip(samples.controllability(), samples.observability(), strict=True)
-    maps = [balanced_maps(W_c, W_o, r, ridge) for W_c, W_o in pairs]
-    B, C = (torch.stack([each[part] for each in maps]).to(samples.maps) for part in (0, 1))
-    return Projection(B, C)
+def _error_and_gradient(samples: OutputSamples, maps: Projection, share: float) -> tuple[Tensor, Projection]:
+    """`projection_error` and its derivatives with respect to both maps."""
+    readouts = samples.readouts.transpose(0, 1)  # (g, s, n)
+    inner = readouts @ maps.C
+    lost = readouts - inner @ maps.B.mT
+    output, pull = samples.read(lost.transpose(0, 1), share)
+    pull = pull.transpose(0, 1) * (-2 / len(samples))
+    return output.square().sum() / len(samples), Projection(pull.mT @ inner, readouts.mT @ (pull @ maps.B))
 
 
-def _factor(gramian: Tensor, ridge: float) -> Tensor:
-    """L with L L^T = gramian + ridge * mean diagonal; from eigenvalues, which rank-deficient Gramians have too."""
-    mean = gramian.diagonal().mean().item() or 1.0
-    values, vectors = torch.linalg.eigh(gramian)
-    factor: Tensor = vectors * (values.clamp_min(0) + ridge * mean).sqrt()
-    return factor
+def _bases(samples: OutputSamples, share: float) -> list[Projection]:
+    """Balanced maps for each of the ridges, with all channels: the first r of them are those of size r."""
+    roots = _Roots.of(samples.controllability(share)), _Roots.of(samples.observability())
+    bases = (_balanced(*roots, samples.maps.shape[-1], ridge) for ridge in _RIDGES)
+    return [Projection(B.to(samples.maps), C.to(samples.maps)) for B, C, _ in bases]
 
 
 register_method(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.statistics import LayerStatistics
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, unknown_name
 from ghostssm.methods.selection import Cut
 from ghostssm.models.layout import SSDLayout
 from ghostssm.plan.decision import Decision
+from ghostssm.values import Value
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ class EvidenceSource(Protocol):
     def changes(self, decisions: Sequence[Decision]) -> list[float]: ...
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Value):
     """What a method may look at to decide on one mixer. An answer is worked out when it is first asked for.
 
     Attributes:
@@ -49,6 +50,14 @@ class Evidence:
     seed: int
     source: EvidenceSource
     rough: bool = False
+    _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, what: Hashable, work: Callable[[], T]) -> T:
+        """What a method works out from this evidence whatever the cut: only for the first of several cuts."""
+        if what not in self._known:
+            self._known[what] = work()
+        known: T = self._known[what]
+        return known
 
     @cached_property
     def statistics(self) -> LayerStatistics:
@@ -106,8 +115,8 @@ def _present(value: T | None, what: str) -> T:
     return value
 
 
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, repr=False)
+class Method(Value):
     """A named way to decide what stays of a mixer's state.
 
     Attributes:
@@ -160,4 +169,4 @@ def method_named(name: str) -> Method:
     try:
         return _METHODS[name]
     except KeyError:
-        raise InputError(f"No method is called {name!r}; expected one of: {', '.join(method_names())}.") from None
+        raise unknown_name("method", name, method_names()) from None

@@ -98,7 +98,7 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
 
     The best for several shares of the norm's derivative, and of these the one that is measured to be best.
     """
-    grams = (evidence.samples.with_share(share).output_gram() for share in SHARES)
+    grams = (evidence.samples.output_gram(share) for share in SHARES)
     choices = dict.fromkeys(choose_from_gram(gram, evidence.layout.n_groups, cut) for gram in grams)
     return evidence.least_change([Decision(choice) for choice in choices])
 

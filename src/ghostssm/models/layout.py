@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ghostssm.errors import LayoutError
+from ghostssm.errors import InputError, LayoutError
 
 
 @dataclass(frozen=True)
@@ -139,3 +139,9 @@ class SSDLayout:
             for channel in channels
         ]
         return torch.tensor(rows, dtype=torch.long)
+
+
+def check_state_size(state_size: int, limit: int) -> None:
+    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
+    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
+        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

@@ -14,13 +14,14 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
+from ghostssm.values import Value
 
 _REPLACEABLE = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj")
 """Parts of a view that every family's mixer module has under the same name."""
 
 
-@dataclass(frozen=True)
-class Projection:
+@dataclass(frozen=True, repr=False, eq=False)
+class Projection(Value):
     """Maps from the n state channels that B and C have to the r that the recurrence runs on.
 
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
@@ -194,13 +195,16 @@ def mixer_forward(mixer: Mixer, hidden: Tensor, gate: Tensor | None = None) -> T
     return output_of_streams(mixer, streams)
 
 
+def scanned(mixer: Mixer, s: Streams) -> Tensor:
+    """y (b, l, h, p) of the recurrence from a state of zeros, with the D term."""
+    return ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))[0]
+
+
 def output_of_streams(mixer: Mixer, s: Streams) -> Tensor:
     """The rest of the mixer after `mixer_streams`, from a state of zeros."""
-    y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
-    return mixer_output(mixer, y, s.z)
+    return mixer_output(mixer, scanned(mixer, s), s.z)
 
 
 def normed_output(mixer: Mixer, s: Streams) -> Tensor:
     """The input of out_proj, (b, l, h * p), from a state of zeros."""
-    y, _ = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
-    return gated_norm(mixer.norm, y, s.z, mixer.layout.n_groups)
+    return gated_norm(mixer.norm, scanned(mixer, s), s.z, mixer.layout.n_groups)

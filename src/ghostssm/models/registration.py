@@ -1,8 +1,8 @@
 """Make transformers' auto classes know our model class as soon as they exist, without importing them.
 
 ``import ghostssm`` alone must do, before or after transformers, and must not take the seconds that PyTorch needs. So
-where transformers' auto classes are not imported yet, `ghostssm.models.own_class` is imported right after them; or
-after the Mamba-2 classes that it builds on, where it is these that ask for the auto classes while they are being
+where transformers' auto classes are not imported yet, `ghostssm.models.own_class.classes` is imported right after them;
+or after the Mamba-2 classes that it builds on, where it is these that ask for the auto classes while they are being
 imported.
 """
 
@@ -40,7 +40,7 @@ def check_transformers() -> None:
 def register_with_transformers() -> None:
     """Register now if transformers' auto classes are there, else when they come."""
     if _AUTO_CLASSES in sys.modules:
-        import ghostssm.models.own_class  # noqa: F401  (registers itself)
+        import ghostssm.models.own_class.classes  # noqa: F401  (registers itself)
     else:
         sys.meta_path.insert(0, _Finder())
 
@@ -82,4 +82,4 @@ class _Loader(Loader):
         base = sys.modules.get(_BASE_CLASSES)
         loader = None if base is None or base.__spec__ is None else base.__spec__.loader
         if not (isinstance(loader, _Loader) and loader.running):
-            import ghostssm.models.own_class  # noqa: F401
+            import ghostssm.models.own_class.classes  # noqa: F401

@@ -1,7 +1,7 @@
 """What is used of transformers without its promise to keep it: every such name is in this file.
 
 A new minor version of transformers may change any of them, which is why `ghostssm.models.registration` refuses those
-that were not tried.
+that were not tried. What imports transformers' model classes, which takes seconds, is imported where it is used.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -67,6 +62,9 @@ def without_ignored(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """A stored name to the parameter that is made of it, and the pattern of the conversion, if there is one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
@@ -82,12 +80,18 @@ def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tupl
 
 def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model, on any device, as transformers would write them: in an older layout, if it knows one."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return stored
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Put tensors with the names that files have into a model, each in the precision that transformers gives it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
     how = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
@@ -104,6 +108,8 @@ def is_kept_wide(model: PreTrainedModel, name: str) -> bool:
 
 def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config, its parameters on the meta device, its buffers in place."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"), quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     for value in model.state_dict(keep_vars=True).values():

@@ -8,10 +8,14 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_ROWS = 32
+ROWS = 32
 """Rows of a head's state that are worked on at a time: with N = 128 they take 16 KiB, half a first-level cache."""
 _STRETCH = 64
 """Tokens over which energies are summed in float32."""
+_COLUMNS = 64
+"""Columns of a head's state that are read at a time."""
+_PRODUCT = 1 << 18
+"""Multiplications in one matrix product; for more, BLAS would start threads of its own."""
 
 
 def use_threads(count: int) -> None:
@@ -21,7 +25,7 @@ def use_threads(count: int) -> None:
 
 def row_blocks(head_dim: int) -> int:
     """Into how many blocks of rows a head's state is cut."""
-    return -(-head_dim // _ROWS)
+    return -(-head_dim // ROWS)
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -113,24 +117,56 @@ def ssd_scan(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
     b, length, h, p = x.shape
     n = state.shape[3]
     heads_per_group = h // B.shape[2]
-    blocks = (p + _ROWS - 1) // _ROWS
+    blocks = (p + ROWS - 1) // ROWS
     for index in numba.prange(b * h * blocks):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
-        rows = state[i, head, block * _ROWS : min(p, (block + 1) * _ROWS)]
+        rows = state[i, head, block * ROWS : min(p, (block + 1) * ROWS)]
         for t in range(length):
             write, read = B[i, t, group], C[i, t, group]
             step = dt[i, t, head]
             decay = np.exp(step * A[head])
             for j in range(rows.shape[0]):
-                row, value = rows[j], x[i, t, head, block * _ROWS + j]
+                row, value = rows[j], x[i, t, head, block * ROWS + j]
                 added = step * value
                 total = D[head] * value
                 for k in range(n):
                     new = row[k] * decay + added * write[k]
                     row[k] = new
                     total += new * read[k]
-                y[i, t, head, block * _ROWS + j] = total
+                y[i, t, head, block * ROWS + j] = total
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def ssd_scan_narrow(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
+    """As `ssd_scan`, for n up to p: vector lanes run over p, so that they are full, and no sum runs across them."""
+    b, length, h, p = x.shape
+    n = state.shape[3]
+    heads_per_group = h // B.shape[2]
+    for index in numba.prange(b * h):
+        i, head = index // h, index % h
+        group = head // heads_per_group
+        columns, added = np.empty((n, p), x.dtype), np.empty(p, x.dtype)
+        for k in range(n):
+            for j in range(p):
+                columns[k, j] = state[i, head, j, k]
+        for t in range(length):
+            write, read = B[i, t, group], C[i, t, group]
+            step, skip = dt[i, t, head], D[head]
+            decay = np.exp(step * A[head])
+            value, out = x[i, t, head], y[i, t, head]
+            for j in range(p):
+                added[j] = step * value[j]
+                out[j] = skip * value[j]
+            for k in range(n):
+                column, written, weight = columns[k], write[k], read[k]
+                for j in range(p):
+                    new = column[j] * decay + added[j] * written
+                    column[j] = new
+                    out[j] += new * weight
+        for k in range(n):
+            for j in range(p):
+                state[i, head, j, k] = columns[k, j]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -147,7 +183,7 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
     for index in numba.prange(b * h * blocks):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
-        rows = state[i, head, block * _ROWS : min(x.shape[3], (block + 1) * _ROWS)]
+        rows = state[i, head, block * ROWS : min(x.shape[3], (block + 1) * ROWS)]
         energy, out, kept = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
         for first in range(0, length, _STRETCH):
             out[:] = 0
@@ -158,7 +194,7 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
                 decay = np.exp(step * A[head])
                 energy[:] = 0
                 for j in range(rows.shape[0]):
-                    row, added = rows[j], step * x[i, t, head, block * _ROWS + j]
+                    row, added = rows[j], step * x[i, t, head, block * ROWS + j]
                     for k in range(n):
                         new = row[k] * decay + added * write[k]
                         row[k] = new
@@ -169,3 +205,87 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
             for k in range(n):
                 output[i, head, block, k] += out[k]
                 stored[i, head, block, k] += kept[k]
+
+
+@numba.njit(fastmath=True, cache=True)
+def _add_product(u, rows, product, total, fresh):  # type: ignore[no-untyped-def]
+    """total (d, width) gets u (d, p) times rows (p, width), added to what it has unless it is fresh."""
+    d, at_once = u.shape[0], max(1, _PRODUCT // rows.size)
+    for e in range(0, d, at_once):
+        np.dot(u[e : e + at_once], rows, product[e : e + at_once])
+    for e in range(d):
+        for k in range(rows.shape[1]):
+            total[e, k] = product[e, k] if fresh else total[e, k] + product[e, k]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-def]
+    """state (b, h, p, n) from before to after; x (b, l, h, p), dt (b, l, h), A (h,), B (b, l, g, n), u (b, s, h, d, p),
+    at (s,) int64; reads (s, b, g, d, n) is written.
+
+    One head of a group after the other, so that its state stays in the cache and sums need no second thread. A state is
+    read by BLAS, which is several times faster at a matrix product than loops are.
+    """
+    b, length, h, p = x.shape
+    n, d = state.shape[3], u.shape[3]
+    groups = B.shape[2]
+    blocks = (n + _COLUMNS - 1) // _COLUMNS
+    for index in numba.prange(b * groups * blocks):
+        i, group, first = index // (groups * blocks), (index // blocks) % groups, index % blocks * _COLUMNS
+        width = min(n, first + _COLUMNS) - first
+        rows, product = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
+        for head in range(group * (h // groups), (group + 1) * (h // groups)):
+            sample = 0
+            for j in range(p):
+                for k in range(width):
+                    rows[j, k] = state[i, head, j, first + k]
+            for t in range(length):
+                write, step = B[i, t, group, first : first + width], dt[i, t, head]
+                decay = np.exp(step * A[head])
+                for j in range(p):
+                    row, added = rows[j], step * x[i, t, head, j]
+                    for k in range(width):
+                        row[k] = row[k] * decay + added * write[k]
+                if sample < len(at) and at[sample] == t:
+                    total = reads[sample, i, group, :, first : first + width]
+                    _add_product(u[i, sample, head], rows, product, total, head == group * (h // groups))
+                    sample += 1
+            for j in range(p):
+                for k in range(width):
+                    state[i, head, j, first + k] = rows[j, k]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def read_and_pull(maps, directions, along, readouts, share, output, pull):  # type: ignore[no-untyped-def]
+    """maps (s, g, d, n), directions (s, g, d), along, readouts and pull (s, g, n), share (1,), output (s, d):
+    float32.
+
+    Writes what the maps, less a share of directions along^T, make of the readouts, and what their transpose makes of
+    that: so every map is fetched from memory once.
+    """
+    samples, groups, d, n = maps.shape
+    amount = share[0]
+    for i in numba.prange(samples):
+        for e in range(d):
+            output[i, e] = 0
+        for group in range(groups):
+            read, off = readouts[i, group], along[i, group]
+            inner = np.float32(0)
+            for k in range(n):
+                inner += off[k] * read[k]
+            for e in range(d):
+                row, total = maps[i, group, e], -amount * inner * directions[i, group, e]
+                for k in range(n):
+                    total += row[k] * read[k]
+                output[i, e] += total
+        for group in range(groups):
+            back, off = pull[i, group], along[i, group]
+            inner = np.float32(0)
+            for e in range(d):
+                inner += amount * directions[i, group, e] * output[i, e]
+            for k in range(n):
+                back[k] = -inner * off[k]
+            for e in range(d):
+                row, weight = maps[i, group, e], output[i, e]
+                for k in range(n):
+                    back[k] += weight * row[k]

@@ -1,6 +1,6 @@
 """Whether compiled loops may serve a call, and how tensors reach them.
 
-They need numba (extra ``cpu``), float32 tensors on the CPU, and no gradient to record.
+They need numba (extra ``cpu``) and float32 tensors on the CPU; most of them have no backward pass.
 """
 
 from __future__ import annotations
@@ -12,22 +12,35 @@ from torch import Tensor
 
 kernels: Any
 """The module of compiled loops, or None."""
+backward_kernels: Any
+"""That of the backward pass."""
+rounding_kernels: Any
+"""That of states in fewer bits."""
 try:
-    from ghostssm.ops import _kernels
+    from ghostssm.ops import _kernels, _kernels_backward, _rounding_kernels
 
-    kernels = _kernels
+    kernels, backward_kernels, rounding_kernels = _kernels, _kernels_backward, _rounding_kernels
 except ImportError:  # numba is an extra
-    kernels = None
+    kernels = backward_kernels = rounding_kernels = None
 
 HAS_KERNELS = kernels is not None
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the compiled loops can take these tensors."""
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether loops that have a backward pass can take these tensors: all float32 or all float64, on the CPU."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if kernels is None or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
+    dtype = given[0].dtype
+    if kernels is None or dtype not in (torch.float32, torch.float64):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not torch.compiler.is_compiling()
+    return all(t.dtype == dtype and t.device.type == "cpu" for t in given) and not torch.compiler.is_compiling()
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether loops without a backward pass can take these tensors: float32, and no gradient to record."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].dtype != torch.float32 or not differentiable(*given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
 def arrays(*tensors: Tensor) -> list[object]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
-from ghostssm.ops.ssd import DEFAULT_CHUNK, Chunk, ssd_step, to_grouped_state
+from ghostssm.ops.chunks import DEFAULT_CHUNK, Chunk, chunks_of, to_grouped_state
+from ghostssm.ops.ssd import ssd_step
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def channel_energies_chunked(
     chunk_size: int = DEFAULT_CHUNK,
 ) -> ChannelEnergies:
     """The energies by matrix products over chunks; arguments as `channel_energies` has them."""
-    b, length, h, p = x.shape
+    b, _, h, p = x.shape
     g, n = B.shape[2:]
     if initial_state is None:
         initial_state = x.new_zeros(b, h, p, n)
@@ -106,9 +107,7 @@ def channel_energies_chunked(
     energy = initial_state.square().sum(2).view(b, g, h // g, n)
     output = torch.zeros(g, n, dtype=torch.float64, device=x.device)
     stored = torch.zeros_like(output)
-    for start in range(0, length, chunk_size):
-        span = slice(start, start + chunk_size)
-        chunk = Chunk.of(x[:, span], dt[:, span], A, B[:, span], C[:, span])
+    for _, chunk in chunks_of(x, dt, A, B, C, chunk_size):
         energies = _energies_in(chunk, state, energy)
         by_token = energies.sum(2)
         output += (chunk.C.square() * by_token).sum((0, 2))

@@ -8,21 +8,22 @@ Per head, with the scalar decay ``a_t = exp(dt_t * A)`` and the input ``u_t = dt
 Shape letters, always in this order: b batch, l length, q position in a chunk, g group, k heads of a group, h head
 (h = g * k + index in the group), p head dim, n state size.
 
-States cross the public functions as ``(b, h, p, n)``, the layout of every Mamba-2 cache. Inside the chunked form they
-are ``(b, g, n, k * p)``: then all heads of a group share one matrix product with B or C, and B and C are never
-repeated over heads.
+States are ``(b, h, p, n)``, the layout of every Mamba-2 cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ghostssm.ops import compiled, gpu
+from ghostssm.ops.chunks import DEFAULT_CHUNK, chunks_of, from_grouped_state, to_grouped_state
 
-DEFAULT_CHUNK = 64
+_PARTS = 32
+"""About how many pieces the compiled backward pass is cut into: by shapes, not threads, so that sums stay the same."""
 
 
 def ssd_reference(
@@ -80,18 +81,22 @@ def ssd(
     On a CPU that is a compiled loop over tokens: a matrix product over a chunk does more arithmetic per token than the
     recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On
     a GPU it is that loop as one kernel, which keeps the state in registers over the whole sequence.
+
+    Differentiable once in every argument, whichever form serves the call. Gradients of B and C, which are sums over a
+    group's heads, do not depend on the number of threads.
     """
     initial_state = None if initial_state is None else initial_state.to(x.dtype)
-    if gpu.usable_in_float32(x, dt, A, B, C, D, initial_state):
-        found: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
-        return found
-    if not compiled.usable(x, dt, A, B, C, D, initial_state):
-        return ssd_chunked(x, dt, A, B, C, D, initial_state)
-    state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    skip = torch.zeros_like(A) if D is None else D
-    compiled.kernels.ssd_scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
-    return y, state
+    arguments = (x, dt, A, B, C, D, initial_state)
+    found: tuple[Tensor, Tensor]
+    if gpu.usable_in_float32(*arguments):
+        found = gpu.scan_kernels().ssd(*arguments)
+    elif compiled.differentiable(*arguments):
+        found = CompiledScan.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = ChunkedScan.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        found = ssd_chunked(*arguments)
+    return found
 
 
 def ssd_chunked(
@@ -120,84 +125,100 @@ def ssd_chunked(
     """
     state = to_grouped_state(_initial_state(x, B, initial_state), groups=B.shape[2])
     outputs = []
-    for start in range(0, x.shape[1], chunk_size):
-        span = slice(start, start + chunk_size)
-        chunk = Chunk.of(x[:, span], dt[:, span], A, B[:, span], C[:, span])
+    for _, chunk in chunks_of(x, dt, A, B, C, chunk_size):
         outputs.append(chunk.output(state, D))
         state = chunk.advance(state)
     y = torch.cat(outputs, dim=1).flatten(2, 3) if outputs else torch.zeros_like(x)
     return y, from_grouped_state(state, heads=x.shape[2])
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of positions, laid out by group, with what its matrix products share.
+class CompiledScan(torch.autograd.Function):
+    """The compiled loop, with a backward pass that keeps nothing but the arguments."""
 
-    Attributes:
-        x: (b, g, k, q, p). u: the same, dt * x.
-        B, C: (b, g, q, n).
-        log_decay: (b, g, k, q), float64: sum of dt * A from the start of the chunk up to and including each position.
-            These sums grow to hundreds where decay is fast, and small differences of them matter.
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+        ctx.set_materialize_grads(False)
+        state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        skip = torch.zeros_like(A) if D is None else D
+        narrow = B.shape[-1] <= x.shape[-1]
+        scan = compiled.kernels.ssd_scan_narrow if narrow else compiled.kernels.ssd_scan
+        scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
+        return y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+        (b, length, h, _), (groups, n) = x.shape, B.shape[2:]
+        state = _initial_state(x, B, initial_state)
+        dy = torch.zeros_like(x) if dy is None else dy
+        dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
+        dx, ddt = torch.zeros(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)
+        dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
+        heads_per_part = min(h // groups, -(-b * h // _PARTS))
+        parts = -(-(h // groups) // heads_per_part)
+        dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
+        compiled.backward_kernels.ssd_scan_backward(
+            *compiled.arrays(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD)
+        )
+        dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
+        if D is not None:
+            dx.addcmul_(dy, D[:, None])
+        dD = None if D is None else dD.sum(0).to(D.dtype)
+        return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
+
+
+class ChunkedScan(torch.autograd.Function):
+    """`ssd_chunked` with a backward pass that keeps the arguments and the states between chunks, and nothing else.
+
+    Chunks are walked from the end and computed anew, one after the other: what autograd would keep for `ssd_chunked`
+    is several times as large as the model's other activations.
     """
 
-    x: Tensor
-    u: Tensor
-    B: Tensor
-    C: Tensor
-    log_decay: Tensor
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        state = to_grouped_state(_initial_state(x, B, initial_state), groups=B.shape[2])
+        y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
+        for span, chunk in chunks_of(x, dt, A, B, C):
+            states.append(state)
+            y[:, span] = chunk.output(state, D).flatten(2, 3)
+            state = chunk.advance(state)
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state, *states)
+        return y, from_grouped_state(state, heads=x.shape[2])
 
-    @classmethod
-    def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Chunk:
-        """From the streams of one chunk: x (b, q, h, p), dt (b, q, h), A (h,), B and C (b, q, g, n)."""
-        b, q, h, p = x.shape
-        g = B.shape[2]
-        heads = (b, q, g, h // g, p)
-        u = (x * dt[..., None]).view(heads).permute(0, 2, 3, 1, 4)
-        log_decay = torch.cumsum((dt * A).double(), dim=1).view(b, q, g, h // g).permute(0, 2, 3, 1)
-        return cls(x.reshape(heads).permute(0, 2, 3, 1, 4), u, B.transpose(1, 2), C.transpose(1, 2), log_decay)
-
-    def pairwise_decay(self) -> Tensor:
-        """(b, g, k, q, q): the decay from position s to position t; 0 where s > t."""
-        q = self.u.shape[3]
-        future = torch.ones(q, q, dtype=torch.bool, device=self.u.device).triu(1)
-        difference = self.log_decay[..., :, None] - self.log_decay[..., None, :]
-        return difference.to(self.u.dtype).masked_fill_(future, float("-inf")).exp_()
-
-    def decay_from_start(self) -> Tensor:
-        """(b, g, k, q): what is left at each position of the state that entered the chunk."""
-        return torch.exp(self.log_decay).to(self.u.dtype)
-
-    def output(self, state: Tensor, D: Tensor | None = None) -> Tensor:
-        """y, (b, q, g, k, p), given the state (b, g, n, k * p) that enters the chunk."""
-        b, g, k, q, p = self.u.shape
-        scores = (self.C @ self.B.transpose(-1, -2))[:, :, None] * self.pairwise_decay()
-        carried = (self.C @ state).view(b, g, q, k, p).transpose(2, 3)
-        y = torch.addcmul(scores @ self.u, self.decay_from_start()[..., None], carried)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, initial_state, *states = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        dstate = torch.zeros_like(_initial_state(x, B, initial_state)) if dstate is None else dstate
+        dstate = to_grouped_state(dstate, groups=B.shape[2])
+        dx, dlog_decay = torch.empty_like(x), torch.empty(dt.shape, dtype=torch.float64, device=x.device)
+        ddt, dB, dC = torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
+        for span, chunk in chunks_of(x, dt, A, B, C, backwards=True):
+            dout = dy[:, span].unflatten(2, chunk.u.shape[1:3]).permute(0, 2, 3, 1, 4)
+            found = chunk.backward(states.pop(), dout, dstate)
+            du = found.du.permute(0, 3, 1, 2, 4).flatten(2, 3)
+            dx[:, span] = du * dt[:, span, :, None]
+            ddt[:, span] = (du * x[:, span]).sum(-1)
+            dlog_decay[:, span] = found.dlog_decay.permute(0, 3, 1, 2).flatten(2)
+            dB[:, span], dC[:, span] = found.dB.transpose(1, 2), found.dC.transpose(1, 2)
+            dstate = found.dstate
+        dA = (dlog_decay * dt).sum((0, 1)).to(A.dtype)
+        ddt += (dlog_decay * A).to(dt.dtype)
+        dD = None
         if D is not None:
-            y = torch.addcmul(y, D.view(g, k, 1, 1), self.x)
-        return y.permute(0, 3, 1, 2, 4)
-
-    def advance(self, state: Tensor) -> Tensor:
-        """The state (b, g, n, k * p) that leaves the chunk, given the one that enters it."""
-        b, g, k, q, p = self.u.shape
-        total = self.log_decay[..., -1:]
-        to_end = self.u * torch.exp(total - self.log_decay).to(self.u.dtype)[..., None]
-        added = to_end.transpose(2, 3).reshape(b * g, q, k * p)
-        kept = state.view(b, g, -1, k, p) * torch.exp(total).to(self.u.dtype)[:, :, None]
-        B = self.B.reshape(b * g, q, -1).transpose(-1, -2)
-        return torch.baddbmm(kept.view(b * g, -1, k * p), B, added).view_as(state)
-
-
-def to_grouped_state(state: Tensor, groups: int) -> Tensor:
-    """(b, h, p, n) to the internal (b, g, n, k * p)."""
-    b, h, p, n = state.shape
-    return state.view(b, groups, h // groups, p, n).permute(0, 1, 4, 2, 3).reshape(b, groups, n, -1)
-
-
-def from_grouped_state(state: Tensor, heads: int) -> Tensor:
-    """The internal (b, g, n, k * p) to (b, h, p, n)."""
-    b, g, n, _ = state.shape
-    return state.view(b, g, n, heads // g, -1).permute(0, 1, 3, 4, 2).reshape(b, heads, -1, n)
+            dD = (dy * x).sum((0, 1, 3)).to(D.dtype)
+            dx += dy * D[:, None]
+        dinitial = None if initial_state is None else from_grouped_state(dstate, heads=x.shape[2])
+        return dx, ddt, dA, dB, dC, dD, dinitial
 
 
 def _initial_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:

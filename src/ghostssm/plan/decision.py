@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
+from ghostssm.values import Value
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, repr=False)
+class Selection(Value):
     """The state channels that each group of one mixer keeps, in ascending order."""
 
     kept: tuple[tuple[int, ...], ...]
@@ -35,8 +36,8 @@ class Selection:
         return tuple(channels + (-1,) * (width - len(channels)) for channels in self.kept)
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, repr=False, eq=False)
+class Decision(Value):
     """All that is decided for one mixer.
 
     Attributes:

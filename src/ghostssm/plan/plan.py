@@ -16,10 +16,12 @@ from ghostssm.models.mixer import Projection
 from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.provenance import Provenance
+from ghostssm.units import sizes_text
+from ghostssm.values import Value
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False, eq=False)
+class Plan(Value):
     """Decisions for every mixer of a model, and what else becomes of its parameters.
 
     Attributes:
@@ -42,6 +44,10 @@ class Plan:
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = None
     per_layer: bool = False
+
+    def __repr__(self) -> str:
+        sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}"
+        return f"<Plan: {self.method}, {len(self.decisions)} mixers of {self.model_type}, {sizes}>"
 
     @property
     def selections(self) -> dict[str, Selection]:

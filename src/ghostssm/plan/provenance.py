@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ghostssm.plan.measurement import Searched
+from ghostssm.values import Value
 
 
-@dataclass(frozen=True)
-class CalibrationText:
+@dataclass(frozen=True, repr=False)
+class CalibrationText(Value):
     """The windows that a plan was calibrated on.
 
     Attributes:
@@ -25,8 +26,8 @@ class CalibrationText:
     seed: int | None
 
 
-@dataclass(frozen=True)
-class Provenance:
+@dataclass(frozen=True, repr=False)
+class Provenance(Value):
     """What a plan was made from and with.
 
     Attributes:

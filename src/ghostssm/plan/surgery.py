@@ -9,31 +9,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
 from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.families.base import Family
-from ghostssm.models.families.ghost_mamba2 import projected_model, stock_model
+from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Prune a model and return it: in place, unless the result needs another model class.
 
-    A plan with projections, or with a state size per layer, gives a new
-    `ghostssm.models.own_class.GhostMamba2ForCausalLM` that shares every tensor it does not change; the given model then
-    stays as it is.
+    A plan with projections, or with a state size per layer, gives a new model of our own class
+    (`ghostssm.models.own_class`) that shares every tensor it does not change; the given model then stays as it is.
 
     Raises:
-        PlanError: the plan is for another model, or the family has no class for its result; nothing was changed.
+        PlanError: the plan is for another model; nothing was changed.
         ModelError: there are adapters or quantised layers in the model; nothing was changed.
         NumericalError: numbers of the plan that the model's dtype can't hold; nothing was changed.
     """
@@ -177,11 +178,6 @@ def _fitting_mixers(model: PreTrainedModel, plan: Plan) -> list[Mixer]:
     mixers = mixers_of(model)
     family = family_of(model.config)
     plan.check_fits({mixer.name: mixer.layout for mixer in mixers}, family.model_type)
-    if plan.needs_own_class and family.is_hybrid:
-        raise PlanError(
-            "The plan has projections or a state size per layer, for which "
-            f"{family.model_type} models have no class; make one with a method that keeps the stock class."
-        )
     faults = [fault for mixer in mixers for fault in _projection_faults(mixer, plan.decisions[mixer.name])]
     faults += _change_faults(model, mixers, plan)
     if faults:
@@ -230,24 +226,22 @@ def _projection_faults(mixer: Mixer, decision: Decision) -> list[str]:
 def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A model of our own class by the plan, sharing the tensors that stay as they are."""
     family, tensors = family_of(model.config), dict(model.state_dict())
+    widths: dict[int, int] = {}
+    projected: dict[int, int] = {}
     for index, block in enumerate(family.blocks(model)):
         mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
             continue
         decision = plan.decisions[mixer.name]
-        prune_mixer(family, mixer, decision.selection, decision.selection.width)
+        widths[index], projected[index] = decision.selection.width, 0
+        prune_mixer(family, mixer, decision.selection, widths[index])
         parts = dict(mixer.module.state_dict())
         if decision.projection is not None:
-            like = mixer.in_proj.weight
+            like, projected[index] = mixer.in_proj.weight, decision.width
             parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
         tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
     tensors |= {name: value.to(tensors[name], copy=True) for name, value in plan.changes.items()}
-    converted = projected_model(
-        model.config,
-        tensors,
-        [selection.width for selection in plan.selections.values()],
-        plan.widths if plan.is_projected else None,
-    )
+    converted = own_model(model.config, tensors, widths, projected if plan.is_projected else None)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ghostssm.errors import InputError, ModelError
-from ghostssm.methods import method_named, method_names, stock_method_names
-from ghostssm.models.families import family_named
+from ghostssm.methods import method_named, stock_method_names
 from ghostssm.pruning.recipe import Recipe
 
 
@@ -14,19 +13,8 @@ def check_original(is_stock: bool) -> None:
         raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")
 
 
-def check_recipe(recipe: Recipe, model_type: str) -> None:
-    """Raise InputError unless a family has a model class for what a recipe can result in."""
-    if recipe.stock or not family_named(model_type).is_hybrid:
-        return
-    raise InputError(
-        f"{recipe} gives a projected state or a state size per layer, for which {model_type} models have no class; "
-        f"expected one of the methods {', '.join(methods_for(model_type))}, without +per-layer."
-    )
-
-
-def check_streamable(recipe: Recipe, model_type: str) -> None:
+def check_streamable(recipe: Recipe) -> None:
     """Raise InputError unless a recipe can be carried out with one block in memory at a time."""
-    check_recipe(recipe, model_type)
     fault = None
     unable = [step for step in recipe.steps if not step.registered.streamable]
     if not recipe.registered.streamable:
@@ -41,14 +29,3 @@ def check_streamable(recipe: Recipe, model_type: str) -> None:
             f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
             "without +per-layer."
         )
-
-
-def methods_for(model_type: str) -> tuple[str, ...]:
-    """The methods for which a family has a model class."""
-    return stock_method_names() if family_named(model_type).is_hybrid else method_names()
-
-
-def check_state_size(state_size: int, limit: int) -> None:
-    """Raise InputError unless ``state_size`` is a state size that a model with N = ``limit`` can be cut to."""
-    if isinstance(state_size, bool) or not isinstance(state_size, int) or not 1 <= state_size <= limit:
-        raise InputError(f"The state size is {state_size!r}; expected an integer from 1 to the model's N = {limit}.")

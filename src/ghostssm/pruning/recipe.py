@@ -9,6 +9,8 @@ from ghostssm.methods import Method, method_named
 from ghostssm.recovery import Step, step_names
 
 _PER_LAYER = "per-layer"
+_STEP_COST, _COST_PER_AMOUNT = 0.5, 0.05
+"""Of a recovery step without a number, and of one with, for each of that number."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Recipe:
     @property
     def registered(self) -> Method:
         return method_named(self.method)
+
+    @property
+    def cost(self) -> float:
+        """About how long it takes beside GHOST on the same windows, for estimates of the time left."""
+        cost = 0.2 if self.registered.one_shot else 1.0 if self.registered.decide is None else 3.0
+        cost += sum(_STEP_COST if step.amount is None else step.amount * _COST_PER_AMOUNT for step in self.steps)
+        return cost * (2.0 if self.per_layer else 1.0)
 
     @property
     def stock(self) -> bool:

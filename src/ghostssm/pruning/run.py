@@ -25,14 +25,15 @@ from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource, Known
 from ghostssm.methods.selection import Cut, Groups, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
+from ghostssm.models.layout import check_state_size
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable
-from ghostssm.progress import Progress, silent
+from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size
+from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery.base import MixerStep, ModelStep
@@ -98,7 +99,7 @@ class Calibration:
         state_size: int,
         groups: Groups = "equal",
         seed: int = DEFAULT_SEED,
-        progress: Progress = silent,
+        progress: Progress | None = on_screen,
         multiple: int = DEFAULT_MULTIPLE,
         journal: Journal | None = None,
     ) -> Plan:
@@ -109,6 +110,7 @@ class Calibration:
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
             groups: how the groups of a layer share it.
             seed: for methods that draw at random, and for what is sampled.
+            progress: told how far the work is; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
 
@@ -117,40 +119,40 @@ class Calibration:
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        check_recipe(recipe, self.model.config.model_type)
         layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
-        run = _Run(self, recipe, groups, seed, progress, journal or Journal())
-        sizes = [state_size] * len(mixers_of(self.model))
-        if recipe.per_layer and recipe.registered.scope == "layer":
-            sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
-        decisions, scores = run.decide(sizes)
-        windows = self.windows
-        plan = Plan(
-            method=str(recipe),
-            model_type=self.model.config.model_type,
-            n_groups=layout.n_groups,
-            state_size=layout.state_size,
-            decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
-            changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
-            scores={name: score.double().cpu() for name, score in scores.items()},
-            per_layer=recipe.per_layer,
-            provenance=Provenance(
-                requested_state_size=state_size,
-                groups=groups,
-                seed=seed,
-                multiple=multiple,
-                calibration=CalibrationText(
-                    text=text_name(windows.text_name),
-                    text_sha256=windows.text_fingerprint,
-                    tokens_sha256=windows.fingerprint,
-                    windows=len(windows),
-                    window_length=windows.length,
-                    seed=windows.seed,
+        with listening(progress) as tell:
+            run = _Run(self, recipe, groups, seed, tell, journal or Journal())
+            sizes = [state_size] * len(mixers_of(self.model))
+            if recipe.per_layer and recipe.registered.scope == "layer":
+                sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
+            decisions, scores = run.decide(sizes)
+            windows = self.windows
+            plan = Plan(
+                method=str(recipe),
+                model_type=self.model.config.model_type,
+                n_groups=layout.n_groups,
+                state_size=layout.state_size,
+                decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
+                changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
+                scores={name: score.double().cpu() for name, score in scores.items()},
+                per_layer=recipe.per_layer,
+                provenance=Provenance(
+                    requested_state_size=state_size,
+                    groups=groups,
+                    seed=seed,
+                    multiple=multiple,
+                    calibration=CalibrationText(
+                        text=text_name(windows.text_name),
+                        text_sha256=windows.text_fingerprint,
+                        tokens_sha256=windows.fingerprint,
+                        windows=len(windows),
+                        window_length=windows.length,
+                        seed=windows.seed,
+                    ),
                 ),
-            ),
-        )
-        return run.recovered(plan)
+            )
+            return run.recovered(plan)
 
 
 @dataclasses.dataclass
@@ -210,12 +212,12 @@ class _Run:
     def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> Tensor:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
         n = mixer.layout.state_size
-        evidence = dataclasses.replace(self._evidence(mixer, index, self._source(block, index)), rough=True)
+        source = _Measured(self._source(block, index))
+        evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
         score = self._finite_score(evidence, mixer)
         sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
         nothing = Decision(Selection(((),) * mixer.layout.n_groups))
-        decisions = [nothing, *(self._choice(evidence, score, size) for size in sizes)]
-        errors = [*block.changes(decisions), 0.0]
+        errors = [*source.changes([nothing, *(self._choice(evidence, score, size) for size in sizes)]), 0.0]
         return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
@@ -346,6 +348,25 @@ class _Walked:
         if question not in self._known:
             self._known[question] = answer()
         return self._known[question]
+
+
+class _Measured:
+    """Evidence that measures no decision twice."""
+
+    def __init__(self, source: EvidenceSource):
+        self.statistics, self.samples = source.statistics, source.samples
+        self.input_gram, self.saliency = source.input_gram, source.saliency
+        self._changes = source.changes
+        self._known: list[tuple[Decision, float]] = []
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        new = [decision for decision in decisions if self._change(decision) is None]
+        if new:
+            self._known += zip(new, self._changes(new), strict=True)
+        return [change for decision in decisions if (change := self._change(decision)) is not None]
+
+    def _change(self, decision: Decision) -> float | None:
+        return next((change for known, change in self._known if known is decision), None)
 
 
 class _Asked:

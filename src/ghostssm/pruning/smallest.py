@@ -18,8 +18,7 @@ from ghostssm.models.families import layout_of
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.progress import Progress, silent
-from ghostssm.pruning.feasibility import check_recipe
+from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
 from ghostssm.text.windows import Windows
@@ -37,7 +36,7 @@ def smallest_plan(
     state_sizes: Sequence[int] | None = None,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
-    progress: Progress = silent,
+    progress: Progress | None = on_screen,
 ) -> Plan:
     """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
 
@@ -47,13 +46,13 @@ def smallest_plan(
     Args:
         max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
         state_sizes: the sizes to try instead, ascending.
+        progress: told how far the work is; None for nobody.
 
     Raises:
         InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no size
             below the model's own stays within the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_recipe(recipe, model.config.model_type)
     if not recipe.registered.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be searched for it; take another method.")
     apart = held_out_rows(len(windows))
@@ -71,15 +70,16 @@ def smallest_plan(
     dense = evaluate_in_float32(model, held_out)
     low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
     best: tuple[Plan, Difference] | None = None
-    while high - low > 1:
-        middle = (low + high) // 2
-        plan = calibration.plan(recipe, sizes[middle], groups, seed, progress, multiple)
-        with pruned(model, plan) as smaller:
-            excess = _excess(smaller, held_out, dense)
-        if excess.mean <= max_excess_loss:
-            high, best = middle, (plan, excess)
-        else:
-            low = middle
+    with listening(progress) as tell:
+        while high - low > 1:
+            middle = (low + high) // 2
+            plan = calibration.plan(recipe, sizes[middle], groups, seed, tell, multiple)
+            with pruned(model, plan) as smaller:
+                excess = _excess(smaller, held_out, dense)
+            if excess.mean <= max_excess_loss:
+                high, best = middle, (plan, excess)
+            else:
+                low = middle
     if best is None:
         among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
         raise InputError(

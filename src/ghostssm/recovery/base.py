@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from ghostssm.calibration.open_block import PrunedBlock
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, unknown_name
 from ghostssm.progress import Progress
 from ghostssm.text.windows import Windows
 
@@ -86,7 +86,7 @@ class Step:
 
     def __post_init__(self) -> None:
         if self.name not in _STEPS:
-            raise InputError(f"No recovery step is called {self.name!r}; expected one of: {', '.join(step_names())}.")
+            raise unknown_name("recovery step", self.name, step_names())
         if self.registered.default_amount is None and self.amount is not None:
             raise InputError(f"{self.name} takes no number; found {self.amount}.")
         if self.amount is not None and self.amount < 1:
@@ -99,7 +99,7 @@ class Step:
         """The step that a text spells, such as ``refit100``."""
         match = re.fullmatch(r"([a-z-]+)(\d*)", text)
         if match is None:
-            raise InputError(f"No recovery step is called {text!r}; expected one of: {', '.join(step_names())}.")
+            raise unknown_name("recovery step", text, step_names())
         return cls(match[1], int(match[2]) if match[2] else None)
 
     def __str__(self) -> str:

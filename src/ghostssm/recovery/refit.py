@@ -17,7 +17,7 @@ from torch import Tensor
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.models.mixer import Mixer, gated_norm
 from ghostssm.ops.conv_norm import causal_conv
-from ghostssm.ops.ssd import ssd, ssd_chunked
+from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
 from ghostssm.recovery.base import MixerStep, register_step
 
@@ -185,8 +185,7 @@ class _Trial:
         if mixer.projection is not None:
             B, C = project_streams(B, leaf["project_B"]), project_streams(C, leaf["project_C"])
         dt = F.softplus(at_least_float32(data.dt + leaf["dt_bias"])).clamp(*mixer.dt_limit)
-        scan = ssd_chunked if torch.is_grad_enabled() else ssd
-        y, _ = scan(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
+        y, _ = ssd(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
         norm = None if mixer.norm is None else replace(mixer.norm, weight=leaf["norm"])
         normed = gated_norm(norm, y, data.z, layout.n_groups)
         bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()

@@ -8,6 +8,7 @@ from html import escape
 from ghostssm.errors import InputError
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table, table_html
+from ghostssm.report.showing import figure_of
 from ghostssm.units import sizes_text, text_name
 from ghostssm.workflows.comparison import Comparison, comparison_cells
 
@@ -45,9 +46,7 @@ def comparison_html(comparison: Comparison) -> str:
 
 def _figure_html(shown: Plan | Comparison) -> str:
     try:
-        from ghostssm.report.figures.cost import size_figure
-        from ghostssm.report.figures.state import saliency_figure
+        figure = figure_of(shown)
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
-    figure = saliency_figure({shown.method: shown}) if isinstance(shown, Plan) else size_figure(shown.rows)
-    return figure._repr_html_()
+    return figure.html()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ghostssm._version import __version__
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
+from ghostssm.progress import stage
 
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure
@@ -194,7 +195,8 @@ def write_page(file: OutputFile, report: Report) -> None:
     Raises:
         StorageError: writing failed; nothing is left behind.
     """
-    page = html_page(report)
+    with stage("drawing figures"):
+        page = html_page(report)
     with file, storing(file.path):
         file.partial.write_text(page, encoding="utf-8")
         file.commit()

@@ -23,18 +23,19 @@ from ghostssm.files.interrupts import Terminated
 from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.progress import Progress, silent
+from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
+from ghostssm.values import Value
 
 _NAMES = frozenset({"recipe", "model", "calibration", "evaluate", "tokenizer"})
 
 
-@dataclass(frozen=True)
-class StreamedRun:
+@dataclass(frozen=True, repr=False, eq=False)
+class StreamedRun(Value):
     """What a streamed run ended in.
 
     Attributes:
@@ -61,7 +62,7 @@ def prune_streamed(
     held_out: Windows | None = None,
     processes: Processes | None = None,
     request: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = on_screen,
 ) -> StreamedRun:
     """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
     `ghostssm.apply_plan` and `ghostssm.save` give for a loaded one, but for the division into files.
@@ -75,6 +76,7 @@ def prune_streamed(
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
         request: all that was asked for, in JSON values: for the manifest, and to resume a run of the same only.
+        progress: told how far the work is; None for nobody.
 
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.
@@ -84,7 +86,7 @@ def prune_streamed(
         ProcessError: another process is gone; what is done can be resumed.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_streamable(recipe, checkpoint.blocks.model.config.model_type)
+    check_streamable(recipe)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
     asked = request or {"recipe": str(recipe), "state_size": state_size, "groups": groups, "seed": seed}
@@ -105,17 +107,18 @@ def prune_streamed(
 
         def computed() -> list[float]:
             blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
-            return _shared_losses(blocks, held_out, processes, Scratch(offload), progress)
+            return _shared_losses(blocks, held_out, processes, Scratch(offload), tell)
 
         found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
         return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
 
-    with RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes) as run:
+    folder = RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes)
+    with listening(progress) as tell, folder as run:
         try:
             run.rehearse(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
-            plan = calibration.plan(recipe, state_size, groups, seed, progress, journal=run)
+            plan = calibration.plan(recipe, state_size, groups, seed, tell, journal=run)
             run.assemble(plan)
             after = losses("pruned", lambda: find_source(str(run.output)))
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None

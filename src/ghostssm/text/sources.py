@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ghostssm.errors import TextError
+from ghostssm.errors import InputError, TextError
+from ghostssm.network import hub_answers
+from ghostssm.progress import stage
 from ghostssm.text.stdlib import stdlib_texts
+from ghostssm.values import Value, short
 
 Role = Literal["calibration", "evaluation"]
 """Named corpora have a side to calibrate on and another to evaluate on."""
@@ -27,8 +30,8 @@ _CHAT_ADVICE = (
 )
 
 
-@dataclass(frozen=True)
-class Text:
+@dataclass(frozen=True, repr=False)
+class Text(Value):
     """A corpus in memory.
 
     Attributes:
@@ -38,6 +41,33 @@ class Text:
 
     name: str
     parts: tuple[str, ...]
+
+    @classmethod
+    def from_strings(cls, strings: str | Iterable[str], *, name: str = "strings") -> Text:
+        """A text made of one string or of several.
+
+        Args:
+            name: what manifests and reports call it.
+
+        Raises:
+            TextError: something else among them, or nothing but blanks.
+        """
+        several = isinstance(strings, Iterable) and not isinstance(strings, str)
+        parts: tuple[Any, ...] = tuple(strings) if several else (strings,)
+        for number, part in enumerate(parts, 1):
+            if not isinstance(part, str):
+                found = f"{short(part)} as string {number}" if several else short(part)
+                raise TextError(
+                    f"Found {found}; expected strings: ghostssm.Text.from_strings(['One text.', 'Another one.'])."
+                )
+            if "\0" in part or not _is_encodable(part):
+                raise TextError(f"String {number} of {name!r} holds NUL or half of a surrogate pair; expected text.")
+        return _checked(cls(name, parts))
+
+    def __repr__(self) -> str:
+        parts = f"{len(self.parts):,} parts, " if len(self.parts) != 1 else ""
+        begin = next((part for part in self.parts if part.strip()), "")
+        return f"<Text {self.name!r}: {parts}{sum(map(len, self.parts)):,} characters, {short(begin)}>"
 
     @property
     def joined(self) -> str:
@@ -50,29 +80,55 @@ class Text:
         return hashlib.sha256(self.joined.encode()).hexdigest()
 
 
-def read_text(spec: str, role: Role) -> Text:
+def read_text(spec: str | Path, role: Role = "calibration") -> Text:
     """Read a TEXT.
 
     Args:
         spec: ``stdlib``, ``wikitext2``, or the path of a .txt, .jsonl, .json or .parquet file or of a folder of text.
             Rows of the last three are strings, or objects with a string under "text".
-        role: which side of a named corpus to take; a path gives all of its text.
+        role: ``calibration`` or ``evaluation``, which side of a named corpus to take; a path gives all of its text.
 
     Raises:
         TextError: missing, unreadable, binary, empty or enormous text, or a corpus that could not be fetched.
+        InputError: no such role, or neither a name nor a path.
     """
-    if spec in _CORPORA:
-        side, parts = _CORPORA[spec](role)
-        return _checked(Text(f"{spec} ({side})", tuple(parts)))
-    path = Path(spec)
-    if path.is_dir():
-        return _checked(Text(spec, tuple(_read_folder(path))))
-    if path.is_file():
-        return _checked(Text(spec, tuple(_read_file(path))))
+    if not isinstance(spec, str | Path):
+        raise InputError(
+            f"Found {short(spec)} in place of a text's name or path; what is in memory becomes a text by "
+            "ghostssm.Text.from_strings(strings)."
+        )
+    if role not in get_args(Role):
+        raise InputError(f"The role is {short(role)}; expected {' or '.join(map(repr, get_args(Role)))}.")
+    name, path = str(spec), Path(spec)
+    with stage(f"reading {name}"):
+        if name in _CORPORA:
+            side, parts = _CORPORA[name](role)
+            return _checked(Text(f"{name} ({side})", tuple(parts)))
+        if _is_there(name):
+            found = _read_folder(path) if path.is_dir() else _read_file(path)
+            return _checked(Text(name, tuple(found)))
     raise TextError(
-        f"No text at {spec!r}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
-        f"{', '.join(_CORPORA)}."
+        f"No text at {short(name)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
+        f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
     )
+
+
+def is_corpus(spec: object) -> bool:
+    """Whether something is the name of a corpus, which has a side to evaluate on."""
+    return isinstance(spec, str) and spec in _CORPORA
+
+
+def is_text_name(spec: str) -> bool:
+    """Whether a string names a corpus, or a file or folder that is there."""
+    return spec in _CORPORA or _is_there(spec)
+
+
+def _is_there(name: str) -> bool:
+    path = Path(name)
+    try:
+        return bool(name.strip()) and (path.is_dir() or path.is_file())
+    except (OSError, ValueError):  # longer than any name, or with a NUL in it
+        return False
 
 
 def read_passages(spec: str) -> list[str]:
@@ -106,17 +162,27 @@ def _stdlib(role: Role) -> tuple[str, list[str]]:
 
 
 def _wikitext2(role: Role) -> tuple[str, list[str]]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     split = "train" if role == "calibration" else "test"
     repository, file = "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
-    try:
-        path = hf_hub_download(repository, file, repo_type="dataset")
-    except Exception as error:  # the hub client's faults share no base class
-        raise TextError(
-            f"wikitext2 could not be fetched from the hub ({type(error).__name__}). Bring {file} of the dataset "
-            f"{repository} here and name that file instead."
-        ) from error
+    option = "--calibration" if role == "calibration" else "--text"
+    fault = "wikitext2 could not be fetched from the hub"
+    advice = (
+        f"Name another text, such as a .txt file or stdlib ({option} stdlib); or bring {file} of the dataset "
+        f"{repository} here and name that file."
+    )
+    path = try_to_load_from_cache(repository, file, repo_type="dataset")  # it does not change
+    if not isinstance(path, str):
+        if not hub_answers():
+            raise TextError(f"{fault}, which does not answer. {advice}")
+        try:
+            with stage("fetching wikitext2 from the hub"):
+                path = hf_hub_download(repository, file, repo_type="dataset")
+        except Exception as error:  # the hub client's faults share no base class
+            raise TextError(
+                f"wikitext2 could not be fetched from the hub ({type(error).__name__}). {advice}"
+            ) from error
     return f"{split} split", _read_parquet(Path(path))
 
 

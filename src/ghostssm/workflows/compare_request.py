@@ -6,25 +6,31 @@ import dataclasses
 from dataclasses import dataclass
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.methods import method_names
 from ghostssm.methods.selection import Groups
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_state_size, methods_for
+from ghostssm.models.layout import check_state_size
+from ghostssm.ops.state_format import FLOAT32, StateStorage
+from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.recipe import Recipe
+from ghostssm.values import Value
 from ghostssm.workflows.request import CalibratingRequest
 
 
-@dataclass(frozen=True)
-class CompareRequest(CalibratingRequest):
+@dataclass(frozen=True, repr=False)
+class CompareRequest(Value, CalibratingRequest):
     """Everything that can be asked of a comparison; with its bases the only list of its options.
 
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
         state_sizes: N' to prune to.
-        methods: recipes, such as ``ghost`` or ``output+repair``; all methods that the model's family has, without
-            recovery steps, if none is given.
+        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is
+            given.
         text: text to measure the loss on.
         groups: how the groups of a layer share the state.
         batches: batch sizes at which to measure decoding; empty for none.
         report: also measure what a report shows.
+        state_dtypes: in which the state is kept, each for every method and size and for the dense model.
+        state_rounding: of all but float32.
     """
 
     model: str
@@ -34,25 +40,33 @@ class CompareRequest(CalibratingRequest):
     groups: Groups = "equal"
     batches: tuple[int, ...] = (1, 32)
     report: bool = False
+    state_dtypes: tuple[str, ...] = ("float32",)
+    state_rounding: str = "nearest"
+
+    @property
+    def storages(self) -> tuple[StateStorage, ...]:
+        """How states are kept, by dtype."""
+        return tuple(StateStorage.of(dtype, self.rounding_of(dtype), self.seed) for dtype in self.state_dtypes)
+
+    def rounding_of(self, state_dtype: str) -> str:
+        """A float32 state is not rounded."""
+        return "nearest" if state_dtype == FLOAT32.name else self.state_rounding
 
 
-def checked(request: CompareRequest) -> tuple[CompareRequest, Description]:
+def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
     """The request with its methods named, and its model's description; only config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
 
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
     recipes = [str(Recipe.parse(method)) for method in request.methods]
-    described = describe(request.model)
+    described = described or describe(request.model)
     check_original(described.is_stock)
-    request = dataclasses.replace(request, methods=tuple(recipes) or methods_for(described.family))
-    check_cells(request, described.family, described.layout.state_size)
-    return request, described
-
-
-def check_cells(request: CompareRequest, family: str, limit: int) -> None:
-    """Raise InputError for a method or a size that a model of a family with N = ``limit`` can't have."""
-    for method in request.methods:
-        check_recipe(Recipe.parse(method), family)
     for size in request.state_sizes:
-        check_state_size(size, limit)
+        check_state_size(size, described.layout.state_size)
+    StateStorage.of("bfloat16", request.state_rounding)  # raises, as the next line does
+    assert all(request.storages)
+    return dataclasses.replace(request, methods=tuple(recipes) or method_names()), described

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.roofline import Machine
 from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
+from ghostssm.values import Value
 from ghostssm.workflows.compare_request import CompareRequest
 from ghostssm.workflows.record import Observations, Samples
 
@@ -19,8 +22,12 @@ Cell = tuple[str, int]
 DENSE = "dense"
 
 
-@dataclass(frozen=True)
-class Row:
+def labelled(method: str, state_dtype: str) -> str:
+    return method if state_dtype == "float32" else f"{method}, {state_dtype}"
+
+
+@dataclass(frozen=True, repr=False)
+class Row(Value):
     """One line of the table.
 
     Attributes:
@@ -28,10 +35,11 @@ class Row:
         state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
             larger where uneven groups or layers are padded.
         excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
+        state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
         speed_range: batch size to the speeds of the slowest and the fastest round.
+        state_dtype: in which the state was kept, rounded after every token.
     """
 
     method: str
@@ -45,14 +53,20 @@ class Row:
     tokens_per_second: dict[int, float]
     seconds: float
     speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
+    state_dtype: str = "float32"
 
     @property
     def is_dense(self) -> bool:
-        return self.method == DENSE
+        return self.label == DENSE
+
+    @property
+    def label(self) -> str:
+        """The method, and the state's dtype where it is not float32."""
+        return labelled(self.method, self.state_dtype)
 
 
-@dataclass(frozen=True)
-class Basis:
+@dataclass(frozen=True, repr=False, eq=False)
+class Basis(Value):
     """What a comparison was made from.
 
     Attributes:
@@ -71,33 +85,71 @@ class Basis:
     samples: Samples | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size."""
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison(Value):
+    """Rows, the dense one first; the plans behind them by method and state size, and what was measured by a row's label
+    and state size.
+
+    A notebook shows it as a table with a figure; `ghostssm.plot` draws it, `ghostssm.write_report` makes a page of it.
+    """
 
     rows: tuple[Row, ...]
     plans: dict[Cell, Plan]
     evaluations: dict[Cell, Evaluation] = field(default_factory=dict, repr=False)
     basis: Basis | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        methods = ", ".join(dict.fromkeys(row.method for row in self.rows))
+        sizes = ", ".join(map(str, dict.fromkeys(row.state_size for row in self.rows)))
+        return f"<Comparison: {methods[:120]} at state sizes {sizes[:80]}>"
+
     def best(self, size: int) -> list[Row]:
         """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
-        rows = [row for row in self.rows if row.state_size == size and not row.is_dense]
+        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
         stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, as ``request``, and the table, as ``rows``; JSON values, but for numbers that are NaN."""
+        return {
+            "request": None if self.basis is None else self.basis.request.as_json(),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame; decode speeds in a column per batch size, ``tokens_per_second_32``.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise InputError("A DataFrame needs pandas, which is not installed: pip install pandas.") from None
+        speeds = [
+            {f"tokens_per_second_{batch}": speed for batch, speed in row.tokens_per_second.items()} for row in self.rows
+        ]
+        rows = [asdict(row) | speed for row, speed in zip(self.rows, speeds, strict=True)]
+        return pandas.DataFrame(rows).drop(columns=["tokens_per_second", "speed_range"])
+
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
+    """Headers and lines, the most bytes per sequence and the smallest loss first.
 
     A stored state that is larger than the one asked for stands in brackets behind it.
     """
     batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return headers, [[*_cells(row), *(f"{row.tokens_per_second[batch]:,.0f}" for batch in batches)] for row in ranked]
+    ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
+    return headers, [[*_cells(row), *(_speed(row, batch) for batch in batches)] for row in ranked]
+
+
+def _speed(row: Row, batch: int) -> str:
+    """With half of the range over the rounds as a share of it."""
+    median, (low, high) = row.tokens_per_second[batch], row.speed_range[batch]
+    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
 
 
 def _cells(row: Row) -> list[str]:
@@ -105,6 +157,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.method,
         f"{row.state_size}{padded}",
+        row.state_dtype,
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

@@ -51,7 +51,7 @@ def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silen
     for block in walk.blocks():
         progress("observed", block.index, len(walk))
         if (mixer := block.mixer) is not None:
-            samples = sample_outputs(mixer, block.streams(), seen.ids.numel(), _SAMPLES)
+            samples = sample_outputs(mixer, block.scanned_streams(), seen.ids.numel(), _SAMPLES)
             evidence = Evidence(mixer.layout, mixer.in_proj.weight.detach(), 0, Known(known_samples=samples))
             norms[mixer.name] = magnitude(evidence).double().cpu()
             hankel[mixer.name] = hankel_values(evidence).double().cpu()

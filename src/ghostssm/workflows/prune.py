@@ -32,7 +32,7 @@ from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:
-    """Carry a request out: what ``ghostssm prune`` does, in one call.
+    """Carry a request out: what ``ghostssm prune`` does.
 
     Args:
         progress: told how far the work is. notify: told what a person should know, in sentences.
@@ -44,28 +44,41 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
         HubError: the upload failed; what was to be uploaded is on the disk.
     """
-    check_apart(request.output, request.model)
-    folder = None if request.stream else OutputFolder(request.output, request.overwrite)
+    folder = None
+    if request.output is not None:
+        check_apart(request.output, request.model)
+        folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
     tell(notify, idle_gpu_remark(request.device))
-    if folder is None:
+    if request.stream:
         outcome, is_first = _streamed(job, progress, notify)
-    else:
-        checkpoint = load(request.model, device=request.device, tokenizer=request.tokenizer)
-        outcome, is_first = _in_memory(job, job.inputs(checkpoint), folder, progress, notify), True
-    if request.push_to_hub is None or not is_first:
+        return _uploaded(outcome, request) if is_first else outcome
+    checkpoint = load(request.model, device=request.device, tokenizer=request.tokenizer)
+    return prune_on(job, job.inputs(checkpoint), folder, progress, notify)
+
+
+def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
+    """With the address that it was uploaded to, if that was asked for."""
+    if request.push_to_hub is None or outcome.written is None:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
     return dataclasses.replace(outcome, address=address)
 
 
-def _in_memory(
-    job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder, progress: Progress, notify: Notify
+def prune_on(
+    job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder | None, progress: Progress, notify: Notify
 ) -> PruneOutcome:
-    """With the whole model in memory."""
+    """With the whole model in memory, whatever the request says of model and texts.
+
+    The model is changed, where the stock class can express the result.
+
+    Args:
+        folder: to write the result into, if it is to be written.
+    """
     asked = job.request
     checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
-    rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
+    if folder is not None:
+        rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
     job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
     plan = _plan(job, checkpoint, windows, progress)
@@ -76,6 +89,9 @@ def _in_memory(
         after = evaluate_in_float32(smaller.model, held_out, progress)
         measured = measurement_of(held_out, dense, after)
         record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
+    outcome = PruneOutcome(None, plan, measured, checkpoint=smaller)
+    if folder is None:
+        return outcome
     try:
         written = save(
             smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
@@ -85,7 +101,7 @@ def _in_memory(
         raise
     _tell_renamed_class(checkpoint, written, notify)
     _keep(record, written)
-    return PruneOutcome(written, plan, measured)
+    return _uploaded(dataclasses.replace(outcome, written=written), asked)
 
 
 def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
@@ -137,6 +153,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
     """
     asked, size = job.request, job.target.size
     assert size is not None
+    assert asked.output is not None
     device = own_device(asked.device)
     processes = Processes.join(device)
     output = Path(asked.output)

@@ -10,16 +10,18 @@ from typing import Any, Literal
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.hub import check_hub_target
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
-from ghostssm.pruning.feasibility import check_original, check_recipe, check_streamable
+from ghostssm.pruning.feasibility import check_original, check_streamable
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
+from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs
 from ghostssm.workflows.remarks import same_text_remark, tell
 from ghostssm.workflows.request import CalibratingRequest, check_belonging
@@ -40,16 +42,18 @@ _BELONGS_TO = {
     "private": ("push_to_hub",),
     "offload": ("stream",),
     "resume": ("stream",),
+    **dict.fromkeys(("untie", "report", "push_to_hub", "stream", "overwrite"), ("output",)),
 }
 """Options that have no effect without another one."""
 
 
-@dataclass(frozen=True)
-class PruneRequest(CalibratingRequest):
+@dataclass(frozen=True, repr=False)
+class PruneRequest(Value, CalibratingRequest):
     """Everything that can be asked of a pruning run; with its bases the only list of its options.
 
     Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``. output: the folder to write.
+        model: a hub id, a folder in either dialect, or ``reference``.
+        output: the folder to write; if not given, the result stays in memory.
         state_size, budget, max_excess_loss: how much to keep; exactly one is given. N'; or a share of the state, above
             0 and up to 1; or the smallest state that loses at most so many nats per token on held-out windows.
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
@@ -66,7 +70,7 @@ class PruneRequest(CalibratingRequest):
     """
 
     model: str
-    output: str
+    output: str | None = None
     state_size: int | None = None
     budget: float | None = None
     max_excess_loss: float | None = None
@@ -87,21 +91,23 @@ class PruneRequest(CalibratingRequest):
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class PruneOutcome:
+@dataclass(frozen=True, repr=False, eq=False)
+class PruneOutcome(Value):
     """What became of a request.
 
     Attributes:
-        written: the checkpoint's folder.
+        written: the checkpoint's folder, if one was to be written.
         plan: what was decided; of a streamed run it names the changed parameters, whose values are in the output only.
         measured: the loss before and after, if it was asked for.
         address: of the repository on the hub, if the result was uploaded.
+        checkpoint: the pruned model in memory; None of a streamed run.
     """
 
-    written: Path
+    written: Path | None
     plan: Plan
     measured: Measurement | None = None
     address: str | None = None
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,11 @@ class PruneJob:
             tell(notify, same_text_remark(windows, held_out))
 
 
-def checked(request: PruneRequest, notify: Notify) -> PruneJob:
+def checked(request: PruneRequest, notify: Notify, described: Description | None = None) -> PruneJob:
     """Check a request before anything is loaded; its model's config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
 
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
@@ -160,14 +169,13 @@ def checked(request: PruneRequest, notify: Notify) -> PruneJob:
     recipe = Recipe.parse(request.recipe)
     if request.multiple is not None and not (recipe.per_layer or request.max_excess_loss is not None):
         raise InputError("--multiple works with --per-layer or --max-excess-loss only; leave out --multiple.")
-    described = describe(request.model)
+    described = described or describe(request.model)
     check_original(described.is_stock)
-    check_recipe(recipe, described.family)
     check_dialect(request.dialect, described.family, not recipe.stock, request.untie)
     if request.push_to_hub is not None:
         check_hub_target(request.push_to_hub)
     if request.stream:
-        check_streamable(recipe, described.family)
+        check_streamable(recipe)
     target = wanted_target(described.layout.state_size, request.state_size, request.budget, request.max_excess_loss)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)

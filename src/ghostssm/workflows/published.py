@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 from ghostssm.workflows.comparison import DENSE
 
 TableName = Literal["sparsity", "size"]
@@ -79,7 +79,7 @@ def tables_named(names: Sequence[str] | None) -> tuple[TableName, ...]:
     """Tables by name, all if none is given; raises InputError for an unknown one."""
     for name in names or ():
         if name not in table_names():
-            raise InputError(f"There is no table {name!r}; expected one of: {', '.join(table_names())}.")
+            raise unknown_name("table", name, table_names())
     return tuple(name for name in table_names() if not names or name in names)
 
 

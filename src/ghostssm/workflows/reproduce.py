@@ -10,8 +10,8 @@ from typing import Any
 from ghostssm.checkpoint.loading import check_device
 from ghostssm.errors import InputError
 from ghostssm.files.interrupts import Terminated
+from ghostssm.models.layout import check_state_size
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.feasibility import check_recipe, check_state_size
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.text.sources import read_text
 from ghostssm.workflows.comparison import DENSE
@@ -108,6 +108,5 @@ def _checked(request: ReproduceRequest) -> tuple[dict[str, str], list[Wanted]]:
         raise InputError(f"None of the named models is in the table {' or '.join(tables)}; name others, or no --table.")
     for cell in wanted:
         if cell.model in models and cell.method != DENSE:
-            check_recipe(Recipe.parse(cell.method), "mamba2")
             check_state_size(cell.state_size, published_sizes(cell.model).state_size)
     return models, wanted

@@ -9,8 +9,8 @@ from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
+from ghostssm.models.layout import check_state_size
 from ghostssm.progress import Notify
-from ghostssm.pruning.feasibility import check_state_size
 from ghostssm.pruning.recipe import Recipe
 
 

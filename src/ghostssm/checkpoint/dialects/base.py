@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import PreTrainedModel
+from ghostssm.errors import unknown_name
 
-from ghostssm.errors import InputError
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Dialect(ABC):
@@ -91,7 +92,7 @@ def dialect_named(name: str) -> Dialect:
     try:
         return _DIALECTS[name]
     except KeyError:
-        raise InputError(f"There is no dialect {name!r}; expected one of: {', '.join(_DIALECTS)}.") from None
+        raise unknown_name("dialect", name, _DIALECTS) from None
 
 
 def dialect_of(config: Mapping[str, Any], folder: Path) -> str:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Mamba2Config, PreTrainedModel
+from transformers import Mamba2Config
 
 from ghostssm.checkpoint.config_checks import checked_config
 from ghostssm.checkpoint.dialects.base import Dialect
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_KEYS = frozenset(
     {

@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from ghostssm.checkpoint.dialects.base import Dialect
 from ghostssm.checkpoint.dialects.mamba_ssm import CONFIG_KEYS
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_named, family_of
 from ghostssm.models.transformers_private import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OTHER_MAMBAS = {
     "mamba": "Mamba-1",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.exporting import require_stock
 from ghostssm.checkpoint.gguf.architecture import Architecture
@@ -16,12 +16,17 @@ from ghostssm.checkpoint.gguf.architectures import architecture_of
 from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
 from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
+from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, keys_left_out, unread_tensors
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
 from ghostssm.models.families import layout_of
+from ghostssm.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _OF_DTYPE: dict[torch.dtype, NumberFormat] = {
@@ -40,8 +45,8 @@ _TOLD_BY_TENSORS = frozenset(
 _TOLD_BY_VOCABULARY = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
-@dataclass(frozen=True)
-class ExportedGGUF:
+@dataclass(frozen=True, repr=False)
+class ExportedGGUF(Value):
     """What was written.
 
     Attributes:
@@ -59,7 +64,7 @@ class ExportedGGUF:
 
 
 def export_gguf(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | PreTrainedModel,
     output: Path | str | OutputFile,
     *,
     dtype: NumberFormat | None = None,
@@ -72,6 +77,7 @@ def export_gguf(
     with q8_0, matrices whose rows are no multiple of 32 in float16.
 
     Args:
+        checkpoint: or a model alone, of which a file without a tokenizer can be written.
         dtype: f32, f16, bf16 or q8_0 (8 bits in blocks of 32); None is that of the weights in memory.
         with_tokenizer: False for a file without one, which llama.cpp runs on token ids only.
 
@@ -82,6 +88,7 @@ def export_gguf(
         OutputError: the file must not or can't be written; nothing is left behind.
     """
     gguf = _gguf()
+    checkpoint = in_memory(checkpoint)
     require_stock(checkpoint, "llama.cpp")
     model = checkpoint.model
     number_format = dtype or _OF_DTYPE[model.dtype]

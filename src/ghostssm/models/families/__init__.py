@@ -1,6 +1,6 @@
 """Model families: where a model keeps its Mamba-2 mixers, and how its config names their sizes."""
 
-from ghostssm.models.families import ghost_mamba2, stock  # noqa: F401  (they register themselves)
+from ghostssm.models.families import own, stock  # noqa: F401  (they register themselves)
 from ghostssm.models.families.base import (
     Family,
     check_model,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ghostssm.errors import InputError, ModelError
 from ghostssm.models.layout import SSDLayout
@@ -28,16 +28,17 @@ class Family(Protocol):
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether layers of other kinds stand between the Mamba-2 ones.
-
-        Such a model stays in transformers' own class and dialect: `ghostssm.models.own_class` has none for a projected
-        state or a state size per layer, and neither has mamba_ssm.
-        """
+        """Whether layers of other kinds stand between the Mamba-2 ones."""
         ...
 
     @property
     def is_own_class(self) -> bool:
         """Whether it is our own class, for a projected state or a state size per layer."""
+        ...
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether several layers have one set of weights in common, which files may hold more than once."""
         ...
 
     @property
@@ -115,6 +116,8 @@ def layout_of(config: PreTrainedConfig) -> SSDLayout:
 
 def check_model(model: object) -> None:
     """Raise InputError unless something is a transformers model, on one device."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         merge = f" {_MERGE}" if hasattr(model, "merge_and_unload") else ""
         raise InputError(

@@ -51,7 +51,8 @@ class StockFamily:
         blocks_path: dotted path of the residual blocks in the model.
         mixer_paths: where in a block its mixer may be; another kind of layer may be there, or nothing.
         own_keys: what its config.json has in another form than transformers writes.
-        cache_argument, is_hybrid, is_own_class, unread_layers_keys: as `ghostssm.models.families.base.Family` has them.
+        cache_argument, is_hybrid, is_own_class, shares_blocks, unread_layers_keys: as
+            `ghostssm.models.families.base.Family` has them.
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class StockFamily:
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
     is_own_class: bool = False
+    shares_blocks: bool = False
     unread_layers_keys: tuple[str, ...] = ()
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:
@@ -200,6 +202,7 @@ HYBRIDS = (
         "zamba2",
         ConfigKeys(num_heads="n_mamba_heads", head_dim="mamba_headdim", n_groups="mamba_ngroups"),
         mixer_paths=("mamba", "mamba_decoder.mamba"),  # alone, and after a shared transformer block
+        shares_blocks=True,
     ),
 )
 for _family in (MAMBA2, *HYBRIDS):

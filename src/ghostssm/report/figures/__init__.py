@@ -97,12 +97,14 @@ class Figure:
                 param["value"] = "currentColor"
         return vl_convert.vegalite_to_svg(spec | {"background": "transparent"})
 
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
         """As a notebook shows it."""
         return (
             f'<figure style="margin: 1em 0"><div role="img" aria-label="{escape(self.description)}">{self.svg()}</div>'
             f"<figcaption>{escape(self.caption)}</figcaption></figure>"
         )
+
+    _repr_html_ = html
 
 
 @functools.cache

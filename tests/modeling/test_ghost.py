@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2Conf
 import ghostssm
 from ghostssm.errors import ModelError
 from ghostssm.models.layout import SSDLayout
-from ghostssm.models.own_class import GhostMamba2Config, GhostMamba2ForCausalLM, GhostMamba2Model
+from ghostssm.models.own_class.configuration_ghost import GhostMamba2Config
+from ghostssm.models.own_class.modeling_ghost import GhostMamba2ForCausalLM, GhostMamba2Model
 from tests.conftest import VOCABULARY, draw_weights, tiny_model
 
 LAYERS = 3
@@ -341,7 +342,7 @@ def test_a_saved_folder_needs_no_ghostssm(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "resaved").iterdir()}
-    assert {"configuration_ghost_mamba2.py", "modeling_ghost_mamba2.py", "config.json"} <= names
+    assert {"configuration_ghost.py", "modeling_ghost.py", "config.json"} <= names
 
 
 @pytest.mark.parametrize(
@@ -370,8 +371,8 @@ def test_weights_may_be_offloaded() -> None:
 def test_base_class_registration() -> None:
     config = config_of(tiny_model().config, **MIXED)
     assert isinstance(AutoModel.from_config(config), GhostMamba2Model)
-    assert config.auto_map["AutoModelForCausalLM"] == "modeling_ghost_mamba2.GhostMamba2ForCausalLM"
-    upstream = {"AutoConfig": "someone/code--configuration_ghost_mamba2.GhostMamba2Config"}
+    assert config.auto_map["AutoModelForCausalLM"] == "modeling_ghost.GhostMamba2ForCausalLM"
+    upstream = {"AutoConfig": "someone/code--configuration_ghost.GhostMamba2Config"}
     assert config_of(tiny_model().config, auto_map=upstream).auto_map["AutoConfig"] == upstream["AutoConfig"]
 
 

@@ -1,4 +1,4 @@
-"""Mamba-2 language models with per-layer state sizes and projected states.
+"""Language models whose Mamba-2 layers may differ in state size, and may project their state.
 
 A head's decay is one number per token, so the recurrence commutes with any linear map of the state channels. With
 matrices T_B and T_C of shape (n, r),
@@ -7,25 +7,40 @@ matrices T_B and T_C of shape (n, r),
 
 runs on a state of r channels where the stock layer has n, and H'_t = H_t T_B throughout.
 
+A model here is a stock one of transformers whose mixers are replaced by ours once it is built. Blocks, attention,
+experts, caches and heads are therefore the family's own.
+
 Shape letters: b batch, l length, g group, h head, p head dim, n state size, r projected state size.
 
-Saved models carry a copy of this file: it imports nothing but PyTorch, transformers and its configuration.
+Saved models carry a copy of this file: it imports nothing but PyTorch, transformers and its configurations.
 """
 
 import copy
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import (
+    BambaForCausalLM,
+    BambaModel,
+    FalconH1ForCausalLM,
+    FalconH1Model,
+    GraniteMoeHybridForCausalLM,
+    GraniteMoeHybridModel,
+    Mamba2ForCausalLM,
+    Mamba2Model,
+    NemotronHForCausalLM,
+    NemotronHModel,
+    PreTrainedModel,
+    Zamba2ForCausalLM,
+    Zamba2Model,
+)
 from transformers import initialization as init
 from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.models.falcon_h1.modeling_falcon_h1 import compute_mup_vector
 from transformers.models.mamba2.modeling_mamba2 import (
-    Mamba2Block,
-    Mamba2ForCausalLM,
-    Mamba2Mixer,
-    Mamba2Model,
-    Mamba2PreTrainedModel,
-    Mamba2RMSNorm,
     apply_mask_to_padding_states,
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -33,7 +48,15 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_selective_state_update,
 )
 
-from .configuration_ghost_mamba2 import GhostMamba2Config
+from .configuration_ghost import (
+    GhostBambaConfig,
+    GhostConfig,
+    GhostFalconH1Config,
+    GhostGraniteMoeHybridConfig,
+    GhostMamba2Config,
+    GhostNemotronHConfig,
+    GhostZamba2Config,
+)
 
 
 def project(stream: Tensor, projection: Tensor) -> Tensor:
@@ -49,8 +72,8 @@ def project(stream: Tensor, projection: Tensor) -> Tensor:
     return torch.einsum("blgn,gnr->blgr", stream, projection)
 
 
-class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
-    """A Mamba-2 mixer with its layer's sizes.
+class GhostMixer(nn.Module):
+    """What is put before a family's own mixer class: its layer's sizes, and a projection.
 
     Attributes:
         ssm_state_size: n, the width of each group's B and C in in_proj and conv1d.
@@ -58,23 +81,42 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
         B_projection, C_projection: (g, n, r) in the model's dtype, or None.
     """
 
-    def __init__(self, config: GhostMamba2Config, layer_idx: int, initialize_mixer_weights: bool = True):
-        layer_config = copy.copy(config)
-        layer_config.state_size = config.state_size_of(layer_idx)
-        super().__init__(layer_config, layer_idx, initialize_mixer_weights=False)
+    B_projection: Any
+    C_projection: Any
+    # Of the stock mixer.
+    num_heads: int
+    head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    intermediate_size: int
+    conv_dim: int
+    conv_kernel_size: int
+    layer_idx: int
+    chunk_size: int
+    activation: str
+    time_step_limit: tuple[float, float]
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    norm: nn.Module
+    out_proj: nn.Linear
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+    mup_vector: Tensor
+    ssm_in_multiplier: float
+
+    def __init__(self, config: GhostConfig, layer_idx: int):
+        super().__init__(_layer_config(config, config.state_size_of(layer_idx)), layer_idx)
         self.projected_state_size = config.projected_state_size_of(layer_idx)
         for name in ("B_projection", "C_projection"):
             projection = None
             if self.projected_state_size is not None:
                 projection = nn.Parameter(torch.empty(self.n_groups, self.ssm_state_size, self.projected_state_size))
             self.register_parameter(name, projection)
-        if initialize_mixer_weights and self.dt_bias.device.type != "meta":
-            self.init_mamba2_weights()
 
     @torch.no_grad()
-    def init_mamba2_weights(self) -> None:
-        """As in the stock mixer; and projections that keep the first r channels of every group."""
-        super().init_mamba2_weights()
+    def init_projections(self) -> None:
+        """Keep the first r channels of every group."""
         for projection in (self.B_projection, self.C_projection):
             if projection is not None:
                 identity = torch.eye(*projection.shape[1:], device=projection.device, dtype=projection.dtype)
@@ -111,7 +153,11 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
             conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
             recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
 
-        projected = self.in_proj(apply_mask_to_padding_states(hidden_states, attention_mask))
+        hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
+        if hasattr(self, "mup_vector"):
+            projected = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+        else:
+            projected = self.in_proj(hidden_states)
         gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC = apply_mask_to_padding_states(self._convolve(xBC, conv_state, cache_params, **kwargs), attention_mask)
         group_width = self.n_groups * self.ssm_state_size
@@ -124,7 +170,9 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
             y = self._step(recurrent_state, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], **kwargs)[:, None]
         else:
             y = self._scan(recurrent_state, x, dt, B, C, cache_params, **kwargs)
-        contextualized: Tensor = self.out_proj(self.norm(y.flatten(-2), gate).to(dtype))
+        y = y.flatten(-2)
+        normed = y * F.silu(gate) if isinstance(self.norm, nn.Identity) else self.norm(y, gate)
+        contextualized: Tensor = self.out_proj(normed.to(dtype))
         return contextualized
 
     def _convolve(self, xBC: Tensor, conv_state: Tensor | None, cache_params: Any, **kwargs: Any) -> Tensor:
@@ -189,48 +237,134 @@ class GhostMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]
         return y
 
 
-class GhostMamba2Block(Mamba2Block):  # type: ignore[misc]
-    """A stock residual block around a `GhostMamba2Mixer`."""
-
-    def __init__(self, config: GhostMamba2Config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.mixer = GhostMamba2Mixer(config, layer_idx, initialize_mixer_weights=False)
-
-
-class GhostMamba2PreTrainedModel(Mamba2PreTrainedModel):  # type: ignore[misc]
-    """What both models share: the config class, and that a block is never split over devices."""
-
-    config: GhostMamba2Config
-    _no_split_modules = ["GhostMamba2Block"]  # noqa: RUF012  (as in every transformers model)
+def _layer_config(config: GhostConfig, state_size: int) -> GhostConfig:
+    """The config that a stock mixer of another state size reads."""
+    layer_config = copy.copy(config)
+    setattr(layer_config, config.size_keys["state_size"], state_size)
+    return layer_config
 
 
-class GhostMamba2Model(GhostMamba2PreTrainedModel, Mamba2Model):  # type: ignore[misc]
-    """Embeddings, blocks and the final norm; ``forward`` is ``Mamba2Model``'s."""
+@cache
+def _mixer_class(stock: Any) -> Any:
+    return type(f"Ghost{stock.__name__}", (GhostMixer, stock), {"__module__": __name__})
 
-    def __init__(self, config: GhostMamba2Config):
-        super(Mamba2Model, self).__init__(config)  # past Mamba2Model, which would build stock blocks of one size
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(GhostMamba2Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
-        self._register_load_state_dict_pre_hook(self.load_hook)
+
+def _replace_mixers(model: nn.Module, config: GhostConfig) -> None:
+    """Put our mixers in the place of a stock model's."""
+    for parent in list(model.modules()):
+        for name, stock in list(parent.named_children()):
+            if not hasattr(stock, "A_log"):  # only a state space has one
+                continue
+            index: Any = stock.layer_idx
+            if not config.state_size_of(index):
+                raise ValueError(
+                    f"state_sizes[{index}] is 0, but layer {index} has a Mamba-2 mixer; expected at least 1."
+                )
+            kind: Any = type(stock)
+            mixer: Any = _mixer_class(kind)(config, index)
+            if hasattr(stock, "mup_vector"):  # Falcon-H1
+                multipliers = compute_mup_vector(_layer_config(config, mixer.ssm_state_size))
+                mixer.register_buffer("mup_vector", multipliers, persistent=False)
+            setattr(parent, name, mixer)
+
+
+class GhostPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What is put before a family's own model classes."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FalconH1Model):  # the stock class would give all mixers multipliers of one length
+            return
+        super()._init_weights(module)
+        if isinstance(module, GhostMixer):
+            module.init_projections()
+            if hasattr(module, "mup_vector"):
+                config = _layer_config(self.config, module.ssm_state_size)
+                init.copy_(module.mup_vector, compute_mup_vector(config))
+
+
+class GhostModel(GhostPreTrainedModel):
+    """A family's model without a head, with our mixers."""
+
+    def __init__(self, config: GhostConfig):
+        super().__init__(config)
+        _replace_mixers(self, config)
         self.post_init()
 
 
-class GhostMamba2ForCausalLM(GhostMamba2PreTrainedModel, Mamba2ForCausalLM):  # type: ignore[misc]
-    """The model with a language modeling head; ``forward`` and ``generate`` are ``Mamba2ForCausalLM``'s."""
+class GhostForCausalLM(GhostPreTrainedModel):
+    """A family's model with a language modelling head around a `GhostModel`; ``generate`` is the family's own."""
 
-    def __init__(self, config: GhostMamba2Config):
-        super(Mamba2ForCausalLM, self).__init__(config)  # past Mamba2ForCausalLM, which would build a stock backbone
-        self.backbone = GhostMamba2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    headless: ClassVar[type[GhostModel]]
+
+    def __init__(self, config: GhostConfig):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.headless(config))
         self.post_init()
+
+
+class GhostMamba2Model(GhostModel, Mamba2Model):  # type: ignore[misc]
+    config_class = GhostMamba2Config
+
+
+class GhostMamba2ForCausalLM(GhostForCausalLM, Mamba2ForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostMamba2Config, GhostMamba2Model
+
+
+class GhostBambaModel(GhostModel, BambaModel):  # type: ignore[misc]
+    config_class = GhostBambaConfig
+
+
+class GhostBambaForCausalLM(GhostForCausalLM, BambaForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostBambaConfig, GhostBambaModel
+
+
+class GhostFalconH1Model(GhostModel, FalconH1Model):  # type: ignore[misc]
+    config_class = GhostFalconH1Config
+
+
+class GhostFalconH1ForCausalLM(GhostForCausalLM, FalconH1ForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostFalconH1Config, GhostFalconH1Model
+
+
+class GhostGraniteMoeHybridModel(GhostModel, GraniteMoeHybridModel):  # type: ignore[misc]
+    config_class = GhostGraniteMoeHybridConfig
+
+
+class GhostGraniteMoeHybridForCausalLM(GhostForCausalLM, GraniteMoeHybridForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostGraniteMoeHybridConfig, GhostGraniteMoeHybridModel
+
+
+class GhostNemotronHModel(GhostModel, NemotronHModel):  # type: ignore[misc]
+    config_class = GhostNemotronHConfig
+
+
+class GhostNemotronHForCausalLM(GhostForCausalLM, NemotronHForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostNemotronHConfig, GhostNemotronHModel
+
+
+class GhostZamba2Model(GhostModel, Zamba2Model):  # type: ignore[misc]
+    config_class = GhostZamba2Config
+
+
+class GhostZamba2ForCausalLM(GhostForCausalLM, Zamba2ForCausalLM):  # type: ignore[misc]
+    config_class, headless = GhostZamba2Config, GhostZamba2Model
 
 
 __all__ = [
-    "GhostMamba2Block",
+    "GhostBambaForCausalLM",
+    "GhostBambaModel",
+    "GhostFalconH1ForCausalLM",
+    "GhostFalconH1Model",
+    "GhostForCausalLM",
+    "GhostGraniteMoeHybridForCausalLM",
+    "GhostGraniteMoeHybridModel",
     "GhostMamba2ForCausalLM",
-    "GhostMamba2Mixer",
     "GhostMamba2Model",
-    "GhostMamba2PreTrainedModel",
+    "GhostMixer",
+    "GhostModel",
+    "GhostNemotronHForCausalLM",
+    "GhostNemotronHModel",
+    "GhostZamba2ForCausalLM",
+    "GhostZamba2Model",
 ]

@@ -1,0 +1,278 @@
+"""What the person at the terminal sees while they wait, on standard error: what is done, how far it is, what is left.
+
+On a terminal these are bars. Elsewhere they are lines: one within a second, and one at least every five seconds after.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+from ghostssm.progress import Audience, Progress, heard_by, stage
+
+_FIRST_LINE, _INTERVAL, _TICK = 0.4, 4.5, 0.2
+"""Seconds: what is over sooner is not told; between lines; between looks at the clock. A line comes a tick late."""
+_UNNAMED = "working"
+_RECENT = 0.7
+"""The share of the time so far after which steps are recent."""
+
+
+class Count:
+    """How far something is that is done step by step, and how long the rest will take.
+
+    The steps may differ in cost. What a cost takes is learnt twice, from all steps and from the recent ones, and the
+    slower of the two is believed: a machine that others load as well is slower later on.
+    """
+
+    def __init__(self, total: int, costs: Sequence[float] = ()):
+        self.total = total
+        self._costs = costs if len(costs) == total else [1.0] * total
+        self._marks = [(time.monotonic(), 0)]
+
+    @property
+    def begun(self) -> float:
+        return self._marks[0][0]
+
+    def reach(self, done: int) -> None:
+        """So many steps are done by now."""
+        self._marks.append((time.monotonic(), done))
+
+    @property
+    def text(self) -> str:
+        """Such as "3/24, about 40 s left"."""
+        seconds = self.seconds_left()
+        left = "" if seconds is None else f", about {span_text(seconds)} left"
+        return f"{self._marks[-1][1]}/{self.total}{left}"
+
+    def seconds_left(self) -> float | None:
+        """None before the first step and after the last."""
+        (begun, _), (now, done) = self._marks[0], self._marks[-1]
+        if not 0 < done < self.total:
+            return None
+        recently = max(mark for mark in self._marks if mark[0] <= begun + _RECENT * (now - begun))
+        rates = [
+            (now - since) / cost
+            for since, before in (self._marks[0], recently)
+            if (cost := sum(self._costs[before:done])) > 0
+        ]
+        return max(rates) * sum(self._costs[done:])
+
+
+def span_text(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class Screen(Audience, Protocol):
+    """Where it is shown."""
+
+    def say(self, message: str) -> None:
+        """Show a line that stays."""
+        ...
+
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Within the context there may be progress."""
+        ...
+
+
+_screens: list[Screen] = []
+
+
+def is_first_process() -> bool:
+    """Of several processes that share a run, the first reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Within the context, which is that of a command, whoever waits is told what is going on."""
+    screen: Screen
+    if sys.stderr.isatty() and is_first_process():
+        screen = Bars()
+        with _in_front(screen):
+            yield
+        return
+    screen, ended = Lines(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_TICK):
+            screen.look()
+
+    looking = threading.Thread(target=look, daemon=True)
+    with _in_front(screen):
+        looking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            looking.join()
+
+
+@contextmanager
+def _in_front(screen: Screen) -> Iterator[None]:
+    _screens.append(screen)
+    try:
+        with heard_by(screen):
+            yield
+    finally:
+        _screens.remove(screen)
+
+
+@contextmanager
+def progress_reporter() -> Iterator[Progress]:
+    """A progress listener for what is counted."""
+    with watched() if not _screens else stage(""), _screens[-1].shown():
+        yield _screens[-1].progress
+
+
+def say(message: str) -> None:
+    """A line on standard error, above the bars while there are some."""
+    if is_first_process():
+        (_screens[-1] if _screens else Lines()).say(message)
+
+
+class Bars:
+    """Bars with the time left, which are gone when the work is done."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
+        self._tasks: dict[str, tuple[TaskID, Count]] = {}
+        self._costs: dict[str, Sequence[float]] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if self._bars is not None:
+            yield
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+        )
+        console = Console(stderr=True)
+        with RichProgress(*columns, console=console, transient=True, redirect_stdout=False) as bars:
+            self._bars, self._tasks = bars, {}
+            try:
+                yield
+            finally:
+                self._bars = None
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        if not what:
+            yield
+            return
+        with self.shown():
+            assert self._bars is not None
+            task = self._bars.add_task(what, total=None, told="")
+            try:
+                yield
+            finally:
+                self._bars.remove_task(task)
+
+    def expect(self, what: str, costs: Sequence[float]) -> None:
+        self._costs[what] = costs
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        assert self._bars is not None
+        if what not in self._tasks or not done:  # the time left is that of this round
+            if what in self._tasks:
+                self._bars.remove_task(self._tasks[what][0])
+            made = self._bars.add_task(what, total=total, told="")
+            self._tasks[what] = (made, Count(total, self._costs.get(what, ())))
+        task, count = self._tasks[what]
+        count.reach(done)
+        self._bars.update(task, completed=done, total=total, told=count.text, visible=done < total)
+
+    def say(self, message: str) -> None:
+        if self._bars is None:
+            print(message, file=sys.stderr, flush=True)
+        else:
+            self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class Lines:
+    """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between.
+
+    What is done again and again, such as the windows of every cell of a table, gets these lines once and then one now
+    and then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._stages: list[_Stage] = [_Stage(_UNNAMED)]
+        self._counts: dict[str, Count] = {}
+        self._costs: dict[str, Sequence[float]] = {}
+        self._finished: set[str] = set()
+        self._said = time.monotonic()
+
+    def shown(self) -> AbstractContextManager[None]:
+        return self.stage("")
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        depth = len(self._stages)
+        with self._lock:
+            self._stages.append(_Stage(what or self._stages[-1].what))
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._stages[depth:]
+
+    def expect(self, what: str, costs: Sequence[float]) -> None:
+        self._costs[what] = costs
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        with self._lock:
+            if not done or what not in self._counts:
+                self._counts[what] = Count(total, self._costs.get(what, ()))
+            count = self._counts[what]
+            count.reach(done)
+            between = 0 < done < total or what in self._finished
+            counted = _Stage(f"{what} {count.text}", told=True, begun=count.begun, in_steps=done > 0)
+            self._stages[-1] = counted if done < total else _Stage(_UNNAMED)
+            if done == total:
+                self._finished.add(what)
+            if not between or time.monotonic() - self._said >= _INTERVAL:
+                self.say(f"{what} {count.text}")
+
+    def look(self) -> None:
+        """Tell what is going on, if that is due."""
+        with self._lock:
+            current, now = self._stages[-1], time.monotonic()
+            lasted = now - current.begun
+            if not current.told and lasted >= _FIRST_LINE:
+                current.told = True
+                self.say(f"{current.what} ...")
+            elif now - self._said >= _INTERVAL:
+                self.say(current.what if current.in_steps else f"{current.what}, {span_text(lasted)} so far")
+
+    def say(self, message: str) -> None:
+        with self._lock:
+            self._said = time.monotonic()
+            if is_first_process():
+                print(message, file=sys.stderr, flush=True)
+
+
+class _Stage:
+    """What is going on since when, whether it was told, and whether it says how much is left."""
+
+    def __init__(self, what: str, told: bool = False, begun: float | None = None, in_steps: bool = False):
+        self.what, self.told, self.in_steps = what, told, in_steps
+        self.begun = time.monotonic() if begun is None else begun

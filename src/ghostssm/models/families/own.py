@@ -1,0 +1,96 @@
+"""Our own classes, for projected states and a state size per layer: one beside every family of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from ghostssm.models.families.base import register
+from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
+from ghostssm.models.layout import SSDLayout
+from ghostssm.models.mixer import Mixer, Projection
+from ghostssm.models.own_class import OWN_CONFIGS
+from ghostssm.models.transformers_private import without_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_OWN_KEYS = ("state_sizes", "projected_state_sizes")
+_OF_A_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")
+"""Entries of a config that another class has otherwise."""
+
+
+class OwnFamily(StockFamily):
+    """Found as in the stock family; its mixers differ in size and may project their state."""
+
+    def layout(self, config: PreTrainedConfig) -> SSDLayout:
+        """The sizes of the widest layer."""
+        sizes = [config.state_size_of(index) for index in range(config.num_hidden_layers)]
+        return super().layout(config).with_state_size(max(sizes))
+
+    def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
+        """The same in every layer, and not projected."""
+        super().set_state_size(config, state_size)
+        config.state_sizes = config.projected_state_sizes = None
+
+    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
+        stock = super().mixer(block, index)
+        if stock is None:
+            return None
+        module: Any = stock.module
+        projected = module.B_projection is not None
+        return replace(stock, projection=Projection(module.B_projection, module.C_projection) if projected else None)
+
+
+for _stock in (MAMBA2, *HYBRIDS):
+    _own = OWN_CONFIGS[_stock.model_type].model_type
+    register(OwnFamily(**vars(_stock) | {"model_type": _own, "is_own_class": True}))
+
+
+def own_model(
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    state_sizes: Mapping[int, int],
+    projected_state_sizes: Mapping[int, int] | None,
+) -> PreTrainedModel:
+    """A model of our own class from a stock model's config and the tensors of all its layers, which are not copied.
+
+    Args:
+        tensors: the whole state dict, sliced, with ``B_projection`` and ``C_projection`` in every projected mixer.
+        state_sizes: of every layer with a mixer, by its index, the width of its B and C.
+        projected_state_sizes: of the same layers, 0 for no projection.
+    """
+    own = OWN_CONFIGS[config.model_type](**_values_of(config))
+    own.state_sizes = _by_layer(state_sizes, config)
+    own.projected_state_sizes = None if projected_state_sizes is None else _by_layer(projected_state_sizes, config)
+    setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
+    own.validate()
+    return _filled(own, tensors)
+
+
+def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
+    """A stock model from a config of our own class and tensors of one size in all layers, which are not copied."""
+    stock = AutoConfig.for_model(config.model_type.removeprefix("ghost_"))
+    values = {name: value for name, value in _values_of(config).items() if name not in _OWN_KEYS}
+    stock = type(stock)(**values | {config.size_keys["state_size"]: state_size})
+    return _filled(stock, tensors)
+
+
+def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in _OF_A_CLASS}
+
+
+def _by_layer(sizes: Mapping[int, int], config: PreTrainedConfig) -> list[int]:
+    return [sizes.get(layer, 0) for layer in range(config.num_hidden_layers)]
+
+
+def _filled(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
+    model = without_weights(config, dtype)
+    model.load_state_dict(dict(tensors), assign=True)
+    model.tie_weights()
+    return model

@@ -1,0 +1,81 @@
+"""What a person asks to see of a plan, a comparison or a checkpoint: a chart, or a page.
+
+These are functions and not methods of what they show: a value knows no screen, and the figures' libraries are an extra.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghostssm.errors import InputError
+from ghostssm.files.output_file import OutputFile
+from ghostssm.plan.plan import Plan
+from ghostssm.values import short
+from ghostssm.workflows.comparison import Comparison
+
+if TYPE_CHECKING:
+    from ghostssm.report.figures import Figure
+
+
+def figure_of(shown: Plan | Comparison) -> Figure:
+    """A plan's scores as a heat map, or the perplexities of a comparison against the state sizes.
+
+    Raises:
+        InputError: something else, nothing to draw, or a library that draws is not installed.
+    """
+    from ghostssm.report.figures.cost import size_figure
+    from ghostssm.report.figures.state import saliency_figure
+
+    if isinstance(shown, Plan) and shown.has_scores:
+        return saliency_figure({shown.method: shown})
+    if isinstance(shown, Comparison) and len(shown.rows) > 1:
+        return size_figure(shown.rows)
+    raise InputError(
+        f"Found {short(shown)}; expected a comparison with a method in it or a plan with scores: "
+        "ghostssm.plot(ghostssm.compare(model, text, state_sizes=[64]))."
+    )
+
+
+def plot(shown: Plan | Comparison, width: int = 640) -> Any:
+    """An Altair chart, which a notebook shows and ``.save("figure.svg")`` writes.
+
+    Args:
+        shown: a plan, of which it has the scores; or a comparison: perplexities against state sizes.
+        width: in pixels.
+
+    Raises:
+        InputError: as `figure_of`; ``pip install 'ghostssm[report]'`` brings the libraries.
+    """
+    figure = figure_of(shown)
+    import altair
+
+    return altair.Chart.from_dict(figure.spec(width))
+
+
+def write_report(shown: Comparison | str | PathLike[str], output: str | PathLike[str], overwrite: bool = False) -> Path:
+    """Write an HTML page about a comparison, or about the folder of a checkpoint that ghostssm wrote.
+
+    Args:
+        shown: a comparison made with ``report=True`` also has what the dense model's state does.
+
+    Returns:
+        where the page is.
+
+    Raises:
+        InputError: something else, or a library that draws is not installed.
+        OutputError: the page is there already, or can't be written.
+        StorageError: writing failed; nothing is left behind.
+    """
+    file = OutputFile(Path(output), overwrite)
+    from ghostssm.report.building import checkpoint_report, comparison_report
+    from ghostssm.report.page import write_page
+
+    if isinstance(shown, Comparison) and shown.basis is not None:
+        write_page(file, comparison_report(shown))
+    elif isinstance(shown, str | PathLike):
+        write_page(file, checkpoint_report(Path(shown)))
+    else:
+        raise InputError(f"Found {short(shown)}; expected what ghostssm.compare returns, or a checkpoint's folder.")
+    return file.path
