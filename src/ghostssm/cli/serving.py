@@ -73,8 +73,7 @@ def print_admissions(by_size: Mapping[str, Sequence[Mapping[str, Any]]], context
     for memory, lines in rows.items():
         headers = [text for size in by_size for text in (f"sequences, N' = {size}", "their tokens")]
         print_text(f"Sequences of {context:,} tokens in {bytes_text(memory)}, weights included:")
-        cells = [(*key, *numbers) for key, numbers in lines.items()]
-        print_table(["engine", "state", *headers], cells, text_columns=2)
+        print_table(["engine", "state", *headers], [[*key, *numbers] for key, numbers in lines.items()], text_columns=2)
         print()
 
 
