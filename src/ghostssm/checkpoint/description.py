@@ -91,14 +91,14 @@ class Description(Value):
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
 
     def footprint(
-        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, *, state_number_bytes: float = 4
+        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, form: StateFormat = FLOAT32
     ) -> Footprint:
         """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
         layout, sizes = self.layout, self.state_sizes
         if state_size is not None:
             layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
         parameters = self.parameters - self.removed_parameters(state_size)
-        return footprint(layout, sizes, parameters, self.config, context, state_number_bytes=state_number_bytes)
+        return footprint(layout, sizes, parameters, self.config, context, form)
 
 
 def describe(spec: str) -> Description:
