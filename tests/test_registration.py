@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import ghostssm
+from ghostssm.plan.surgery import apply_plan
+from ghostssm.pruning.run import Calibration
+from tests.conftest import random_windows, tiny_model
 
 CHECK = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,4 +35,14 @@ def test_public_names_are_there_for_completion_before_their_first_use() -> None:
 )
 def test_orders_of_import(order: str) -> None:
     done = subprocess.run([sys.executable, "-c", order + CHECK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_begins_with_loading_knows_our_model_class(tmp_path: Path) -> None:
+    """transformers' configs ask for its auto classes while they are being imported, too early for ours."""
+    model = tiny_model()
+    plan = Calibration(model, random_windows(2, 16)).plan("balanced", 4)
+    folder = ghostssm.save(apply_plan(model, plan), plan, tmp_path / "smaller")
+    code = "import sys, ghostssm; ghostssm.load(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

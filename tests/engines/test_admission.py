@@ -128,7 +128,11 @@ def test_inspect_tells_of_serving(run: Run, published: Path) -> None:
     assert code == 0, err
     footprint = described(published / "Granite-4.0-H-Micro").footprint(64, 8192, FORMATS["bfloat16"])
     assert f"{in_vllm(footprint, 80 * 2**30).tokens:,}" in out
-    for text in ("--mamba-ssm-cache-dtype float32", "--mamba-ssm-dtype bfloat16", "not yet (#40012, #52962)"):
+    for text in (
+        "--mamba-ssm-cache-dtype float32",
+        "--mamba-ssm-dtype bfloat16",
+        "not released yet: pull requests #40012, #52962",
+    ):
         assert text in out
     code, out, _ = run("inspect", published / "Granite-4.0-H-Micro", *options, "--context", 1000, "--json")
     found = json.loads(out)

@@ -178,7 +178,7 @@ def _check_unquantised(source: Source) -> None:
             how = values.get("quant_method") or f"{values.get('bits', 'unknown')} bits"
             raise ModelError(
                 f"{source.name} is quantised ({key} in config.json: {how}). "
-                "Prune the unquantised model, then quantise the result."
+                "Prune or distil the unquantised model, then quantise the result."
             )
 
 
@@ -190,6 +190,8 @@ def empty_model(config: PreTrainedConfig, most_modules: int = MOST_MODULES) -> P
             a kind that ghostssm does not know.
     """
     from transformers import AutoModelForCausalLM
+
+    import ghostssm.models.own_class.classes  # noqa: F401  (nobody may have, where a config came before the auto classes)
 
     try:
         with torch.device("meta"), quiet_transformers(), bounded_modules(most_modules):

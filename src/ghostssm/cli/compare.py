@@ -79,6 +79,12 @@ def compare(
 
         write_page(page, comparison_report(result))
         note(f"report: {page.path}")
+    for row in result.rows:
+        if row.distilled_tokens:
+            note(
+                f"{row.method} saw gradients through the whole model, on {row.distilled_tokens:,} tokens "
+                f"(N' = {row.state_size})"
+            )
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])
         return

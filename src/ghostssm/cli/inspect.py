@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostssm.cli import arguments, serving
+from ghostssm.cli import arguments, completion, serving
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def inspect(
             "--state-dtype",
             metavar="NAME ...",
             help="Also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.",
+            autocompletion=completion.state_dtypes,
         ),
     ] = None,
     memory: Annotated[
@@ -58,8 +59,7 @@ def inspect(
     """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
     ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64
-    ghostssm inspect MODEL --state-size 64 32 --state-dtype float32 bfloat16 --memory 80GiB --context 8192
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
     """
     from ghostssm import advise, describe
     from ghostssm.errors import InputError

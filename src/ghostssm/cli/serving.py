@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ghostssm.cli.console import bytes_text, print_table
+from ghostssm.cli.console import bytes_text, print_table, print_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,24 +72,20 @@ def print_admissions(by_size: Mapping[str, Sequence[Mapping[str, Any]]], context
             cells += [f"{int(entry['sequences']):,}", f"{entry['tokens']:,}"]
     for memory, lines in rows.items():
         headers = [text for size in by_size for text in (f"sequences, N' = {size}", "their tokens")]
-        print(f"Sequences of {context:,} tokens in {bytes_text(memory)}, weights included:")
-        print_table(["engine", "state", *headers], [(*key, *cells) for key, cells in lines.items()])
+        print_text(f"Sequences of {context:,} tokens in {bytes_text(memory)}, weights included:")
+        print_table(["engine", "state", *headers], [[*key, *numbers] for key, numbers in lines.items()], text_columns=2)
         print()
 
 
 def print_states(engines: Sequence[Engine], config: PreTrainedConfig, dtypes: Sequence[str]) -> None:
-    """How engines store the state unless they are told, and the options for each dtype."""
-    lines = [
-        [
-            engine.name,
-            engine.states.unless_told(config),
-            *(_options(engine, dtype, config) for dtype in dtypes),
-            engine.states.config_key(config.model_type),
-        ]
-        for engine in engines
-    ]
+    """How to serve a model with states of these dtypes, by engine."""
+    lines = [(engine.name, dtype, _options(engine, dtype, config)) for engine in engines for dtype in dtypes]
     if lines:
-        print_table(["engine", "state unless told", *(f"for {dtype}" for dtype in dtypes), "key in config.json"], lines)
+        print_table(["engine", "state", "to serve with it"], lines, text_columns=3)
+        print()
+    keys = ((engine.name, engine.states.config_key(config.model_type)) for engine in engines)
+    if told := [f"{key} to {engine}" for engine, key in keys if key]:
+        print_text(f"config.json may say it too: {', '.join(told)}.")
         print()
 
 
@@ -97,5 +93,5 @@ def _options(engine: Engine, dtype: str, config: PreTrainedConfig) -> str:
     flags = engine.states.flags(dtype, config)
     if flags is None:
         requests = engine.states.open.get(dtype)
-        return f"not yet ({requests})" if requests else "no"
-    return flags or ("as it is" if dtype == engine.states.unless_told(config) else "by the weights' dtype")
+        return f"not released yet: pull requests {requests}" if requests else "not offered"
+    return flags or ("unless told otherwise" if dtype == engine.states.unless_told(config) else "as weights have it")

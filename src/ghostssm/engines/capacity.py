@@ -106,20 +106,14 @@ def attention_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return layers, 2 * int(config.num_key_value_heads) * int(head_dim)
 
 
-def capacity_cells(footprints: Mapping[str, Footprint], memories: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines of a table: what each takes, and how many sequences each memory (bytes) holds.
+def capacity_cells(footprints: Mapping[str, Footprint]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines of a table: what the weights and each sequence take.
 
     Args:
         footprints: by what their lines begin with, a state size.
     """
     cached = any(each.cache for each in footprints.values())
-    headers = ["N'", "weights", "state/seq", "conv/seq", *["keys, values/seq"] * cached]
-    headers += [f"sequences in {memory / 2**30:g} GiB" for memory in memories]
-    return headers, [
-        [
-            label,
-            *(bytes_text(count) for count in (each.weights, each.state, each.conv, *[each.cache] * cached)),
-            *(f"{each.sequences(memory):,}" for memory in memories),
-        ]
+    return ["N'", "weights", "state/seq", "conv/seq", *["keys, values/seq"] * cached], [
+        [label, *map(bytes_text, (each.weights, each.state, each.conv, *[each.cache] * cached))]
         for label, each in footprints.items()
     ]

@@ -47,7 +47,8 @@ def arrays(*tensors: Tensor) -> list[object]:
     """The tensors as contiguous numpy arrays, for loops that run on as many threads as torch uses.
 
     A contiguous tensor shares its memory with its array; another one is copied, so that the loops are compiled once and
-    their inner ones run in vector lanes.
+    their inner ones run in vector lanes. Memory that numpy has seen can't be resized any more, as sharding does with
+    weights: loops over whole sequences get copies of these.
     """
     threads = torch.get_num_threads()
     kernels.use_threads(threads)

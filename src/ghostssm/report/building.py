@@ -139,7 +139,7 @@ def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
 
 def _capacity(footprints: Mapping[str, Footprint]) -> list[Figure | Table | Texts]:
     figure = capacity_figure(footprints, _MEMORIES, DEFAULT_CONTEXT)
-    return [figure, Table("What a sequence takes", *capacity_cells(footprints, ()))]
+    return [figure, Table("What a sequence takes", *capacity_cells(footprints))]
 
 
 def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:

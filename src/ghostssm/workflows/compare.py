@@ -175,6 +175,7 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
             seconds=outcome.seconds,
             speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
             state_dtype=dtype,
+            distilled_tokens=sum(each.tokens for each in outcome.plan.distillations),
         )
 
     rows = [row(cell, outcome, dtype) for cell, outcome in outcomes.items() for dtype in outcome.measured]

@@ -40,6 +40,7 @@ class Row(Value):
         seconds: to calibrate and decide.
         speed_range: batch size to the speeds of the slowest and the fastest round.
         state_dtype: in which the state was kept, rounded after every token.
+        distilled_tokens: on which gradients went through the whole model; 0 where all was local.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Row(Value):
     seconds: float
     speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
     state_dtype: str = "float32"
+    distilled_tokens: int = 0
 
     @property
     def is_dense(self) -> bool:
