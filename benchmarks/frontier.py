@@ -170,15 +170,16 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
         for name, points in lines.items()
         for point in points
     ]
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X("share:Q", title="bytes of state per sequence, as a share of dense float32")
         .scale(type="log", base=2, domain=[1 / 36, 0.58], reverse=True)
         .axis(values=[float(share) for share in SHARES], labelExpr="'1/' + round(1 / datum.value)", grid=False),
         color=alt.Color("family:N", title=None).scale(domain=list(lines), range=COLOURS[: len(lines)]),
     )
-    losses = alt.Y("excess:Q", title="excess loss, nats per token").scale(type="log", domainMin=FLOOR)
-    marks = base.encode(y=losses.axis(format=".1~g", tickCount=5))
-    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(y=alt.Y("low:Q").title(losses.title), y2="high:Q")
+    label = "excess loss, nats per token"
+    losses = alt.Y("excess:Q", title=label).scale(type="log", domainMin=FLOOR).axis(format=".1~g", tickCount=5)
+    marks = base.encode(y=losses)
+    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(y=alt.Y("low:Q", title=label), y2="high:Q")
     chart = (marks.mark_line(strokeWidth=3) + marks.mark_point(size=70, filled=True, opacity=1) + bars).properties(
         width=620, height=380, title=title
     )

@@ -213,7 +213,6 @@ def prune(
     result comes much sooner.
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
-    ghostssm prune MODEL --max-excess-loss 0.02 --engine vllm --output smaller
     ghostssm prune MODEL --state-bytes 1/8 --method balanced+per-layer --output smaller
     """
     given = locals()
