@@ -177,7 +177,11 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
         color=alt.Color("family:N", title=None).scale(domain=list(lines), range=COLOURS[: len(lines)]),
     )
     label = "excess loss, nats per token"
-    losses = alt.Y("excess:Q", title=label).scale(type="log", domainMin=FLOOR).axis(format=".1~g", tickCount=5)
+    losses = (
+        alt.Y("excess:Q", title=label)
+        .scale(type="log", domainMin=FLOOR)
+        .axis(format=".1~g", values=[10.0**power for power in range(-4, 1)])
+    )
     marks = base.encode(y=losses)
     bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(y=alt.Y("low:Q", title=label), y2="high:Q")
     chart = (marks.mark_line(strokeWidth=3) + marks.mark_point(size=70, filled=True, opacity=1) + bars).properties(

@@ -213,7 +213,7 @@ def prune(
     result comes much sooner.
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
-    ghostssm prune MODEL --state-bytes 1/8 --method balanced+per-layer --output smaller
+    ghostssm prune MODEL --state-bytes 1/4 --engine vllm --output smaller
     """
     given = locals()
     from ghostssm.workflows.prune import prune as carry_out
