@@ -44,7 +44,12 @@ def export_checkpoint(
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
 
     Args:
-        checkpoint, untie: as `ghostssm.save` has them.
+        checkpoint: the checkpoint, or its model alone.
+        output: the folder to write, which appears whole or not at all.
+        dialect: ``transformers`` or ``mamba_ssm``.
+        untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own.
+        with_tokenizer: False to write none.
+        overwrite: replace an output folder that is not empty, if it holds a checkpoint.
 
     Raises:
         InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.

@@ -41,6 +41,7 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
     """Give every Mamba-2 mixer of a model the faster forward; a no-op where it has it already.
 
     Args:
+        model: of transformers, dense or pruned; changed in place.
         state_dtype: of the recurrent state in the cache, float32 or bfloat16. bfloat16 halves the state's traffic and
             rounds it once per token.
 
@@ -57,7 +58,11 @@ def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Take back all that `accelerate` did."""
+    """Take back all that `accelerate` did.
+
+    Args:
+        model: that was given to it.
+    """
     for module in (*(mixer.module for mixer in mixers_of(model)), *_block_norms(model)):
         module.__dict__.pop("forward", None)
 
