@@ -117,7 +117,7 @@ class Calibration:
             journal: records the decisions, and may hold the first of them already; in memory if not given.
 
         Raises:
-            InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
+            InputError: a state size out of range, or no such recipe.
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
