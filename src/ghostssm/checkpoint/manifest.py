@@ -22,6 +22,7 @@ from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import CONVERT, ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
@@ -176,6 +177,7 @@ class Manifest(Value):
         request: what was asked for, JSON values.
         dtype: of the weights.
         device: that the model was pruned on.
+        distillations: trainings of the whole pruned model.
         measured: the loss before and after.
         stored_state_size: of an exported copy, which may be padded; where layers differ, every size there is.
         left_out: what of the base model the output has no place for.
@@ -199,6 +201,7 @@ class Manifest(Value):
     request: Mapping[str, Any] | None = None
     dtype: str | None = None
     device: str | None = None
+    distillations: tuple[Distillation, ...] = ()
     measured: Measurement | None = None
     stored_state_size: int | tuple[int, ...] | None = None
     left_out: LeftOut | None = None
@@ -267,6 +270,7 @@ class Manifest(Value):
             "request": None if self.request is None else dict(self.request),
             "dtype": self.dtype,
             "device": self.device,
+            "distillations": [each.as_json() for each in self.distillations] or None,
             "measured": None if self.measured is None else self.measured.as_json(),
             "stored_state_size": self.stored_state_size,
             "left_out": None if self.left_out is None else self.left_out.as_json(),
@@ -304,6 +308,7 @@ class Manifest(Value):
             request=_typed(found.get("request"), dict),
             dtype=text("dtype"),
             device=text("device"),
+            distillations=distillations_from_json(found.get("distillations")),
             measured=Measurement.from_json(found.get("measured")),
             stored_state_size=_sizes(found.get("stored_state_size")),
             left_out=None if left_out is None else LeftOut.from_json(left_out),
