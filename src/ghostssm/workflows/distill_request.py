@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.errors import InputError
-from ghostssm.models.families import family_named
 from ghostssm.plan.distillation import Distillation, Trained
 from ghostssm.pruning.run import DEFAULT_SEED
 from ghostssm.recovery.distill.training import DEFAULT_STEPS, LEARNING_RATE, Settings
@@ -143,7 +142,7 @@ def _check_pair(student: Description, teacher: Description) -> None:
     """Raise InputError, with all differences, unless a student can have been pruned from a teacher."""
 
     def family(described: Description) -> str:
-        return "mamba2" if family_named(described.family).is_own_class else described.family
+        return described.family.removeprefix("ghost_")
 
     pairs = {
         "family": (family(student), family(teacher)),
