@@ -15,7 +15,9 @@ class Candidate:
     """A state size and dtype.
 
     Attributes:
-        state_size: on average over layers. state_bytes: of one sequence, all layers, scales included.
+        state_size: on average over layers.
+        state_dtype: by name.
+        state_bytes: of one sequence, all layers, scales included.
         excess: over the dense model with a float32 state, nats per token, and its standard error (NaN for one window).
     """
 
@@ -30,7 +32,8 @@ class Choice:
     """What lost least within a bound on the bytes of one sequence's state.
 
     Attributes:
-        state_bytes: the bound. windows: those held out of the calibration windows.
+        state_bytes: the bound.
+        windows: those held out of the calibration windows.
         candidates: the smallest loss first, which is what was chosen.
     """
 

@@ -57,9 +57,15 @@ def plan_for_bytes(
     was chosen and what all candidates lost as ``choice``.
 
     Args:
+        model: stays as it was.
+        windows: to calibrate and to measure on.
+        recipe: a method and its recovery steps.
         state_bytes: of one sequence over all layers, scales included.
-        dtypes: names of dtypes of the state; all if not given. multiple: of the sizes that are considered.
+        dtypes: names of dtypes of the state; all if not given.
+        multiple: of the sizes that are considered.
         state_sizes: the sizes to consider instead; the model's own may be among them.
+        groups: how the groups of a layer share the state.
+        seed: for methods that draw at random, and for what is sampled.
         progress: told how far the work is; None for nobody.
 
     Raises:
