@@ -26,7 +26,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
 from ghostssm.values import Value
@@ -39,7 +39,7 @@ class StreamedRun(Value):
     """What a streamed run ended in.
 
     Attributes:
-        plan: it names the parameters that were repaired; their values are in the output only.
+        plan: it names repaired parameters, and has the shapes of projections; their values are in the output only.
         measured: the loss before and after, where windows to measure it on were given.
     """
 
@@ -56,6 +56,7 @@ def prune_streamed(
     *,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
+    multiple: int = DEFAULT_MULTIPLE,
     overwrite: bool = False,
     resume: bool = False,
     offload: Path | None = None,
@@ -89,7 +90,13 @@ def prune_streamed(
     check_streamable(recipe)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
-    asked = request or {"recipe": str(recipe), "state_size": state_size, "groups": groups, "seed": seed}
+    asked = request or {
+        "recipe": str(recipe),
+        "state_size": state_size,
+        "groups": groups,
+        "seed": seed,
+        "multiple": multiple,
+    }
     identity = {
         **options_of(asked),
         **_fingerprints(checkpoint, windows, fingerprint),
@@ -118,7 +125,7 @@ def prune_streamed(
             run.rehearse(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
-            plan = calibration.plan(recipe, state_size, groups, seed, tell, journal=run)
+            plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run)
             run.assemble(plan)
             after = losses("pruned", lambda: find_source(str(run.output)))
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None

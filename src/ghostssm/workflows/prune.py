@@ -183,6 +183,7 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         output,
         groups=asked.groups,
         seed=asked.seed,
+        multiple=job.multiple,
         overwrite=asked.overwrite,
         resume=asked.resume,
         offload=asked.offload,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ghostssm.models import own_class
 from ghostssm.models.families.base import register
 from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
 from ghostssm.models.layout import SSDLayout
@@ -70,6 +73,12 @@ def own_model(
     setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
     own.validate()
     return _filled(own, tensors)
+
+
+def write_code(folder: Path) -> None:
+    """Write into a folder the code that a model of ours needs beside its config, as ``save_pretrained`` does."""
+    for name in ("configuration_ghost.py", "modeling_ghost.py"):
+        shutil.copyfile(Path(own_class.__path__[0]) / name, folder / name)
 
 
 def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
