@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import ghostssm
 from ghostssm.files import durable
 from ghostssm.streaming import run_folder
+from ghostssm.streaming.kept_findings import KeptFindings
 from ghostssm.streaming.run_folder import RunFolder, run_folder_of
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
@@ -49,10 +51,19 @@ def prune(spec: str, output: Path, *, recipe: str = RECIPE, groups: Any = "poole
     return output
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_died_at_every_durable_step(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "torn", "files"),
+    [
+        ("ghost+repair", False, 2 + 3 * 3 + 2),  # hidden states of all but the last block, a narrow block once more
+        ("ghost+repair", True, 2 + 3 * 3 + 2),
+        # Two files per block more for its curve, and none is written anew.
+        pytest.param("balanced+repair+per-layer", False, 2 + 3 * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_died_at_every_durable_step(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, torn: bool, files: int
+) -> None:
     """After each file, and in the middle of it."""
-    recipe = "ghost+repair"
     expected = prune(spec, tmp_path / "whole", recipe=recipe)
     durably = durable.write_durably
     for last in itertools.count(1):
@@ -79,8 +90,45 @@ def test_died_at_every_durable_step(spec: str, tmp_path: Path, monkeypatch: pyte
             assert not run_folder_of(output).exists()
         else:
             break
-    # run.json, 2 tensors outside, 3 files per block, narrow blocks once more, the index, and the end
-    assert last > 1 + 2 + 3 * 3 + 2
+    assert last > files
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("balanced+repair+per-layer", {}),
+        ("balanced+refit5", {"untie": True}),
+        ("ghost", {"dialect": "mamba_ssm"}),
+    ],
+)
+def test_died_here_and_there(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, options: dict[str, Any]
+) -> None:
+    """Once in every walk, and while the output is put together; the same run goes on each time."""
+    expected = prune(spec, tmp_path / "whole", recipe=recipe, groups="equal", **options)
+    output, dead = tmp_path / "out", 0
+    for owner, name in (
+        (KeptFindings, "add"),
+        (run_folder, "gather_shards"),
+        (run_folder, "write_beside_weights"),
+        (durable, "synchronise"),
+    ):
+        for after in (2, 4):
+            seen, real = itertools.count(1), getattr(owner, name)
+
+            def dying(*args: Any, real: Any = real, seen: Any = seen, after: int = after, **named: Any) -> Any:
+                found = real(*args, **named)
+                if next(seen) == after or real.__name__ in ("gather_shards", "write_beside_weights"):
+                    raise _Died
+                return found
+
+            with monkeypatch.context() as patch, suppress(_Died):
+                patch.setattr(owner, name, dying)
+                dead += 1
+                prune(spec, output, recipe=recipe, groups="equal", resume=True, **options)
+                dead -= 1
+    assert dead > 4
+    assert_same_checkpoint(expected, prune(spec, output, recipe=recipe, groups="equal", resume=True, **options))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -315,7 +363,7 @@ def test_the_command_line(
     for refused, message in (
         (arguments(model, text_file, tmp_path / "x", "--resume"), "--resume works with --stream only"),
         (arguments(model, text_file, tmp_path / "x", "--offload", tmp_path), "--offload works with --stream only"),
-        (arguments(model, text_file, tmp_path / "x", "--stream", "--dialect", "mamba_ssm"), "transformers dialect"),
+        (arguments(model, text_file, tmp_path / "x", "--stream", "--report", "--batch", 2), "decodes with the whole"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--offload", text_file / "no"), "has no room"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--method", "taylor"), "can't be streamed"),
         (["prune", model, "--output", tmp_path / "x", "--max-excess-loss", 1, "--stream"], "--max-excess-loss tries"),

@@ -65,16 +65,18 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in ("files", "probe")}
 
 
-def pruned_in_memory(spec: str, output: Path, recipe: str, **options: Any) -> Path:
-    checkpoint = ghostssm.load(spec)
+def pruned_in_memory(
+    spec: str, output: Path, recipe: str, dialect: str = "transformers", untie: bool = False, **options: Any
+) -> Path:
+    checkpoint, written = ghostssm.load(spec), {"dialect": dialect, "untie": untie}
     plan = ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, **options)
     checkpoint = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
-    ghostssm.save(checkpoint, plan, output)
+    ghostssm.save(checkpoint, plan, output, **written)
     dense, after = (
         ghostssm.evaluate(ghostssm.load(str(where), dtype=torch.float32).model, HELD_OUT) for where in (spec, output)
     )
     measured = measurement_of(HELD_OUT, dense, after)
-    return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True)
+    return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True, **written)
 
 
 def pruned_from_files(spec: str, output: Path, recipe: str, **options: Any) -> Path:
@@ -138,6 +140,50 @@ def test_pruned_from_files_is_pruned_in_memory(case: str, recipe: str, groups: s
     assert len(list(found.glob("*.safetensors"))) > 3
     AutoModelForCausalLM.from_pretrained(found, trust_remote_code=False)  # warnings are errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "options"),
+    [
+        ("mamba2", "ghost", {"untie": True}),
+        ("mamba2", "balanced", {"untie": True}),
+        ("granite", "random", {"untie": True}),
+        ("mamba2", "output+repair", {"dialect": "mamba_ssm", "groups": "pooled"}),
+        ("codestral-mamba", "random", {"dialect": "mamba_ssm"}),
+    ],
+)
+def test_other_forms_of_the_output(case: str, recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
+    spec = saved(model_of(case).to(torch.bfloat16), tmp_path / "model")
+    expected = pruned_in_memory(spec, tmp_path / "memory", recipe, **options)
+    found = pruned_from_files(spec, tmp_path / "files", recipe, **options)
+    assert_same_checkpoint(expected, found)
+    assert HEAD in tensors_of(found)
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "options", "message"),
+    [
+        ("zamba2", "ghost", {"untie": True}, "share nothing but the head's weight"),
+        ("mamba2", "balanced", {"dialect": "mamba_ssm"}, "no model class for projected states"),
+        ("granite", "ghost", {"dialect": "mamba_ssm"}, "no granitemoehybrid models"),
+    ],
+)
+def test_forms_that_no_file_has_are_refused_before_any_work(
+    case: str, recipe: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    spec = saved(model_of(case), tmp_path / "model")
+    with pytest.raises(ghostssm.InputError, match=message):
+        pruned_from_files(spec, tmp_path / "out", recipe, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_sizes_that_come_out_equal_leave_the_stock_class(tmp_path: Path) -> None:
+    """Nemotron-H's files have other names than the model has in memory, and our own class would keep the latter."""
+    spec = saved(model_of("nemotron_h"), tmp_path / "model")
+    expected = pruned_in_memory(spec, tmp_path / "memory", "magnitude+per-layer", multiple=5)
+    found = pruned_from_files(spec, tmp_path / "files", "magnitude+per-layer", multiple=5)
+    assert_same_checkpoint(expected, found)
+    assert ghostssm.describe(str(found)).is_stock
 
 
 def test_a_streamed_checkpoint_can_be_pruned_again(tmp_path: Path) -> None:

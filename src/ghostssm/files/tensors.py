@@ -10,6 +10,8 @@ A mapped file that another process truncates kills the reader with a signal; a f
 from __future__ import annotations
 
 import math
+import mmap
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +77,24 @@ def read_header(file: Path, fault: type[InputError]) -> dict[str, Entry]:
 def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) -> Tensor:
     """One tensor, in memory of its own; raises as `read_at`."""
     return read_at(file, name, entry.start, entry.shape, FLOAT_DTYPES[entry.dtype], fault)
+
+
+def mapped_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that this process wrote and nobody else touches, read when their numbers are asked for.
+
+    They can't be written. Raises InputError as `read_header`.
+    """
+    entries = read_header(file, InputError)
+    with file.open("rb") as stream:
+        room = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return {
+            name: torch.frombuffer(
+                room, dtype=FLOAT_DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+            ).view(entry.shape)
+            for name, entry in entries.items()
+        }
 
 
 def read_at(

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ghostssm.checkpoint.weights import header_tensors, shard_name, write_index
 from ghostssm.files import durable
+from ghostssm.files.tensors import mapped_tensors
 from ghostssm.models.families import layout_of
-from ghostssm.models.transformers_private import as_stored
+from ghostssm.models.families.own import filled
+from ghostssm.models.transformers_private import as_stored, tied_weights
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import padded_parameters
 
@@ -26,17 +29,19 @@ def gather_shards(
     shards: Sequence[tuple[str | None, Path]],
     carried: Sequence[Path],
     output: Path,
+    *,
+    as_files: bool,
 ) -> None:
     """Move shards into a folder under their final names, and write the index over them.
 
-    Mixers of a stock model that are narrower than the widest are padded to it, and tensors that transformers writes in
-    another layout than it has in memory are brought into that. What is in its place already stays, so that this can be
-    called again after it was ended.
+    Mixers of a stock model that are narrower than the widest are padded to it. What is in its place already stays, so
+    that this can be called again after it was ended.
 
     Args:
         model: the pruned model, whose blocks need no weights.
         shards: of its tensors by the names that it has for them, each with the name of the mixer that is in it.
-        carried: of tensors that no block loads, which are as files have them.
+        carried: of tensors that no block loads.
+        as_files: bring tensors that transformers writes in another layout than it has in memory into that.
     """
     layout = layout_of(model.config)
     numbered = list(enumerate([*(shard for _, shard in shards), *carried]))
@@ -45,18 +50,26 @@ def gather_shards(
         if places[shard].exists():
             continue
         width = layout.state_size if name is None or plan.needs_own_class else plan.decisions[name].width
-        if width == layout.state_size and not _is_converted(model, shard):
+        if width == layout.state_size and not (as_files and _is_converted(model, shard)):
             continue
         tensors = safetensors.torch.load_file(shard)
         if width < layout.state_size:
             own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
             tensors |= padded_parameters(layout.with_state_size(width), own, layout.state_size)
-        durable.write_tensors(places[shard], as_stored(model, tensors))
+        durable.write_tensors(places[shard], as_stored(model, tensors) if as_files else tensors)
         shard.unlink()
     for shard, place in places.items():
         if not place.exists():
             shard.rename(place)
     write_index(output)
+
+
+def mapped_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A pruned model with the tensors in the shards of a folder, read from there when their numbers are asked for."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("model-*.safetensors")):
+        tensors |= mapped_tensors(shard)
+    return filled(model.config, {name: tensors[other] for name, other in tied_weights(model).items()} | tensors)
 
 
 def _is_converted(model: PreTrainedModel, shard: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ghostssm._version import __version__
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
 from ghostssm.errors import ProcessError
@@ -31,6 +33,8 @@ from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
 from ghostssm.values import Value
 
+Beside = Callable[[Evaluation | None, Evaluation | None, Path], None]
+"""What writes into a folder, given the dense and the pruned model's losses, where they were measured."""
 _NAMES = frozenset({"recipe", "model", "calibration", "evaluate", "tokenizer"})
 
 
@@ -59,10 +63,13 @@ def prune_streamed(
     multiple: int = DEFAULT_MULTIPLE,
     overwrite: bool = False,
     resume: bool = False,
+    dialect: str = "transformers",
+    untie: bool = False,
     offload: Path | None = None,
     held_out: Windows | None = None,
     processes: Processes | None = None,
     request: Mapping[str, Any] | None = None,
+    beside: Beside | None = None,
     progress: Progress | None = on_screen,
 ) -> StreamedRun:
     """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
@@ -73,14 +80,16 @@ def prune_streamed(
     Args:
         overwrite: replace an output folder that is not empty.
         resume: go on with what OUTPUT.run holds, if there is such a folder.
+        dialect, untie: of the output, as `ghostssm.save` has them.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
         request: all that was asked for, in JSON values: for the manifest, and to resume a run of the same only.
+        beside: called in the first process, before the output is put in its place, to write more into it.
         progress: told how far the work is; None for nobody.
 
     Raises:
-        InputError: as `Calibration.plan`; a recipe that can't be streamed.
+        InputError: as `Calibration.plan`; a recipe that can't be streamed, or a dialect that can't hold its result.
         OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
         ModelError: tokenizer, model card or the like can't be written; found before the work.
         IncompleteError: the output is written, but without something that belongs beside the weights; says what.
@@ -88,6 +97,7 @@ def prune_streamed(
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_streamable(recipe)
+    check_dialect(dialect, checkpoint.model.config.model_type, not recipe.stock, untie)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
     asked = request or {
@@ -96,6 +106,8 @@ def prune_streamed(
         "groups": groups,
         "seed": seed,
         "multiple": multiple,
+        "dialect": dialect,
+        "untie": untie,
     }
     identity = {
         **options_of(asked),
@@ -119,7 +131,9 @@ def prune_streamed(
         found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
         return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
 
-    folder = RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes)
+    folder = RunFolder(
+        output, identity, resume=resume, overwrite=overwrite, dialect=dialect, untie=untie, processes=processes
+    )
     with listening(progress) as tell, folder as run:
         try:
             run.rehearse(checkpoint, windows.ids.numel())
@@ -129,6 +143,8 @@ def prune_streamed(
             run.assemble(plan)
             after = losses("pruned", lambda: find_source(str(run.output)))
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None
+            if beside is not None:
+                run.add(partial(beside, dense, after))
             run.finish(checkpoint, plan, fingerprint, measured, request)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(run.how_to_go_on()) from None

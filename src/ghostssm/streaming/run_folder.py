@@ -11,6 +11,7 @@ A run that writes OUTPUT keeps in OUTPUT.run
     dense.json          the dense model's loss on every window that is measured on, and pruned.json the pruned one's
     hidden/             the hidden states that reach the block after the last record, records-00008-0.bin, or after the
                         last curve, curves-00008-0.bin; of process 0's windows
+    shards/             of a dialect with one file of weights, what that is written from
     output/             the folder that becomes OUTPUT
 
 Every file appears whole or not at all. Numbers in JSON are written so that they are read back bit by bit.
@@ -23,7 +24,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -33,11 +34,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
 from ghostssm.checkpoint.rehearsal import rehearse_run
-from ghostssm.checkpoint.saving import write_beside_weights, write_config
+from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
+from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import carried_pieces
 from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
@@ -46,17 +49,19 @@ from ghostssm.files.output_folder import destination
 from ghostssm.models.families import family_of
 from ghostssm.models.families.own import write_code
 from ghostssm.models.mixer import Projection
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import carry_out, pruned
 from ghostssm.pruning.journal import Journal
-from ghostssm.streaming.assembling import gather_shards
+from ghostssm.streaming.assembling import gather_shards, mapped_model
 from ghostssm.streaming.kept_findings import KeptFindings
 from ghostssm.streaming.run_places import check_run_folder, is_in_place, run_folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 class RunFolder(Journal):
     """The decisions and weights of a streamed run.
@@ -81,11 +86,14 @@ class RunFolder(Journal):
         *,
         resume: bool = False,
         overwrite: bool = False,
+        dialect: str = "transformers",
+        untie: bool = False,
         processes: Processes | None = None,
     ):
         """
         Args:
             identity: what decides the result, by names that users know: JSON values.
+            dialect, untie: of the output, as `ghostssm.save` has them.
             processes: that share the run and see the same folder; the first writes all but the others' hidden states.
 
         Raises:
@@ -97,7 +105,7 @@ class RunFolder(Journal):
         self.folder = run_folder_of(self.path)
         self.output = self.folder / "output"
         self._identity = dict(identity)
-        self._resume, self._overwrite = resume, overwrite
+        self._dialect, self._untie = dialect, untie
         self._created = False
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
@@ -145,7 +153,7 @@ class RunFolder(Journal):
         def rehearsed() -> None:
             with self._told_faults():
                 if not is_in_place(self.folder):
-                    rehearse_run(self.folder, self.path, checkpoint, tokens)
+                    rehearse_run(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
 
         self._processes.from_first(rehearsed)
 
@@ -160,10 +168,16 @@ class RunFolder(Journal):
         with self._told_faults():
             for part in ("outside", "blocks", "carried"):
                 (self.folder / part).mkdir(exist_ok=True)
-            for number, name in enumerate(self._streamed.outside()):
+            for number, (name, source) in enumerate(self._outside().items()):
                 shard = self._shard("outside", number)
                 if not shard.exists():
-                    durable.write_tensors(shard, {name: self._streamed.tensor_outside(name)})
+                    durable.write_tensors(shard, {name: self._streamed.tensor_outside(source)})
+
+    def _outside(self) -> dict[str, str]:
+        """The tensors outside the blocks that the output has, each with the one whose values it gets."""
+        model = self._streamed.model
+        found = {name: name for name in self._streamed.outside()}
+        return found | tied_weights(model) if self._untie and has_tied_head(model) else found
 
     def _take_over(self, found: dict[str, Any] | None) -> None:
         """Note what a record says of a block; None is one without a mixer."""
@@ -213,6 +227,10 @@ class RunFolder(Journal):
                 self._processes.from_first(lambda: durable.write_json(file, found))
         return found
 
+    def add(self, write: Callable[[Path], None]) -> None:
+        """Have something written into the assembled output, unless that is in its place already."""
+        self._processes.from_first(lambda: None if is_in_place(self.folder) else write(self.output))
+
     def assemble(self, plan: Plan) -> None:
         """Put the pruned model together in ``output``."""
         self._processes.from_first(lambda: self._assemble(plan))
@@ -220,23 +238,32 @@ class RunFolder(Journal):
     def _assemble(self, plan: Plan) -> None:
         if is_in_place(self.folder):
             return
-        blocks = self._streamed
+        blocks, dialect = self._streamed, dialect_named(self._dialect)
         names = [None if found is None else found["name"] for found in self._records.found]
-        with self._told_faults(), _pruned(blocks.model, plan) as model:
-            self.output.mkdir(exist_ok=True)
-            gather_shards(
-                model,
-                plan,
-                [
-                    *((None, self._shard("outside", number)) for number in range(len(blocks.outside()))),
-                    *((name, self._shard("blocks", number)) for number, name in enumerate(names)),
-                ],
-                self._carried(model),
-                self.output,
-            )
+        shards = [
+            *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
+            *((name, self._shard("blocks", number)) for number, name in enumerate(names)),
+        ]
+        with self._told_faults(), self._pruned(blocks.model, plan) as (model, _):
+            carried = self._carried(model) if dialect.keeps_unread else []
+            place = self.output if dialect.has_shards else self.folder / "shards"
+            place.mkdir(exist_ok=True)
+            gather_shards(model, plan, shards, carried, place, as_files=dialect.has_shards)
+            if not dialect.has_shards:
+                whole = Checkpoint(mapped_model(model, place), None, blocks.source)
+                self.output.mkdir(exist_ok=True)
+                write_model(whole, self.output, self._dialect)
+                return
             write_config(model, self.output, blocks.source)
             if plan.needs_own_class:
                 write_code(self.output)
+
+    @contextmanager
+    def _pruned(self, model: PreTrainedModel, plan: Plan) -> Iterator[tuple[PreTrainedModel, bool]]:
+        """Within the context a model without weights in its blocks as it is written, and whether its head is untied."""
+        shapes_only = dataclasses.replace(plan, changes={})
+        with pruned(model, shapes_only) as smaller, untied_head(smaller, self._untie) as untied:
+            yield smaller, untied
 
     def _carried(self, model: PreTrainedModel) -> list[Path]:
         """Write, as shards, what goes into the output and no block of the pruned model loads."""
@@ -267,10 +294,10 @@ class RunFolder(Journal):
         def finished() -> None:
             files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
             if not is_in_place(self.folder):
-                with self._told_faults(), _pruned(checkpoint.model, plan) as model:
+                with self._told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
                     smaller = Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
                     write_beside_weights(
-                        files, smaller, plan, "transformers", measured, fingerprint, False, request=request
+                        files, smaller, plan, self._dialect, measured, fingerprint, untied, request=request
                     )
                     durable.synchronise(self.output)
                     durable.write_durably(self.folder / "finished", lambda path: path.touch())
@@ -344,11 +371,6 @@ class RunFolder(Journal):
 
     def _shard(self, part: str, number: int) -> Path:
         return self.folder / part / f"{number:05d}.safetensors"
-
-
-def _pruned(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
-    """Within the context a model without weights in its blocks is as a plan leaves it."""
-    return pruned(model, dataclasses.replace(plan, changes={}))
 
 
 def _shapes_only(groups: int, width: int, size: int) -> Projection:
