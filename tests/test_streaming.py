@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ghostssm
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.manifest import MANIFEST_FILE
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.streaming.run_folder import run_folder_of
@@ -290,6 +290,27 @@ def test_recipes_that_need_the_whole_model_are_refused_before_any_work(recipe: s
     with pytest.raises(ghostssm.InputError, match=r"can't be streamed\. Leave out --stream, or take one of .*ghost"):
         ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, tmp_path / "out")
     assert not run_folder_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["ghost", "balanced+per-layer"])
+def test_a_report_has_what_blocks_alone_tell(
+    folder_of: Callable[..., Path], text_file: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Observations and losses are those of a run in memory; nothing was decoded."""
+    asked = {"model": str(folder_of()), "state_size": 4, "recipe": recipe, "windows": 3, "window_length": 64}
+    asked |= {"calibration": str(text_file), "evaluate": str(text_file), "text_windows": 3, "report": True}
+    found = {}
+    for stream in (False, True):
+        output = tmp_path / f"{stream}"
+        batches = None if stream else (1,)
+        ghostssm.prune(ghostssm.PruneRequest(**asked, output=str(output), stream=stream, batches=batches))
+        found[stream] = json.loads((output / RECORD_FILE).read_text())
+        assert ghostssm.verify(output).passed
+        assert RECORD_FILE not in json.loads((output / MANIFEST_FILE).read_text())["files"]
+    for part in ("observations", "losses"):
+        assert found[True][part] == found[False][part]
+    assert not found[True]["decode"]
+    assert "samples" not in found[True]
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -110,9 +110,8 @@ class RunFolder(Journal):
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
-        self._records, self.curves = (
-            KeptFindings(self.folder, part, self._processes, self._told_faults) for part in ("records", "curves")
-        )
+        self._records = KeptFindings(self.folder, "records", self._processes, self._told_faults)
+        self.curves: KeptFindings = KeptFindings(self.folder, "curves", self._processes, self._told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
     def __enter__(self) -> RunFolder:
