@@ -4,7 +4,8 @@ The format: eight bytes, the length of the header, little-endian; the header, a 
 ``dtype``, ``shape`` and ``data_offsets``; then the data, which the offsets cover without gap or overlap. Everything
 outside it is refused before anything is allocated.
 
-A mapped file that another process truncates kills the reader with a signal; a file that is read gives an error.
+A mapped file that another process truncates kills the reader with a signal; a file that is read gives an error. So only
+what this process wrote into a folder of its own is mapped (`mapped_tensors`).
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) ->
 
 
 def mapped_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that this process wrote and nobody else touches, read when their numbers are asked for.
+    """The tensors of a file in a run's own folder, which can't be written and are read when their numbers are asked for.
 
-    They can't be written. Raises InputError as `read_header`.
+    Raises InputError as `read_header`.
     """
     entries = read_header(file, InputError)
     with file.open("rb") as stream:
