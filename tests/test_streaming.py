@@ -284,7 +284,7 @@ def test_shared_blocks_that_are_stored_more_than_once(tmp_path: Path) -> None:
     assert_same_checkpoint(expected, pruned_from_files(spec, tmp_path / "files", "ghost"))
 
 
-@pytest.mark.parametrize("recipe", ["taylor", "taylor-layer+repair"])
+@pytest.mark.parametrize("recipe", ["taylor", "taylor-layer+repair", "ghost+distill5"])
 def test_recipes_that_need_the_whole_model_are_refused_before_any_work(recipe: str, tmp_path: Path) -> None:
     checkpoint = ghostssm.stream(saved(tiny_model(), tmp_path / "model"))
     with pytest.raises(ghostssm.InputError, match=r"can't be streamed\. Leave out --stream, or take one of .*ghost"):

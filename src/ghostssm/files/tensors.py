@@ -81,7 +81,7 @@ def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) ->
 
 
 def mapped_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file in a run's own folder, which can't be written and are read when their numbers are asked for.
+    """The tensors of a file in a run's own folder, read-only, and read when their numbers are asked for.
 
     Raises InputError as `read_header`.
     """
