@@ -19,7 +19,8 @@ import ghostssm
 from ghostssm.files import durable
 from ghostssm.streaming import run_folder
 from ghostssm.streaming.kept_findings import KeptFindings
-from ghostssm.streaming.run_folder import RunFolder, run_folder_of
+from ghostssm.streaming.run_folder import RunFolder
+from ghostssm.streaming.run_places import run_folder_of
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model

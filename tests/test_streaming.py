@@ -24,7 +24,7 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.evaluation.measurement import measurement_of
-from ghostssm.streaming.run_folder import run_folder_of
+from ghostssm.streaming.run_places import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 
@@ -68,7 +68,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 def pruned_in_memory(
     spec: str, output: Path, recipe: str, dialect: str = "transformers", untie: bool = False, **options: Any
 ) -> Path:
-    checkpoint, written = ghostssm.load(spec), {"dialect": dialect, "untie": untie}
+    written: dict[str, Any] = {"dialect": dialect, "untie": untie}
+    checkpoint = ghostssm.load(spec)
     plan = ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, **options)
     checkpoint = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
     ghostssm.save(checkpoint, plan, output, **written)
@@ -138,6 +139,7 @@ def test_pruned_from_files_is_pruned_in_memory(case: str, recipe: str, groups: s
     found = pruned_from_files(spec, tmp_path / "files", recipe, groups=groups)
     assert_same_checkpoint(expected, found)
     assert len(list(found.glob("*.safetensors"))) > 3
+    assert not facts_of(found)["left_out"]["tensors"]
     AutoModelForCausalLM.from_pretrained(found, trust_remote_code=False)  # warnings are errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
 
@@ -297,7 +299,13 @@ def test_a_report_has_what_blocks_alone_tell(
     folder_of: Callable[..., Path], text_file: Path, tmp_path: Path, recipe: str
 ) -> None:
     """Observations and losses are those of a run in memory; nothing was decoded."""
-    asked = {"model": str(folder_of()), "state_size": 4, "recipe": recipe, "windows": 3, "window_length": 64}
+    asked: dict[str, Any] = {
+        "model": str(folder_of()),
+        "state_size": 4,
+        "recipe": recipe,
+        "windows": 3,
+        "window_length": 64,
+    }
     asked |= {"calibration": str(text_file), "evaluate": str(text_file), "text_windows": 3, "report": True}
     found = {}
     for stream in (False, True):
