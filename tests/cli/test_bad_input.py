@@ -17,7 +17,7 @@ from tests.conftest import Run, tiny_model
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --state-size, --budget and --max-excess-loss"),
+        ([], "give one of --state-size, --budget, --max-excess-loss, --state-bytes"),
         (["--state-size", 4, "--budget", 0.5], "--state-size and --budget each say how much to keep"),
         (["--state-size", 16], "The state size would be 16, which is the model's own N"),
         (["--state-size", 16, "--method", "sparsegpt"], "which is the model's own N"),
@@ -143,7 +143,10 @@ def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, devi
         ("prune m --state-size 4 --output o --text-windows 3", "--text-windows works with --evaluate only"),
         ("prune m --state-size 4 --output o --batch 1", "--batch works with --report only"),
         ("prune m --state-size 4 --output o --private", "--private works with --push-to-hub only"),
-        ("prune m --state-size 4 --output o --multiple 4", "--multiple works with --per-layer or --max-excess-loss"),
+        (
+            "prune m --state-size 4 --output o --multiple 4",
+            "--multiple works with --per-layer, --max-excess-loss or --state-bytes",
+        ),
         ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
         ("compare m --state-size 4 --methods ghost,random", "separated by spaces: --methods ghost random"),
         ("reproduce --output o --methods ghost,random", "separated by spaces: --methods ghost random"),
