@@ -148,7 +148,7 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
 
     def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
         excess = evaluation.excess_over(dense)
-        decoded = {batch: timings[shape.get(cell, layout.state_size), batch] for batch in request.batches}
+        speeds = {batch: timings[shape.get(cell, layout.state_size), batch].decode(batch) for batch in request.batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
@@ -158,9 +158,9 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
             excess=excess.mean,
             standard_error=excess.standard_error,
             state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
-            tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
+            tokens_per_second={batch: speed.median for batch, speed in speeds.items()},
             seconds=seconds,
-            speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
+            speed_range={batch: (speed.low, speed.high) for batch, speed in speeds.items()},
         )
 
     rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]

@@ -10,6 +10,7 @@ from ghostssm.checkpoint.description import Description
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.roofline import Machine
+from ghostssm.evaluation.speed import Rate
 from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
@@ -131,13 +132,8 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    return headers, [[*_cells(row), *(_speed(row, batch) for batch in batches)] for row in ranked]
-
-
-def _speed(row: Row, batch: int) -> str:
-    """With half of the range over the rounds as a share of it."""
-    median, (low, high) = row.tokens_per_second[batch], row.speed_range[batch]
-    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
+    speeds = [[Rate(row.tokens_per_second[batch], *row.speed_range[batch]).text for batch in batches] for row in ranked]
+    return headers, [[*_cells(row), *cells] for row, cells in zip(ranked, speeds, strict=True)]
 
 
 def _cells(row: Row) -> list[str]:
