@@ -54,6 +54,11 @@ class Row(Value):
     def is_dense(self) -> bool:
         return self.method == DENSE
 
+    def rate(self, batch: int) -> Rate:
+        """The decode speed at a batch size; without a range where there is none."""
+        speed = self.tokens_per_second[batch]
+        return Rate(speed, *self.speed_range.get(batch, (speed, speed)))
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Basis(Value):
@@ -132,8 +137,7 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
-    speeds = [[Rate(row.tokens_per_second[batch], *row.speed_range[batch]).text for batch in batches] for row in ranked]
-    return headers, [[*_cells(row), *cells] for row, cells in zip(ranked, speeds, strict=True)]
+    return headers, [[*_cells(row), *(row.rate(batch).text for batch in batches)] for row in ranked]
 
 
 def _cells(row: Row) -> list[str]:
