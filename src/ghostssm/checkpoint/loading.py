@@ -178,7 +178,7 @@ def _check_unquantised(source: Source) -> None:
             how = values.get("quant_method") or f"{values.get('bits', 'unknown')} bits"
             raise ModelError(
                 f"{source.name} is quantised ({key} in config.json: {how}). "
-                "Prune the unquantised model, then quantise the result."
+                "Prune or distil the unquantised model, then quantise the result."
             )
 
 

@@ -22,6 +22,7 @@ from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import CONVERT, ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
@@ -171,6 +172,7 @@ class Manifest(Value):
         stored_state_size: of an exported copy, which may be padded; where layers differ, every size there is.
         options: what the plan was made from and with. request: what was asked for, JSON values.
         dtype: of the weights. device: that the model was pruned on.
+        distillations: trainings of the whole pruned model.
         measured: the loss before and after. left_out: of the base model. missing: what could not be written.
         overflow: where the dtype is too narrow. versions: of Python and the packages that a result may depend on.
         probe: of the model. files: every other file of the folder, by path within it.
@@ -189,6 +191,7 @@ class Manifest(Value):
     request: Mapping[str, Any] | None = None
     dtype: str | None = None
     device: str | None = None
+    distillations: tuple[Distillation, ...] = ()
     measured: Measurement | None = None
     stored_state_size: int | tuple[int, ...] | None = None
     left_out: LeftOut | None = None
@@ -256,6 +259,7 @@ class Manifest(Value):
             "request": None if self.request is None else dict(self.request),
             "dtype": self.dtype,
             "device": self.device,
+            "distillations": [each.as_json() for each in self.distillations] or None,
             "measured": None if self.measured is None else self.measured.as_json(),
             "stored_state_size": self.stored_state_size,
             "left_out": None if self.left_out is None else self.left_out.as_json(),
@@ -293,6 +297,7 @@ class Manifest(Value):
             request=_typed(found.get("request"), dict),
             dtype=text("dtype"),
             device=text("device"),
+            distillations=distillations_from_json(found.get("distillations")),
             measured=Measurement.from_json(found.get("measured")),
             stored_state_size=_sizes(found.get("stored_state_size")),
             left_out=None if left_out is None else LeftOut.from_json(left_out),

@@ -134,6 +134,7 @@ def write_beside_weights(
         request=request,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        distillations=plan.distillations,
         measured=measured,
         left_out=lost,
         missing=tuple(files.missing),

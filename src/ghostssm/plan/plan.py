@@ -15,6 +15,7 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
 from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import sizes_text
 from ghostssm.values import Value
@@ -33,6 +34,7 @@ class Plan(Value):
         per_layer: keep a state size per layer, rather than pad all layers to the widest.
         scores: mixer name to (g, n) float64, as the method saw them; may be empty.
         provenance: what the plan was made from and with; None for one made by hand.
+        distillations: trainings of the whole pruned model, whose results are among the changes.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Plan(Value):
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = None
     per_layer: bool = False
+    distillations: tuple[Distillation, ...] = ()
 
     def __repr__(self) -> str:
         sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}"
@@ -153,6 +156,7 @@ class Plan(Value):
             "projected": {name: projection.B.shape[-1] for name, projection in self.projections.items()},
             "changed": sorted(self.changes),
             "provenance": None if self.provenance is None else self.provenance.as_json(),
+            "distillations": [each.as_json() for each in self.distillations],
             "selections": {name: [list(channels) for channels in s.kept] for name, s in self.selections.items()},
         }
         tensors = {f"scores:{name}": score.to(torch.float64) for name, score in self.scores.items()}
@@ -194,6 +198,7 @@ class Plan(Value):
             scores={key.removeprefix("scores:"): value for key, value in tensors.items() if key.startswith("scores:")},
             provenance=Provenance.from_json(document.get("provenance")),
             per_layer=document.get("per_layer", False),
+            distillations=distillations_from_json(document.get("distillations")),
         )
         if document.get("kept_state_size", plan.kept_state_size) != plan.kept_state_size:
             raise PlanError(

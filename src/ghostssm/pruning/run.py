@@ -30,7 +30,7 @@ from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import CalibrationText, Provenance
-from ghostssm.plan.surgery import apply_plan, check_storable
+from ghostssm.plan.surgery import apply_plan, check_storable, with_changes_of
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
 from ghostssm.pruning.feasibility import check_original
@@ -185,8 +185,12 @@ class _Run:
                 dense = self.calibration.model
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
-                registered.recover(pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress)
-                plan = dataclasses.replace(plan, changes={**plan.changes, **_changed(pruned, before)})
+                found = registered.recover(
+                    pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress
+                )
+                plan = with_changes_of(plan, pruned, before)
+                if found is not None:
+                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, found))
         return plan
 
     def curves(self) -> list[Tensor]:
@@ -382,10 +386,3 @@ class _Asked:
 
 def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Tensor:
     return calibration.saliency(progress)[name]
-
-
-def _changed(model: PreTrainedModel, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a model that have changed, by full name."""
-    return {
-        name: value.detach().clone() for name, value in model.named_parameters() if not torch.equal(value, before[name])
-    }

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.errors import InputError, unknown_name
+from ghostssm.plan.distillation import Distillation
 from ghostssm.progress import Progress
 from ghostssm.text.windows import Windows
 
@@ -47,12 +48,13 @@ class ModelStep:
 
     Attributes:
         recover: changes parameters of the pruned model in place; gets the pruned and the dense model, the calibration
-            windows, the step's amount, a seed and a listener.
+            windows, the step's amount, a seed and a listener. What it gives, if it trains the whole model by gradients,
+            goes into the plan.
     """
 
     name: str
     summary: str
-    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], None]
+    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], Distillation | None]
     default_amount: int | None = None
     streamable: Literal[False] = False
     shareable: Literal[False] = False

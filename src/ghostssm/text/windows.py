@@ -205,7 +205,7 @@ def _drawn_apart(
         begin = first + number * cell
         piece = joined[begin : begin + cell]
         piece = piece[_first_break(piece) :]
-        ids = _encoded(piece, tokenizer)
+        ids = encoded(piece, tokenizer)
         tokens, size = tokens + len(ids), size + len(piece.encode())
         if len(ids) >= length:
             start = below(len(ids) - length + 1)
@@ -250,7 +250,7 @@ def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase, needed: int | No
     size = 0
     most = _STRETCH if needed is None else min(_STRETCH, _CHARACTERS_PER_TOKEN * needed)
     for stretch in _stretches(joined, most):
-        found.append(_encoded(stretch, tokenizer))
+        found.append(encoded(stretch, tokenizer))
         size += len(stretch.encode())
         if needed is not None and sum(map(len, found)) >= needed:
             break
@@ -268,7 +268,8 @@ def _stretches(joined: str, most: int) -> Iterator[str]:
     yield joined[start:]
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids of a text without special tokens, (tokens,); raises ModelError if the tokenizer fails."""
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.long)

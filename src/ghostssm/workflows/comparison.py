@@ -23,6 +23,10 @@ Cell = tuple[str, int]
 DENSE = "dense"
 
 
+def labelled(method: str, state_dtype: str) -> str:
+    return method if state_dtype == "float32" else f"{method}, {state_dtype}"
+
+
 @dataclass(frozen=True, repr=False)
 class Row(Value):
     """One line of the table.
@@ -32,10 +36,12 @@ class Row(Value):
         state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
             larger where uneven groups or layers are padded.
         excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
+        state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
         speed_range: batch size to the speeds of the slowest and the fastest round.
+        state_dtype: in which the state was kept, rounded after every token.
+        distilled_tokens: on which gradients went through the whole model; 0 where all was local.
     """
 
     method: str
@@ -49,10 +55,17 @@ class Row(Value):
     tokens_per_second: dict[int, float]
     seconds: float
     speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
+    state_dtype: str = "float32"
+    distilled_tokens: int = 0
 
     @property
     def is_dense(self) -> bool:
-        return self.method == DENSE
+        return self.label == DENSE
+
+    @property
+    def label(self) -> str:
+        """The method, and the state's dtype where it is not float32."""
+        return labelled(self.method, self.state_dtype)
 
     def rate(self, batch: int) -> Rate:
         """The decode speed at a batch size; without a range where there is none."""
@@ -82,7 +95,8 @@ class Basis(Value):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Value):
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size.
+    """Rows, the dense one first; the plans behind them by method and state size, and what was measured by a row's label
+    and state size.
 
     A notebook shows it as a table with a figure; `ghostssm.plot` draws it, `ghostssm.write_report` makes a page of it.
     """
@@ -99,7 +113,7 @@ class Comparison(Value):
 
     def best(self, size: int) -> list[Row]:
         """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
-        rows = [row for row in self.rows if row.state_size == size and not row.is_dense]
+        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
         stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
@@ -129,14 +143,14 @@ class Comparison(Value):
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
+    """Headers and lines, the most bytes per sequence and the smallest loss first.
 
     A stored state that is larger than the one asked for stands in brackets behind it.
     """
     batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
     return headers, [[*_cells(row), *(row.rate(batch).text for batch in batches)] for row in ranked]
 
 
@@ -145,6 +159,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.method,
         f"{row.state_size}{padded}",
+        row.state_dtype,
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

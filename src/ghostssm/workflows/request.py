@@ -18,6 +18,7 @@ _OPTIONS = {
     "batches": "--batch",
     "engines": "--engine",
     "recipe": "--method",
+    "state_dtypes": "--state-dtype",
     "state_sizes": "--state-size",
 }
 """Names on the command line that are not those of the fields."""
