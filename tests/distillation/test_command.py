@@ -340,3 +340,10 @@ def test_two_processes(request_of: Callable[..., DistillRequest], tmp_path: Path
         assert two.divergence == pytest.approx(one.divergence, abs=1e-5)
         assert two.excess.mean == pytest.approx(one.excess.mean, abs=1e-5)
     assert not (tmp_path / "healed.run").exists()
+
+
+def test_a_student_of_our_own_class_fits_the_family_that_it_was_pruned_from() -> None:
+    teacher = replace(ghostssm.describe("reference"), family="bamba")
+    distill_request._check_pair(replace(teacher, family="ghost_bamba"), teacher)
+    with pytest.raises(ghostssm.InputError, match="family 'mamba2' and 'bamba'"):
+        distill_request._check_pair(replace(teacher, family="ghost_mamba2"), teacher)

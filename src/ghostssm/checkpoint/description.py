@@ -46,8 +46,12 @@ class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
+        name: what the caller called it.
+        dialect: of its config.json.
+        family: the family's model type.
         layout: of the widest mixer.
         state_sizes: of the recurrent state of every mixer, front to back.
+        vocab_size: of the config.
         parameters: of the whole model, shared ones counted once.
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
@@ -79,7 +83,12 @@ class Description(Value):
         return set(self.state_sizes) == {self.layout.state_size}
 
     def state_bytes(self, state_size: int | None = None, form: StateFormat = FLOAT32) -> int:
-        """Bytes of recurrent state per sequence, over all layers; of the model as it is, or cut to a state size."""
+        """Bytes of recurrent state per sequence, over all layers; of the model as it is, or cut to a state size.
+
+        Args:
+            state_size: N' to cut to; None for the model as it is.
+            form: how the state is stored.
+        """
         sizes = self.state_sizes if state_size is None else [state_size] * self.layers
         return sum(form.state_bytes(self.layout.intermediate_size, size) for size in sizes)
 
@@ -93,7 +102,13 @@ class Description(Value):
     def footprint(
         self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, form: StateFormat = FLOAT32
     ) -> Footprint:
-        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
+        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size.
+
+        Args:
+            state_size: N' to cut to; None for the model as it is.
+            context: tokens that attention layers, if there are any, keep keys and values of.
+            form: how the state is stored.
+        """
         layout, sizes = self.layout, self.state_sizes
         if state_size is not None:
             layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
@@ -102,7 +117,13 @@ class Description(Value):
 
 
 def describe(spec: str) -> Description:
-    """Describe a model; arguments and errors as `ghostssm.load` has them."""
+    """The sizes of a model, from its config and file headers.
+
+    Raises what `ghostssm.load` raises, but looks at no weight.
+
+    Args:
+        spec: a hub id, a local folder in any dialect, or ``reference``.
+    """
     source = find_source(spec, weights=False)
     config = model_config(source)
     facts = facts_from_files(source, config, family_of(config))

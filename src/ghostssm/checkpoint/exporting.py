@@ -51,9 +51,16 @@ def export_checkpoint(
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
 
     Args:
-        checkpoint, untie: as `ghostssm.save` has them.
+        checkpoint: the checkpoint, or its model alone.
+        output: the folder to write, which appears whole or not at all.
+        dialect: ``transformers`` or ``mamba_ssm``.
+        untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own.
+        with_tokenizer: False to write none.
+        overwrite: replace an output folder that is not empty, if it holds a checkpoint.
         distilled: what the model went through since it was loaded; the folder then has a manifest, whether or not
-            ghostssm pruned the model. measured, request: as `ghostssm.save`, of that.
+            ghostssm pruned the model.
+        measured: the loss before and after that; goes into the card and the manifest.
+        request: what was asked for, in JSON values that name no place on this machine.
 
     Raises:
         InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.

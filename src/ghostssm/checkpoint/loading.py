@@ -86,7 +86,9 @@ def load(
     """Load a model: a hub id, a local folder in any dialect, or ``reference``.
 
     Args:
+        spec: a hub id, a local folder in any dialect, or ``reference``.
         dtype: of the weights in memory; None keeps the stored one.
+        device: where the weights go, such as ``cpu`` or ``cuda``.
         tokenizer: a folder or hub id to take the tokenizer from instead.
 
     Raises:

@@ -166,16 +166,26 @@ class Manifest(Value):
 
     Attributes:
         ghostssm: the version that pruned the model.
-        base_model, base_model_sha256: the name of the model that was pruned, and `Source.fingerprint` of its files.
-        dialect: of the folder. untied_head: whether the base model ties the head that this one does not.
-        method: the recipe. state_size_before: N. state_size_after: N', one number where all layers have the same.
-        stored_state_size: of an exported copy, which may be padded; where layers differ, every size there is.
-        options: what the plan was made from and with. request: what was asked for, JSON values.
-        dtype: of the weights. device: that the model was pruned on.
+        base_model: the name of the model that was pruned.
+        base_model_sha256: `Source.fingerprint` of its files.
+        dialect: of the folder.
+        untied_head: whether the base model ties the head that this one does not.
+        method: the recipe.
+        state_size_before: N.
+        state_size_after: N', one number where all layers have the same.
+        options: what the plan was made from and with.
+        request: what was asked for, JSON values.
+        dtype: of the weights.
+        device: that the model was pruned on.
         distillations: trainings of the whole pruned model.
-        measured: the loss before and after. left_out: of the base model. missing: what could not be written.
-        overflow: where the dtype is too narrow. versions: of Python and the packages that a result may depend on.
-        probe: of the model. files: every other file of the folder, by path within it.
+        measured: the loss before and after.
+        stored_state_size: of an exported copy, which may be padded; where layers differ, every size there is.
+        left_out: what of the base model the output has no place for.
+        missing: what could not be written.
+        overflow: where the dtype is too narrow.
+        versions: of Python and the packages that a result may depend on.
+        probe: what the model makes of a few tokens.
+        files: every other file of the folder, by path within it.
         others: entries of other versions, which stay as they are.
     """
 
@@ -226,6 +236,7 @@ class Manifest(Value):
         """Write the manifest of a folder whose other files are all written, with their hashes and today's versions.
 
         Args:
+            folder: whose manifest it is.
             place: folder to write it into; that folder itself if not given.
         """
         whole = replace(self, versions=versions(), files=file_records(folder))

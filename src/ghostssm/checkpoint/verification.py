@@ -48,7 +48,13 @@ class Check:
 
 @dataclass(frozen=True, repr=False)
 class Verification(Value):
-    """What was checked of a folder, and what is worth knowing but no fault."""
+    """What was checked of a folder.
+
+    Attributes:
+        folder: that was checked.
+        checks: each with its name, whether it passed, and what was found.
+        notes: what is worth knowing but no fault.
+    """
 
     folder: str
     checks: tuple[Check, ...]
@@ -68,6 +74,9 @@ def verify(folder: str | Path) -> Verification:
     channels that pad a group are zero.
 
     A model card that was changed and files that no loader reads are notes.
+
+    Args:
+        folder: that ghostssm wrote.
 
     Raises:
         ModelError: there is no such folder, or no manifest in it.

@@ -204,6 +204,10 @@ Device = Annotated[
         autocompletion=completion.devices,
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=OUTPUT_PANEL),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OTHER_PANEL)]
 _LAST_OPTION = "ghostssm.last_option"
 

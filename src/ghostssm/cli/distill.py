@@ -10,6 +10,7 @@ import typer
 
 from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_facts, print_json, progress_reporter
+from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.workflows.distill_request import DistillOutcome
@@ -136,12 +137,7 @@ def distill(
             "--log-to", metavar="NAME", help="Also log to tensorboard or wandb.", rich_help_panel=arguments.OUTPUT_PANEL
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=arguments.OUTPUT_PANEL
-        ),
-    ] = False,
+    overwrite: arguments.Overwrite = False,
     seed: arguments.Seed = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -152,34 +148,12 @@ def distill(
     ghostssm distill small --teacher MODEL --text wikitext2 --output healed
     ghostssm distill small --teacher MODEL --text ORG/NAME --output healed
     """
+    given = locals()
     from ghostssm.workflows.distill import distill as carry_out
     from ghostssm.workflows.distill_request import DistillRequest
 
     begun = time.perf_counter()
-    given = {"steps": steps, "learning_rate": learning_rate, "trained": train}
-    request = DistillRequest(
-        student=student,
-        teacher=teacher,
-        text=text,
-        output=output,
-        batch=batch,
-        window_length=window_length,
-        hidden_weight=hidden_weight,
-        accumulate=accumulate,
-        checkpointing=checkpointing,
-        bfloat16=bfloat16,
-        seed=seed,
-        evaluate=tuple(evaluate or ()),
-        text_windows=text_windows,
-        tokenizer=tokenizer,
-        device=device,
-        teacher_device=teacher_device,
-        save_minutes=save_minutes,
-        resume=resume,
-        overwrite=overwrite,
-        log_to=log_to,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
+    request = requested(DistillRequest, given, trained=train)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     _print(outcome, time.perf_counter() - begun, as_json)

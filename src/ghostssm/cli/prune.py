@@ -166,12 +166,7 @@ def prune(
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=arguments.OUTPUT_PANEL
-        ),
-    ] = False,
+    overwrite: arguments.Overwrite = False,
     seed: arguments.Seed = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",

@@ -144,9 +144,13 @@ class Advice:
     """Whether an engine runs a model at a state size, and why not, or what else to know.
 
     Attributes:
+        engine: its name.
+        state_size: that the advice is about.
+        level: ``runs``, ``slow`` or ``no``.
+        reason: why not, or what else to know.
         export: options with which ``ghostssm export`` writes files that the engine reads, where these are not.
-        remedy: the option of ``ghostssm prune`` or ``ghostssm export`` without which the engine does not run the
-            files; the last of the reasons is then about it.
+        remedy: the option of ``ghostssm prune`` or ``ghostssm export`` without which the engine does not run the files;
+            the last of the reasons is then about it.
     """
 
     engine: str

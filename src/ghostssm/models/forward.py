@@ -49,10 +49,12 @@ def accelerate(
     """Give every Mamba-2 mixer of a model the faster forward; a no-op where it has it already.
 
     Args:
+        model: of transformers, dense or pruned; changed in place.
         state_dtype: of the recurrent state in the cache: float32, bfloat16, float16, int8, fp8 (e4m3) or int4, or a
             torch dtype. Narrower ones are rounded after a prompt and after every token; arithmetic stays float32. The
             last three have a float32 scale per head and row of head_dim, and the cache holds bytes.
-        state_rounding: "nearest" or "stochastic". seed: of the latter's random numbers.
+        state_rounding: ``nearest`` or ``stochastic``.
+        seed: of the random numbers of stochastic rounding.
 
     Raises:
         InputError: another state dtype or rounding.
@@ -66,7 +68,11 @@ def accelerate(
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Take back all that `accelerate` did."""
+    """Take back all that `accelerate` did.
+
+    Args:
+        model: that was given to it.
+    """
     for module in (*(mixer.module for mixer in mixers_of(model)), *_block_norms(model)):
         module.__dict__.pop("forward", None)
 

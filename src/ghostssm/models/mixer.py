@@ -27,7 +27,8 @@ class Projection(Value):
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
 
     Attributes:
-        B, C: (g, n, r).
+        B: (g, n, r), the map of B.
+        C: (g, n, r), the map of C.
     """
 
     B: Tensor

@@ -44,14 +44,22 @@ class Distillation:
 
     Attributes:
         teacher: its published name; None for the dense model that the recipe began with.
-        text: what it was trained on. text_sha256: of the text, if it was held as a whole; tokens_sha256: of the
-            batches in their order.
-        steps: taken. tokens: trained on, in all steps. kept_step: whose parameters were kept.
-        seed, learning_rate, trained: as they were asked for.
-        held_out_windows: set apart from the text. curve: on them, from before the first step on.
+        text: what it was trained on. text_sha256: of the text, if it was held as a whole; tokens_sha256: of the batches
+            in their order.
+        text_sha256: of the text, if it was held as a whole.
+        tokens_sha256: of the batches in their order.
+        steps: taken.
+        tokens: trained on, in all steps.
+        kept_step: whose parameters were kept.
+        seed: as it was asked for.
+        learning_rate: as it was asked for.
+        trained: which parameters moved.
+        held_out_windows: set apart from the text.
+        curve: on these windows, from before the first step on.
         ended: why there were no more steps.
         overlap: of the pieces of 32 tokens of these other texts, the share that was trained on; None if there are none.
-        before, after: losses on other texts, of the student as it came and as it went.
+        before: losses on other texts, of the student as it came.
+        after: the same, of the student as it went.
     """
 
     teacher: str | None

@@ -28,12 +28,13 @@ class Plan(Value):
     Attributes:
         method: the recipe that decided.
         model_type: the family's model type.
-        n_groups, state_size: of the model that the plan is for.
+        n_groups: of the model that the plan is for.
+        state_size: N of that model.
         decisions: mixer name to its selection and projection, front to back; all are projected or none.
         changes: full parameter name to its new value, in its shape after the selection.
-        per_layer: keep a state size per layer, rather than pad all layers to the widest.
         scores: mixer name to (g, n) float64, as the method saw them; may be empty.
         provenance: what the plan was made from and with; None for one made by hand.
+        per_layer: keep a state size per layer, rather than pad all layers to the widest.
         distillations: trainings of the whole pruned model, whose results are among the changes.
     """
 
@@ -141,10 +142,12 @@ class Plan(Value):
             )
 
     def save(self, folder: Path | str, *, changes: bool = True) -> None:
-        """Write ``plan.json`` and ``plan.tensors`` into a folder, which is made if it is not there.
+        """Write ``plan.json`` and ``plan.tensors`` into a folder.
 
-        Without ``changes`` the changed parameters and projections are only named: enough beside a checkpoint, which
-        holds them, but such a plan can't be applied.
+        Args:
+            folder: is made if it is not there.
+            changes: False only names the changed parameters and projections: enough beside a checkpoint, which holds
+                them, but such a plan can't be applied.
         """
         document = {
             "method": self.method,
@@ -170,8 +173,10 @@ class Plan(Value):
     def read(cls, path: Path | str, *, changes: bool = True) -> Plan:
         """Read a plan from its folder or from its ``plan.json``.
 
-        Without ``changes`` changed parameters are left out, and projections have shapes but no values (they are on
-        the device ``meta``): enough to look at a plan that was written with a checkpoint.
+        Args:
+            path: the folder, or the ``plan.json`` in it.
+            changes: False leaves out changed parameters, and gives projections shapes but no values (they are on the
+                device ``meta``): enough to look at a plan that was written with a checkpoint.
 
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.

@@ -34,6 +34,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     A plan with projections, or with a state size per layer, gives a new model of our own class
     (`ghostssm.models.own_class`) that shares every tensor it does not change; the given model then stays as it is.
 
+    Args:
+        model: in memory, as it was when the plan was made.
+        plan: of `Calibration.plan`, `smallest_plan` or `Plan.read`.
+
     Raises:
         PlanError: the plan is for another model; nothing was changed.
         ModelError: there are adapters or quantised layers in the model; nothing was changed.
@@ -64,6 +68,7 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
     as it is.
 
     Args:
+        model: of a stock class, or of our own without projections.
         state_size: at least that of the widest layer.
 
     Raises:
@@ -108,6 +113,10 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     """Within the context, the model pruned by the plan; afterwards the model is as before.
 
     Copies only what the plan slices or changes.
+
+    Args:
+        model: in memory.
+        plan: that fits it.
     """
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:

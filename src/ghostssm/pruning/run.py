@@ -69,6 +69,7 @@ class Calibration:
         """
         Args:
             model: in memory, or its blocks, wherever they come from.
+            windows: to calibrate on.
             scratch: the room for what grows with the windows; memory if not given.
             processes: those that share the windows. Each is given all of them; recipes must be streamable then.
         """
@@ -108,14 +109,15 @@ class Calibration:
         Args:
             recipe: a method's name, or what `Recipe` says.
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
-            groups: how the groups of a layer share it.
+            groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+                ``pooled``, where they compete.
             seed: for methods that draw at random, and for what is sampled.
-            progress: told how far the work is; None for nobody.
+            progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
 
         Raises:
-            InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
+            InputError: a state size out of range, or no such recipe.
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe

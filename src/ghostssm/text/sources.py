@@ -47,6 +47,7 @@ class Text(Value):
         """A text made of one string or of several.
 
         Args:
+            strings: one, or several.
             name: what manifests and reports call it.
 
         Raises:

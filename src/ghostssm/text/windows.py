@@ -33,7 +33,8 @@ class Windows(Value):
 
     Attributes:
         ids: (count, length), int64.
-        text_name, text_fingerprint: the `ghostssm.text.sources.Text` they were cut from.
+        text_name: of the `Text` they were cut from.
+        text_fingerprint: SHA-256 of that text.
         bytes_per_token: in UTF-8, of what was tokenised of that text; turns nats per token into bits per byte. NaN
             where the windows were made from ids.
         seed: of the draw, or None when the windows are the text's first, in their order.
@@ -139,6 +140,8 @@ def cut_windows(
     windows are drawn from these; a last, shorter piece is dropped.
 
     Args:
+        text: of `read_text` or `Text.from_strings`.
+        tokenizer: of the model.
         length: tokens per window.
         count: at most so many windows; None for all.
         seed: draw the ``count`` windows at random with this seed; None takes the first ones.
@@ -228,10 +231,16 @@ def _drawn(available: int, seed: int) -> Tensor:
 def evaluation_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None
 ) -> Windows:
-    """The windows to measure a loss on: all of a text in its order, or ``count`` of them, drawn at random but the same
-    in every run. The first ones would tell of the text's beginning only.
+    """The windows to measure a loss on.
 
-    Args, raises: as `cut_windows`.
+    All of a text in its order, or ``count`` of them, drawn at random but the same in every run: the first ones would
+    tell of the text's beginning only. Raises what `cut_windows` raises.
+
+    Args:
+        text: of `read_text` or `Text.from_strings`.
+        tokenizer: of the model.
+        length: tokens per window.
+        count: how many to draw; None for all.
     """
     _check_kinds(text, tokenizer)
     _check_request(length, count)

@@ -27,9 +27,12 @@ class BenchRequest:
 
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
-        state_sizes: to measure beside the model's own. batches: batch sizes.
-        prompt_length: tokens per sequence to prefill. device: where to compute.
-        state_dtypes: in which the state is kept, each for every size. state_rounding: of all but float32.
+        state_sizes: to measure beside the model's own.
+        batches: batch sizes.
+        prompt_length: tokens per sequence to prefill.
+        device: where to compute, such as ``cpu`` or ``cuda``.
+        state_dtypes: in which the state is kept, each for every size.
+        state_rounding: ``nearest`` or ``stochastic``, of all but float32.
     """
 
     model: str
@@ -69,7 +72,13 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """What the machine does, and rows by batch size, the whole state first; ``state_size`` is that of the whole."""
+    """What `bench` measured.
+
+    Attributes:
+        machine: what the machine does: bandwidth and arithmetic.
+        state_size: that of the whole state.
+        rows: by batch size, the whole state first.
+    """
 
     machine: Machine
     state_size: int
@@ -83,7 +92,9 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     """Measure prefill and decode at several state sizes, in float32: what ``ghostssm bench`` does, in one call.
 
     Args:
-        progress: told how far the work is. notify: told what a person should know, in sentences.
+        request: the model, the sizes and the batches.
+        progress: told how far the work is.
+        notify: told what a person should know, in sentences.
 
     Raises:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.

@@ -23,10 +23,10 @@ class CompareRequest(Value, CalibratingRequest):
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
         state_sizes: N' to prune to.
-        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is
-            given.
+        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is given.
         text: text to measure the loss on.
-        groups: how the groups of a layer share the state.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
         batches: batch sizes at which to measure decoding; empty for none.
         report: also measure what a report shows.
         state_dtypes: in which the state is kept, each for every method and size and for the dense model.

@@ -33,9 +33,13 @@ class Row(Value):
 
     Attributes:
         method: `DENSE` for the unpruned model.
-        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
-            larger where uneven groups or layers are padded.
-        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
+        state_size: N' as asked for.
+        stored_state_size: what the checkpoint has, on average over the layers: larger where uneven groups or layers are
+            padded.
+        perplexity: exp of the loss.
+        bits_per_byte: the loss in bits per byte of the text; NaN of token ids.
+        excess: loss minus the dense model's on the same windows, nats per token.
+        standard_error: of the excess, over paired windows.
         state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
@@ -95,10 +99,15 @@ class Basis(Value):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Value):
-    """Rows, the dense one first; the plans behind them by method and state size, and what was measured by a row's label
-    and state size.
+    """What every method loses at every size.
 
     A notebook shows it as a table with a figure; `ghostssm.plot` draws it, `ghostssm.write_report` makes a page of it.
+
+    Attributes:
+        rows: the dense model first.
+        plans: method and state size to the plan behind the row.
+        evaluations: a row's label and state size to the losses per window.
+        basis: what the comparison was made from; None where it was put together by hand.
     """
 
     rows: tuple[Row, ...]

@@ -49,7 +49,9 @@ def distill(request: DistillRequest, *, progress: Progress = silent, notify: Not
     """Carry a request out: what ``ghostssm distill`` does, in one call; of several processes, in each of them.
 
     Args:
-        progress: told how far the work is. notify: told what a person should know, in sentences.
+        request: student, teacher, text and output.
+        progress: told how far the work is.
+        notify: told what a person should know, in sentences.
 
     Raises:
         InputError: a fault of the request or of what it names, found before the training where it can be.

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.errors import InputError
-from ghostssm.models.families import family_named
 from ghostssm.plan.distillation import Distillation, Trained
 from ghostssm.pruning.run import DEFAULT_SEED
 from ghostssm.recovery.distill.training import DEFAULT_STEPS, LEARNING_RATE, Settings
@@ -31,18 +30,29 @@ class DistillRequest:
     """Everything that can be asked of a distillation; the only list of its options.
 
     Attributes:
-        student: a pruned checkpoint, by ghostssm or by others. teacher: the model that it was pruned from.
+        student: a pruned checkpoint, by ghostssm or by others.
+        teacher: the model that it was pruned from.
         text: to train on: a file, a folder, ``stdlib``, ``wikitext2``, or ORG/NAME of a dataset on the hub.
         output: the folder to write.
-        steps, batch, learning_rate, trained, hidden_weight, accumulate, checkpointing, bfloat16, seed: as
-            `ghostssm.recovery.distill.training.Settings` has them.
+        steps: of Adam.
+        batch: windows per step, over all processes and accumulated parts.
         window_length: tokens per window.
-        evaluate: texts to measure the loss on, of the teacher, and of the student before and after, in
-            ``text_windows`` windows each; all if not given. The first one's goes into the model card.
+        learning_rate: the largest, after the warmup.
+        trained: which parameters move: those of the ``mixers``, all that are no large matrix (``small``), or ``all``.
+        hidden_weight: of the relative squared error of the hidden states after every block, beside the divergence.
+        accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
+        checkpointing: hold the inputs of blocks only, and compute their insides twice.
+        bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
+        seed: of the order of the windows.
+        evaluate: texts to measure the loss on, of the teacher, and of the student before and after. The first one's
+            goes into the model card.
+        text_windows: windows of each of these texts; all if not given.
         tokenizer: folder or hub id of the tokenizer, if the student has none.
-        device, teacher_device: where to compute; the teacher on the student's if not given.
+        device: where to compute, such as ``cpu`` or ``cuda``.
+        teacher_device: where the teacher computes; as the student if not given.
         save_minutes: between two states that are kept in OUTPUT.run.
-        resume: go on with the run whose state OUTPUT.run holds. overwrite: replace an output that is not empty.
+        resume: go on with the run whose state OUTPUT.run holds.
+        overwrite: replace an output that is not empty.
         log_to: ``tensorboard`` or ``wandb``.
     """
 
@@ -86,7 +96,8 @@ class DistillOutcome:
     """What became of a request.
 
     Attributes:
-        written: the checkpoint's folder. distillation: what was done, and what it gave.
+        written: the checkpoint's folder.
+        distillation: what was done, and what it gave.
     """
 
     written: Path
@@ -131,7 +142,7 @@ def _check_pair(student: Description, teacher: Description) -> None:
     """Raise InputError, with all differences, unless a student can have been pruned from a teacher."""
 
     def family(described: Description) -> str:
-        return "mamba2" if family_named(described.family).is_own_class else described.family
+        return described.family.removeprefix("ghost_")
 
     pairs = {
         "family": (family(student), family(teacher)),
