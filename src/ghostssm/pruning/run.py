@@ -43,6 +43,8 @@ from ghostssm.units import text_name
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
+_CURVE_TOKENS = 4096
+"""Tokens that they are measured on: a budget needs the order of layers, not the choice between two decisions."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -212,7 +214,7 @@ class _Run:
     def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> Tensor:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
         n = mixer.layout.state_size
-        source = _Measured(self._source(block, index))
+        source = _Measured(self._source(block, index), partial(block.changes, tokens=_CURVE_TOKENS))
         evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
         score = self._finite_score(evidence, mixer)
         sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
@@ -351,12 +353,12 @@ class _Walked:
 
 
 class _Measured:
-    """Evidence that measures no decision twice."""
+    """Evidence that measures no decision twice, and how decisions are measured."""
 
-    def __init__(self, source: EvidenceSource):
+    def __init__(self, source: EvidenceSource, changes: Callable[[Sequence[Decision]], list[float]]):
         self.statistics, self.samples = source.statistics, source.samples
         self.input_gram, self.saliency = source.input_gram, source.saliency
-        self._changes = source.changes
+        self._changes = changes
         self._known: list[tuple[Decision, float]] = []
 
     def changes(self, decisions: Sequence[Decision]) -> list[float]:
