@@ -2,7 +2,8 @@
 
     python benchmarks/decode_step.py
 
-The scale (``state.mul_``) reads the state once and writes it once, which is what a step can't avoid.
+The scale (``state.mul_``) reads the state once and writes it once, which is what a step can't avoid; the int8 state is
+compared with one of the same bytes, its scales included.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from interleaved import print_machine, seconds_by_side
 from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
 from ghostssm.ops import compiled, step
+from ghostssm.ops.state_format import StateStorage, quantise
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def main() -> None:
 
     print_machine()
     columns = "batch    N    transformers  torch only      ours  ours bf16     mul_  times faster  of mul_ bandwidth"
+    columns += "      int8     mul_  times float32  of mul_ bandwidth"
     print(columns)
     for batch in args.batch:
         for n in args.state_size:
@@ -41,6 +44,10 @@ def main() -> None:
                 f"{batch:5}{n:5}{median['transformers'] * 1e3:14.3f}ms{median['torch'] * 1e3:10.3f}ms"
                 f"{median['ours'] * 1e3:8.3f}ms{median['bfloat16'] * 1e3:9.3f}ms{median['mul_'] * 1e3:7.3f}ms"
                 f"{median['transformers'] / median['ours']:14.1f}{median['mul_'] / median['ours']:19.0%}"
+            )
+            line += (
+                f"{median['int8'] * 1e3:8.3f}ms{median['int8 mul_'] * 1e3:7.3f}ms"
+                f"{median['ours'] / median['int8']:15.2f}{median['int8 mul_'] / median['int8']:19.0%}"
             )
             extra = [name for name in ("torch.compile", "C++") if name in median]
             print(line + "".join(f"   {name} {median[name] * 1e3:.3f}ms" for name in extra))
@@ -60,7 +67,9 @@ def sides_of(batch: int, heads: int, n: int, with_compile: bool, extension: Any)
     state = torch.randn(batch, heads, p, n)
     x, dt, A, D = torch.randn(batch, heads, p), torch.rand(batch, heads) * 0.1, -torch.rand(heads), torch.randn(heads)
     B, C = torch.randn(batch, 1, n), torch.randn(batch, 1, n)
-    half = state.bfloat16()
+    half, eighth = StateStorage.of("bfloat16"), StateStorage.of("int8")
+    narrow, narrower = quantise(state, half), quantise(state, eighth)
+    same_bytes = torch.zeros(narrower.nbytes // 4)
     kernels = compiled.kernels
 
     def torch_only() -> None:
@@ -89,7 +98,9 @@ def sides_of(batch: int, heads: int, n: int, with_compile: bool, extension: Any)
         ),
         "torch": torch_only,
         "ours": lambda: step.ssd_step_(state, x, dt, A, B, C, D),
-        "bfloat16": lambda: step.ssd_step_(half, x, dt, A, B, C, D),
+        "bfloat16": lambda: step.ssd_step_(narrow, x, dt, A, B, C, D, half),
+        "int8": lambda: step.ssd_step_(narrower, x, dt, A, B, C, D, eighth),
+        "int8 mul_": lambda: same_bytes.mul_(0.999),
         "mul_": lambda: state.mul_(0.999),
     }
 

@@ -74,7 +74,7 @@ class Layer:
         rows = draw(batch, self.inner + channels + heads)  # one product of in_proj, as in a model
         self.z, self.xBC, self.dt = rows.split([self.inner, channels, heads], dim=1)
         self.window, self.state = draw(batch, channels, 4), draw(batch, heads, p, n, dtype=state_dtype)
-        self.weights = StepWeights(draw(channels, 4), draw(channels), draw(heads) - 4, draw(heads), draw(heads), 1)
+        self.weights = StepWeights(draw(channels, 4), draw(channels), draw(heads) - 4, draw(heads), draw(heads), 1, p)
         # What mamba_ssm's kernel is called with, as its Mamba2.step has it.
         self.x = self.xBC[:, : self.inner].unflatten(1, (heads, p)).contiguous()
         self.B = self.xBC[:, None, self.inner : self.inner + n].contiguous()

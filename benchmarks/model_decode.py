@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
+    parser.add_argument("--state-dtype", nargs="+", default=["int8"], help="measured beside float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bfloat16", action="store_true", help="weights in bfloat16")
@@ -31,16 +32,18 @@ def main() -> None:
 
     print_machine()
     model = model_130m(dtype=torch.bfloat16 if args.bfloat16 else torch.float32)
-    sides = {"transformers, N = 128": (False, 128), "ours, N = 128": (True, 128)}
-    sides |= {f"ours, N' = {size}": (True, size) for size in args.state_size}
+    sides = {"transformers, N = 128": (None, 128), "ours, N = 128": ("float32", 128)}
+    sides |= {f"ours, N' = {size}": ("float32", size) for size in args.state_size}
+    narrow = [dtype for dtype in args.state_dtype if dtype != "float32"]
+    sides |= {f"ours, N' = {size}, {dtype}": (dtype, size) for size in (128, *args.state_size) for dtype in narrow}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     tokens: dict[str, torch.Tensor] = {}
     for _ in range(args.rounds):
-        for name, (own, size) in sides.items():
+        for name, (dtype, size) in sides.items():
             with contextlib.ExitStack() as stack:
                 stack.enter_context(pruned(model, first_channels(model, size)))
-                if own:
-                    ghostssm.accelerate(model)
+                if dtype:
+                    ghostssm.accelerate(model, state_dtype=dtype)
                     stack.callback(ghostssm.restore, model)
                 tokens[name] = decode(model, args.batch, args.steps, seconds[name])
 
@@ -49,7 +52,7 @@ def main() -> None:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name, step in median.items():
         print(
-            f"{name:24}{args.batch / step:10,.1f} tokens/s  x{median['transformers, N = 128'] / step:6.2f} transformers"
+            f"{name:27}{args.batch / step:10,.1f} tokens/s  x{median['transformers, N = 128'] / step:6.2f} transformers"
             f"  x{median['ours, N = 128'] / step:5.2f} ours dense   step {min(seconds[name]) * 1e3:.0f} to "
             f"{max(seconds[name]) * 1e3:.0f} ms"
         )

@@ -13,8 +13,9 @@ from torch import Tensor
 from ghostssm import accelerate, load, restore
 from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import replaced_forward, rounded_forward
 from ghostssm.ops import compiled, gpu
+from ghostssm.ops.state_format import StateFormat, StateStorage
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.pruning.run import Calibration
 from tests.conftest import VOCABULARY, random_windows, tiny_model
@@ -109,16 +110,47 @@ def test_half_precision_weights_lose_no_more_than_in_the_stock_model(dtype: torc
 
 
 @pytest.mark.usefixtures("_backend")
-def test_a_bfloat16_state_is_half_as_large_and_nearly_as_good() -> None:
-    model, ids = tiny_model(), tokens(2, 24)
+@pytest.mark.parametrize(("dtype", "largest"), [("bfloat16", 0.03), ("float16", 0.01), ("int8", 0.3), ("fp8", 0.5)])
+def test_a_narrow_state_is_small_and_nearly_as_good(dtype: str, largest: float) -> None:
+    model, ids = tiny_model(n_groups=2), tokens(2, 24)
     with torch.inference_mode():
         expected = stepwise(model, ids, [4] + [1] * 20)
-        accelerate(model, state_dtype=torch.bfloat16)
-        output = model(input_ids=ids[:, :4], use_cache=True)
-        assert output.cache_params.get_recurrent_state(0, state_idx=0).dtype == torch.bfloat16
+        accelerate(model, state_dtype=dtype)
+        cache = model(input_ids=ids[:, :4], use_cache=True).cache_params
         found = stepwise(model, ids, [4] + [1] * 20)
+    stored = cache.get_recurrent_state(0, state_idx=0)
+    assert stored.nbytes == 2 * StateFormat.of(dtype).state_bytes(8 * 8, 16)
     error = (found - expected).abs().max() / expected.abs().max()
-    assert 0 < error < 0.03
+    assert 0 < error < largest
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int4"])
+def test_rounding_after_every_token_is_what_decoding_does(dtype: str, rounding: str) -> None:
+    """Pads write nothing, so that a padded sequence's states are those of the sequence alone."""
+    model, ids = tiny_model(n_groups=2, state_size=7), tokens(2, 12)
+    storage = StateStorage.of(dtype, rounding, seed=7)
+    with torch.inference_mode():
+        accelerate(model, state_dtype=dtype, state_rounding=rounding, seed=7)
+        expected = stepwise(model, ids, [1] * 12)
+        with replaced_forward(mixers_of(model), rounded_forward(storage)):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(stepwise(model, ids, [5, 1, 6]), expected, rtol=1e-4, atol=1e-4)
+        with replaced_forward(mixers_of(model), rounded_forward(storage, first_sequence=1)):
+            torch.testing.assert_close(model(ids[1:], use_cache=False).logits, expected[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_generating_from_an_int8_state_with_padding(options: dict[str, Any]) -> None:
+    model, ids = tiny_model(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    accelerate(model, state_dtype="int8")
+    arguments = {"max_new_tokens": 12, "do_sample": False} | options
+    together = model.generate(ids, attention_mask=mask, **arguments)
+    alone = model.generate(ids[1:, 4:], **arguments)
+    assert torch.equal(together[1:, 9:], alone[:, 5:])
 
 
 def test_restore_and_nesting() -> None:
@@ -153,8 +185,10 @@ def test_pruning_an_accelerated_model() -> None:
 
 
 def test_an_impossible_state_dtype() -> None:
-    with pytest.raises(InputError, match="float16"):
-        accelerate(tiny_model(), state_dtype=torch.float16)
+    with pytest.raises(InputError, match=r"torch.int16; expected one of float32, .*, int4"):
+        accelerate(tiny_model(), state_dtype=torch.int16)
+    with pytest.raises(InputError, match=r"'up'; expected nearest or stochastic"):
+        accelerate(tiny_model(), state_dtype="int8", state_rounding="up")
 
 
 def test_the_cached_state_is_dense_whatever_computed_it(monkeypatch: pytest.MonkeyPatch) -> None:

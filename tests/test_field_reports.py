@@ -313,7 +313,7 @@ def test_quantised_checkpoints_of_other_tools(
     edited_config(small, **{key: value})
     code, out, err = run(*call_of(verb, small, text_file, tmp_path))
     assert (code, out) == (2, "")
-    assert f"is quantised ({key} in config.json: {how}). Prune the unquantised model" in err
+    assert f"is quantised ({key} in config.json: {how}). Prune or distil the unquantised model" in err
 
 
 @ROADS

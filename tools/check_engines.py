@@ -2,6 +2,8 @@
 
     python tools/check_engines.py write FOLDER
     python tools/check_engines.py vllm FOLDER
+    python tools/check_engines.py vllm-capacity
+    python tools/check_engines.py sglang-capacity
     python tools/check_engines.py sglang FOLDER
     python tools/check_engines.py mlx-lm FOLDER
 
@@ -13,7 +15,8 @@ mlx-lm loads every checkpoint that it is said to run and computes the logits of 
 token, and what greedy decoding says next: all have to agree with transformers'. vLLM and SGLang parse the config, build
 the model and load the weights; every parameter that they hold is compared, bit by bit, with what the file says, and so
 are the sizes of their caches and the groups of the mixers. No forward pass is run: it needs the kernels. A checkpoint
-that mlx-lm is said not to run has to differ.
+that mlx-lm is said not to run has to differ. ``vllm-capacity`` and ``sglang-capacity`` ask the engines' own planning
+what their caches hold (`engine_capacity.py`) and write it where the tests compare ghostssm's arithmetic with it.
 
 Exit code 0 if everything is as ghostssm says, 1 otherwise.
 """
@@ -36,6 +39,7 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
+from engine_capacity import PLANNERS, RECORDS, record
 from engine_checkpoints import Written, read_index, write_checkpoints
 
 # What an engine imports for GPUs, images, audio or grammars; replaced by empty modules where it is missing.
@@ -111,8 +115,18 @@ Read = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 """What an engine holds after loading: parameters by its own names, and sizes that it took from the config."""
 
 
-def read_with_vllm(folder: Path) -> Read:
+def on_a_cpu() -> None:
+    """vLLM's platform, without what its own detection asks of a machine."""
     import vllm.platforms
+    from vllm.model_executor.models import registry
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    # Model classes are looked at in a process of their own, which would lack the replacements.
+    registry._run_in_subprocess = lambda function: function()
+
+
+def read_with_vllm(folder: Path) -> Read:
     from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.config.load import LoadConfig
     from vllm.distributed import (
@@ -122,13 +136,9 @@ def read_with_vllm(folder: Path) -> Read:
     )
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.model_executor.models import registry
-    from vllm.platforms.cpu import CpuPlatform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    vllm.platforms._current_platform = CpuPlatform()
-    # Model classes are looked at in a process of their own, which would lack the replacements.
-    registry._run_in_subprocess = lambda function: function()
+    on_a_cpu()
     config = ModelConfig(model=str(folder), tokenizer=str(folder), dtype="float32", enforce_eager=True)
     whole = VllmConfig(model_config=config, device_config=DeviceConfig(device="cpu"))
     with set_current_vllm_config(whole), tempfile.TemporaryDirectory() as scratch:
@@ -357,10 +367,12 @@ def check(engine: str, folder: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("write", *READERS, "mlx-lm"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("step", choices=("write", *READERS, "mlx-lm", *(f"{engine}-capacity" for engine in PLANNERS)))
+    parser.add_argument("folder", type=Path, nargs="?")
     arguments = parser.parse_args()
-    engine, folder = arguments.step, arguments.folder
+    engine, folder = arguments.step.removesuffix("-capacity"), arguments.folder
+    if folder is None and arguments.step == engine:
+        parser.error(f"{engine} needs a FOLDER")
     if engine == "write":
         print(f"{len(write_checkpoints(folder))} checkpoints in {folder}")
         return 0
@@ -375,7 +387,13 @@ def main() -> int:
 
     replacement = _Replacement(REPLACEABLE - {module})
     sys.meta_path.append(replacement)
-    unexpected = check(engine, folder)
+    unexpected = 0
+    if arguments.step == engine:
+        unexpected = check(engine, folder)
+    else:
+        if engine == "vllm":
+            on_a_cpu()
+        print(f"{record(engine, version(module))} plans in {RECORDS[engine].name}")
     print(f"{engine} {version(module)}, transformers {transformers.__version__}, torch {torch.__version__}")
     print(f"replaced by empty modules: {', '.join(sorted(replacement.replaced)) or 'nothing'}")
     return 1 if unexpected else 0

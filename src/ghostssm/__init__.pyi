@@ -49,6 +49,7 @@ from ghostssm.models.layout import SSDLayout as SSDLayout
 from ghostssm.models.mixer import Projection as Projection
 from ghostssm.plan.decision import Decision as Decision
 from ghostssm.plan.decision import Selection as Selection
+from ghostssm.plan.distillation import Distillation as Distillation
 from ghostssm.plan.measurement import Difference as Difference
 from ghostssm.plan.measurement import Measurement as Measurement
 from ghostssm.plan.plan import Plan as Plan
@@ -83,6 +84,9 @@ from ghostssm.workflows.calls import prune as prune
 from ghostssm.workflows.compare_request import CompareRequest as CompareRequest
 from ghostssm.workflows.comparison import Comparison as Comparison
 from ghostssm.workflows.comparison import Row as Row
+from ghostssm.workflows.distill import distill as distill
+from ghostssm.workflows.distill_request import DistillOutcome as DistillOutcome
+from ghostssm.workflows.distill_request import DistillRequest as DistillRequest
 from ghostssm.workflows.export import ExportOutcome as ExportOutcome
 from ghostssm.workflows.export import ExportRequest as ExportRequest
 from ghostssm.workflows.export import export as export

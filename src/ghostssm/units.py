@@ -32,6 +32,13 @@ def plus_minus(mean: float, error: float) -> str:
     return f"{mean:z.4f}" if math.isnan(error) else f"{mean:z.4f} ± {error:.4f}"
 
 
+def duration_text(seconds: float) -> str:
+    """A time to wait, in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes, binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

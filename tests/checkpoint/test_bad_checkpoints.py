@@ -45,7 +45,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
         ({"state_size": 0}, "state_size is 0"),
         ({"state_size": "16"}, "state_size"),
         ({"hidden_act": "gelu"}, "activation of backbone.layers.0.mixer is 'gelu'"),
-        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "gptq.*Prune the unquantised model"),
+        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "gptq.*Prune or distil the unquantised model"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ],

@@ -15,6 +15,7 @@ import ghostssm
 from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, Overflow, Probe
 from ghostssm.errors import ModelError
+from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.plan.provenance import CalibrationText, Provenance
 from tests.checkpoint.test_round_trip import pruned_checkpoint
@@ -32,6 +33,14 @@ WHOLE = Manifest(
     request={"method": "ghost", "state_size": 4, "engines": ["vllm"]},
     dtype="bfloat16",
     device="cpu",
+    distillations=(
+        Distillation(
+            *("org/base", "text.txt", None, "03", 2, 128, 2, 0, 1e-3, "mixers", 4),
+            curve=(Point(0, 0, 0.5, Difference(0.25, 0.125)), Point(2, 128, 0.25, Difference(0.125, 0.0625))),
+            ended="all steps were taken",
+            before=(Measurement("text.txt", 1, 64, 2.5, 2.75, Difference(0.25, 0.125)),),
+        ),
+    ),
     measured=Measurement("text.txt", 1, 64, 2.5, 2.75, Difference(0.25, 0.125)),
     stored_state_size=5,
     left_out=LeftOut(config_keys=("mtp",)),

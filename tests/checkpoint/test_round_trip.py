@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.ops.state_format import BFLOAT16
 from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows, tiny_model
 
@@ -294,7 +295,7 @@ def test_describe_reads_no_weights(folder_of: Callable[..., Path]) -> None:
     assert (found.layers, found.layout.n_groups, found.layout.state_size) == (3, 2, 16)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.state_bytes() == 3 * 8 * 8 * 16 * 4
-    assert found.state_bytes(4, bytes_per_number=2) == 3 * 8 * 8 * 4 * 2
+    assert found.state_bytes(4, BFLOAT16) == 3 * 8 * 8 * 4 * 2
     plan = ghostssm.Calibration(model, random_windows(1, 20)).plan("random", 4)
     ghostssm.apply_plan(model, plan)
     assert found.parameters - found.removed_parameters(4) == sum(p.numel() for p in model.parameters())

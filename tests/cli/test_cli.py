@@ -201,6 +201,44 @@ def test_compare(run: Run, small: Path, text_file: Path) -> None:
     assert random["state_bytes"] * 2 == dense["state_bytes"]
 
 
+def test_compare_state_dtypes(run: Run, small: Path, text_file: Path) -> None:
+    texts = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--window-length", 64, "--batch", 1]
+    dtypes = ["--state-dtype", "float32", "int8", "--state-rounding", "stochastic"]
+    code, out, _ = run("compare", small, "--state-size", 8, "--methods", "ghost", *dtypes, *texts)
+    assert code == 0
+    rows = [tuple(line.split()[:3]) for line in out.splitlines()[1:]]
+    assert rows == [
+        ("dense", "16", "float32"), ("ghost", "8", "float32"), ("dense", "16", "int8"), ("ghost", "8", "int8"),
+    ]  # fmt: skip
+    code, out, _ = run("compare", small, "--state-size", 8, "--methods", "ghost", *dtypes[:3], *texts, "--json")
+    bytes_of = {(row["method"], row["state_dtype"]): row["state_bytes"] for row in json.loads(out)}
+    rows_of_state = 3 * 64
+    assert bytes_of["dense", "int8"] == rows_of_state * (16 + 4)
+    assert bytes_of["ghost", "float32"] == rows_of_state * 4 * 8
+
+
+def test_a_narrow_state_is_measured_timed_and_generated_from(run: Run, small: Path, text_file: Path) -> None:
+    asked = ["--text", text_file, "--window-length", 100, "--json"]
+    plain, narrow = (
+        json.loads(run("evaluate", small, *asked, *state)[1])["loss"] for state in ([], ["--state-dtype", "int4"])
+    )
+    assert plain != narrow
+    code, out, _ = run("bench", small, "--batch", 1, "--state-size", 8, "--state-dtype", "int8", "--json")
+    assert code == 0
+    found = [(row["state_size"], row["state_dtype"], row["state_bytes"]) for row in json.loads(out)["rows"]]
+    assert [row[:2] for row in found] == [(16, "float32"), (16, "int8"), (8, "float32"), (8, "int8")]
+    assert found[1][2] == 3 * 64 * (16 + 4)
+    assert run("generate", small, "--prompt", "abc", "--max-new-tokens", 3, "--state-dtype", "fp8")[0] == 0
+    for wrong, said in (
+        (["--state-dtype", "int3"], "expected one of"),
+        (["--state-rounding", "up"], "expected nearest"),
+    ):
+        for verb in (["evaluate", "--text", text_file], ["generate", "--prompt", "a"], ["bench", "--state-size", 8]):
+            code, _, err = run(verb[0], small, *verb[1:], *wrong)
+            assert code == 2
+            assert said in err
+
+
 def test_compare_sizes_per_layer(run: Run, small: Path, text_file: Path) -> None:
     texts = ["--calibration", text_file, "--text", text_file, "--windows", 2, "--window-length", 64]
     recipes = ["--methods", "balanced+per-layer", "taylor+per-layer"]

@@ -103,7 +103,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed("inspect", "m") == ["models"]
     assert completed("prune", "m", "--method", "bal") == ["balanced"]
     assert completed("compare", "m", "--methods", "ghost", "rand") == ["random"]
-    assert completed("compare", "m", "--methods", "ghost", "--st") == ["--state-size"]
+    assert completed("compare", "m", "--methods", "ghost", "--state-s") == ["--state-size"]
+    assert completed("compare", "m", "--state-dtype", "int8", "bf") == ["bfloat16"]
     assert completed("compare", "m", "--methods", "random", "ghost+") == [
         "ghost+repair",
         "ghost+refit100+repair",

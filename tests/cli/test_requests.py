@@ -30,6 +30,7 @@ REQUESTS: dict[Any, Any] = {
     reproduce: ghostssm.ReproduceRequest,
 }
 PARAMETERS = {
+    "state_dtypes": "state_dtype",
     "state_sizes": "state_size",
     "batches": "batch",
     "engines": "engine",

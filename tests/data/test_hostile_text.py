@@ -95,8 +95,8 @@ def test_long_lines_are_tokenised_in_stretches(
     whole = cut_windows(Text("lines", lines), tokenizer, 50)
     monkeypatch.setattr(windows, "_STRETCH", 97)
     calls: list[int] = []
-    encoded = windows._encoded
-    monkeypatch.setattr(windows, "_encoded", lambda text, t: (calls.append(len(text)), encoded(text, t))[1])
+    encoded = windows.encoded
+    monkeypatch.setattr(windows, "encoded", lambda text, t: (calls.append(len(text)), encoded(text, t))[1])
     assert torch.equal(cut_windows(Text("lines", lines), tokenizer, 50).ids, whole.ids)
     assert max(calls) <= 97
 

@@ -87,8 +87,8 @@ def test_windows_are_drawn_without_tokenising_all_of_a_text(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    encoded = windows_module._encoded
-    monkeypatch.setattr(windows_module, "_encoded", lambda text, t: (seen.append(len(text)), encoded(text, t))[1])
+    encoded = windows_module.encoded
+    monkeypatch.setattr(windows_module, "encoded", lambda text, t: (seen.append(len(text)), encoded(text, t))[1])
     for cut in (
         lambda: cut_windows(LONG, tokenizer, 64, 8, seed=3),
         lambda: evaluation_windows(LONG, tokenizer, 64, 8),

@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from ghostssm.calibration.blocks import blocks_of
 from ghostssm.errors import NumericalError
 from ghostssm.evaluation import Evaluation, evaluate
+from ghostssm.models.forward import accelerate, restore
+from ghostssm.ops.state_format import StateStorage
 from tests.conftest import random_windows, tiny_model
 
 
@@ -20,6 +24,28 @@ def test_losses_equal_those_of_transformers(n_groups: int) -> None:
         expected = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows.ids]
     torch.testing.assert_close(found.losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     assert found.perplexity == pytest.approx(math.exp(sum(expected) / 5), rel=1e-5)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_loss_of_a_rounded_state_is_that_of_decoding(rounding: str) -> None:
+    """Token by token through the cache; the same in batches of other sizes, and block by block."""
+    model, windows = tiny_model(n_groups=2), random_windows(3, 40)
+    storage = StateStorage.of("int8", rounding, seed=3)
+    found = evaluate(model, windows, storage=storage)
+    accelerate(model, state_dtype="int8", state_rounding=rounding, seed=3)
+    cache, losses = None, torch.zeros(3, dtype=torch.float64)
+    with torch.inference_mode():
+        for position in range(39):
+            output = model(input_ids=windows.ids[:, position : position + 1], cache_params=cache, use_cache=True)
+            cache = output.cache_params
+            losses += (
+                F.cross_entropy(output.logits[:, -1].double(), windows.ids[:, position + 1], reduction="none") / 39
+            )
+    restore(model)
+    assert (found.losses - evaluate(model, windows).losses).abs().max() > 1e-4
+    torch.testing.assert_close(found.losses, losses, rtol=0, atol=2e-5)
+    by_block = evaluate(blocks_of(model), windows, storage=storage)
+    torch.testing.assert_close(by_block.losses, found.losses, rtol=0, atol=2e-5)
 
 
 def test_bits_per_byte() -> None:

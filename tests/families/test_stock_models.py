@@ -140,6 +140,18 @@ def test_the_accelerated_model_through_its_cache(case: str, backend: str, monkey
     assert not torch.allclose(stock[1], stock[2], atol=1e-2)
 
 
+@cases
+def test_a_narrow_state_in_a_padded_batch(case: str) -> None:
+    model, ids, mask = tiny_hybrid(case), tokens(2, 16), padding(0, 6, length=16)
+    found = {}
+    with torch.inference_mode():
+        for dtype in ("float32", "int8"):
+            accelerate(model, state_dtype=dtype)
+            found[dtype] = stepwise(model, ids, [13, 1, 1, 1], mask)[mask.bool()]
+    error = (found["int8"] - found["float32"]).abs().max() / found["float32"].abs().max()
+    assert 0 < error < 0.3
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [*((case, {}) for case in CASES), *((case, {"num_beams": 3}) for case in ("zamba2", "falcon_h1"))],

@@ -94,7 +94,7 @@ def decode_step(
     rows = torch.zeros(2, (inner + channels + heads + 7) // 8 * 8, dtype=dtype)
     some = torch.zeros(heads, dtype=dtype)
     weights = StepWeights(
-        torch.zeros(channels, 4, dtype=dtype), torch.zeros(channels, dtype=dtype), some, some, some, 1,
+        torch.zeros(channels, 4, dtype=dtype), torch.zeros(channels, dtype=dtype), some, some, some, 1, p,
         *(torch.zeros(1, n, r, dtype=dtype) if maps else None for _ in range(2)),
     )  # fmt: skip
     z, xBC, dt = (

@@ -12,6 +12,7 @@ from torch import Tensor
 from ghostssm.ops import compiled, gpu
 from ghostssm.ops.conv_norm import gated_rms_norm, rms_norm
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, decode_step_reference, norm_step
+from ghostssm.ops.state_format import StateStorage
 
 BFLOAT16_STEP = torch.finfo(torch.bfloat16).eps
 GUARD = 64
@@ -27,7 +28,7 @@ def guarded(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
 
 
 def weights_of(
-    heads: int, channels: int, groups: int, n: int, dtype: torch.dtype, device: str, *,
+    heads: int, channels: int, groups: int, n: int, p: int, dtype: torch.dtype, device: str, *,
     width: int = 4, bias: bool = True, r: int | None = None,
 ) -> StepWeights:  # fmt: skip
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -40,6 +41,7 @@ def weights_of(
         A_log=draw(heads),
         D=draw(heads),
         groups=groups,
+        head_dim=p,
         B_maps=None if r is None else draw(groups, n, r, scale=n**-0.5),
         C_maps=None if r is None else draw(groups, n, r, scale=n**-0.5),
     )
@@ -54,7 +56,7 @@ def check(
     dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32, gate: bool = True, **more: Any,
 ) -> None:  # fmt: skip
     channels = heads * p + 2 * groups * n
-    weights = weights_of(heads, channels, groups, n, dtype, device, width=width, r=r, **more)
+    weights = weights_of(heads, channels, groups, n, p, dtype, device, width=width, r=r, **more)
     state, state_buffer = guarded(b, heads, p, r or n, dtype=state_dtype, device=device)
     window, window_buffer = guarded(b, channels, width, dtype=dtype, device=device)
     row = 2 * heads * p + 2 * groups * n + heads
@@ -66,7 +68,7 @@ def check(
     y, new_window, new_state = decode_step_reference(
         *(in_float64(tensor) for tensor in given), StepWeights(**{k: in_float64(v) for k, v in vars(weights).items()})
     )
-    found = decode_step_(*given, weights)
+    found = decode_step_(*given, weights, StateStorage.of(state_dtype))
 
     assert found.dtype == torch.float32
     assert found.shape == y.shape

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ghostssm.ops import compiled, step
 from ghostssm.ops.ssd import ssd_step
+from ghostssm.ops.state_format import BFLOAT16, StateStorage
 
 SIZES = [1, 7, 20, 33, 64, 96, 128]
 
@@ -49,7 +50,7 @@ def test_bfloat16_state_is_rounded_to_nearest_when_stored(n: int) -> None:
     state, *rest = inputs(2, n)
     state = state.bfloat16()
     y, after = ssd_step(state.double(), *(tensor.double() for tensor in rest))
-    found = step.ssd_step_(state, *rest)
+    found = step.ssd_step_(state, *rest, StateStorage(BFLOAT16))
     torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
     half_a_step = torch.finfo(torch.bfloat16).eps * after.abs() / 2
     assert ((state.double() - after).abs() <= half_a_step + 1e-6).all()

@@ -14,7 +14,7 @@ from ghostssm.calibration.capture import captured_input
 from ghostssm.calibration.samples import OutputSamples, joined, sample_outputs
 from ghostssm.calibration.statistics import LayerStatistics, gather_statistics
 from ghostssm.errors import NumericalError
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import replaced_forward, rounded_forward
 from ghostssm.models.mixer import (
     Mixer,
     Streams,
@@ -24,6 +24,7 @@ from ghostssm.models.mixer import (
     output_of_streams,
     scanned,
 )
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.decision import Decision
 from ghostssm.plan.surgery import change_parameters, prune_mixer
 
@@ -169,13 +170,20 @@ class OpenBlock(_WalkedBlock):
                 for number, hidden in enumerate(self.inputs())
             ]
 
-    def advance(self) -> None:
+    def advance(self, storage: StateStorage = FLOAT32_STORAGE) -> None:
         """Replace the hidden states by the block's output.
+
+        Args:
+            storage: how the mixer keeps its state, which is rounded after every token.
 
         Raises:
             NumericalError: the output is not finite; names the block's mixer.
         """
-        self._advance(self._last_output)
+        if not storage.rounds:
+            self._advance(self._last_output)
+            return
+        forwards = [rounded_forward(storage, span.start) for span, _ in self.walk.calls(self.index, self._block)]
+        self._advance(lambda number, hidden: forwards[number](self.present_mixer, hidden))
 
     def prune(self, decision: Decision, *, keep_outputs: bool = False) -> PrunedBlock:
         """Prune the copy and give it the decision's parameters; this object is of no use afterwards.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import REFERENCE, Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
+from ghostssm.plan.distillation import MOVED, Distillation
 from ghostssm.plan.measurement import Measurement, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.units import sizes_text, text_name
@@ -167,11 +168,29 @@ def _origin(plan: Plan) -> str:
             f"- calibrated on {seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}, "
             f"seed {seen.seed}"
         )
+    lines += distillation_lines(plan.distillations)
     lines.append(
         f"- written with ghostssm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
     lines.append("- `plan.json` says which channels each layer kept, `ghostssm.json` what produced it")
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def distillation_lines(distillations: Sequence[Distillation]) -> list[str]:
+    """Lines of a list that say what each training of the whole model was."""
+    return [
+        f"- distilled: {each.steps} steps, {each.tokens:,} tokens of {text_name(each.text)}, on the next-token "
+        f"distributions of {each.teacher or 'the base model'}; gradients through the whole model moved "
+        f"{MOVED[each.trained]}. Excess loss on {each.held_out_windows} held-out windows of that text: "
+        f"{each.curve[0].excess_text} before, {each.best.excess_text} after"
+        for each in distillations
+    ]
+
+
+def distilled_card(own: str, base: Base, distilled: Distillation) -> str:
+    """The card of a model that others pruned: its own, with what ghostssm did to it."""
+    how = "\n".join(["## Distilled by ghostssm", "", *distillation_lines([distilled])])
+    return f"{own.rstrip() or f'# {base.name}'}\n\n{how}\n"
 
 
 def _measured(measured: Measurement | None, searched: Searched | None) -> str:

@@ -18,6 +18,7 @@ from ghostssm.errors import ModelError
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
+from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.values import Value
 
@@ -45,8 +46,12 @@ class Description(Value):
     """The sizes of a model, and the memory that one sequence needs while it is decoded.
 
     Attributes:
+        name: what the caller called it.
+        dialect: of its config.json.
+        family: the family's model type.
         layout: of the widest mixer.
         state_sizes: of the recurrent state of every mixer, front to back.
+        vocab_size: of the config.
         parameters: of the whole model, shared ones counted once.
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
@@ -77,10 +82,15 @@ class Description(Value):
         """Whether the state is neither projected nor of a size of its own in every layer."""
         return set(self.state_sizes) == {self.layout.state_size}
 
-    def state_bytes(self, state_size: int | None = None, bytes_per_number: int = 4) -> int:
-        """Bytes of recurrent state per sequence, over all layers; of the model as it is, or cut to a state size."""
-        channels = sum(self.state_sizes) if state_size is None else self.layers * state_size
-        return channels * self.layout.intermediate_size * bytes_per_number
+    def state_bytes(self, state_size: int | None = None, form: StateFormat = FLOAT32) -> int:
+        """Bytes of recurrent state per sequence, over all layers; of the model as it is, or cut to a state size.
+
+        Args:
+            state_size: N' to cut to; None for the model as it is.
+            form: how the state is stored.
+        """
+        sizes = self.state_sizes if state_size is None else [state_size] * self.layers
+        return sum(form.state_bytes(self.layout.intermediate_size, size) for size in sizes)
 
     def removed_parameters(self, state_size: int | None) -> int:
         """Parameters of in_proj and conv1d that a cut to ``state_size`` takes away."""
@@ -90,18 +100,30 @@ class Description(Value):
         return self.layers * channels * (self.layout.hidden_size + self.layout.conv_kernel + self.channel_biases)
 
     def footprint(
-        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, *, state_number_bytes: float = 4
+        self, state_size: int | None = None, context: int = DEFAULT_CONTEXT, form: StateFormat = FLOAT32
     ) -> Footprint:
-        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size."""
+        """Bytes while it is decoded, all but the state in bfloat16; of the model as it is, or at a state size.
+
+        Args:
+            state_size: N' to cut to; None for the model as it is.
+            context: tokens that attention layers, if there are any, keep keys and values of.
+            form: how the state is stored.
+        """
         layout, sizes = self.layout, self.state_sizes
         if state_size is not None:
             layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
         parameters = self.parameters - self.removed_parameters(state_size)
-        return footprint(layout, sizes, parameters, self.config, context, state_number_bytes=state_number_bytes)
+        return footprint(layout, sizes, parameters, self.config, context, form)
 
 
 def describe(spec: str) -> Description:
-    """Describe a model; arguments and errors as `ghostssm.load` has them."""
+    """The sizes of a model, from its config and file headers.
+
+    Raises what `ghostssm.load` raises, but looks at no weight.
+
+    Args:
+        spec: a hub id, a local folder in any dialect, or ``reference``.
+    """
     source = find_source(spec, weights=False)
     config = model_config(source)
     facts = facts_from_files(source, config, family_of(config))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ghostssm._version import __version__
 from ghostssm.checkpoint import saving
-from ghostssm.checkpoint.card import CARD_FILE, Base, model_card, write_card
+from ghostssm.checkpoint.card import CARD_FILE, Base, distilled_card, model_card, write_card
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, left_out
@@ -24,7 +26,9 @@ from ghostssm.errors import InputError, PlanError
 from ghostssm.files.output_folder import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
+from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
+from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.units import text_name
 
@@ -37,6 +41,9 @@ def export_checkpoint(
     untie: bool = False,
     with_tokenizer: bool = True,
     overwrite: bool = False,
+    distilled: Distillation | None = None,
+    measured: Measurement | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint's model as it is in memory, in any dialect, with what else its folder held.
 
@@ -44,7 +51,16 @@ def export_checkpoint(
     are written anew, for the dialect and the state size that the weights now have; others keep their card.
 
     Args:
-        checkpoint, untie: as `ghostssm.save` has them.
+        checkpoint: the checkpoint, or its model alone.
+        output: the folder to write, which appears whole or not at all.
+        dialect: ``transformers`` or ``mamba_ssm``.
+        untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own.
+        with_tokenizer: False to write none.
+        overwrite: replace an output folder that is not empty, if it holds a checkpoint.
+        distilled: what the model went through since it was loaded; the folder then has a manifest, whether or not
+            ghostssm pruned the model.
+        measured: the loss before and after that; goes into the card and the manifest.
+        request: what was asked for, in JSON values that name no place on this machine.
 
     Raises:
         InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.
@@ -61,10 +77,12 @@ def export_checkpoint(
     with folder, storing(folder.path):
         files = SideFiles(folder.partial)  # first, and every fault is fatal: nothing is lost yet
         carry_over(checkpoint if with_tokenizer else replace(checkpoint, tokenizer=None), files)
-        files.write("the plan", lambda place: _carry_plan(checkpoint.source.folder, place))
+        files.write("the plan", lambda place: _carry_plan(checkpoint.source.folder, place, distilled))
         with saving.untied_head(checkpoint.model, untie) as untied:
             manifest = _manifest(checkpoint, dialect, untied)
-            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest))
+            if distilled is not None:
+                manifest = _distilled(manifest, checkpoint, distilled, measured, request)
+            files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest, distilled))
             saving.write_model(checkpoint, folder.partial, dialect)
         if manifest is not None:
             lost = (manifest.left_out or LeftOut()) | left_out(checkpoint.source, checkpoint.model, folder.partial)
@@ -94,14 +112,18 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
     )
 
 
-def _carry_plan(folder: Path, place: Path) -> None:
-    """Copy a folder's plan, which holds of a pruned model however it is written."""
+def _carry_plan(folder: Path, place: Path, distilled: Distillation | None) -> None:
+    """Copy a folder's plan, which holds of a pruned model however it is written, and note a distillation in it."""
     for name in (PLAN_FILE, TENSORS_FILE):
         if (folder / name).is_file():
             copy_file(folder / name, place)
     if (place / PLAN_FILE).is_file():
         document = read_json_object(place / PLAN_FILE, PlanError)
-        if _forget_place(document.get("provenance")):
+        changed = _forget_place(document.get("provenance"))
+        if distilled is not None:
+            document["method"] = _with_distillation(document.get("method"), distilled)
+            document["distillations"] = [*document.get("distillations", []), distilled.as_json()]
+        if changed or distilled is not None:
             (place / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -130,12 +152,49 @@ def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | 
     )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None) -> None:
+def _with_distillation(method: str | None, distilled: Distillation) -> str:
+    """The recipe that a model has gone through."""
+    return "+".join([*([method] if method else []), f"distill{distilled.steps}"])
+
+
+def _distilled(
+    manifest: Manifest | None,
+    checkpoint: Checkpoint,
+    distilled: Distillation,
+    measured: Measurement | None,
+    request: Mapping[str, Any] | None,
+) -> Manifest:
+    """A manifest with a distillation; a new one of a model that others pruned."""
+    found = manifest or Manifest(
+        ghostssm=__version__,
+        base_model=checkpoint.source.published_name,
+        base_model_sha256=checkpoint.source.fingerprint(),
+        dialect=checkpoint.source.dialect,
+        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+    )
+    return replace(
+        found,
+        method=_with_distillation(found.method, distilled),
+        distillations=(*found.distillations, distilled),
+        device=str(checkpoint.model.device),
+        measured=measured,
+        request=request,
+    )
+
+
+def _write_card(
+    checkpoint: Checkpoint, folder: Path, dialect: str, manifest: Manifest | None, distilled: Distillation | None
+) -> None:
     """A card of what is written where a plan and a manifest say what it is, else the model's own."""
     source = checkpoint.source
     if manifest is not None and (source.folder / PLAN_FILE).is_file():
         plan = Plan.read(source.folder, changes=False)
+        plan = replace(plan, method=manifest.method or plan.method, distillations=manifest.distillations)
         base, config, untied = Base.of_pruned(source, manifest), checkpoint.model.config, manifest.untied_head
         write_card(model_card(base, config, plan, dialect, manifest.measured, untied=untied), folder)
+    elif distilled is not None:
+        own = (source.folder / CARD_FILE).read_text(encoding="utf-8") if (source.folder / CARD_FILE).is_file() else ""
+        card = distilled_card(own, Base.of(source), distilled)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
     elif (source.folder / CARD_FILE).is_file():
         copy_file(source.folder / CARD_FILE, folder)

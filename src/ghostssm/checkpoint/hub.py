@@ -27,6 +27,8 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload a folder as one commit to a model repository, which is made if it is not there.
 
     Args:
+        folder: to upload, all of it.
+        repository: ORG/NAME.
         private: of a repository that is made; one that is there stays as visible as it is.
 
     Returns:

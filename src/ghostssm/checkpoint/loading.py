@@ -86,7 +86,9 @@ def load(
     """Load a model: a hub id, a local folder in any dialect, or ``reference``.
 
     Args:
+        spec: a hub id, a local folder in any dialect, or ``reference``.
         dtype: of the weights in memory; None keeps the stored one.
+        device: where the weights go, such as ``cpu`` or ``cuda``.
         tokenizer: a folder or hub id to take the tokenizer from instead.
 
     Raises:
@@ -178,7 +180,7 @@ def _check_unquantised(source: Source) -> None:
             how = values.get("quant_method") or f"{values.get('bits', 'unknown')} bits"
             raise ModelError(
                 f"{source.name} is quantised ({key} in config.json: {how}). "
-                "Prune the unquantised model, then quantise the result."
+                "Prune or distil the unquantised model, then quantise the result."
             )
 
 

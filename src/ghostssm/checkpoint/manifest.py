@@ -22,6 +22,7 @@ from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import CONVERT, ModelError
 from ghostssm.files.reading import confined, read_json_object
+from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
@@ -165,15 +166,26 @@ class Manifest(Value):
 
     Attributes:
         ghostssm: the version that pruned the model.
-        base_model, base_model_sha256: the name of the model that was pruned, and `Source.fingerprint` of its files.
-        dialect: of the folder. untied_head: whether the base model ties the head that this one does not.
-        method: the recipe. state_size_before: N. state_size_after: N', one number where all layers have the same.
+        base_model: the name of the model that was pruned.
+        base_model_sha256: `Source.fingerprint` of its files.
+        dialect: of the folder.
+        untied_head: whether the base model ties the head that this one does not.
+        method: the recipe.
+        state_size_before: N.
+        state_size_after: N', one number where all layers have the same.
+        options: what the plan was made from and with.
+        request: what was asked for, JSON values.
+        dtype: of the weights.
+        device: that the model was pruned on.
+        distillations: trainings of the whole pruned model.
+        measured: the loss before and after.
         stored_state_size: of an exported copy, which may be padded; where layers differ, every size there is.
-        options: what the plan was made from and with. request: what was asked for, JSON values.
-        dtype: of the weights. device: that the model was pruned on.
-        measured: the loss before and after. left_out: of the base model. missing: what could not be written.
-        overflow: where the dtype is too narrow. versions: of Python and the packages that a result may depend on.
-        probe: of the model. files: every other file of the folder, by path within it.
+        left_out: what of the base model the output has no place for.
+        missing: what could not be written.
+        overflow: where the dtype is too narrow.
+        versions: of Python and the packages that a result may depend on.
+        probe: what the model makes of a few tokens.
+        files: every other file of the folder, by path within it.
         others: entries of other versions, which stay as they are.
     """
 
@@ -189,6 +201,7 @@ class Manifest(Value):
     request: Mapping[str, Any] | None = None
     dtype: str | None = None
     device: str | None = None
+    distillations: tuple[Distillation, ...] = ()
     measured: Measurement | None = None
     stored_state_size: int | tuple[int, ...] | None = None
     left_out: LeftOut | None = None
@@ -223,6 +236,7 @@ class Manifest(Value):
         """Write the manifest of a folder whose other files are all written, with their hashes and today's versions.
 
         Args:
+            folder: whose manifest it is.
             place: folder to write it into; that folder itself if not given.
         """
         whole = replace(self, versions=versions(), files=file_records(folder))
@@ -256,6 +270,7 @@ class Manifest(Value):
             "request": None if self.request is None else dict(self.request),
             "dtype": self.dtype,
             "device": self.device,
+            "distillations": [each.as_json() for each in self.distillations] or None,
             "measured": None if self.measured is None else self.measured.as_json(),
             "stored_state_size": self.stored_state_size,
             "left_out": None if self.left_out is None else self.left_out.as_json(),
@@ -293,6 +308,7 @@ class Manifest(Value):
             request=_typed(found.get("request"), dict),
             dtype=text("dtype"),
             device=text("device"),
+            distillations=distillations_from_json(found.get("distillations")),
             measured=Measurement.from_json(found.get("measured")),
             stored_state_size=_sizes(found.get("stored_state_size")),
             left_out=None if left_out is None else LeftOut.from_json(left_out),

@@ -54,10 +54,16 @@ def save(
     (``README.md``), and ``ghostssm.json``, which says what produced it all and what `ghostssm.verify` checks.
 
     Args:
-        checkpoint: or its model alone, which has no tokenizer to be written; ``Checkpoint(model, tokenizer)`` has.
+        checkpoint: the checkpoint, or its model alone, which has no tokenizer to be written; ``Checkpoint(model,
+            tokenizer)`` has.
+        plan: that was applied to the model.
+        output: the folder to write, which appears whole or not at all.
+        dialect: ``transformers`` or ``mamba_ssm``.
+        overwrite: replace an output folder that is not empty, if it holds a checkpoint.
         untie: store a head that is tied to the embeddings as ``lm_head.weight`` of its own, for engines that know no
-            tied heads. measured: goes into the card and the manifest. request: what was asked for, in JSON values that
-            name no place on this machine; goes into the manifest.
+            tied heads.
+        measured: the loss before and after; goes into the card and the manifest.
+        request: what was asked for, in JSON values that name no place on this machine; goes into the manifest.
 
     Raises:
         InputError: the dialect can't express the plan's result, or the plan was not applied to the model; nothing was
@@ -134,6 +140,7 @@ def write_beside_weights(
         request=request,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        distillations=plan.distillations,
         measured=measured,
         left_out=lost,
         missing=tuple(files.missing),

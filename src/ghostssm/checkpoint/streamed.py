@@ -41,7 +41,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamedCheckpoint:
-    """A model whose weights stay in their files, with its tokenizer; as `ghostssm.Checkpoint` otherwise."""
+    """A model whose weights stay in their files, with its tokenizer.
+
+    Attributes:
+        blocks: of the model, each read when its turn comes.
+        tokenizer: None where there is none.
+        source: where its files are.
+    """
 
     blocks: StreamedBlocks
     tokenizer: PreTrainedTokenizerBase | None
@@ -64,11 +70,15 @@ def stream(
     tokenizer: str | None = None,
     head: bool = True,
 ) -> StreamedCheckpoint:
-    """Open a model without loading it; arguments and errors as `ghostssm.load`.
+    """Open a model without loading it: memory holds one block of weights at a time.
 
-    NaN and Inf are found when a block is read.
+    Raises what `ghostssm.load` raises; NaN and Inf are found when a block is read.
 
     Args:
+        spec: a hub id, a local folder in any dialect, or ``reference``.
+        dtype: of the weights in memory; None keeps the stored one.
+        device: where a block goes, such as ``cpu`` or ``cuda``.
+        tokenizer: a folder or hub id to take the tokenizer from instead.
         head: whether what comes after the blocks is wanted too, for logits.
     """
     check_device(device)

@@ -19,6 +19,7 @@ from ghostssm.files.reading import is_plain_name
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Selection
+from ghostssm.plan.file import PLAN_FILE
 from ghostssm.plan.plan import Plan
 from ghostssm.values import Value
 
@@ -47,7 +48,13 @@ class Check:
 
 @dataclass(frozen=True, repr=False)
 class Verification(Value):
-    """What was checked of a folder, and what is worth knowing but no fault."""
+    """What was checked of a folder.
+
+    Attributes:
+        folder: that was checked.
+        checks: each with its name, whether it passed, and what was found.
+        notes: what is worth knowing but no fault.
+    """
 
     folder: str
     checks: tuple[Check, ...]
@@ -67,6 +74,9 @@ def verify(folder: str | Path) -> Verification:
     channels that pad a group are zero.
 
     A model card that was changed and files that no loader reads are notes.
+
+    Args:
+        folder: that ghostssm wrote.
 
     Raises:
         ModelError: there is no such folder, or no manifest in it.
@@ -100,7 +110,10 @@ def verify(folder: str | Path) -> Verification:
     if loaded:
         check("logits", lambda: _check_logits(loaded[0], manifest.probe))
         notes += [] if manifest.overflow is None else [manifest.overflow.text]
-        check("plan", lambda: _check_plan(path, loaded[0]))
+        if (path / PLAN_FILE).exists() or not manifest.distillations:
+            check("plan", lambda: _check_plan(path, loaded[0]))
+        else:
+            notes.append("there is no plan: the state was cut by others, and ghostssm distilled the model")
     return Verification(str(folder), tuple(checks), tuple(notes))
 
 

@@ -166,6 +166,35 @@ Tokenizer = Annotated[
         rich_help_panel=OTHER_PANEL,
     ),
 ]
+StateDtype = Annotated[
+    str,
+    typer.Option(
+        "--state-dtype",
+        metavar="NAME",
+        help="Of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.",
+        rich_help_panel=HOW_PANEL,
+        autocompletion=completion.state_dtypes,
+    ),
+]
+StateDtypes = Annotated[
+    list[str],
+    typer.Option(
+        "--state-dtype",
+        metavar="NAME ...",
+        help="Of the recurrent state, one or several: float32, bfloat16, float16, int8, fp8, int4.",
+        rich_help_panel=HOW_PANEL,
+        autocompletion=completion.state_dtypes,
+    ),
+]
+StateRounding = Annotated[
+    str,
+    typer.Option(
+        "--state-rounding",
+        metavar="HOW",
+        help="Of a state narrower than float32: nearest or stochastic.",
+        rich_help_panel=HOW_PANEL,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
@@ -175,6 +204,10 @@ Device = Annotated[
         rich_help_panel=OTHER_PANEL,
         autocompletion=completion.devices,
     ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=OUTPUT_PANEL),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OTHER_PANEL)]
 _LAST_OPTION = "ghostssm.last_option"

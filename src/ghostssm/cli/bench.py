@@ -13,7 +13,7 @@ from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Rate, Speedup
-    from ghostssm.workflows.bench import BenchRow
+    from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
@@ -38,6 +38,8 @@ def bench(
             metavar="TOKENS",
         ),
     ] = 128,
+    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
+    state_rounding: arguments.StateRounding = "nearest",
     device: arguments.Device = "cpu",
     as_json: arguments.AsJson = False,
 ) -> None:
@@ -50,24 +52,30 @@ def bench(
     from ghostssm.workflows.bench import ROUNDS, BenchRequest
     from ghostssm.workflows.bench import bench as carry_out
 
-    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch)
+    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch, state_dtypes=state_dtype)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
         print_json(outcome.as_json())
         return
-    dense = outcome.state_size
-    headers = ["batch", "N'", "state", "prefill tok/s", "decode tok/s"]
-    headers += [f"times N = {dense}", "times predicted", "peak memory"]
-    print_table(headers, [_cells(row, row.state_size == dense) for row in outcome.rows], text_columns=0)
+    headers = ["batch", "N'", "dtype", "state", "prefill tok/s", "decode tok/s", "times dense"]
+    headers += ["times predicted", "peak memory"]
+    print_table(headers, [_cells(row, _is_dense(row, outcome)) for row in outcome.rows], text_columns=0)
     bandwidth = f"{outcome.machine.bandwidth / 1e9:.1f} GB/s"
     print_text(
-        f"±, and in brackets: the range over {ROUNDS} rounds. Predicted: from {bandwidth} of this machine. Weights and "
-        "state are in float32."
+        f"±, and in brackets: the range over {ROUNDS} rounds. Dense: N' = {outcome.state_size} in float32. Predicted: "
+        f"from {bandwidth} of this machine. Weights are in float32."
     )
-    for size in dict.fromkeys(row.state_size for row in outcome.rows if row.state_size != dense):
-        speedups = {row.batch: row.speedup for row in outcome.rows if row.state_size == size}
-        print_text(f"N' = {size}: {_verdict(speedups)}.")
+    others: dict[tuple[int, str], dict[int, Speedup]] = {}
+    for row in outcome.rows:
+        if not _is_dense(row, outcome):
+            others.setdefault((row.state_size, row.state_dtype), {})[row.batch] = row.speedup
+    for (size, dtype), speedups in others.items():
+        print_text(f"N' = {size}{'' if dtype == 'float32' else f' in {dtype}'}: {_verdict(speedups)}.")
+
+
+def _is_dense(row: BenchRow, outcome: BenchOutcome) -> bool:
+    return row.state_size == outcome.state_size and row.state_dtype == "float32"
 
 
 def _cells(row: BenchRow, is_dense: bool) -> list[str]:
@@ -76,6 +84,7 @@ def _cells(row: BenchRow, is_dense: bool) -> list[str]:
     return [
         str(row.batch),
         str(row.state_size),
+        row.state_dtype,
         bytes_text(row.state_bytes),
         _rate(row.prefill),
         _rate(row.decode),

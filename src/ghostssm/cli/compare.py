@@ -39,6 +39,8 @@ def compare(
         ),
     ] = [1, 32],  # noqa: B006  (read only)
     groups: arguments.Groups = "equal",
+    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
+    state_rounding: arguments.StateRounding = "nearest",
     seed: arguments.Seed = 42,
     report: Annotated[
         str | None,
@@ -52,15 +54,23 @@ def compare(
     """Prune by several methods to several state sizes, in memory, and print one table of loss, state and speed.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-size 64 --calibration a.txt --text b.txt
+    ghostssm compare MODEL --state-size 64 32 --state-dtype float32 int8 --calibration a.txt --text b.txt
     """
     given = locals()
     import ghostssm
     from ghostssm.workflows.comparison import comparison_cells
 
     arguments.check_separated("--methods", methods)
+    arguments.check_separated("--state-dtype", state_dtype)
     page = page_to_write(report, overwrite)
-    request = requested(ghostssm.CompareRequest, given, state_sizes=state_size, batches=batch, report=page is not None)
+    request = requested(
+        ghostssm.CompareRequest,
+        given,
+        state_sizes=state_size,
+        batches=batch,
+        report=page is not None,
+        state_dtypes=state_dtype,
+    )
     with progress_reporter() as progress:
         result = ghostssm.compare(request, progress=progress, notify=note)
     if page is not None:
@@ -69,6 +79,12 @@ def compare(
 
         write_page(page, comparison_report(result))
         note(f"report: {page.path}")
+    for row in result.rows:
+        if row.distilled_tokens:
+            note(
+                f"{row.method} saw gradients through the whole model, on {row.distilled_tokens:,} tokens "
+                f"(N' = {row.state_size})"
+            )
     if as_json:
         print_json([dataclasses.asdict(row) for row in result.rows])
         return

@@ -20,10 +20,11 @@ ENGINES = (
     *("transformers-cpu", "transformers-cuda", "mamba_ssm", "vllm", "sglang", "llama.cpp-cpu", "llama.cpp-cuda"),
     *("llama.cpp-vulkan", "llama.cpp-sycl", "llama.cpp-opencl", "llama.cpp-metal", "mlx-lm"),
 )
+STATE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")
 TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
 REFERENCE = "reference"
-STEPS = ("refit", "repair")
+STEPS = ("distill", "refit", "repair")
 _PER_LAYER = "per-layer"
 _REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -59,6 +60,10 @@ def _check(what: str, name: str, known: Iterable[str]) -> None:
 
 def engines(incomplete: str) -> list[str]:
     return _starting(ENGINES, incomplete)
+
+
+def state_dtypes(incomplete: str) -> list[str]:
+    return _starting(STATE_DTYPES, incomplete)
 
 
 def tables(incomplete: str) -> list[str]:

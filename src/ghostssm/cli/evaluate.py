@@ -66,6 +66,8 @@ def evaluate(
             "--limit", help="With --tasks or --last-words: measure at most so many documents.", metavar="COUNT"
         ),
     ] = None,
+    state_dtype: arguments.StateDtype = "float32",
+    state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
     stream: Annotated[

@@ -33,10 +33,12 @@ def generate(
             "--seed",
             metavar="NUMBER",
             callback=arguments.at_least(0, 2**63 - 1),
-            help="With --temperature above 0: the same number gives the same text.",
+            help="With --temperature above 0, or stochastic rounding: the same number gives the same text.",
             rich_help_panel=arguments.OTHER_PANEL,
         ),
     ] = 42,
+    state_dtype: arguments.StateDtype = "float32",
+    state_rounding: arguments.StateRounding = "nearest",
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
 ) -> None:
@@ -51,11 +53,13 @@ def generate(
     import ghostssm
     from ghostssm.checkpoint.probing import FiniteLogits
     from ghostssm.errors import InputError
+    from ghostssm.ops.state_format import StateStorage
 
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("The prompt is not UTF-8; expected text.") from None
+    StateStorage.of(state_dtype, state_rounding)  # before anything is loaded
     checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     # As the tokenizer does by default, with a beginning of text where it adds one.
@@ -63,7 +67,7 @@ def generate(
     if encoded["input_ids"].shape[1] == 0:
         raise InputError("The prompt is empty; expected some text.")
     torch.manual_seed(seed)
-    ghostssm.accelerate(checkpoint.model)
+    ghostssm.accelerate(checkpoint.model, state_dtype=state_dtype, state_rounding=state_rounding, seed=seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     checkpoint.model.generate(
         input_ids=encoded["input_ids"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ghostssm.cli import arguments
+from ghostssm.cli import arguments, completion, serving
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
 
 if TYPE_CHECKING:
@@ -31,17 +31,26 @@ def inspect(
             help="Also predict the decode speed on this machine, at these batch sizes.",
         ),
     ] = None,
+    state_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--state-dtype",
+            metavar="NAME ...",
+            help="Also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.",
+            autocompletion=completion.state_dtypes,
+        ),
+    ] = None,
     memory: Annotated[
         list[str] | None,
-        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences a GPU with 80GiB, say, holds."),
+        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences engines take in 80GiB, say."),
     ] = None,
     context: Annotated[
         int,
         typer.Option(
             "--context",
             metavar="TOKENS",
-            callback=arguments.at_least(0),
-            help="With --memory: tokens whose keys and values count.",
+            callback=arguments.at_least(1),
+            help="With --memory: tokens of a sequence.",
         ),
     ] = 8192,
     engine: arguments.Engines = None,
@@ -53,14 +62,16 @@ def inspect(
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
     """
     from ghostssm import advise, describe
-    from ghostssm.engines.capacity import capacity_cells
     from ghostssm.errors import InputError
     from ghostssm.models.layout import check_state_size
+    from ghostssm.ops.state_format import BFLOAT16, StateFormat
     from ghostssm.units import memory_bytes
 
     batches = batch or []
     memories = [memory_bytes(size) for size in memory or []]
+    forms = [StateFormat.of(name) for name in state_dtype or ["float32"]]
     found = describe(model)
+    told = serving.engines_told(engine, found)
     layout = found.layout
     if state_size and not found.is_stock:
         raise InputError(
@@ -87,18 +98,20 @@ def inspect(
         {
             "state_size": sum(found.state_sizes) / found.layers if size is None else size,
             "state_bytes_float32": found.state_bytes(size),
-            "state_bytes_bfloat16": found.state_bytes(size, bytes_per_number=2),
+            "state_bytes_bfloat16": found.state_bytes(size, BFLOAT16),
             "saved_fraction": 1 - found.state_bytes(size) / before,
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": predicted.get(size, {}),
-            "sequences": {each: found.footprint(size, context).sequences(each) for each in memories},
+            "kept": serving.kept(found, size, forms, context),
+            "admitted": serving.admissions(found, size, forms, context, memories, told),
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
     ]
     if as_json:
         facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "config"}
-        print_json(facts | {"layers": found.layers, "cuts": cuts})
+        states = {each.name: each.states.as_json(found.config) for each in told}
+        print_json(facts | {"layers": found.layers, "context": context, "cuts": cuts, "states": states})
         return
     print_facts(
         [
@@ -135,9 +148,10 @@ def inspect(
     )
     print()
     if memories:
-        footprints = (found.footprint(size, context) for size in sizes)
-        print_table(*capacity_cells(dict(zip(labels, footprints, strict=True)), memories))
-        print()
+        admitted = (cut["admitted"] for cut in cuts)
+        serving.print_admissions(dict(zip(labels, admitted, strict=True)), context)
+    if memories or state_dtype:
+        serving.print_states(told, found.config, [form.name for form in forms])
     _print_advice(labels, advice)
 
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from ghostssm._version import __version__
-from ghostssm.cli import bench, compare, evaluate, export, generate, inspect, prune, report, reproduce, verify
+from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.arguments import SpacedListCommand, plain_in_help, usage_message
 from ghostssm.cli.console import print_error, warnings_told, watched
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
@@ -147,7 +147,7 @@ def _help(verb: Callable[..., None]) -> str:
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look, prune, try": (inspect.inspect, prune.prune, report.report, generate.generate),
+    "Look, prune, try": (inspect.inspect, prune.prune, distill.distill, report.report, generate.generate),
     "Measure": (evaluate.evaluate, compare.compare, bench.bench),
     "Run it elsewhere": (export.export, verify.verify),
     "Check the paper": (reproduce.reproduce,),

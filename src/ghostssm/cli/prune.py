@@ -70,6 +70,15 @@ def prune(
             rich_help_panel=arguments.HOW_PANEL,
         ),
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            "--distill",
+            metavar="N",
+            help="Steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.",
+            rich_help_panel=arguments.HOW_PANEL,
+        ),
+    ] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
@@ -157,12 +166,7 @@ def prune(
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output folder that is not empty.", rich_help_panel=arguments.OUTPUT_PANEL
-        ),
-    ] = False,
+    overwrite: arguments.Overwrite = False,
     seed: arguments.Seed = 42,
     tokenizer: arguments.Tokenizer = None,
     device: arguments.Device = "cpu",
@@ -202,7 +206,7 @@ def prune(
     begun = time.perf_counter()
     if with_report:
         check_drawable()
-    recipe = str(_recipe(method, repair, refit, per_layer))
+    recipe = str(_recipe(method, repair, refit, distill, per_layer))
     request = requested(PruneRequest, given, recipe=recipe, engines=engine, batches=batch, report=with_report)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
@@ -223,7 +227,7 @@ def _page(folder: Path) -> Path:
     return page
 
 
-def _recipe(method: str | None, repair: bool | None, refit: int | None, per_layer: bool) -> Recipe:
+def _recipe(method: str | None, repair: bool | None, refit: int | None, distill: int | None, per_layer: bool) -> Recipe:
     """The recipe that a method's name and the options beside it make together."""
     from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
     from ghostssm.recovery import Step
@@ -235,6 +239,8 @@ def _recipe(method: str | None, repair: bool | None, refit: int | None, per_laye
         steps[:0] = [Step("refit", refit)] if refit else []
     if repair is not None:
         steps = [step for step in steps if step.name != "repair"] + [Step("repair")] * repair
+    if distill is not None:
+        steps = [step for step in steps if step.name != "distill"] + [Step("distill", distill)]
     return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
 
 

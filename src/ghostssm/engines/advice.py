@@ -26,6 +26,7 @@ def advise(
     """Which engines run a model with mixers of this layout, in the order of the table.
 
     Args:
+        layout: of the mixers as the engine would get them.
         model_type: the transformers name of the model's family, such as ``mamba2``.
         engines: names; None for all that are known.
         dialect: of the model's files; None for files yet to be written, in whichever dialect an engine reads.
@@ -85,7 +86,12 @@ def nearest_state_size(
     """The state size next to ``wanted`` that all of the engines run, and not slowly; of two, the larger.
 
     Args:
-        wanted: from 1 to the model's N. layout: of the model before the cut. The rest as `advise` has it.
+        wanted: from 1 to the model's N.
+        layout: of the model before the cut.
+        model_type: the transformers name of the model's family, such as ``mamba2``.
+        engines: names of one or several.
+        tied_head: whether the checkpoint has no ``lm_head.weight`` of its own.
+        config: the model's, for what an engine does not heed in it; None for one that is as usual.
 
     Raises:
         InputError: as `good_state_sizes`.

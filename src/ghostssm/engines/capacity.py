@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ghostssm.models.layout import SSDLayout
+from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.units import bytes_text
 
 if TYPE_CHECKING:
@@ -22,24 +23,39 @@ _ATTENTION = frozenset({"full_attention", "hybrid"})
 class Footprint:
     """Bytes of a model that is being decoded.
 
-    Left out: activations and workspace, what an engine keeps for itself, and what paging wastes. vLLM, for example,
-    leaves a tenth of the memory alone and pads the pages of a hybrid's attention layers to the size of a mixer's
-    state. So real counts are lower; how they change with the state size is what the sum is for.
+    Left out: activations and workspace, what an engine keeps for itself, and what paging wastes, which
+    `ghostssm.engines.admission` counts for each engine. How the sum changes with the state size is what it is for.
 
     Attributes:
-        weights: once. state: recurrent state of one sequence, all layers. conv: windows of its convolutions.
-        cache: keys and values of its context in a hybrid's attention layers.
+        weights: once. state: recurrent state of one sequence, all mixers. conv: inputs of its convolutions.
+        mixers: how many. taps: inputs of a convolution, of which some engines keep all but the newest.
+        token: keys and values of one token, all attention layers. attention_layers: how many.
+        context: tokens of a sequence.
     """
 
     weights: int
     state: int
     conv: int
-    cache: int
+    mixers: int
+    taps: int
+    token: int
+    attention_layers: int
+    context: int
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of one sequence."""
+        return self.context * self.token
 
     @property
     def sequence(self) -> int:
         """Bytes that one more sequence takes."""
         return self.state + self.conv + self.cache
+
+    @property
+    def state_share(self) -> float:
+        """The recurrent state's part of what a sequence takes."""
+        return self.state / self.sequence
 
     def sequences(self, memory: int) -> int:
         """How many sequences so many bytes hold beside the weights; 0 where not even these fit."""
@@ -52,9 +68,9 @@ def footprint(
     parameters: int,
     config: PreTrainedConfig,
     context: int = DEFAULT_CONTEXT,
+    form: StateFormat = FLOAT32,
     *,
     number_bytes: int = 2,
-    state_number_bytes: float = 4,
 ) -> Footprint:
     """Of a model with mixers of these state sizes.
 
@@ -62,42 +78,42 @@ def footprint(
         layout: of the widest mixer; the convolutions of all are counted as wide.
         parameters: numbers in the weights.
         context: tokens whose keys and values a sequence keeps.
-        number_bytes: of a number in weights, convolution windows, keys and values. state_number_bytes: in the state.
+        form: of the state, scales included.
+        number_bytes: of a number in weights, convolution windows, keys and values.
     """
+    layers, numbers = attention_shape(config)
     return Footprint(
         weights=parameters * number_bytes,
-        state=round(sum(state_sizes) * layout.intermediate_size * state_number_bytes),
+        state=sum(form.state_bytes(layout.intermediate_size, size) for size in state_sizes),
         conv=len(state_sizes) * layout.conv_state_numbers * number_bytes,
-        cache=context * cached_numbers(config) * number_bytes,
+        mixers=len(state_sizes),
+        taps=layout.conv_kernel,
+        token=layers * numbers * number_bytes,
+        attention_layers=layers,
+        context=context,
     )
 
 
-def cached_numbers(config: PreTrainedConfig) -> int:
-    """Numbers in the keys and values of one token, over all attention layers; 0 where there are none."""
+def attention_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many layers keep keys and values, and the numbers that one of them keeps of a token."""
     layers = sum(kind in _ATTENTION for kind in getattr(config, "layer_types", None) or ())
     if not layers:
-        return 0
+        return 0, 0
     head_dim = next(
         (size for name in ("attention_head_dim", "head_dim") if (size := getattr(config, name, None))),
         config.hidden_size // config.num_attention_heads,
     )
-    return int(2 * layers * config.num_key_value_heads * head_dim)
+    return layers, 2 * int(config.num_key_value_heads) * int(head_dim)
 
 
-def capacity_cells(footprints: Mapping[str, Footprint], memories: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines of a table: what each takes, and how many sequences each memory (bytes) holds.
+def capacity_cells(footprints: Mapping[str, Footprint]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines of a table: what the weights and each sequence take.
 
     Args:
         footprints: by what their lines begin with, a state size.
     """
     cached = any(each.cache for each in footprints.values())
-    headers = ["N'", "weights", "state/seq", "conv/seq", *["keys, values/seq"] * cached]
-    headers += [f"sequences in {memory / 2**30:g} GiB" for memory in memories]
-    return headers, [
-        [
-            label,
-            *(bytes_text(count) for count in (each.weights, each.state, each.conv, *[each.cache] * cached)),
-            *(f"{each.sequences(memory):,}" for memory in memories),
-        ]
+    return ["N'", "weights", "state/seq", "conv/seq", *["keys, values/seq"] * cached], [
+        [label, *map(bytes_text, (each.weights, each.state, each.conv, *[each.cache] * cached))]
         for label, each in footprints.items()
     ]

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ghostssm.engines.admission import Admission, by_sum, in_llama_cpp, in_sglang, in_vllm
+from ghostssm.engines.capacity import Footprint
+from ghostssm.engines.states import FLOAT32_ONLY, IN_LLAMA_CPP, IN_MAMBA_SSM, IN_SGLANG, IN_VLLM, StateDtypes
 from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
 from ghostssm.errors import unknown_name
 from ghostssm.models.layout import SSDLayout
@@ -53,6 +56,7 @@ class Engine:
         cannot_tie: model types whose head it does not tie to the embeddings.
         unheeded: what of a config it does not heed.
         own_class: what becomes of models whose state is projected or differs between layers.
+        states: the dtypes that it stores states in. admits: what it takes at once of a footprint, in so many bytes.
         source: where the rules come from.
     """
 
@@ -65,6 +69,8 @@ class Engine:
     dialect: Literal["transformers", "mamba_ssm"] | None = "transformers"
     cannot_tie: frozenset[str] = frozenset()
     unheeded: tuple[Unheeded, ...] = ()
+    states: StateDtypes = FLOAT32_ONLY
+    admits: Callable[[Footprint, int], Admission] = by_sum
 
     def advise(
         self,
@@ -138,9 +144,13 @@ class Advice:
     """Whether an engine runs a model at a state size, and why not, or what else to know.
 
     Attributes:
+        engine: its name.
+        state_size: that the advice is about.
+        level: ``runs``, ``slow`` or ``no``.
+        reason: why not, or what else to know.
         export: options with which ``ghostssm export`` writes files that the engine reads, where these are not.
-        remedy: the option of ``ghostssm prune`` or ``ghostssm export`` without which the engine does not run the
-            files; the last of the reasons is then about it.
+        remedy: the option of ``ghostssm prune`` or ``ghostssm export`` without which the engine does not run the files;
+            the last of the reasons is then about it.
     """
 
     engine: str
@@ -215,6 +225,7 @@ ENGINES: tuple[Engine, ...] = (
         version="mamba_ssm 2.3.2",
         rules=(*_CHANNELS_OF_CUDA_KERNELS, _TRITON_LANES),
         model_types=frozenset({"mamba2"}),
+        states=IN_MAMBA_SSM,
         source="modules/mamba2.py (one ssm_cfg for all layers), ops/triton/ssd_combined.py; causal-conv1d",
         dialect="mamba_ssm",
     ),
@@ -224,6 +235,8 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"}),
         unheeded=IN_VLLM_AND_SGLANG,
+        states=IN_VLLM,
+        admits=in_vllm,
         source="model_executor/models/registry.py, layers/mamba/mamba_mixer2.py, layers/mamba/ops",
     ),
     Engine(
@@ -232,6 +245,8 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_TRITON_LANES,),
         model_types=frozenset({"mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
         unheeded=IN_VLLM_AND_SGLANG,
+        states=IN_SGLANG,
+        admits=in_sglang,
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
         cannot_tie=frozenset({"mamba2"}),
     ),
@@ -249,6 +264,8 @@ ENGINES: tuple[Engine, ...] = (
         ),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
     ),
     Engine(
@@ -265,6 +282,8 @@ ENGINES: tuple[Engine, ...] = (
         ),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-cuda/ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
     ),
     Engine(
@@ -273,6 +292,8 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-vulkan/ggml-vulkan.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -281,6 +302,8 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_scan_in(128, 256, head_multiple=16),),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-sycl/ggml-sycl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -289,6 +312,8 @@ ENGINES: tuple[Engine, ...] = (
         rules=(_scan_in(*_POWERS_OF_TWO),),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-opencl/ggml-opencl.cpp, supports_op: SSM_SCAN",
     ),
     Engine(
@@ -304,6 +329,8 @@ ENGINES: tuple[Engine, ...] = (
         ),
         model_types=_LLAMA_CPP_TYPES,
         dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
         source="ggml/src/ggml-metal/ggml-metal-ops.cpp, SSM_SCAN: use_mma",
     ),
     Engine(

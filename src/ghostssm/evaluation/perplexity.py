@@ -19,7 +19,8 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
 from ghostssm.models.families import mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import replaced_forward, rounded_forward
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
@@ -95,6 +96,7 @@ def evaluate(
     windows: Windows,
     progress: Progress = silent,
     scratch: Scratch | None = None,
+    storage: StateStorage = FLOAT32_STORAGE,
 ) -> Evaluation:
     """The model's loss on every window.
 
@@ -102,16 +104,21 @@ def evaluate(
         model: in memory, through which batch goes by batch; or its blocks, of which each takes all windows in turn, so
             that memory holds one of them and the hidden states of all windows.
         scratch: the room for these hidden states; memory if not given.
+        storage: how the recurrent state is kept: it is rounded after every token, as in decoding.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
-    by_token = token_losses(model, windows, progress, scratch)
+    by_token = token_losses(model, windows, progress, scratch, storage)
     return Evaluation(by_token.double().mean(1), windows.bytes_per_token, windows.seed is None)
 
 
 def token_losses(
-    model: PreTrainedModel | Blocks, windows: Windows, progress: Progress = silent, scratch: Scratch | None = None
+    model: PreTrainedModel | Blocks,
+    windows: Windows,
+    progress: Progress = silent,
+    scratch: Scratch | None = None,
+    storage: StateStorage = FLOAT32_STORAGE,
 ) -> Tensor:
     """The loss of every token but each window's first: (count, length - 1), float32, on the CPU, nats.
 
@@ -123,9 +130,9 @@ def token_losses(
     batches = []
     blocks = blocks_of(model)
     rests = outputs_besides_hidden(blocks, windows)
-    hidden_states = _by_batch(blocks, windows, progress) if isinstance(model, PreTrainedModel) else None
+    hidden_states = _by_batch(blocks, windows, progress, storage) if isinstance(model, PreTrainedModel) else None
     if hidden_states is None:
-        hidden_states = _by_block(blocks, windows, progress, scratch)
+        hidden_states = _by_block(blocks, windows, progress, scratch, storage)
     for span, hidden in hidden_states:
         ids = windows.ids[span].to(blocks.device)
         by_token = torch.cat(
@@ -149,27 +156,30 @@ def token_losses(
 def logits_of(blocks: Blocks, windows: Windows) -> Iterator[tuple[slice, Tensor]]:
     """Each batch's windows, and the logits (b, l, vocab) of all their positions; memory holds one block at a time."""
     rests = outputs_besides_hidden(blocks, windows)
-    for span, hidden in _by_block(blocks, windows, silent, None):
+    for span, hidden in _by_block(blocks, windows, silent, None, FLOAT32_STORAGE):
         yield span, logits_after(blocks, rests, hidden, windows.ids[span].to(blocks.device))
 
 
-def _by_batch(blocks: Blocks, windows: Windows, progress: Progress) -> Iterator[tuple[slice, Tensor]]:
+def _by_batch(
+    blocks: Blocks, windows: Windows, progress: Progress, storage: StateStorage
+) -> Iterator[tuple[slice, Tensor]]:
     """Each batch's windows, and the hidden states after the last block."""
-    with replaced_forward(mixers_of(blocks.model)):
-        for span in windows.batches():
-            progress("windows", span.start, len(windows))
-            ids = windows.ids[span].to(blocks.device)
+    mixers = mixers_of(blocks.model)
+    for span in windows.batches():
+        progress("windows", span.start, len(windows))
+        ids = windows.ids[span].to(blocks.device)
+        with replaced_forward(mixers, rounded_forward(storage, span.start)):
             yield span, captured_output(blocks.modules[-1], partial(blocks.model, input_ids=ids, use_cache=False))
 
 
 def _by_block(
-    blocks: Blocks, windows: Windows, progress: Progress, scratch: Scratch | None
+    blocks: Blocks, windows: Windows, progress: Progress, scratch: Scratch | None, storage: StateStorage
 ) -> Iterator[tuple[slice, Tensor]]:
     """The same from a walk over the blocks."""
     walk = LayerWalk(blocks, windows, scratch)
     for block in walk.blocks():
         progress("layers", block.index, len(walk))
-        block.advance()
+        block.advance(storage)
     progress("layers", len(walk), len(walk))
     for span in windows.batches():
         progress("windows", span.start, len(windows))

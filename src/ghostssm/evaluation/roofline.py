@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.progress import stage
 
 _BUFFER_BYTES = 256 << 20
@@ -46,11 +47,13 @@ def measure_machine(batches: Sequence[int], device: str = "cpu") -> Machine:
     return Machine(bandwidth, rates)
 
 
-def predicted_step_seconds(model: Description, machine: Machine, batch: int, state_size: int | None) -> float:
-    """Seconds per decode step of a whole batch, with weights and state in float32."""
+def predicted_step_seconds(
+    model: Description, machine: Machine, batch: int, state_size: int | None, form: StateFormat = FLOAT32
+) -> float:
+    """Seconds per decode step of a whole batch, with weights in float32."""
     weights = model.parameters - model.removed_parameters(state_size)
     multiply = max(4 * weights / machine.bandwidth, 2 * weights * batch / machine.rates[batch])
-    return multiply + 2 * batch * model.state_bytes(state_size) / machine.bandwidth
+    return multiply + 2 * batch * model.state_bytes(state_size, form) / machine.bandwidth
 
 
 def wait_for(device: torch.device | str) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ghostssm.evaluation.roofline import wait_for
 from ghostssm.models.families import family_of, layout_of, mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import fast_forward, replaced_forward
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
@@ -102,17 +104,22 @@ def measure(
     prompt: int,
     progress: Progress = silent,
     rounds: int = _ROUNDS,
+    storages: Mapping[Key, StateStorage] = {},
 ) -> dict[tuple[Key, int], Timings]:
     """Time the accelerated model under several plans; keyed by the plan's key and the batch size.
 
     The plans take turns, several rounds of a few tokens each: a drift of the machine's speed then falls on all alike.
     At one batch size they follow right after one another.
+
+    Args:
+        storages: how the state is kept under a plan, where it is not float32.
     """
     timings = {(key, batch): Timings() for batch in batches for key in plans}
     turns = [turn for _ in range(rounds) for turn in timings]
     for index, (key, batch) in enumerate(turns):
         progress("decode", index, len(turns))
-        with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller)):
+        forward = partial(fast_forward, storage=storages.get(key, FLOAT32_STORAGE))
+        with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller), forward):
             reset_peak(smaller.device)
             _run(smaller, batch, prompt, timings[key, batch])
             timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes(smaller.device))

@@ -27,6 +27,10 @@ class OutputFolder(Unfinished):
 
     def __init__(self, path: Path | str, overwrite: bool = False):
         """
+        Args:
+            path: of the folder.
+            overwrite: replace an output folder that is not empty, if it holds a checkpoint.
+
         Raises:
             OutputError: the path is a file, a folder with something in it (unless it is a checkpoint and
                 ``overwrite``), or not writable.

@@ -42,6 +42,7 @@ class Evidence(Value):
         layout: the mixer's sizes.
         in_proj: (in_proj_rows, hidden_size), the mixer's input projection.
         seed: the same for a whole plan and different for each of its mixers.
+        source: what works the answers out; methods do not ask it.
         rough: the decision only serves to measure what a size costs, so a costly refinement is not worth it.
     """
 
@@ -120,6 +121,7 @@ class Method(Value):
     """A named way to decide what stays of a mixer's state.
 
     Attributes:
+        name: in recipes and on the command line.
         summary: one line for the command line's help.
         score: evidence on one mixer to (g, n): the highest are kept, or where there is a ``decide``, what people are
             shown of it, such as singular values.
@@ -147,7 +149,11 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> None:
-    """Make a method known by its name, also in recipes; an earlier one of that name is replaced."""
+    """Make a method known by its name, also in recipes; an earlier one of that name is replaced.
+
+    Args:
+        method: with its functions.
+    """
     _METHODS[method.name] = method
 
 
@@ -162,6 +168,9 @@ def stock_method_names() -> tuple[str, ...]:
 
 def method_named(name: str) -> Method:
     """The method of a name.
+
+    Args:
+        name: one of `method_names`.
 
     Raises:
         InputError: there is none.

@@ -18,7 +18,13 @@ Groups = Literal["equal", "pooled"]
 
 @dataclass(frozen=True)
 class Cut:
-    """How far a mixer's state is to be cut: channels per group, on average if the groups are pooled."""
+    """How far a mixer's state is to be cut.
+
+    Attributes:
+        state_size: N', channels per group; on average if the groups are pooled.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
+    """
 
     state_size: int
     groups: Groups = "equal"

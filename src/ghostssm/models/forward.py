@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, mixer_output, split_streams
 from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, norm_step
-from ghostssm.ops.ssd import ssd
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.ops.step import at_least_float32
+from ghostssm.ops.stored import ssd_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,29 +35,44 @@ Forward = Callable[..., Tensor]
 """Called with a mixer view, then as the mixer's own forward."""
 _SEVERAL_SEQUENCES = ("seq_idx", "cu_seqlens")
 """Arguments that say that a row holds several sequences, one after the other."""
+_TOKENS = "ghostssm_tokens"
+"""Of a cache's layer: how many tokens it has seen."""
 
 
-def accelerate(model: PreTrainedModel, *, state_dtype: torch.dtype = torch.float32) -> None:
+def accelerate(
+    model: PreTrainedModel,
+    *,
+    state_dtype: str | torch.dtype = torch.float32,
+    state_rounding: str = "nearest",
+    seed: int = 0,
+) -> None:
     """Give every Mamba-2 mixer of a model the faster forward; a no-op where it has it already.
 
     Args:
-        state_dtype: of the recurrent state in the cache, float32 or bfloat16. bfloat16 halves the state's traffic and
-            rounds it once per token.
+        model: of transformers, dense or pruned; changed in place.
+        state_dtype: of the recurrent state in the cache: float32, bfloat16, float16, int8, fp8 (e4m3) or int4, or a
+            torch dtype. Narrower ones are rounded after a prompt and after every token; arithmetic stays float32. The
+            last three have a float32 scale per head and row of head_dim, and the cache holds bytes.
+        state_rounding: ``nearest`` or ``stochastic``.
+        seed: of the random numbers of stochastic rounding.
 
     Raises:
-        InputError: another state dtype.
+        InputError: another state dtype or rounding.
         ModelError: the model has no Mamba-2 mixers that ghostssm knows.
     """
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"The state dtype is {state_dtype}; expected torch.float32 or torch.bfloat16.")
+    storage = StateStorage.of(state_dtype, state_rounding, seed)
     for mixer in mixers_of(model):
-        _replace(mixer, partial(fast_forward, state_dtype=state_dtype))
+        _replace(mixer, partial(fast_forward, storage=storage))
     for norm in _block_norms(model):
         norm.__dict__["forward"] = partial(_norm_forward, norm)
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Take back all that `accelerate` did."""
+    """Take back all that `accelerate` did.
+
+    Args:
+        model: that was given to it.
+    """
     for module in (*(mixer.module for mixer in mixers_of(model)), *_block_norms(model)):
         module.__dict__.pop("forward", None)
 
@@ -70,6 +85,15 @@ def _block_norms(model: PreTrainedModel) -> list[nn.Module]:
 def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     fused = block_norm(hidden_states, norm.weight, norm.variance_epsilon)
     return type(norm).forward(norm, hidden_states) if fused is None else fused
+
+
+def rounded_forward(storage: StateStorage, first_sequence: int = 0) -> Forward:
+    """Our forward with a state that is rounded after every token.
+
+    Args:
+        first_sequence: number of the batch's first sequence, by which random numbers are drawn.
+    """
+    return partial(fast_forward, storage=replace(storage, sequence=first_sequence), every_token=True)
 
 
 @contextmanager
@@ -121,7 +145,8 @@ def fast_forward(
     cache_params: Any = None,
     attention_mask: Tensor | None = None,
     *,
-    state_dtype: torch.dtype = torch.float32,
+    storage: StateStorage = FLOAT32_STORAGE,
+    every_token: bool = False,
     **_: Any,
 ) -> Tensor:
     """A mixer's forward pass with transformers' cache and padding mask.
@@ -130,6 +155,8 @@ def fast_forward(
         hidden_states: (b, l, hidden_size).
         cache_params: transformers' cache, updated in place; None for none.
         attention_mask: (b, l), 0 where a position is padding; None for none.
+        storage: how the state is kept in the cache. every_token: round it after every token of a prompt too, as if
+            they came one by one, and not only after the last.
     """
     layer = mixer.layer_index
     conv_window = None if cache_params is None else cache_params.get_conv_state(layer, state_idx=0)
@@ -139,8 +166,9 @@ def fast_forward(
     z, xBC, dt = mixer.project_in(hidden_states)
 
     one_token = hidden_states.shape[1] == 1 and attention_mask is None
+    storage = storage.at(layer, _counted_tokens(cache_params, layer, hidden_states.shape[1], fresh=state is None))
     if one_token and state is not None and conv_window is not None and not cache_params.is_recording_past(layer):
-        return _decode_step(mixer, xBC[:, 0], dt[:, 0], z[:, 0], conv_window, state)[:, None]
+        return _decode_step(mixer, xBC[:, 0], dt[:, 0], z[:, 0], conv_window, state, storage)[:, None]
 
     context = xBC
     if cache_params is not None:
@@ -148,17 +176,30 @@ def fast_forward(
             xBC.transpose(1, 2), layer, conv_kernel_size=mixer.layout.conv_kernel
         ).transpose(1, 2)
     s = split_streams(mixer, context, dt, z, attention_mask)
-    y, final_state = ssd(s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D), state)
+    streams = (s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
+    y, final_state = ssd_stored(*streams, state, storage, every_token=every_token)
     if cache_params is not None:
-        # Dense, as the kernels of the decode step want it; chunks leave it transposed.
-        cache_params.update_recurrent_state(final_state.to(state_dtype).contiguous(), layer_idx=layer)
+        cache_params.update_recurrent_state(final_state, layer_idx=layer)
     return mixer_output(mixer, y, z)
 
 
-def _decode_step(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, conv_window: Tensor, state: Tensor) -> Tensor:
+def _counted_tokens(cache_params: Any, layer: int, length: int, *, fresh: bool) -> int:
+    """How many tokens a layer of a cache has seen before these, which are counted from now on; random numbers are
+    drawn by it."""
+    if cache_params is None:
+        return 0
+    cached = cache_params.layers[layer]
+    before: int = 0 if fresh else getattr(cached, _TOKENS, 0)
+    setattr(cached, _TOKENS, before + length)
+    return before
+
+
+def _decode_step(
+    mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, conv_window: Tensor, state: Tensor, storage: StateStorage
+) -> Tensor:
     """The mixer's output (b, hidden_size) for one token; both states are updated in place."""
     norm, dtype = mixer.norm, mixer.out_proj.weight.dtype
-    y = decode_step_(conv_window, state, xBC, dt, z if norm is None else None, _step_weights(mixer))
+    y = decode_step_(conv_window, state, xBC, dt, z if norm is None else None, _step_weights(mixer), storage)
     if norm is None:
         y = y.to(dtype)
     else:
@@ -177,6 +218,7 @@ def _step_weights(mixer: Mixer) -> StepWeights:
         A_log=mixer.A_log,
         D=mixer.D,
         groups=mixer.layout.n_groups,
+        head_dim=mixer.layout.head_dim,
         B_maps=None if projection is None else projection.B,
         C_maps=None if projection is None else projection.C,
     )

@@ -19,6 +19,14 @@ from ghostssm.errors import InputError, LayoutError
 class SSDLayout:
     """The sizes of one Mamba-2 mixer, and the places they imply.
 
+    Attributes:
+        hidden_size: width of the residual stream.
+        num_heads: h.
+        head_dim: p, numbers per head.
+        n_groups: g, groups of heads that share B and C.
+        state_size: n, channels of the state per group.
+        conv_kernel: taps of the convolution before the recurrence.
+
     Raises:
         LayoutError: a size is not a positive integer, or the heads don't divide into the groups.
     """

@@ -27,7 +27,8 @@ class Projection(Value):
     B' = B_map^T B and C' = C_map^T C, after the convolution and SiLU.
 
     Attributes:
-        B, C: (g, n, r).
+        B: (g, n, r), the map of B.
+        C: (g, n, r), the map of C.
     """
 
     B: Tensor
@@ -94,6 +95,9 @@ class Mixer:
         swapped = {name: part for name in _REPLACEABLE if (part := getattr(module, name)) is not getattr(self, name)}
         if self.norm is not None and module.norm.weight is not self.norm.weight:
             swapped["norm"] = replace(self.norm, weight=module.norm.weight)
+        own_map = getattr(module, "B_projection", None)  # a projection that is tried out is not the module's own
+        if self.projection is not None and own_map is not None and own_map is not self.projection.B:
+            swapped["projection"] = Projection(own_map, module.C_projection)
         return replace(self, **swapped) if swapped else self
 
     def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

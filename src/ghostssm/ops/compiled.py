@@ -14,12 +14,14 @@ kernels: Any
 """The module of compiled loops, or None."""
 backward_kernels: Any
 """That of the backward pass."""
+rounding_kernels: Any
+"""That of states in fewer bits."""
 try:
-    from ghostssm.ops import _kernels, _kernels_backward
+    from ghostssm.ops import _kernels, _kernels_backward, _rounding_kernels
 
-    kernels, backward_kernels = _kernels, _kernels_backward
+    kernels, backward_kernels, rounding_kernels = _kernels, _kernels_backward, _rounding_kernels
 except ImportError:  # numba is an extra
-    kernels = backward_kernels = None
+    kernels = backward_kernels = rounding_kernels = None
 
 HAS_KERNELS = kernels is not None
 
@@ -45,7 +47,8 @@ def arrays(*tensors: Tensor) -> list[object]:
     """The tensors as contiguous numpy arrays, for loops that run on as many threads as torch uses.
 
     A contiguous tensor shares its memory with its array; another one is copied, so that the loops are compiled once and
-    their inner ones run in vector lanes.
+    their inner ones run in vector lanes. Memory that numpy has seen can't be resized any more, as sharding does with
+    weights: loops over whole sequences get copies of these.
     """
     threads = torch.get_num_threads()
     kernels.use_threads(threads)

@@ -25,7 +25,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if compiled.usable(x, weight, bias):
         out = torch.empty(x.shape, dtype=x.dtype)
-        offset = torch.zeros(x.shape[2], dtype=x.dtype) if bias is None else bias
+        offset = torch.zeros(x.shape[2], dtype=x.dtype) if bias is None else bias.clone()
         compiled.kernels.causal_conv(*compiled.arrays(x, weight.t().contiguous(), offset, out))
         return out
     width, length = weight.shape[1], x.shape[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 from ghostssm.ops import gpu
 from ghostssm.ops.conv_norm import gated_rms_norm
 from ghostssm.ops.ssd import ssd_step
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.ops.step import at_least_float32, conv_step_, project_streams, ssd_step_
 
 
@@ -29,7 +30,7 @@ class StepWeights:
     Attributes:
         taps: (c, width). bias: (c,) or None.
         dt_bias, A_log, D: (h,).
-        groups: g.
+        groups: g. head_dim: p.
         B_maps, C_maps: (g, n, r), of B and C onto a smaller state after SiLU; both None for none.
     """
 
@@ -39,18 +40,19 @@ class StepWeights:
     A_log: Tensor
     D: Tensor
     groups: int
+    head_dim: int
     B_maps: Tensor | None = None
     C_maps: Tensor | None = None
 
-    def streams(self, mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def streams(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, h, p), B and C (b, g, r) from what the convolution gives, (b, c)."""
-        inner = len(self.D) * head_dim
+        inner = len(self.D) * self.head_dim
         half = (mixed.shape[1] - inner) // 2
         x, B, C = mixed.split([inner, half, half], dim=1)
         B, C = B.unflatten(1, (self.groups, -1)), C.unflatten(1, (self.groups, -1))
         if self.B_maps is not None and self.C_maps is not None:
             B, C = project_streams(B, self.B_maps), project_streams(C, self.C_maps)
-        return x.unflatten(1, (-1, head_dim)), B, C
+        return x.unflatten(1, (-1, self.head_dim)), B, C
 
 
 def decode_step_reference(
@@ -66,7 +68,7 @@ def decode_step_reference(
     """
     window = torch.cat([window[..., 1:], xBC[..., None]], dim=-1)
     mixed = (window * weights.taps).sum(-1)
-    x, B, C = weights.streams(F.silu(mixed if weights.bias is None else mixed + weights.bias), state.shape[2])
+    x, B, C = weights.streams(F.silu(mixed if weights.bias is None else mixed + weights.bias))
     step = F.softplus(dt + weights.dt_bias)
     y, state = ssd_step(state, x, step, -torch.exp(weights.A_log), B, C, weights.D)
     y = y.flatten(1)
@@ -74,28 +76,35 @@ def decode_step_reference(
 
 
 def decode_step_(
-    window: Tensor, state: Tensor, xBC: Tensor, dt: Tensor, z: Tensor | None, weights: StepWeights
+    window: Tensor,
+    state: Tensor,
+    xBC: Tensor,
+    dt: Tensor,
+    z: Tensor | None,
+    weights: StepWeights,
+    storage: StateStorage = FLOAT32_STORAGE,
 ) -> Tensor:
     """One token, in place, in the fastest form at hand. As in every engine, dt is not limited.
 
     Args:
         window: (b, c, width), the convolution's last inputs, oldest first, as in transformers' cache; updated.
-        state: (b, h, p, r), float32 or bfloat16; updated.
+        state: (b, h, p, r), float32, or as `ghostssm.ops.state_format.quantise` gives it for ``storage``; updated.
         xBC: (b, c), the convolution's input. dt: (b, h), before its bias and softplus.
         z: (b, h * p), for the gate SiLU(z); None for none.
 
     Returns:
-        y, (b, h * p), float32 or better. A bfloat16 state is rounded when it is stored; y is computed before that.
+        y, (b, h * p), float32 or better. A state is rounded when it is stored; y is computed before that.
     """
     tensors = [value for value in vars(weights).values() if isinstance(value, Tensor)]
-    if gpu.usable(state, window, xBC, dt, z, *tensors) and state.is_contiguous() and window.is_contiguous():
+    fusable = not storage.rounds or (storage.format.name == "bfloat16" and not storage.stochastic)
+    if fusable and gpu.usable(state, window, xBC, dt, z, *tensors) and state.is_contiguous() and window.is_contiguous():
         fused: Tensor = gpu.step_kernels().decode_step_(window, state, xBC, dt, z, weights)
         return fused
     mixed = conv_step_(window, xBC, weights.taps, weights.bias)
-    x, B, C = weights.streams(at_least_float32(mixed), state.shape[2])
+    x, B, C = weights.streams(at_least_float32(mixed))
     step = F.softplus(at_least_float32(dt + weights.dt_bias))
     A = -torch.exp(at_least_float32(weights.A_log))
-    y = ssd_step_(state, x, step, A, B, C, at_least_float32(weights.D)).flatten(1)
+    y = ssd_step_(state, x, step, A, B, C, at_least_float32(weights.D), storage).flatten(1)
     return y if z is None else y * F.silu(at_least_float32(z))
 
 

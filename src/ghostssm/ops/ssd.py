@@ -143,7 +143,7 @@ class CompiledScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
         y = torch.empty(x.shape, dtype=x.dtype)
-        skip = torch.zeros_like(A) if D is None else D
+        skip = torch.zeros_like(A) if D is None else D.clone()
         narrow = B.shape[-1] <= x.shape[-1]
         scan = compiled.kernels.ssd_scan_narrow if narrow else compiled.kernels.ssd_scan
         scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))

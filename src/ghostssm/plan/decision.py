@@ -14,7 +14,11 @@ from ghostssm.values import Value
 
 @dataclass(frozen=True, repr=False)
 class Selection(Value):
-    """The state channels that each group of one mixer keeps, in ascending order."""
+    """The state channels that each group of one mixer keeps.
+
+    Attributes:
+        kept: the channels of each group, in ascending order.
+    """
 
     kept: tuple[tuple[int, ...], ...]
 

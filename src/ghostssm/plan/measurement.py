@@ -11,7 +11,12 @@ from ghostssm.units import plus_minus
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over paired windows, with its standard error; nats per token."""
+    """A mean difference over paired windows.
+
+    Attributes:
+        mean: over the windows, nats per token.
+        standard_error: of the mean; NaN for one window.
+    """
 
     mean: float
     standard_error: float
@@ -22,8 +27,11 @@ class Measurement:
     """Losses of a dense and a pruned model on the same windows, in nats per token.
 
     Attributes:
-        text: what the windows were cut from. windows: their number. window_length: tokens in each.
-        dense_loss, pruned_loss: means over the windows.
+        text: what the windows were cut from.
+        windows: their number.
+        window_length: tokens in each.
+        dense_loss: mean over the windows.
+        pruned_loss: mean over the windows.
         excess: the mean difference, and its standard error from the paired windows (NaN for one window).
     """
 

@@ -15,6 +15,7 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
 from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.distillation import Distillation, distillations_from_json
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import sizes_text
 from ghostssm.values import Value
@@ -27,12 +28,14 @@ class Plan(Value):
     Attributes:
         method: the recipe that decided.
         model_type: the family's model type.
-        n_groups, state_size: of the model that the plan is for.
+        n_groups: of the model that the plan is for.
+        state_size: N of that model.
         decisions: mixer name to its selection and projection, front to back; all are projected or none.
         changes: full parameter name to its new value, in its shape after the selection.
-        per_layer: keep a state size per layer, rather than pad all layers to the widest.
         scores: mixer name to (g, n) float64, as the method saw them; may be empty.
         provenance: what the plan was made from and with; None for one made by hand.
+        per_layer: keep a state size per layer, rather than pad all layers to the widest.
+        distillations: trainings of the whole pruned model, whose results are among the changes.
     """
 
     method: str
@@ -44,6 +47,7 @@ class Plan(Value):
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = None
     per_layer: bool = False
+    distillations: tuple[Distillation, ...] = ()
 
     def __repr__(self) -> str:
         sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}"
@@ -138,10 +142,12 @@ class Plan(Value):
             )
 
     def save(self, folder: Path | str, *, changes: bool = True) -> None:
-        """Write ``plan.json`` and ``plan.tensors`` into a folder, which is made if it is not there.
+        """Write ``plan.json`` and ``plan.tensors`` into a folder.
 
-        Without ``changes`` the changed parameters and projections are only named: enough beside a checkpoint, which
-        holds them, but such a plan can't be applied.
+        Args:
+            folder: is made if it is not there.
+            changes: False only names the changed parameters and projections: enough beside a checkpoint, which holds
+                them, but such a plan can't be applied.
         """
         document = {
             "method": self.method,
@@ -153,6 +159,7 @@ class Plan(Value):
             "projected": {name: projection.B.shape[-1] for name, projection in self.projections.items()},
             "changed": sorted(self.changes),
             "provenance": None if self.provenance is None else self.provenance.as_json(),
+            "distillations": [each.as_json() for each in self.distillations],
             "selections": {name: [list(channels) for channels in s.kept] for name, s in self.selections.items()},
         }
         tensors = {f"scores:{name}": score.to(torch.float64) for name, score in self.scores.items()}
@@ -166,8 +173,10 @@ class Plan(Value):
     def read(cls, path: Path | str, *, changes: bool = True) -> Plan:
         """Read a plan from its folder or from its ``plan.json``.
 
-        Without ``changes`` changed parameters are left out, and projections have shapes but no values (they are on
-        the device ``meta``): enough to look at a plan that was written with a checkpoint.
+        Args:
+            path: the folder, or the ``plan.json`` in it.
+            changes: False leaves out changed parameters, and gives projections shapes but no values (they are on the
+                device ``meta``): enough to look at a plan that was written with a checkpoint.
 
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.
@@ -194,6 +203,7 @@ class Plan(Value):
             scores={key.removeprefix("scores:"): value for key, value in tensors.items() if key.startswith("scores:")},
             provenance=Provenance.from_json(document.get("provenance")),
             per_layer=document.get("per_layer", False),
+            distillations=distillations_from_json(document.get("distillations")),
         )
         if document.get("kept_state_size", plan.kept_state_size) != plan.kept_state_size:
             raise PlanError(

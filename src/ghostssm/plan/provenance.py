@@ -14,8 +14,12 @@ class CalibrationText(Value):
     """The windows that a plan was calibrated on.
 
     Attributes:
-        text: the name of the text. text_sha256, tokens_sha256: of its characters, and of the windows' token ids.
-        windows: their number. window_length: tokens in each. seed: None where they follow one another.
+        text: its name.
+        text_sha256: of its characters.
+        tokens_sha256: of the windows' token ids.
+        windows: their number.
+        window_length: tokens in each.
+        seed: of the draw; None where the windows follow one another.
     """
 
     text: str
@@ -31,8 +35,11 @@ class Provenance(Value):
     """What a plan was made from and with.
 
     Attributes:
-        requested_state_size: N' as asked for, on average over layers and groups. groups: how the groups of a layer
-            share it. seed: of what was drawn at random. multiple: of state sizes per layer.
+        requested_state_size: N' as asked for, on average over layers and groups.
+        groups: how the groups of a layer share it.
+        seed: of what was drawn at random.
+        multiple: of state sizes per layer.
+        calibration: the windows.
         search: what a search for the smallest state measured, if there was one.
     """
 

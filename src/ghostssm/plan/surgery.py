@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.families.base import Family
 from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
-from ghostssm.models.mixer import Mixer
+from ghostssm.models.mixer import Mixer, Projection
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 
@@ -32,6 +33,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     A plan with projections, or with a state size per layer, gives a new model of our own class
     (`ghostssm.models.own_class`) that shares every tensor it does not change; the given model then stays as it is.
+
+    Args:
+        model: in memory, as it was when the plan was made.
+        plan: of `Calibration.plan`, `smallest_plan` or `Plan.read`.
 
     Raises:
         PlanError: the plan is for another model; nothing was changed.
@@ -63,6 +68,7 @@ def pad_state(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
     as it is.
 
     Args:
+        model: of a stock class, or of our own without projections.
         state_size: at least that of the widest layer.
 
     Raises:
@@ -107,6 +113,10 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     """Within the context, the model pruned by the plan; afterwards the model is as before.
 
     Copies only what the plan slices or changes.
+
+    Args:
+        model: in memory.
+        plan: that fits it.
     """
     mixers = _fitting_mixers(model, plan)
     if plan.needs_own_class:
@@ -139,6 +149,27 @@ def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: 
         conv_bias=None if before.conv_bias is None else _take(before.conv_bias, channels),
     )
     _install(family, mixer, state_size, after)
+
+
+def with_changes_of(plan: Plan, pruned: PreTrainedModel, before: Mapping[str, Tensor]) -> Plan:
+    """A plan with the parameters of a model that were changed after the plan was applied to it; the model is used up.
+
+    Args:
+        before: the model's parameters as the plan left them.
+    """
+    changed = [name for name, value in pruned.named_parameters() if not torch.equal(value, before[name])]
+    decisions, maps = dict(plan.decisions), set[str]()
+    for mixer in mixers_of(pruned):
+        decision = plan.decisions[mixer.name]
+        if decision.projection is not None and mixer.projection is not None:
+            maps |= {f"{mixer.name}.{part}_projection" for part in "BC"}
+            learnt = Projection(*(part.detach().clone() for part in (mixer.projection.B, mixer.projection.C)))
+            decisions[mixer.name] = replace(decision, projection=learnt)
+        elif (width := decision.width) < mixer.state_size:  # padded with zeros, which no plan holds
+            kept = Selection((tuple(range(width)),) * mixer.layout.n_groups)
+            prune_mixer(family_of(pruned.config), mixer, kept, width)
+    values = {name: pruned.get_parameter(name).detach().clone() for name in changed if name not in maps}
+    return replace(plan, decisions=decisions, changes={**plan.changes, **values})
 
 
 @torch.inference_mode(False)

@@ -30,7 +30,7 @@ from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import CalibrationText, Provenance
-from ghostssm.plan.surgery import apply_plan, check_storable
+from ghostssm.plan.surgery import apply_plan, check_storable, with_changes_of
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
 from ghostssm.pruning.feasibility import check_original
@@ -71,6 +71,7 @@ class Calibration:
         """
         Args:
             model: in memory, or its blocks, wherever they come from.
+            windows: to calibrate on.
             scratch: the room for what grows with the windows; memory if not given.
             processes: those that share the windows. Each is given all of them; recipes must be streamable then.
         """
@@ -110,14 +111,15 @@ class Calibration:
         Args:
             recipe: a method's name, or what `Recipe` says.
             state_size: N', from 1 to the model's state size; per layer if the recipe says so, on average.
-            groups: how the groups of a layer share it.
+            groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+                ``pooled``, where they compete.
             seed: for methods that draw at random, and for what is sampled.
-            progress: told how far the work is; None for nobody.
+            progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
 
         Raises:
-            InputError: a state size out of range, no such recipe, or one whose result no class of this family can hold.
+            InputError: a state size out of range, or no such recipe.
             NumericalError: activations that are not finite.
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
@@ -187,8 +189,12 @@ class _Run:
                 dense = self.calibration.model
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
-                registered.recover(pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress)
-                plan = dataclasses.replace(plan, changes={**plan.changes, **_changed(pruned, before)})
+                found = registered.recover(
+                    pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress
+                )
+                plan = with_changes_of(plan, pruned, before)
+                if found is not None:
+                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, found))
         return plan
 
     def curves(self) -> list[Tensor]:
@@ -384,10 +390,3 @@ class _Asked:
 
 def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Tensor:
     return calibration.saliency(progress)[name]
-
-
-def _changed(model: PreTrainedModel, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a model that have changed, by full name."""
-    return {
-        name: value.detach().clone() for name, value in model.named_parameters() if not torch.equal(value, before[name])
-    }

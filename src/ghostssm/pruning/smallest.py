@@ -44,9 +44,16 @@ def smallest_plan(
     has the excess loss that was measured, with its standard error, as ``search``.
 
     Args:
-        max_excess_loss: over the dense model's loss, nats per token. multiple: of the sizes that are tried.
+        model: in memory; it stays as it is.
+        windows: four at least: every fourth is held out, the others calibrate.
+        recipe: a method's name, or what `Recipe` says.
+        max_excess_loss: over the dense model's loss, nats per token.
+        multiple: of the sizes that are tried.
         state_sizes: the sizes to try instead, ascending.
-        progress: told how far the work is; None for nobody.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
+        seed: of everything that is drawn at random.
+        progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
         InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no size

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.errors import InputError, unknown_name
+from ghostssm.plan.distillation import Distillation
 from ghostssm.progress import Progress
 from ghostssm.text.windows import Windows
 
@@ -24,12 +25,14 @@ class MixerStep:
     """A registered step of mixer scope.
 
     Attributes:
-        name: in recipes, in lower case. summary: one line for the command line's help.
+        name: in recipes, in lower case.
+        summary: one line for the command line's help.
         recover: changes the parameters of a pruned mixer, and of its projection, in place; gets the block, the step's
             amount and a seed. What the dense mixer gave is in the block's ``dense_outputs``.
         default_amount: of a step that is written with a number, such as ``refit100``; None for one without.
         streamable: whether one block in memory at a time is enough.
         shareable: whether several processes may share the windows.
+        scope: always ``mixer``.
     """
 
     name: str
@@ -43,16 +46,23 @@ class MixerStep:
 
 @dataclass(frozen=True)
 class ModelStep:
-    """A registered step of model scope; attributes as `MixerStep` has them.
+    """A registered step of model scope.
 
     Attributes:
+        name: in recipes, in lower case.
+        summary: one line for the command line's help.
         recover: changes parameters of the pruned model in place; gets the pruned and the dense model, the calibration
-            windows, the step's amount, a seed and a listener.
+            windows, the step's amount, a seed and a listener. What it gives, if it trains the whole model by gradients,
+            goes into the plan.
+        default_amount: of a step that is written with a number; None for one without.
+        streamable: never: the whole model is in memory.
+        shareable: never: one process has all windows.
+        scope: always ``model``.
     """
 
     name: str
     summary: str
-    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], None]
+    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], Distillation | None]
     default_amount: int | None = None
     streamable: Literal[False] = False
     shareable: Literal[False] = False
@@ -63,7 +73,11 @@ _STEPS: dict[str, MixerStep | ModelStep] = {}
 
 
 def register_step(step: MixerStep | ModelStep) -> None:
-    """Make a step known by its name, in recipes; an earlier one of that name is replaced."""
+    """Make a step known by its name, in recipes; an earlier one of that name is replaced.
+
+    Args:
+        step: of mixer or of model scope.
+    """
     if not re.fullmatch(r"[a-z][a-z-]*", step.name):
         raise InputError(f"A step can't be called {step.name!r}; expected lower-case letters and hyphens.")
     _STEPS[step.name] = step
@@ -76,6 +90,10 @@ def step_names() -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Step:
     """A recovery step as a recipe has it: ``repair``, or with its amount ``refit100``.
+
+    Attributes:
+        name: one of `step_names`.
+        amount: such as the 100 of ``refit100``; the step's default if not given.
 
     Raises:
         InputError: no such step, an amount below 1, or one for a step that takes none.

@@ -79,7 +79,7 @@ def comparison_report(comparison: Comparison) -> Report:
     assert basis is not None
     described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
-    labels = {(row.method, row.state_size): _label(row) for row in others}
+    labels = {(row.label, row.state_size): _label(row) for row in others}
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
@@ -118,7 +118,7 @@ def comparison_report(comparison: Comparison) -> Report:
 
 
 def _label(row: Row) -> str:
-    return f"{row.method}, N' = {row.state_size}"
+    return f"{row.label}, N' = {row.state_size}"
 
 
 def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
@@ -133,13 +133,13 @@ def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
                 batch = max(speeds)
                 notes.append(f"{speeds[batch] / dense.tokens_per_second[batch]:.2f}x the dense speed at batch {batch}")
             notes.append(running(advice_of(described, plan)))
-            cards.append(Card(f"Best at N' = {size} {where}", row.method, "; ".join(notes)))
+            cards.append(Card(f"Best at N' = {size} {where}", row.label, "; ".join(notes)))
     return cards
 
 
 def _capacity(footprints: Mapping[str, Footprint]) -> list[Figure | Table | Texts]:
     figure = capacity_figure(footprints, _MEMORIES, DEFAULT_CONTEXT)
-    return [figure, Table("What a sequence takes", *capacity_cells(footprints, ()))]
+    return [figure, Table("What a sequence takes", *capacity_cells(footprints))]
 
 
 def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:
@@ -168,10 +168,12 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
     """Of the dense model and of every shape of state once: methods that give the same one decode alike."""
     names: dict[str, tuple[Row, Plan | None]] = {}
     for row in comparison.rows:
+        if row.state_dtype != "float32":  # bandwidth and arithmetic predict no other
+            continue
         plan = comparison.plans.get((row.method, row.state_size))
         name = "dense" if plan is None else f"N' = {plan.kept_state_size}"
         if plan is not None and plan.needs_own_class:
-            name = f"{row.method}, N' = {row.state_size}"
+            name = f"{row.label}, N' = {row.state_size}"
         names.setdefault(name, (row, plan))
     return [
         DecodeSpeed(

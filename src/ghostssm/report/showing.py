@@ -58,7 +58,10 @@ def write_report(shown: Comparison | str | PathLike[str], output: str | PathLike
     """Write an HTML page about a comparison, or about the folder of a checkpoint that ghostssm wrote.
 
     Args:
-        shown: a comparison made with ``report=True`` also has what the dense model's state does.
+        shown: a comparison, or the folder of a checkpoint. A comparison made with ``report=True`` also has what the
+            dense model's state does.
+        output: the page to write.
+        overwrite: replace a file that is there.
 
     Returns:
         where the page is.

@@ -70,13 +70,21 @@ def prune_streamed(
     After every block its decision and weights and the windows' hidden states are on disk, in OUTPUT.run.
 
     Args:
+        checkpoint: of `ghostssm.stream`.
+        windows: to calibrate on.
+        recipe: a method's name, or what `Recipe` says; one that can be streamed.
+        state_size: N', from 1 to the model's state size.
+        output: the folder to write.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
+        seed: of everything that is drawn at random.
         overwrite: replace an output folder that is not empty.
         resume: go on with what OUTPUT.run holds, if there is such a folder.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
         request: all that was asked for, in JSON values: for the manifest, and to resume a run of the same only.
-        progress: told how far the work is; None for nobody.
+        progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
         InputError: as `Calibration.plan`; a recipe that can't be streamed.

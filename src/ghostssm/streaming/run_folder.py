@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +41,7 @@ from ghostssm.checkpoint.unread import carried_pieces
 from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
+from ghostssm.files.kept_run import open_run
 from ghostssm.files.output_folder import destination
 from ghostssm.models.families import family_of
 from ghostssm.plan.decision import Decision, Selection
@@ -107,18 +107,7 @@ class RunFolder(Journal):
         return self
 
     def _enter(self) -> None:
-        try:
-            if not (self.folder / "run.json").exists():
-                self._create()
-                self._created = True
-            self._lock = (self.folder / "run.json").open(encoding="utf-8")
-            self._check_lock(self._lock)
-        except (OSError, ValueError) as error:
-            self._close()
-            raise OutputError(f"The run's folder {self.folder} can't be used: {error}.") from error
-        except OutputError:
-            self._close()
-            raise
+        self._lock, self._created = open_run(self.folder, self._identity)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -312,33 +301,6 @@ class RunFolder(Journal):
     def _streamed(self) -> StreamedBlocks:
         assert self._blocks is not None, "begin was not called"
         return self._blocks
-
-    def _create(self) -> None:
-        """The folder with its run.json; both are there or neither is."""
-
-        def write(new: Path) -> None:
-            new.mkdir(parents=True)
-            durable.write_json(new / "run.json", self._identity)
-
-        durable.write_durably(self.folder, write)
-
-    def _check_lock(self, lock: IO[str]) -> None:
-        """Take the folder for this process, if the run in it is the one to go on with."""
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"Another process works on the run in {self.folder}; wait for its end.") from None
-        found = json.load(lock)
-        for field in (*self._identity, *found):
-            before, now = found.get(field), self._identity.get(field)
-            if before != now:
-                raise OutputError(
-                    f"{self.folder} holds a run that differs in {field}: it was {before!r}, now it is {now!r}. Go on "
-                    "with the same model, text, options and versions, or remove that folder to start again."
-                )
 
     def _close(self) -> None:
         if self._lock is not None:

@@ -47,6 +47,7 @@ class Text(Value):
         """A text made of one string or of several.
 
         Args:
+            strings: one, or several.
             name: what manifests and reports call it.
 
         Raises:
@@ -99,16 +100,29 @@ def read_text(spec: str | Path, role: Role = "calibration") -> Text:
         )
     if role not in get_args(Role):
         raise InputError(f"The role is {short(role)}; expected {' or '.join(map(repr, get_args(Role)))}.")
-    name, path = str(spec), Path(spec)
+    name = str(spec)
     with stage(f"reading {name}"):
-        if name in _CORPORA:
-            side, parts = _CORPORA[name](role)
-            return _checked(Text(f"{name} ({side})", tuple(parts)))
-        if _is_there(name):
-            found = _read_folder(path) if path.is_dir() else _read_file(path)
-            return _checked(Text(name, tuple(found)))
-    raise TextError(
-        f"No text at {short(name)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
+        return _checked(Text(text_title(name, role), tuple(iterate_text(name, role))))
+
+
+def text_title(spec: str, role: Role) -> str:
+    """What a TEXT is called: by its user, with the side that is taken of a named corpus."""
+    return f"{spec} ({_SIDES[spec][role]})" if spec in _SIDES else spec
+
+
+def iterate_text(spec: str, role: Role) -> Iterator[str]:
+    """The parts of a TEXT, of a folder one file in memory at a time; arguments and errors as `read_text`."""
+    if spec in _CORPORA:
+        yield from _CORPORA[spec](role)
+    elif _is_there(spec):
+        yield from _read_folder(Path(spec)) if Path(spec).is_dir() else _read_file(Path(spec))
+    else:
+        raise _no_text_at(spec)
+
+
+def _no_text_at(spec: str) -> TextError:
+    return TextError(
+        f"No text at {short(spec)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
         f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
     )
 
@@ -156,12 +170,11 @@ def _check_size(name: str, size: int) -> None:
         raise TextError(f"The text {name!r} takes more than {MOST_TEXT_BYTES >> 30} GiB; give a part of it.")
 
 
-def _stdlib(role: Role) -> tuple[str, list[str]]:
-    held_out = role == "evaluation"
-    return ("held-out modules" if held_out else "calibration modules"), stdlib_texts(held_out)
+def _stdlib(role: Role) -> list[str]:
+    return stdlib_texts(role == "evaluation")
 
 
-def _wikitext2(role: Role) -> tuple[str, list[str]]:
+def _wikitext2(role: Role) -> list[str]:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     split = "train" if role == "calibration" else "test"
@@ -183,10 +196,14 @@ def _wikitext2(role: Role) -> tuple[str, list[str]]:
             raise TextError(
                 f"wikitext2 could not be fetched from the hub ({type(error).__name__}). {advice}"
             ) from error
-    return f"{split} split", _read_parquet(Path(path))
+    return _read_parquet(Path(path))
 
 
-_CORPORA: dict[str, Callable[[Role], tuple[str, list[str]]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+_CORPORA: dict[str, Callable[[Role], list[str]]] = {"stdlib": _stdlib, "wikitext2": _wikitext2}
+_SIDES = {
+    "stdlib": {"calibration": "calibration modules", "evaluation": "held-out modules"},
+    "wikitext2": {"calibration": "train split", "evaluation": "test split"},
+}
 
 
 def _read_folder(folder: Path) -> Iterator[str]:

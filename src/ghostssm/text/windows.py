@@ -33,7 +33,8 @@ class Windows(Value):
 
     Attributes:
         ids: (count, length), int64.
-        text_name, text_fingerprint: the `ghostssm.text.sources.Text` they were cut from.
+        text_name: of the `Text` they were cut from.
+        text_fingerprint: SHA-256 of that text.
         bytes_per_token: in UTF-8, of what was tokenised of that text; turns nats per token into bits per byte. NaN
             where the windows were made from ids.
         seed: of the draw, or None when the windows are the text's first, in their order.
@@ -139,6 +140,8 @@ def cut_windows(
     windows are drawn from these; a last, shorter piece is dropped.
 
     Args:
+        text: of `read_text` or `Text.from_strings`.
+        tokenizer: of the model.
         length: tokens per window.
         count: at most so many windows; None for all.
         seed: draw the ``count`` windows at random with this seed; None takes the first ones.
@@ -205,7 +208,7 @@ def _drawn_apart(
         begin = first + number * cell
         piece = joined[begin : begin + cell]
         piece = piece[_first_break(piece) :]
-        ids = _encoded(piece, tokenizer)
+        ids = encoded(piece, tokenizer)
         tokens, size = tokens + len(ids), size + len(piece.encode())
         if len(ids) >= length:
             start = below(len(ids) - length + 1)
@@ -228,10 +231,16 @@ def _drawn(available: int, seed: int) -> Tensor:
 def evaluation_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None
 ) -> Windows:
-    """The windows to measure a loss on: all of a text in its order, or ``count`` of them, drawn at random but the same
-    in every run. The first ones would tell of the text's beginning only.
+    """The windows to measure a loss on.
 
-    Args, raises: as `cut_windows`.
+    All of a text in its order, or ``count`` of them, drawn at random but the same in every run: the first ones would
+    tell of the text's beginning only. Raises what `cut_windows` raises.
+
+    Args:
+        text: of `read_text` or `Text.from_strings`.
+        tokenizer: of the model.
+        length: tokens per window.
+        count: how many to draw; None for all.
     """
     _check_kinds(text, tokenizer)
     _check_request(length, count)
@@ -250,7 +259,7 @@ def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase, needed: int | No
     size = 0
     most = _STRETCH if needed is None else min(_STRETCH, _CHARACTERS_PER_TOKEN * needed)
     for stretch in _stretches(joined, most):
-        found.append(_encoded(stretch, tokenizer))
+        found.append(encoded(stretch, tokenizer))
         size += len(stretch.encode())
         if needed is not None and sum(map(len, found)) >= needed:
             break
@@ -268,7 +277,8 @@ def _stretches(joined: str, most: int) -> Iterator[str]:
     yield joined[start:]
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids of a text without special tokens, (tokens,); raises ModelError if the tokenizer fails."""
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.long)

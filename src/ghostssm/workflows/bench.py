@@ -13,6 +13,7 @@ from ghostssm.errors import InputError
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
 from ghostssm.evaluation.speed import Rate, Speedup, first_channels, measure
 from ghostssm.models.layout import check_state_size
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
 
@@ -26,8 +27,12 @@ class BenchRequest:
 
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
-        state_sizes: to measure beside the model's own. batches: batch sizes.
-        prompt_length: tokens per sequence to prefill. device: where to compute.
+        state_sizes: to measure beside the model's own.
+        batches: batch sizes.
+        prompt_length: tokens per sequence to prefill.
+        device: where to compute, such as ``cpu`` or ``cuda``.
+        state_dtypes: in which the state is kept, each for every size.
+        state_rounding: ``nearest`` or ``stochastic``, of all but float32.
     """
 
     model: str
@@ -35,14 +40,16 @@ class BenchRequest:
     batches: tuple[int, ...] = (1, 8, 32)
     prompt_length: int = 128
     device: str = "cpu"
+    state_dtypes: tuple[str, ...] = ("float32",)
+    state_rounding: str = "nearest"
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One state size at one batch size; tokens per second are over all sequences together.
+    """One state size and dtype at one batch size; tokens per second are over all sequences together.
 
     Attributes:
-        speedup: times faster than the whole state decodes; predicted_speedup: by bandwidth and arithmetic.
+        speedup: times faster than the whole state in float32 decodes; predicted_speedup: by bandwidth and arithmetic.
     """
 
     batch: int
@@ -54,6 +61,7 @@ class BenchRow:
     peak_memory_bytes: int
     speedup: Speedup
     predicted_speedup: float
+    state_dtype: str = "float32"
 
     def as_json(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name not in ("prefill", "decode", "speedup")}
@@ -64,7 +72,13 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """What the machine does, and rows by batch size, the whole state first; ``state_size`` is that of the whole."""
+    """What `bench` measured.
+
+    Attributes:
+        machine: what the machine does: bandwidth and arithmetic.
+        state_size: that of the whole state.
+        rows: by batch size, the whole state first.
+    """
 
     machine: Machine
     state_size: int
@@ -78,7 +92,9 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     """Measure prefill and decode at several state sizes, in float32: what ``ghostssm bench`` does, in one call.
 
     Args:
-        progress: told how far the work is. notify: told what a person should know, in sentences.
+        request: the model, the sizes and the batches.
+        progress: told how far the work is.
+        notify: told what a person should know, in sentences.
 
     Raises:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
@@ -92,25 +108,34 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     dense = described.layout.state_size
     for size in request.state_sizes:
         check_state_size(size, dense)
+    StateStorage.of("bfloat16", request.state_rounding)
+    narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
+    storages = (StateStorage(), *(StateStorage.of(dtype, request.state_rounding) for dtype in narrow))
     tell(notify, idle_gpu_remark(request.device))
     model = load(request.model, dtype=torch.float32, device=request.device).model
     machine = measure_machine(batches, request.device)
-    plans = {size: first_channels(model, size) for size in (dense, *request.state_sizes)}
-    timings = measure(model, plans, batches, prompt, progress, ROUNDS)
+    plans, kept = {}, {}
+    for size in (dense, *request.state_sizes):
+        for storage in storages:
+            plans[size, storage.format.name], kept[size, storage.format.name] = first_channels(model, size), storage
+    timings = measure(model, plans, batches, prompt, progress, ROUNDS, kept)
+    whole = (dense, FLOAT32.name)
 
-    def row(batch: int, size: int) -> BenchRow:
-        timing = timings[size, batch]
-        predicted = predicted_step_seconds(described, machine, batch, size)
+    def row(batch: int, key: tuple[int, str]) -> BenchRow:
+        timing, form, size = timings[key, batch], kept[key].format, key[0]
+        state_bytes = described.state_bytes(size, form)
+        predicted = predicted_step_seconds(described, machine, batch, size, form)
         return BenchRow(
             batch=batch,
             state_size=size,
-            state_bytes=batch * described.state_bytes(size),
+            state_bytes=batch * state_bytes,
             prefill=Rate.of(batch * prompt, [[seconds] for seconds in timing.prefill]),
             decode=Rate.of(batch, timing.rounds),
             predicted_tokens_per_second=batch / predicted,
             peak_memory_bytes=timing.peak_bytes,
-            speedup=Speedup.of(timings[dense, batch], timing),
+            speedup=Speedup.of(timings[whole, batch], timing),
             predicted_speedup=predicted_step_seconds(described, machine, batch, dense) / predicted,
+            state_dtype=form.name,
         )
 
-    return BenchOutcome(machine, dense, tuple(row(batch, size) for batch in batches for size in plans))
+    return BenchOutcome(machine, dense, tuple(row(batch, key) for batch in batches for key in plans))

@@ -170,11 +170,16 @@ def compare(
     ``ghostssm.compare(model, text, state_sizes=[96, 64], methods=["ghost", "output+repair"])``
 
     Args:
-        model, text, tokenizer, column, progress, notify: as `ghostssm.prune` has them; or a `CompareRequest`.
+        model: as `ghostssm.prune` has it; or a `CompareRequest`, which says all the rest.
+        text: as `ghostssm.prune` has it.
         state_sizes: N' to prune to, one or several.
         methods: recipes, one or several; all methods that the model's family has if not given.
         evaluate: what to measure the losses on; as ``text``. If not given, the other side of a named corpus, or every
             fourth of the windows that are cut from ``text``, which then don't calibrate.
+        tokenizer: of a model in memory, or to take in place of a model's own.
+        column: of a data set: the one with the text.
+        progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
+        notify: told what a person should know, in sentences.
         options: any other field of `CompareRequest`, such as ``windows``, ``window_length`` and ``batches``.
 
     Raises:
@@ -252,7 +257,9 @@ def evaluate(
         scratch: the room for the hidden states of a streamed model; memory if not given.
         windows: to measure on, drawn at random but the same in every run; all if not given.
         window_length: tokens in each, of a text.
-        tokenizer, column: as `ghostssm.prune` has them. device: to load a named model to.
+        tokenizer: of a model in memory, or to take in place of a model's own.
+        column: of a data set: the one with the text.
+        device: where to load a named model to; the CPU if not given.
 
     Raises:
         InputError: a fault of the arguments; says what was expected.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -18,13 +18,15 @@ from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import first_channels, measure
 from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare_request import CompareRequest, checked
-from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row
+from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import observe, sample
 from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
@@ -123,19 +125,21 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     recipes = [Recipe.parse(method) for method in request.methods]
     cells = [(str(recipe), state_size) for recipe in recipes for state_size in request.state_sizes]
     calibration = Calibration(model, inputs.calibration)
-    measured, calibrated = windows.ids.numel(), _CALIBRATION_COST * inputs.calibration.ids.numel()
-    expect("models", [measured, *(measured + calibrated * Recipe.parse(method).cost for method, _ in cells)])
+    tokens, calibrated = windows.ids.numel(), _CALIBRATION_COST * inputs.calibration.ids.numel()
+    expect("models", [tokens, *(tokens + calibrated * Recipe.parse(method).cost for method, _ in cells)])
     progress("models", 0, len(cells) + 1)
-    dense = evaluate(model, windows)
-    outcomes: dict[Cell, Outcome[Evaluation]] = {}
+    kept = {storage.format.name: storage for storage in (StateStorage(), *request.storages)}
+    measured = _losses(model, windows, list(kept.values()))
+    dense = measured[FLOAT32.name]
+    whole = first_channels(model, layout.state_size)
+    losses = partial(_losses, windows=windows, storages=request.storages)
+    outcomes = {(DENSE, layout.state_size): Outcome(whole, measured, 0.0)}
     for done, cell in enumerate(cells, 1):
         progress("models", done, len(cells) + 1)
-        loss = partial(evaluate, windows=windows)
-        outcomes[cell] = measure_cell(calibration, cell, loss, groups=request.groups, seed=request.seed)
+        outcomes[cell] = measure_cell(calibration, cell, losses, groups=request.groups, seed=request.seed)
     progress("models", len(cells) + 1, len(cells) + 1)
 
-    plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
-    whole = first_channels(model, layout.state_size)
+    plans = {cell: outcome.plan for cell, outcome in outcomes.items() if cell in cells}
     # Which channels a stock model keeps has no influence on its speed: each size is timed once.
     shape: dict[Cell, Cell | int] = {
         cell: cell if plan.needs_own_class else plan.kept_state_size for cell, plan in plans.items()
@@ -143,27 +147,46 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     timed = {layout.state_size: whole} | {
         key: plans[key] if isinstance(key, tuple) else first_channels(model, key) for key in shape.values()
     }
-    timings = measure(model, timed, request.batches, prompt=8, progress=progress)
-    numbers_per_channel = len(mixers_of(model)) * layout.intermediate_size
+    timings = measure(
+        model,
+        {(key, dtype): plan for key, plan in timed.items() for dtype in kept},
+        request.batches,
+        prompt=8,
+        progress=progress,
+        storages={(key, dtype): storage for key in timed for dtype, storage in kept.items()},
+    )
+    rows_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
-    def row(cell: Cell, plan: Plan, evaluation: Evaluation, seconds: float) -> Row:
+    def row(cell: Cell, outcome: Outcome[dict[str, Evaluation]], dtype: str) -> Row:
+        evaluation, form, size = outcome.measured[dtype], kept[dtype].format, outcome.plan.mean_state_size
         excess = evaluation.excess_over(dense)
-        decoded = {batch: timings[shape.get(cell, layout.state_size), batch] for batch in request.batches}
+        shaped = shape.get(cell, layout.state_size)
+        decoded = {batch: timings[(shaped, dtype), batch] for batch in request.batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
-            stored_state_size=plan.mean_state_size,
+            stored_state_size=size,
             perplexity=evaluation.perplexity,
             bits_per_byte=evaluation.bits_per_byte,
             excess=excess.mean,
             standard_error=excess.standard_error,
-            state_bytes=round(4 * numbers_per_channel * plan.mean_state_size),
+            state_bytes=round(rows_per_channel * (size * form.bits / 8 + form.scale_bytes)),
             tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
-            seconds=seconds,
+            seconds=outcome.seconds,
             speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
+            state_dtype=dtype,
+            distilled_tokens=sum(each.tokens for each in outcome.plan.distillations),
         )
 
-    rows = [row((DENSE, layout.state_size), whole, dense, 0.0)]
-    rows += [row(cell, outcome.plan, outcome.measured, outcome.seconds) for cell, outcome in outcomes.items()]
-    evaluations = {(DENSE, layout.state_size): dense} | {cell: outcome.measured for cell, outcome in outcomes.items()}
+    rows = [row(cell, outcome, dtype) for cell, outcome in outcomes.items() for dtype in outcome.measured]
+    evaluations = {
+        (labelled(cell[0], dtype), cell[1]): evaluation
+        for cell, outcome in outcomes.items()
+        for dtype, evaluation in outcome.measured.items()
+    }
     return Comparison(tuple(rows), plans, evaluations)
+
+
+def _losses(model: PreTrainedModel, windows: Windows, storages: Sequence[StateStorage]) -> dict[str, Evaluation]:
+    """A model's loss by the dtype in which its state is kept."""
+    return {storage.format.name: evaluate(model, windows, storage=storage) for storage in storages}

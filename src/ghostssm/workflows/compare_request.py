@@ -9,6 +9,7 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.methods import method_names
 from ghostssm.methods.selection import Groups
 from ghostssm.models.layout import check_state_size
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.values import Value
@@ -22,12 +23,14 @@ class CompareRequest(Value, CalibratingRequest):
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
         state_sizes: N' to prune to.
-        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is
-            given.
+        methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is given.
         text: text to measure the loss on.
-        groups: how the groups of a layer share the state.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
         batches: batch sizes at which to measure decoding; empty for none.
         report: also measure what a report shows.
+        state_dtypes: in which the state is kept, each for every method and size and for the dense model.
+        state_rounding: of all but float32.
     """
 
     model: str
@@ -37,6 +40,17 @@ class CompareRequest(Value, CalibratingRequest):
     groups: Groups = "equal"
     batches: tuple[int, ...] = (1, 32)
     report: bool = False
+    state_dtypes: tuple[str, ...] = ("float32",)
+    state_rounding: str = "nearest"
+
+    @property
+    def storages(self) -> tuple[StateStorage, ...]:
+        """How states are kept, by dtype."""
+        return tuple(StateStorage.of(dtype, self.rounding_of(dtype), self.seed) for dtype in self.state_dtypes)
+
+    def rounding_of(self, state_dtype: str) -> str:
+        """A float32 state is not rounded."""
+        return "nearest" if state_dtype == FLOAT32.name else self.state_rounding
 
 
 def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
@@ -53,4 +67,6 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     check_original(described.is_stock)
     for size in request.state_sizes:
         check_state_size(size, described.layout.state_size)
+    StateStorage.of("bfloat16", request.state_rounding)  # raises, as the next line does
+    assert all(request.storages)
     return dataclasses.replace(request, methods=tuple(recipes) or method_names()), described

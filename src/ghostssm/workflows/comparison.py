@@ -22,19 +22,29 @@ Cell = tuple[str, int]
 DENSE = "dense"
 
 
+def labelled(method: str, state_dtype: str) -> str:
+    return method if state_dtype == "float32" else f"{method}, {state_dtype}"
+
+
 @dataclass(frozen=True, repr=False)
 class Row(Value):
     """One line of the table.
 
     Attributes:
         method: `DENSE` for the unpruned model.
-        state_size: N' as asked for; ``stored_state_size`` is what the checkpoint has, on average over the layers:
-            larger where uneven groups or layers are padded.
-        excess, standard_error: loss minus the dense model's on the same windows, nats per token.
-        state_bytes: recurrent state of one sequence over all layers, float32.
+        state_size: N' as asked for.
+        stored_state_size: what the checkpoint has, on average over the layers: larger where uneven groups or layers are
+            padded.
+        perplexity: exp of the loss.
+        bits_per_byte: the loss in bits per byte of the text; NaN of token ids.
+        excess: loss minus the dense model's on the same windows, nats per token.
+        standard_error: of the excess, over paired windows.
+        state_bytes: recurrent state of one sequence over all layers, with its scales.
         tokens_per_second: batch size to decode speed, all sequences together.
         seconds: to calibrate and decide.
         speed_range: batch size to the speeds of the slowest and the fastest round.
+        state_dtype: in which the state was kept, rounded after every token.
+        distilled_tokens: on which gradients went through the whole model; 0 where all was local.
     """
 
     method: str
@@ -48,10 +58,17 @@ class Row(Value):
     tokens_per_second: dict[int, float]
     seconds: float
     speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
+    state_dtype: str = "float32"
+    distilled_tokens: int = 0
 
     @property
     def is_dense(self) -> bool:
-        return self.method == DENSE
+        return self.label == DENSE
+
+    @property
+    def label(self) -> str:
+        """The method, and the state's dtype where it is not float32."""
+        return labelled(self.method, self.state_dtype)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -76,9 +93,15 @@ class Basis(Value):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Value):
-    """Rows, the dense one first; the plans behind them and what was measured, by method and state size.
+    """What every method loses at every size.
 
     A notebook shows it as a table with a figure; `ghostssm.plot` draws it, `ghostssm.write_report` makes a page of it.
+
+    Attributes:
+        rows: the dense model first.
+        plans: method and state size to the plan behind the row.
+        evaluations: a row's label and state size to the losses per window.
+        basis: what the comparison was made from; None where it was put together by hand.
     """
 
     rows: tuple[Row, ...]
@@ -93,7 +116,7 @@ class Comparison(Value):
 
     def best(self, size: int) -> list[Row]:
         """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
-        rows = [row for row in self.rows if row.state_size == size and not row.is_dense]
+        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
         stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
@@ -123,14 +146,14 @@ class Comparison(Value):
 
 
 def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines, the largest state and the smallest loss first.
+    """Headers and lines, the most bytes per sequence and the smallest loss first.
 
     A stored state that is larger than the one asked for stands in brackets behind it.
     """
     batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
-    ranked = sorted(rows, key=lambda row: (-row.state_size, row.excess))
+    ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
     return headers, [[*_cells(row), *(_speed(row, batch) for batch in batches)] for row in ranked]
 
 
@@ -145,6 +168,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.method,
         f"{row.state_size}{padded}",
+        row.state_dtype,
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

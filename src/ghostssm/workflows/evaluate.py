@@ -18,6 +18,7 @@ from ghostssm.evaluation import copying, perplexity
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.recall import Recall, last_words
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.text.sources import read_passages
@@ -45,6 +46,8 @@ class EvaluateRequest(Request):
         tasks: instead: names of lm-evaluation-harness. include_path: a folder of more task files.
         limit: documents per task, or passages, at most.
         stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
+        state_dtype, state_rounding: of the model's recurrent state, rounded after every token; that of the base is
+            float32.
     """
 
     model: str
@@ -57,6 +60,13 @@ class EvaluateRequest(Request):
     limit: int | None = None
     stream: bool = False
     offload: Path | None = None
+    state_dtype: str = "float32"
+    state_rounding: str = "nearest"
+
+    @property
+    def storage(self) -> StateStorage:
+        """How the model keeps its state."""
+        return StateStorage.of(self.state_dtype, self.state_rounding)
 
 
 @dataclass(frozen=True)
@@ -189,12 +199,12 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
     if request.against is None:
         opened = _opened(request, request.model)
         windows = request.windows_of(request.text, opened.require_tokenizer())
-        return TextLoss(windows, _evaluation(request, opened, windows, progress))
+        return TextLoss(windows, _evaluation(request, opened, windows, progress, request.storage))
     windows = _shared_windows(request, request.model, request.against)
     evaluations = []
-    for model in (request.model, request.against):  # one is in memory at a time
-        notify(f"measuring {model}")
-        evaluations.append(_evaluation(request, _opened(request, model), windows, progress))
+    for model, storage in ((request.model, request.storage), (request.against, FLOAT32_STORAGE)):
+        notify(f"measuring {model}")  # one is in memory at a time
+        evaluations.append(_evaluation(request, _opened(request, model), windows, progress, storage))
     pruned, dense = evaluations
     return ExcessLoss(windows, dense, pruned)
 
@@ -205,9 +215,11 @@ def _check(request: EvaluateRequest) -> None:
     if sum(instead) > 1:
         raise InputError("Give at most one of --last-words, --copying and --tasks.")
     check_belonging(request, _BELONGS_TO)
-    check_heeded(request, "tasks", "text", "text_windows", "against")
-    check_heeded(request, "last_words", "text", "text_windows", "window_length", "against")
-    check_heeded(request, "copying", "against")
+    state = ("state_dtype", "state_rounding")
+    check_heeded(request, "tasks", "text", "text_windows", "against", *state)
+    check_heeded(request, "last_words", "text", "text_windows", "window_length", "against", *state)
+    check_heeded(request, "copying", "against", *state)
+    StateStorage.of(request.state_dtype, request.state_rounding)
     if request.limit is not None and request.limit < 1:
         raise InputError(f"--limit is {request.limit}; expected at least 1 document or passage.")
     if request.stream and any(instead):
@@ -226,10 +238,14 @@ def _opened(request: EvaluateRequest, model: str) -> Checkpoint | StreamedCheckp
 
 
 def _evaluation(
-    request: EvaluateRequest, opened: Checkpoint | StreamedCheckpoint, windows: Windows, progress: Progress
+    request: EvaluateRequest,
+    opened: Checkpoint | StreamedCheckpoint,
+    windows: Windows,
+    progress: Progress,
+    storage: StateStorage,
 ) -> Evaluation:
     measured = opened.model if isinstance(opened, Checkpoint) else opened.blocks
-    return perplexity.evaluate(measured, windows, progress, Scratch(request.offload))
+    return perplexity.evaluate(measured, windows, progress, Scratch(request.offload), storage)
 
 
 def _shared_windows(request: EvaluateRequest, model: str, base: str) -> Windows:

@@ -27,12 +27,14 @@ class ExportRequest:
     """Everything that can be asked of an export.
 
     Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``. output: one file for GGUF, else a folder.
+        model: a hub id, a folder in either dialect, or ``reference``.
+        output: one file for GGUF, else a folder.
         format: ``gguf`` for llama.cpp, or the dialect of a checkpoint folder.
         dtype: of the large matrices; as stored if not given. ``q8_0`` is for GGUF only.
         pad_to: pad the state with zeros to so many channels; the logits stay the same.
         untie: store a tied head as a weight of its own.
-        tokenizer: folder or hub id of the tokenizer, if the model has none. no_tokenizer: write none.
+        tokenizer: folder or hub id of the tokenizer, if the model has none.
+        no_tokenizer: write none.
         overwrite: replace what is there.
     """
 
@@ -52,8 +54,13 @@ class ExportOutcome:
     """What was written.
 
     Attributes:
-        dtype: that it is stored in. state_sizes: that there are, ascending. bytes: of all files.
-        notes: what a person should know. left_out: of the model.
+        output: where it is.
+        format: ``gguf``, or the dialect.
+        dtype: that it is stored in.
+        state_sizes: that there are, ascending.
+        bytes: of all files.
+        notes: what a person should know.
+        left_out: what the output has no place for.
     """
 
     output: Path
@@ -70,6 +77,9 @@ class ExportOutcome:
 
 def export(request: ExportRequest) -> ExportOutcome:
     """Carry a request out: what ``ghostssm export`` does, in one call.
+
+    Args:
+        request: the model, the output and its format.
 
     Raises:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.

@@ -54,17 +54,24 @@ class PruneRequest(Value, CalibratingRequest):
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
         output: the folder to write; if not given, the result stays in memory.
-        state_size, budget, max_excess_loss: how much to keep; exactly one is given. N'; or a share of the state, above
-            0 and up to 1; or the smallest state that loses at most so many nats per token on held-out windows.
+        state_size: N', the channels to keep per group. Exactly one of ``state_size``, ``budget`` and
+            ``max_excess_loss`` is given.
+        budget: the share of the state to keep, above 0 and up to 1.
+        max_excess_loss: keep the smallest state that loses at most so many nats per token on held-out windows.
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
         multiple: of sizes per layer, and of sizes that are searched; 8 if not given.
         engines: names of engines that are to run the result; the nearest size that suits them is taken.
-        groups: how the groups of a layer share the state.
+        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
+            ``pooled``, where they compete.
         evaluate: text to measure the loss on, before and after.
-        dialect: of the output. untie: store a tied head as a weight of its own.
-        report: also measure what a report shows, at ``batches`` (1, 8 and 32 if not given), and keep it in the output.
-        push_to_hub: repository to upload to, ORG/NAME. private: of a repository that is made; true if not given.
-        stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
+        dialect: of the output.
+        untie: store a tied head as a weight of its own.
+        report: also measure what a report shows, and keep it in the output.
+        batches: batch sizes at which a report measures decoding; 1, 8 and 32 if not given.
+        push_to_hub: repository to upload to, ORG/NAME.
+        private: whether a repository that is made is private; true if not given.
+        stream: hold one block of weights at a time.
+        offload: folder for memory-mapped files of what grows with the windows of a streamed run.
         resume: go on with the streamed run whose state OUTPUT.run holds.
         overwrite: replace an output folder that is not empty.
     """

@@ -33,9 +33,11 @@ MARKDOWN_FILE = "results.md"
 
 @dataclass(frozen=True)
 class ReproduceOutcome:
-    """The wanted cells and those of them that are measured, now or before.
+    """What became of the wanted cells of the tables.
 
     Attributes:
+        wanted: the cells that were asked for.
+        measured: of these, the cells that are measured, now or before.
         failures: why cells could not be measured; the same request tries them again.
         written: the files with the results.
     """
@@ -64,7 +66,9 @@ def reproduce(request: ReproduceRequest, *, progress: Progress = silent, notify:
     Every finished cell is on the disk at once, and the same request goes on from there.
 
     Args:
-        progress: told how far the work is. notify: told what a person should know, in sentences.
+        request: the models, tables, methods and texts.
+        progress: told how far the work is.
+        notify: told what a person should know, in sentences.
 
     Raises:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.

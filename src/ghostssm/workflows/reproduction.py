@@ -42,7 +42,8 @@ class ReproduceRequest(CalibratingRequest):
         models: published hub ids, their short names, NAME=FOLDER, or folders that hold folders of these names; all
             published models of the tables if not given.
         tables: ``sparsity`` and ``size``; those that the models stand in if not given.
-        methods: recipes; the paper's methods if not given. state_sizes: N' in place of the paper's sparsities.
+        methods: recipes; the paper's methods if not given.
+        state_sizes: N' in place of the paper's sparsities.
         text: text to measure the loss on.
     """
 

@@ -18,6 +18,7 @@ _OPTIONS = {
     "batches": "--batch",
     "engines": "--engine",
     "recipe": "--method",
+    "state_dtypes": "--state-dtype",
     "state_sizes": "--state-size",
 }
 """Names on the command line that are not those of the fields."""
@@ -33,7 +34,8 @@ class Request:
     Attributes:
         window_length: tokens per window.
         text_windows: windows to measure the loss on; all of the text if not given.
-        tokenizer: folder or hub id of the tokenizer, if the model has none. device: where to compute.
+        tokenizer: folder or hub id of the tokenizer, if the model has none.
+        device: where to compute, such as ``cpu`` or ``cuda``.
     """
 
     window_length: int = 2048
@@ -66,7 +68,9 @@ class CalibratingRequest(Request):
     """What methods see besides.
 
     Attributes:
-        calibration: text to calibrate on, of which ``windows`` windows are drawn with ``seed``.
+        calibration: text to calibrate on.
+        windows: how many windows of it are drawn.
+        seed: of this draw, and of everything else that is random.
     """
 
     calibration: str = "wikitext2"

@@ -50,8 +50,13 @@ class ExportedGGUF(Value):
     """What was written.
 
     Attributes:
-        architecture: llama.cpp's name of it. dtype: of the large matrices. tensors: how many. bytes: of the file.
-        notes: where llama.cpp may do otherwise than transformers. left_out: of the checkpoint's config and weights.
+        path: where it is.
+        architecture: llama.cpp's name of it.
+        dtype: of the large matrices.
+        tensors: how many.
+        bytes: of the file.
+        notes: where llama.cpp may do otherwise than transformers.
+        left_out: of the checkpoint's config and weights.
     """
 
     path: Path
@@ -78,8 +83,10 @@ def export_gguf(
 
     Args:
         checkpoint: or a model alone, of which a file without a tokenizer can be written.
+        output: the file to write, which appears whole or not at all.
         dtype: f32, f16, bf16 or q8_0 (8 bits in blocks of 32); None is that of the weights in memory.
         with_tokenizer: False for a file without one, which llama.cpp runs on token ids only.
+        overwrite: replace a file that is there.
 
     Raises:
         InputError: the ``gguf`` package is missing, or the model is one of our own class.

@@ -38,15 +38,15 @@ _BARS = "Bars are one standard error of the paired loss difference."
 def size_figure(rows: Sequence[Row]) -> Figure:
     """Excess loss against the state's bytes per sequence by method, with bars of one standard error."""
     dense, *others = rows
-    methods = list(dict.fromkeys(row.method for row in others))
+    methods = list(dict.fromkeys(row.label for row in others))
     unit, name = (2**20, "MiB") if max(row.state_bytes for row in rows) >= 2**20 else (2**10, "KiB")
     shown = []
     for row in others:
-        place = row.state_bytes / unit * 2 ** (_SPREAD * (methods.index(row.method) - (len(methods) - 1) / 2))
+        place = row.state_bytes / unit * 2 ** (_SPREAD * (methods.index(row.label) - (len(methods) - 1) / 2))
         shown.append({**_loss(row, others), "place": place, "bytes": row.state_bytes})
     best = min(others, key=lambda row: row.excess)
     ticks = sorted({row.state_bytes / unit for row in rows})
-    places = alt.X("place:Q", scale=log_scale(24, base=2), title=f"state per sequence, float32, {name}")
+    places = alt.X("place:Q", scale=log_scale(24, base=2), title=f"state per sequence, {name}")
     return Figure(
         "sizes",
         "Loss against bytes per sequence",
@@ -72,7 +72,7 @@ def speed_figure(rows: Sequence[Row]) -> Figure:
             shown.append({**_loss(row, others), "batch": batch, "place": speed, "slowest": slowest, "fastest": fastest})
     last = batches[-1]
     times = [
-        f"{row.method} at {row.state_size}: {row.tokens_per_second[last] / whole.tokens_per_second[last]:.2f}"
+        f"{row.label} at {row.state_size}: {row.tokens_per_second[last] / whole.tokens_per_second[last]:.2f}"
         for row in others
     ]
     places = alt.X("place:Q", scale=log_scale(24), title=_SPEED).axis(format="~s", tickCount=6)
@@ -95,7 +95,7 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
     least = min(row.excess for row in others)
     low = max(row.excess - error, least / 2) if least > 0 else row.excess - error
     return {
-        "method": row.method,
+        "method": row.label,
         "size": row.state_size,
         "perplexity": row.perplexity,
         "excess": row.excess,
@@ -109,7 +109,7 @@ def _loss_chart(
     others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
 ) -> alt.LayerChart:
     """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
-    methods = list(dict.fromkeys(row.method for row in others))
+    methods = list(dict.fromkeys(row.label for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
     losses = alt.Y("excess:Q", title=_EXCESS, scale=scale).axis(format=".2~g", tickCount=6)

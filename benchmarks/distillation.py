@@ -1,0 +1,117 @@
+"""What distillation gives back, against the tokens that it takes: starts x parameters x learning rates x steps x seeds.
+
+    python benchmarks/distillation.py --state-size 64 --starts ghost output+repair --steps 75 300 600 --seeds 0 1 2
+
+Each line is one training, measured on text that nothing was trained on: excess loss over the dense model with its
+paired standard error, and as a share of what GHOST's choice loses without distillation. Losses are of the weights as
+they would be stored, in the model's own dtype. Lines of several seeds are followed by their mean and spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+import ghostssm
+from ghostssm.plan.surgery import apply_plan, change_parameters
+from ghostssm.recovery.distill.batches import Batches
+from ghostssm.recovery.distill.training import Settings, distill
+from ghostssm.text.streams import StreamedText
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    checkpoint = ghostssm.load(options.model)
+    stored, model = checkpoint.model.dtype, checkpoint.model.float()
+    vocabulary = checkpoint.require_tokenizer()
+    calibration = ghostssm.Calibration(
+        model,
+        ghostssm.cut_windows(
+            ghostssm.read_text(options.text, "calibration"), vocabulary, options.window_length, options.windows, 42
+        ),
+    )
+    evaluation = ghostssm.evaluation_windows(
+        ghostssm.read_text(options.evaluate or options.text, "evaluation"),
+        vocabulary,
+        options.window_length,
+        options.text_windows,
+    )
+    dense = ghostssm.evaluate(model, evaluation)
+
+    def excess(student: PreTrainedModel) -> ghostssm.Difference:
+        rounded = copy.deepcopy(student).to(stored).float()
+        return ghostssm.evaluate(rounded, evaluation).excess_over(dense)
+
+    def student_of(recipe: str) -> PreTrainedModel:
+        return apply_plan(copy.deepcopy(model), plans[recipe])
+
+    plans = {name: calibration.plan(name, options.state_size) for name in dict.fromkeys(["ghost", *options.starts])}
+    ghost = excess(student_of("ghost")).mean
+    for name in plans:
+        _print(name, "", 0, 0, 0, excess(student_of(name)), ghost, 0.0)
+    cells = itertools.product(options.starts, options.trained, options.rates, options.steps)
+    for start, trained, rate, steps in cells:
+        found = []
+        for seed in options.seeds:
+            batches = Batches(StreamedText(options.text, vocabulary, options.window_length), options.batch, seed)
+            settings = Settings(steps, options.batch, rate, trained, options.hidden_weight, seed=seed)
+            begun = time.perf_counter()
+            result = distill(student_of(start), model, batches, settings)
+            seconds = time.perf_counter() - begun
+            student = student_of(start)
+            change_parameters(student, result.changes)
+            student.tie_weights()
+            found.append(excess(student))
+            _print(start, trained, rate, seed, result.record.tokens, found[-1], ghost, seconds)
+        if len(found) > 1:
+            means = [each.mean for each in found]
+            mean, spread = statistics.mean(means), statistics.stdev(means)
+            print(f"    mean of {len(means)} seeds {mean:.4f}, spread {spread:.4f}, {mean / ghost:.3f} of GHOST's")
+
+
+def _print(
+    start: str,
+    trained: str,
+    rate: float,
+    seed: int,
+    tokens: int,
+    found: ghostssm.Difference,
+    ghost: float,
+    seconds: float,
+) -> None:
+    print(
+        f"{start:24} {trained:7} rate {rate:<7g} seed {seed} {tokens:>10,} tokens  "
+        f"{found.mean:.4f} ± {found.standard_error:.4f}  {found.mean / ghost:.3f} of GHOST's  {seconds:.0f} s",
+        flush=True,
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--text", default="stdlib", help="to calibrate and train on")
+    parser.add_argument("--evaluate", help="to measure on; the other side of --text if not given")
+    parser.add_argument("--state-size", type=int, default=64)
+    parser.add_argument("--starts", nargs="+", default=["ghost", "output+repair", "output+refit100+repair"])
+    parser.add_argument("--trained", nargs="+", default=["mixers"], choices=["mixers", "small", "all"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--steps", nargs="+", type=int, default=[75, 300, 600])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--hidden-weight", type=float, default=0.0)
+    parser.add_argument("--windows", type=int, default=32, help="to calibrate on")
+    parser.add_argument("--text-windows", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

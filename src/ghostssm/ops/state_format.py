@@ -1,0 +1,248 @@
+"""How a recurrent state is stored between two tokens: its dtype, scales and rounding, as a readable reference.
+
+Arithmetic is float32 throughout; a state is rounded when it is stored. int8, fp8 (e4m3) and int4 have a float32 scale
+for every (head, row of head_dim), the row's largest magnitude after the update over the format's largest number. The
+other formats are plain tensors.
+
+A scaled state is one tensor of bytes, (b, h, head_bytes): of every head the codes, row by row, then the scales, both
+padded to 16 bytes. So a cache reorders, resets and moves it like any other; zeros are a state of zeros. int4 has two
+numbers to a byte: channel k in the lower half, channel k + ceil(n / 2) in the upper.
+
+Shape letters as in `ghostssm.ops.ssd`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghostssm.errors import InputError
+
+_ALIGNMENT = 16
+_LEAST_PEAK = 1e-30
+"""Rows whose largest magnitude is smaller are stored as zeros; the inverse of their scale would overflow."""
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B1
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """A dtype of the state.
+
+    Attributes:
+        kind: number by which compiled loops and kernels know the format.
+        bits: per number. largest: magnitude that a row's largest is scaled to; None without scales.
+        mantissa, bias: of a floating-point format, bits and exponent bias.
+        dtype: torch's, None for int4.
+    """
+
+    name: str
+    kind: int
+    bits: int
+    dtype: torch.dtype | None
+    largest: float | None = None
+    mantissa: int = 0
+    bias: int = 0
+
+    @property
+    def scaled(self) -> bool:
+        return self.largest is not None
+
+    @property
+    def scale_bytes(self) -> int:
+        """Per row."""
+        return 4 if self.scaled else 0
+
+    def row_bytes(self, n: int) -> int:
+        """Of a row's numbers."""
+        return -(-n * self.bits // 8)
+
+    def state_bytes(self, rows: int, n: int) -> int:
+        """Of so many rows of n numbers, scales included and padding left out."""
+        return rows * (self.row_bytes(n) + self.scale_bytes)
+
+    def code_bytes(self, p: int, n: int) -> int:
+        """Of a head's numbers in a stored scaled state, padding included: its scales begin there."""
+        return _padded(p * self.row_bytes(n))
+
+    @classmethod
+    def of(cls, given: str | torch.dtype | StateFormat) -> StateFormat:
+        """By name or torch dtype.
+
+        Raises:
+            InputError: there is no such format.
+        """
+        if isinstance(given, StateFormat):
+            return given
+        for state_format in FORMATS.values():
+            if given == state_format.name or (given is not None and given == state_format.dtype):
+                return state_format
+        raise InputError(f"The state dtype is {given}; expected one of {', '.join(FORMATS)}.")
+
+
+FLOAT32 = StateFormat("float32", 0, 32, torch.float32)
+BFLOAT16 = StateFormat("bfloat16", 1, 16, torch.bfloat16, mantissa=7, bias=127)
+FLOAT16 = StateFormat("float16", 2, 16, torch.float16, mantissa=10, bias=15)
+INT8 = StateFormat("int8", 3, 8, torch.int8, largest=127.0)
+FP8 = StateFormat("fp8", 4, 8, torch.float8_e4m3fn, largest=448.0, mantissa=3, bias=7)
+INT4 = StateFormat("int4", 5, 4, None, largest=7.0)
+FORMATS = {each.name: each for each in (FLOAT32, BFLOAT16, FLOAT16, INT8, FP8, INT4)}
+
+
+@dataclass(frozen=True)
+class StateStorage:
+    """How a model stores its states: the format, and how it rounds.
+
+    Attributes:
+        stochastic: to one of the two neighbours, each as likely as it is near, so that the mean is the number itself;
+            else to the nearest, ties to even.
+        seed: of the random numbers, each of which depends on seed, layer, sequence, token, head, row and column only.
+        layer: of the model. sequence: number of a batch's first sequence. token: how many tokens came before.
+    """
+
+    format: StateFormat = FLOAT32
+    stochastic: bool = False
+    seed: int = 0
+    layer: int = 0
+    sequence: int = 0
+    token: int = 0
+
+    @classmethod
+    def of(cls, dtype: str | torch.dtype | StateFormat, rounding: str = "nearest", seed: int = 0) -> StateStorage:
+        """As users say it.
+
+        Raises:
+            InputError: an unknown dtype or rounding, or stochastic rounding of float32.
+        """
+        if rounding not in ("nearest", "stochastic"):
+            raise InputError(f"The state rounding is {rounding!r}; expected nearest or stochastic.")
+        found = StateFormat.of(dtype)
+        if rounding == "stochastic" and found is FLOAT32:
+            raise InputError(
+                "A float32 state is not rounded; expected a narrower state dtype with stochastic rounding."
+            )
+        return cls(found, rounding == "stochastic", seed)
+
+    @property
+    def rounds(self) -> bool:
+        return self.format is not FLOAT32
+
+    @property
+    def key(self) -> int:
+        """Of seed and layer, 32 bits."""
+        low, high = self.seed & _WORD, self.seed >> 32 & _WORD
+        return _mix_word(_mix_word(_mix_word(low) + high) + self.layer)
+
+    def at(self, layer: int, token: int) -> StateStorage:
+        return replace(self, layer=layer, token=token)
+
+
+FLOAT32_STORAGE = StateStorage()
+"""The state as it is computed."""
+
+
+def quantise(state: Tensor, storage: StateStorage) -> Tensor:
+    """A state as it is stored.
+
+    Args:
+        state: (b, h, p, n), float32, after the token ``storage.token``.
+
+    Returns:
+        (b, h, head_bytes) uint8 if the format is scaled, else (b, h, p, n) in the format's dtype. Numbers beyond
+        float16's largest are stored as that.
+    """
+    state, form = state.float(), storage.format
+    if not storage.rounds:
+        return state.contiguous()
+    if form.largest is None:
+        assert form.dtype is not None
+        bound = torch.finfo(form.dtype).max
+        return _to_minifloat(state.clamp(-bound, bound), storage).contiguous()
+    peak = state.abs().amax(-1, keepdim=True)
+    used = peak >= _LEAST_PEAK
+    inverse = torch.where(used, form.largest / peak, 0.0)
+    scales = torch.where(used, peak, 0.0) * torch.tensor(1 / form.largest, dtype=torch.float32)
+    scaled = state * inverse
+    if form is FP8:
+        codes = _to_minifloat(scaled, storage).view(torch.uint8)
+    else:
+        noise = _uniform(storage, state) - 0.5 if storage.stochastic else 0.0
+        codes = (scaled + noise).clamp(-form.largest, form.largest).round().to(torch.int8).view(torch.uint8)
+        if form is INT4:
+            half = -(-codes.shape[-1] // 2)
+            upper = F.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
+            codes = (codes[..., :half] & 15) | (upper << 4)
+    return torch.cat([_flat_bytes(codes), _flat_bytes(scales.view(torch.uint8))], dim=-1)
+
+
+def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
+    """A stored state's numbers, (b, h, p, n), float32."""
+    if form.largest is None:
+        return stored.float()
+    width = form.row_bytes(n)
+    codes = stored[..., : p * width].unflatten(-1, (p, width))
+    begin = form.code_bytes(p, n)
+    scales = stored[..., begin : begin + 4 * p].contiguous().view(torch.float32)
+    if form is FP8:
+        numbers = codes.contiguous().view(torch.float8_e4m3fn).float()
+    elif form is INT8:
+        numbers = codes.contiguous().view(torch.int8).float()
+    else:
+        halves = torch.cat([codes << 4, codes & 0xF0], dim=-1)[..., :n]
+        numbers = halves.contiguous().view(torch.int8).float() / 16
+    restored: Tensor = numbers * scales[..., None]
+    return restored
+
+
+def _to_minifloat(values: Tensor, storage: StateStorage) -> Tensor:
+    """Floats in the format's dtype; none is beyond its largest number by more than rounding."""
+    form = storage.format
+    assert form.dtype is not None
+    if storage.stochastic:
+        exponent = torch.frexp(values).exponent - 1
+        step = torch.exp2((exponent.clamp_min(1 - form.bias) - form.mantissa).double())
+        noise = _words(storage, values) >> (9 + form.mantissa)
+        noise = noise / 2.0 ** (23 - form.mantissa)
+        below = torch.floor(values.double().abs() / step + noise) * step
+        values = torch.copysign(below.clamp_max(torch.finfo(form.dtype).max), values).float()
+    return values.to(form.dtype)
+
+
+def _uniform(storage: StateStorage, like: Tensor) -> Tensor:
+    """In [0, 1), float32, 24 bits each."""
+    return (_words(storage, like) >> 8).float() / (1 << 24)
+
+
+def _words(storage: StateStorage, like: Tensor) -> Tensor:
+    """A random word of 32 bits for every number of a state (b, h, p, n), int64."""
+    b, h, p, n = like.shape
+    sequence = torch.arange(storage.sequence, storage.sequence + b, device=like.device)[:, None, None, None]
+    rows = torch.arange(h * p, device=like.device).view(h, p, 1)
+    columns = torch.arange(n, device=like.device) * _GOLDEN & _WORD
+    word = _mix(_mix(_mix(storage.key + sequence) + storage.token) + rows)
+    return _mix(word ^ columns)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every bit depends on all (C. Wellons, "hash prospector", lowbias32)."""
+    word = word & _WORD
+    word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
+    word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
+    return word ^ (word >> 16)
+
+
+def _mix_word(word: int) -> int:
+    return int(_mix(torch.tensor(word)))
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def _flat_bytes(rows: Tensor) -> Tensor:
+    """(b, h, p, bytes) to (b, h, bytes), padded."""
+    flat = rows.flatten(-2)
+    return F.pad(flat, (0, _padded(flat.shape[-1]) - flat.shape[-1]))

@@ -1,0 +1,99 @@
+"""The recurrence over a state that is stored rounded: after every token, or once after a prompt.
+
+A decode step is a scan of one token. Shape letters as in `ghostssm.ops.ssd`, formats as in `ghostssm.ops.state_format`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostssm.ops import compiled
+from ghostssm.ops.ssd import ssd, ssd_step
+from ghostssm.ops.state_format import StateStorage, dequantise, quantise
+
+
+def stored_scan_reference(
+    stored: Tensor, storage: StateStorage, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition: arguments as `stored_scan_` has them; y and the stored state after the last token."""
+    outputs = []
+    for t in range(x.shape[1]):
+        state = dequantise(stored, storage.format, x.shape[3], B.shape[3]).to(x.dtype)
+        y, state = ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        stored = quantise(state, replace(storage, token=storage.token + t))
+        outputs.append(y)
+    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x), stored
+
+
+def stored_scan_(
+    stored: Tensor, storage: StateStorage, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> Tensor:
+    """Token by token, in place; every token's y is of the state before it is rounded.
+
+    Args:
+        stored: as `ghostssm.ops.state_format.quantise` gives it, contiguous; updated.
+        storage: ``token`` is how many tokens the sequences had before.
+        x: (b, l, h, p). dt: (b, l, h), after softplus. A: (h,), negative. B, C: (b, l, g, n). D: (h,). All float32.
+
+    Returns:
+        y: (b, l, h, p), float32.
+    """
+    if not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
+        y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
+        stored.copy_(after)
+        return y
+    form, heads = storage.format, stored.flatten(2)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    unused = torch.zeros(1, 1, 1).expand(*heads.shape[:2], 1)
+    codes = heads.view(torch.int8)
+    halves = unused.to(torch.int16) if form.scaled else heads.view(torch.int16)
+    scales = heads.view(torch.float32) if form.scaled else unused
+    compiled.rounding_kernels.stored_scan(
+        *compiled.arrays(codes, halves, scales),
+        form.row_bytes(B.shape[3]),
+        form.code_bytes(x.shape[3], B.shape[3]) // 4,
+        form.kind,
+        np.float32(form.largest or 0),
+        storage.stochastic,
+        storage.key,
+        storage.sequence,
+        storage.token,
+        *compiled.arrays(x, dt, A, B, C, D, y),
+    )
+    return y
+
+
+def ssd_stored(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    stored: Tensor | None,
+    storage: StateStorage,
+    *,
+    every_token: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over whole sequences, from a stored state, which is left as it was, or None for zeros.
+
+    Args:
+        every_token: round the state after every token, else after the last, as engines prefill a prompt.
+
+    Returns:
+        y (b, l, h, p) and the stored state.
+    """
+    b, length, h, p = x.shape
+    n = B.shape[3]
+    if every_token and storage.rounds:
+        if stored is None:
+            stored = quantise(x.new_zeros(b, h, p, n), storage)
+        stored = stored.clone(memory_format=torch.contiguous_format)
+        return stored_scan_(stored, storage, x, dt, A, B, C, D), stored
+    state = None if stored is None else dequantise(stored, storage.format, p, n)
+    y, final = ssd(x, dt, A, B, C, D, state)
+    return y, quantise(final, replace(storage, token=storage.token + max(0, length - 1)))

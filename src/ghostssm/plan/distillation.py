@@ -1,0 +1,128 @@
+"""What a distillation did: which text, how much of it, and how the loss went; part of a plan and of a manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.units import plus_minus
+
+Trained = Literal["mixers", "small", "all"]
+"""Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
+
+
+MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
+"""`Trained` in words."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A look at the held-out windows.
+
+    Attributes:
+        step: of the student, 0 before the first. tokens: trained on so far.
+        divergence: KL of the teacher's next-token distribution to the student's, nats per token.
+        excess: of the student's loss over the teacher's, paired by windows.
+    """
+
+    step: int
+    tokens: int
+    divergence: float
+    excess: Difference
+
+    @property
+    def excess_text(self) -> str:
+        return plus_minus(self.excess.mean, self.excess.standard_error)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A training of the whole pruned model on its teacher's next-token distributions.
+
+    Attributes:
+        teacher: its published name; None for the dense model that the recipe began with.
+        text: what it was trained on. text_sha256: of the text, if it was held as a whole; tokens_sha256: of the batches
+            in their order.
+        text_sha256: of the text, if it was held as a whole.
+        tokens_sha256: of the batches in their order.
+        steps: taken.
+        tokens: trained on, in all steps.
+        kept_step: whose parameters were kept.
+        seed: as it was asked for.
+        learning_rate: as it was asked for.
+        trained: which parameters moved.
+        held_out_windows: set apart from the text.
+        curve: on these windows, from before the first step on.
+        ended: why there were no more steps.
+        overlap: of the pieces of 32 tokens of these other texts, the share that was trained on; None if there are none.
+        before: losses on other texts, of the student as it came.
+        after: the same, of the student as it went.
+    """
+
+    teacher: str | None
+    text: str
+    text_sha256: str | None
+    tokens_sha256: str
+    steps: int
+    tokens: int
+    kept_step: int
+    seed: int
+    learning_rate: float
+    trained: Trained
+    held_out_windows: int
+    curve: Sequence[Point]
+    ended: str
+    overlap: float | None = None
+    before: Sequence[Measurement] = field(default=())
+    after: Sequence[Measurement] = field(default=())
+
+    @property
+    def best(self) -> Point:
+        """The point whose parameters were kept."""
+        return next(point for point in self.curve if point.step == self.kept_step)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        measured = {name: [each.as_json() for each in getattr(self, name)] for name in ("before", "after")}
+        return asdict(self) | {"curve": [_point_as_json(point) for point in self.curve]} | measured
+
+    @classmethod
+    def from_json(cls, document: Any) -> Distillation | None:
+        """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
+        try:
+            values = {name: document[name] for name in cls.__dataclass_fields__}
+            curve = tuple(_point_from_json(point) for point in values["curve"])
+            measured = {
+                name: tuple(each for found in values[name] if (each := Measurement.from_json(found)) is not None)
+                for name in ("before", "after")
+            }
+            found = cls(**values | {"curve": curve} | measured)
+            return found if found.best.step == found.kept_step and type(found.tokens) is int else None
+        except (KeyError, TypeError, ValueError, StopIteration):
+            return None
+
+
+def distillations_from_json(document: Any) -> tuple[Distillation, ...]:
+    """Those of a list, without what is none."""
+    found = map(Distillation.from_json, document if isinstance(document, list) else ())
+    return tuple(each for each in found if each is not None)
+
+
+def _point_as_json(point: Point) -> dict[str, Any]:
+    error = point.excess.standard_error
+    return {
+        "step": point.step,
+        "tokens": point.tokens,
+        "divergence": point.divergence,
+        "excess_loss": point.excess.mean,
+        "standard_error": None if math.isnan(error) else error,
+    }
+
+
+def _point_from_json(found: Any) -> Point:
+    error = found["standard_error"]
+    excess = Difference(float(found["excess_loss"]), math.nan if error is None else float(error))
+    return Point(int(found["step"]), int(found["tokens"]), float(found["divergence"]), excess)

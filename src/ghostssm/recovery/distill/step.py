@@ -1,0 +1,36 @@
+"""Distillation as a recovery step, ``+distill300``: on the calibration windows."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedModel
+
+from ghostssm.plan.distillation import Distillation
+from ghostssm.plan.surgery import change_parameters
+from ghostssm.progress import Progress
+from ghostssm.recovery.base import ModelStep, register_step
+from ghostssm.recovery.distill.batches import Batches, HeldWindows
+from ghostssm.recovery.distill.training import DEFAULT_STEPS, Listener, Settings, distill
+from ghostssm.text.windows import Windows
+
+TOKENS_PER_STEP = 4096
+
+
+def _distill(
+    pruned: PreTrainedModel, dense: PreTrainedModel, windows: Windows, amount: int, seed: int, progress: Progress
+) -> Distillation:
+    batch = max(1, min(TOKENS_PER_STEP // windows.length, len(windows) - max(1, len(windows) // 8)))
+    batches = Batches(HeldWindows(windows), batch, seed)
+    student, teacher = (
+        copy.deepcopy(pruned).float(),
+        dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float(),
+    )
+    found = distill(student, teacher, batches, Settings(amount, batch, seed=seed), listener=Listener(progress))
+    change_parameters(pruned, found.changes)
+    return found.record
+
+
+register_step(
+    ModelStep("distill", "gradient descent on the whole model towards the dense one, N steps", _distill, DEFAULT_STEPS)
+)

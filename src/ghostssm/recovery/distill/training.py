@@ -1,0 +1,335 @@
+"""The training of a student: Adam with warmup and cosine, judged on held-out windows, kept so that it can go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ghostssm.calibration.processes import Processes
+from ghostssm.errors import InputError
+from ghostssm.plan.distillation import Distillation, Point, Trained
+from ghostssm.plan.measurement import Difference
+from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.recovery.distill.batches import Batches
+from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
+from ghostssm.units import duration_text, plus_minus, text_name
+
+DEFAULT_STEPS = 300
+LEARNING_RATE = 5e-4
+"""With batches of some thousand tokens. The built-in model got worse at 1e-3 before it got better, in 40 steps of 1024
+tokens never better; at 3e-4 it got better at once."""
+_BETAS = (0.9, 0.95)
+_MOST_NORM = 1.0
+"""Of the gradient; longer ones are cut."""
+_WARMUP_SHARE = 0.1
+_CHECKS = 20
+"""Looks at the held-out windows, evenly over the steps."""
+_PATIENCE = 8
+"""Looks without a gain, after which there are no more steps."""
+ALL_STEPS = "all steps were taken"
+_DIVERGED = 3.0
+"""A divergence on the held-out windows of so many times the first one ends the training."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a student is trained.
+
+    Attributes:
+        steps: of Adam. batch: windows per step, over all processes and accumulated parts.
+        learning_rate: the largest, after the warmup. trained: which parameters move.
+        hidden_weight: of the relative squared error of the hidden states after every block, beside the divergence.
+        accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
+        checkpointing: hold the inputs of blocks only, and compute their insides twice.
+        bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
+    """
+
+    steps: int = DEFAULT_STEPS
+    batch: int = 8
+    learning_rate: float = LEARNING_RATE
+    trained: Trained = "mixers"
+    hidden_weight: float = 0.0
+    accumulate: int = 1
+    checkpointing: bool = False
+    bfloat16: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        for name, value, fits in (
+            ("learning rate", self.learning_rate, 0 < self.learning_rate < math.inf),
+            ("hidden weight", self.hidden_weight, 0 <= self.hidden_weight < math.inf),
+        ):
+            if not fits:
+                raise InputError(f"The {name} is {value}; expected a positive number.")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first being 1: up in a line, down along half a cosine."""
+        warmup = max(1, round(_WARMUP_SHARE * self.steps))
+        if step <= warmup:
+            return self.learning_rate * step / warmup
+        return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))) / 2
+
+
+@dataclass
+class Listener:
+    """Who hears of a training.
+
+    Attributes:
+        progress, notify: as everywhere. log: gets numbers by name, and the step.
+    """
+
+    progress: Progress = silent
+    notify: Notify = unheard
+    log: Callable[[dict[str, float], int], None] = field(default=lambda numbers, step: None)
+
+
+class Keeper(Protocol):
+    """Where the state of a training survives the process."""
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What was written last: JSON values and tensors; None if nothing was."""
+        ...
+
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        ...
+
+    def write(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep a state, in place of the one before."""
+        ...
+
+
+class Training:
+    """A student in training.
+
+    Attributes:
+        step: that was taken last. curve: what the held-out windows said. ended: why there are no more steps, if so.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        batches: Batches,
+        settings: Settings,
+        parameters: Mapping[str, nn.Parameter],
+        processes: Processes,
+    ):
+        """
+        Args:
+            parameters: those that move, by full name.
+        """
+        self.student, self.teacher, self.batches, self.settings = student, teacher, batches, settings
+        self.parameters, self.processes = parameters, processes
+        self.optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate, betas=_BETAS)
+        self.step, self.curve, self.ended = 0, list[Point](), ""
+        self.best = self._copy()
+        self._lessons: list[tuple[Tensor, Lesson]] = []
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far."""
+        return self.step * self.settings.batch * self.batches.held_out.shape[1]
+
+    @property
+    def kept(self) -> Point:
+        """The look at the parameters that are kept."""
+        return min(self.curve, key=lambda point: point.divergence if math.isfinite(point.divergence) else math.inf)
+
+    def take_step(self) -> float:
+        """One step of Adam on the next batch; gives its loss. Where that is not finite, nothing moves."""
+        settings, processes = self.settings, self.processes
+        self.optimizer.param_groups[0]["lr"] = settings.rate_at(self.step + 1)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in self.batches.take().tensor_split(settings.accumulate):
+            own = part[processes.rank :: processes.size].to(self.student.model.device)
+            loss = self.student(own, self.teacher(own)) / settings.accumulate
+            loss.backward()
+            total += loss.detach().double().cpu() / processes.size
+        processes.add(total)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), _MOST_NORM))
+        found = total.item() if norm.isfinite() else math.nan
+        if math.isfinite(found):
+            self.optimizer.step()
+            self.step += 1
+        else:
+            self.ended = f"the loss of step {self.step + 1} was not finite"
+        self.optimizer.zero_grad()
+        return found
+
+    def look(self) -> Point:
+        """Measure on the held-out windows; the parameters are kept if they do best so far."""
+        losses = self._held_out_losses()
+        excess = losses[1] - losses[2]
+        error = excess.std().item() / math.sqrt(len(excess)) if len(excess) > 1 else math.nan
+        point = Point(self.step, self.tokens, losses[0].mean().item(), Difference(excess.mean().item(), error))
+        self.curve.append(point)
+        if self.kept is point:
+            self.best = self._copy()
+        self.ended = self._end()
+        return point
+
+    def _end(self) -> str:
+        """Why there are no more steps; empty if there are."""
+        first, now, earlier = self.curve[0], self.curve[-1], self.curve[:-_PATIENCE]
+        if not now.divergence <= _DIVERGED * first.divergence:
+            return f"it diverged, from {first.divergence:.4g} to {now.divergence:.4g} on the held-out windows"
+        if self.step == self.settings.steps:
+            return ALL_STEPS
+        # Not against the best of all: a high rate may first make it worse, and better than ever in the end.
+        if earlier and all(earlier[-1].divergence <= point.divergence for point in self.curve[-_PATIENCE:]):
+            return f"no gain on the held-out windows since step {earlier[-1].step}"
+        return ""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that decides how the training goes on: JSON values, and whole tensors. Every process calls it."""
+        tensors = dict[str, Tensor]()
+        for name, value in self.parameters.items():
+            parts = {"now": value, "best": self.best[name], **self.optimizer.state.get(value, {})}
+            tensors |= {f"{part}:{name}": whole(tensor) for part, tensor in parts.items()}
+        curve = [asdict(point) for point in self.curve]
+        return {"step": self.step, "batches": self.batches.state(), "curve": curve, "ended": self.ended}, tensors
+
+    @torch.no_grad()
+    def restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.step, self.ended = facts["step"], facts["ended"]
+        self.curve = [Point(**point | {"excess": Difference(**point["excess"])}) for point in facts["curve"]]
+        self.batches.restore(facts["batches"])
+        for name, value in self.parameters.items():
+            value.copy_(placed_like(value, tensors[f"now:{name}"]))
+            self.best[name] = placed_like(value, tensors[f"best:{name}"])
+            if self.step:
+                moments = {part: placed_like(value, tensors[f"{part}:{name}"]) for part in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def _held_out_losses(self) -> Tensor:
+        """Divergence, the student's and the teacher's loss: (3, held-out windows), float64, nats per token."""
+        processes, count = self.processes, len(self.batches.held_out)
+        if not self._lessons:
+            # Shares of equal size, so that all processes make the same calls: some windows are computed twice.
+            shared = torch.arange(-(-count // processes.size) * processes.size) % count
+            own = self.batches.held_out[shared[processes.rank :: processes.size]].to(self.student.model.device)
+            per_part = max(1, self.settings.batch // (self.settings.accumulate * processes.size))
+            self._lessons = [(ids, self.teacher(ids)) for ids in own.split(per_part)]
+        found = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
+        shares = processes.gather([torch.cat(found, dim=1)])
+        return torch.stack(shares, dim=-1).flatten(1)[:, :count]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What became of a student.
+
+    Attributes:
+        changes: new values of its parameters by full name, float32, on the CPU. record: how they came about.
+    """
+
+    changes: Mapping[str, Tensor]
+    record: Distillation
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Batches,
+    settings: Settings,
+    *,
+    teacher_name: str | None = None,
+    processes: Processes | None = None,
+    listener: Listener | None = None,
+    keeper: Keeper | None = None,
+) -> Distilled:
+    """Train a pruned model on the next-token distributions of the dense one.
+
+    The parameters that do best on the held-out windows are given back, which may be those that it came with; so they
+    never do worse there.
+
+    Args:
+        student: in float32; it is used up: what it holds afterwards is of no use.
+        teacher: stays as it is.
+        keeper: holds the state of a training that is to go on, and is given states to hold.
+
+    Raises:
+        InputError: a batch that can't be divided among the processes, or numbers out of range.
+    """
+    processes, listener = processes or Processes(), listener or Listener()
+    if settings.batch % (processes.size * settings.accumulate):
+        raise InputError(
+            f"A batch of {settings.batch} windows can't be divided into {settings.accumulate} parts for "
+            f"{processes.size} processes; expected a multiple of {processes.size * settings.accumulate}."
+        )
+    own, dense = Student(student, settings.hidden_weight), Teacher(teacher, student.device, settings.hidden_weight > 0)
+    choose_trained(student, settings.trained)
+    with prepared(own, dense, processes, settings.checkpointing, settings.bfloat16):
+        parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+        training = Training(own, dense, batches, settings, parameters, processes)
+        if keeper is not None and (found := keeper.read()) is not None:
+            training.restore(*found)
+        _run(training, listener, keeper)
+        changes = {name: whole(value) for name, value in training.best.items()}
+    record = Distillation(
+        teacher=teacher_name,
+        text=text_name(batches.source.name),
+        text_sha256=batches.source.text_sha256,
+        tokens_sha256=batches.tokens_sha256,
+        steps=training.step,
+        tokens=training.tokens,
+        kept_step=training.kept.step,
+        seed=settings.seed,
+        learning_rate=settings.learning_rate,
+        trained=settings.trained,
+        held_out_windows=len(batches.held_out),
+        curve=tuple(training.curve),
+        ended=training.ended,
+        overlap=batches.overlap.share,
+    )
+    return Distilled(changes, record)
+
+
+def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
+    steps, between = training.settings.steps, max(1, training.settings.steps // _CHECKS)
+    begun, first = time.monotonic(), training.step
+    listener.progress("distillation", training.step, steps)
+    if not training.curve:
+        _tell(training, training.look(), listener, math.nan, 0.0)
+    while not training.ended:
+        loss = training.take_step()
+        listener.progress("distillation", training.step, steps)
+        if not training.ended and (training.step % between == 0 or training.step == steps):
+            speed = (time.monotonic() - begun) / (training.step - first)
+            _tell(training, training.look(), listener, loss, speed)
+        if keeper is not None and training.processes.from_first(keeper.is_due):
+            keeper.write(*training.state())
+    if training.ended != ALL_STEPS:
+        listener.notify(f"stopped after {training.step} of {steps} steps: {training.ended}")
+
+
+def _tell(training: Training, point: Point, listener: Listener, loss: float, seconds_per_step: float) -> None:
+    """Say how the training goes."""
+    numbers = {"held_out_divergence": point.divergence, "held_out_excess_loss": point.excess.mean}
+    told = f"excess loss {plus_minus(point.excess.mean, point.excess.standard_error)} on held-out windows"
+    if point.step:
+        settings = training.settings
+        speed = settings.batch * training.batches.held_out.shape[1] / seconds_per_step
+        left = duration_text((settings.steps - point.step) * seconds_per_step)
+        numbers |= {"loss": loss, "learning_rate": settings.rate_at(point.step), "tokens_per_second": speed}
+        told = f"loss {loss:.4f}, {told}, {speed:,.0f} tokens/s, {left} left"
+    listener.log(numbers, point.step)
+    listener.notify(f"step {point.step}/{training.settings.steps}: {told}")

@@ -1,0 +1,225 @@
+"""What can be asked of a distillation, and every check that needs no weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ghostssm.checkpoint.description import Description, describe
+from ghostssm.errors import InputError
+from ghostssm.plan.distillation import Distillation, Trained
+from ghostssm.pruning.run import DEFAULT_SEED
+from ghostssm.recovery.distill.training import DEFAULT_STEPS, LEARNING_RATE, Settings
+from ghostssm.text.sources import text_title
+from ghostssm.units import bytes_text, text_name
+
+_NOT_IN_RESULT = frozenset(
+    {"output", "device", "teacher_device", "save_minutes", "resume", "overwrite", "log_to", "checkpointing"}
+)
+_TRIED_TEXT = "The state's 3rd channel — déjà vu?\n\tif x[i] != 0x1F: return None  # 12,345.6\n" * 2
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """Everything that can be asked of a distillation; the only list of its options.
+
+    Attributes:
+        student: a pruned checkpoint, by ghostssm or by others.
+        teacher: the model that it was pruned from.
+        text: to train on: a file, a folder, ``stdlib``, ``wikitext2``, or ORG/NAME of a dataset on the hub.
+        output: the folder to write.
+        steps: of Adam.
+        batch: windows per step, over all processes and accumulated parts.
+        window_length: tokens per window.
+        learning_rate: the largest, after the warmup.
+        trained: which parameters move: those of the ``mixers``, all that are no large matrix (``small``), or ``all``.
+        hidden_weight: of the relative squared error of the hidden states after every block, beside the divergence.
+        accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
+        checkpointing: hold the inputs of blocks only, and compute their insides twice.
+        bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
+        seed: of the order of the windows.
+        evaluate: texts to measure the loss on, of the teacher, and of the student before and after. The first one's
+            goes into the model card.
+        text_windows: windows of each of these texts; all if not given.
+        tokenizer: folder or hub id of the tokenizer, if the student has none.
+        device: where to compute, such as ``cpu`` or ``cuda``.
+        teacher_device: where the teacher computes; as the student if not given.
+        save_minutes: between two states that are kept in OUTPUT.run.
+        resume: go on with the run whose state OUTPUT.run holds.
+        overwrite: replace an output that is not empty.
+        log_to: ``tensorboard`` or ``wandb``.
+    """
+
+    student: str
+    teacher: str
+    text: str
+    output: str
+    steps: int = DEFAULT_STEPS
+    batch: int = 8
+    window_length: int = 512
+    learning_rate: float = LEARNING_RATE
+    trained: Trained = "mixers"
+    hidden_weight: float = 0.0
+    accumulate: int = 1
+    checkpointing: bool = False
+    bfloat16: bool = False
+    seed: int = DEFAULT_SEED
+    evaluate: tuple[str, ...] = ()
+    text_windows: int | None = None
+    tokenizer: str | None = None
+    device: str = "cpu"
+    teacher_device: str | None = None
+    save_minutes: float = 10.0
+    resume: bool = False
+    overwrite: bool = False
+    log_to: Literal["tensorboard", "wandb"] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
+
+    def as_json(self) -> dict[str, Any]:
+        """What decides the result, as JSON values: names of texts and models, not where they lay on a disk."""
+        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RESULT}
+        names = {name: text_name(values[name]) for name in ("student", "teacher", "text", "tokenizer") if values[name]}
+        return values | names | {"evaluate": [text_name(text) for text in self.evaluate]}
+
+
+@dataclass(frozen=True)
+class DistillOutcome:
+    """What became of a request.
+
+    Attributes:
+        written: the checkpoint's folder.
+        distillation: what was done, and what it gave.
+    """
+
+    written: Path
+    distillation: Distillation
+
+
+def checked(request: DistillRequest) -> tuple[Description, Description]:
+    """Check a request before anything is loaded; describes student and teacher.
+
+    Raises:
+        InputError: a fault of the request, or of what it names; says what was found and what was expected.
+    """
+    _ = request.settings  # refuses numbers out of range
+    if request.save_minutes < 0 or request.window_length < 2:
+        raise InputError(
+            f"save-minutes is {request.save_minutes:g} and window-length {request.window_length}; expected at least "
+            "0 and 2."
+        )
+    titles = {text_title(text, "evaluation") for text in request.evaluate}
+    if (title := text_title(request.text, "calibration")) in titles:
+        raise InputError(f"{title} is to be trained on and to be measured on; name other text with --evaluate.")
+    if request.teacher_device is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("Several processes shard the teacher as they do the student; leave out --teacher-device.")
+    if request.log_to is not None:
+        _check_tracker(request.log_to)
+    student, teacher = describe(request.student), describe(request.teacher)
+    _check_pair(student, teacher)
+    return student, teacher
+
+
+def _check_tracker(name: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in ("accelerate", name) if find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"--log-to {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave out --log-to."
+        )
+
+
+def _check_pair(student: Description, teacher: Description) -> None:
+    """Raise InputError, with all differences, unless a student can have been pruned from a teacher."""
+
+    def family(described: Description) -> str:
+        return described.family.removeprefix("ghost_")
+
+    pairs = {
+        "family": (family(student), family(teacher)),
+        "vocabulary": (student.vocab_size, teacher.vocab_size),
+        "layers": (student.layers, teacher.layers),
+        "hidden size": (student.layout.hidden_size, teacher.layout.hidden_size),
+        "heads": (student.layout.num_heads, teacher.layout.num_heads),
+    }
+    differ = [f"{what} {own!r} and {other!r}" for what, (own, other) in pairs.items() if own != other]
+    if differ:
+        raise InputError(
+            f"The student {student.name} and the teacher {teacher.name} don't fit: {', '.join(differ)}; expected the "
+            "model that the student was pruned from."
+        )
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:
+    """Raise InputError if two tokenizers cut a text into other tokens."""
+    if teacher is not None and (
+        student.get_vocab() != teacher.get_vocab()
+        or student(_TRIED_TEXT)["input_ids"] != teacher(_TRIED_TEXT)["input_ids"]
+    ):
+        raise InputError(
+            "Student and teacher have tokenizers that differ, so that they would read other text; expected the model "
+            "that the student was pruned from, or its tokenizer, --tokenizer."
+        )
+
+
+def check_room(request: DistillRequest, student: Description, teacher: Description, processes: int) -> None:
+    """Raise InputError, with what lowers it, unless the device has room for weights, gradients and Adam's moments.
+
+    What the activations take comes on top, and shows in the first step.
+    """
+    device = torch.device(request.device)
+    free = _free_bytes(device)
+    if free is None:
+        return
+    needed = {kind: _needed_bytes(request, student, teacher, kind) for kind in ("all", "mixers", "small")}
+    if device.type != "cpu":
+        needed = {kind: count // processes for kind, count in needed.items()}
+    if needed[request.trained] <= free:
+        return
+    ways = [
+        f"--train {kind} ({bytes_text(count)})" for kind, count in needed.items() if count < needed[request.trained]
+    ]
+    ways += ["--bfloat16 (the teacher in half the memory)"] * (not request.bfloat16)
+    ways += ["--teacher-device"] * (request.teacher_device is None) + ["more processes on more GPUs (torchrun)"]
+    raise InputError(
+        f"Weights, gradients, Adam's moments and the teacher take {bytes_text(needed[request.trained])}, and "
+        f"{device} has {bytes_text(free)} free. What lowers it: {', '.join(ways)}."
+    )
+
+
+def _needed_bytes(request: DistillRequest, student: Description, teacher: Description, trained: Trained) -> int:
+    """Float32 weights; of those that move gradients, two moments and the best so far; and the teacher."""
+    moving = parameters_that_move(student, trained)
+    same = request.teacher_device in (None, request.device)
+    return 4 * student.parameters + 16 * moving + (2 if request.bfloat16 else 4) * teacher.parameters * same
+
+
+def parameters_that_move(student: Description, trained: Trained) -> int:
+    """How many parameters are trained."""
+    from ghostssm.checkpoint.loading import empty_model
+    from ghostssm.recovery.distill.pair import choose_trained
+
+    model = empty_model(student.config)
+    choose_trained(model, trained)
+    return sum(value.numel() for value in model.parameters() if value.requires_grad)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Of memory that can be had; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(found["MemAvailable"].split()[0]) if "MemAvailable" in found else None

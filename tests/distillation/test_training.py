@@ -1,0 +1,235 @@
+"""What a training does to a student: it gets better, is never worse, and ends where it should."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import ghostssm
+from ghostssm.errors import InputError
+from ghostssm.plan.distillation import Distillation
+from ghostssm.plan.surgery import apply_plan, pruned
+from ghostssm.recovery.distill import training as training_module
+from ghostssm.recovery.distill.batches import Batches, HeldWindows
+from ghostssm.recovery.distill.pair import choose_trained
+from ghostssm.recovery.distill.training import Distilled, Listener, Settings, distill
+from tests.conftest import random_windows, tiny_model
+
+WINDOWS = random_windows(240, 20)
+QUICK = Settings(steps=12, batch=4, learning_rate=1e-2)
+
+
+def student_of(model: Any, size: int = 4) -> Any:
+    plan = ghostssm.Calibration(model, random_windows(2, 20, seed=5)).plan("random", size)
+    return apply_plan(copy.deepcopy(model), plan)
+
+
+def distilled(settings: Settings = QUICK, **more: Any) -> Distilled:
+    teacher = tiny_model()
+    return distill(student_of(teacher), teacher, Batches(HeldWindows(WINDOWS), 4, settings.seed), settings, **more)
+
+
+def _divergence(student: Any, teacher: Any, ids: Tensor) -> float:
+    """In float64, by PyTorch, through transformers' own forward pass."""
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits[:, :-1].double().flatten(0, 1) for model in (student, teacher)]
+    student_log, teacher_log = (F.log_softmax(each, -1) for each in logits)
+    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True).item()
+
+
+def test_it_learns() -> None:
+    """And what it says of the held-out windows is so."""
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    batches = Batches(HeldWindows(WINDOWS), 4, 1)
+    student = student_of(teacher)
+    first = _divergence(student, teacher, batches.held_out)
+    fresh = student_of(teacher)
+    found = distill(student, teacher, batches, Settings(steps=60, batch=4, learning_rate=1e-2))
+    fresh.load_state_dict(dict(found.changes), strict=False)
+    last = _divergence(fresh, teacher, batches.held_out)
+    assert last < 0.96 * first
+    record = found.record
+    assert record.curve[0].divergence == pytest.approx(first, rel=1e-4)
+    assert record.best.divergence == pytest.approx(last, rel=1e-4)
+    assert (record.steps, record.tokens, record.ended) == (60, 60 * 4 * 20, "all steps were taken")
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_the_first_gradient_is_autograds() -> None:
+    """Through our forward pass and loss, against transformers' forward pass and PyTorch's loss on full logits."""
+    teacher = tiny_model()
+    student, reference = student_of(teacher), student_of(teacher)
+    moved = {name: value.detach().clone() for name, value in student.named_parameters() if ".mixer." in name}
+    batches = Batches(HeldWindows(WINDOWS), 4, 42)
+    ids = Batches(HeldWindows(WINDOWS), 4, 42).take()
+    seen: dict[str, Tensor] = {}
+
+    def keep(model: torch.optim.Adam, *_: Any) -> None:
+        names = [name for name, _ in student.named_parameters() if name in moved]
+        seen.update(
+            {name: value.grad.clone() for name, value in zip(names, model.param_groups[0]["params"], strict=True)}
+        )
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        distill(student, teacher, batches, Settings(steps=1, batch=4))
+    finally:
+        handle.remove()
+    log_student, log_teacher = (
+        F.log_softmax(model(input_ids=ids).logits.flatten(0, 1), -1) for model in (reference, teacher)
+    )
+    F.kl_div(log_student, log_teacher.detach(), reduction="batchmean", log_target=True).backward()
+    own = {name: value.grad for name, value in reference.named_parameters() if name in moved}
+    norm = torch.stack([grad.norm() for grad in own.values()]).norm()
+    scale = min(1.0, 1.0 / norm.item())
+    assert seen.keys() == own.keys()
+    for name, grad in seen.items():
+        torch.testing.assert_close(grad, scale * own[name], rtol=1e-3, atol=1e-5 * norm.item())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"accumulate": 4}, {"checkpointing": True}],
+)
+def test_the_same_in_less_memory(other: dict[str, Any]) -> None:
+    expected, found = distilled(), distilled(Settings(**vars(QUICK) | other))
+    for before, after in zip(expected.record.curve, found.record.curve, strict=True):
+        assert after.divergence == pytest.approx(before.divergence, rel=1e-4)
+
+
+def test_bfloat16_keeps_wide_weights() -> None:
+    found = distilled(Settings(**vars(QUICK) | {"bfloat16": True}))
+    assert {value.dtype for value in found.changes.values()} == {torch.float32}
+    assert found.record.best.divergence < found.record.curve[0].divergence
+
+
+def test_hidden_states() -> None:
+    """Learning them alone brings the distributions together too."""
+    found = distilled(Settings(**vars(QUICK) | {"hidden_weight": 100.0}))
+    assert found.record.best.divergence < found.record.curve[0].divergence
+
+
+@pytest.mark.parametrize("trained", ["mixers", "small", "all"])
+def test_which_parameters_move(trained: Any) -> None:
+    model = tiny_model()
+    names = set(distilled(Settings(**vars(QUICK) | {"trained": trained})).changes)
+    matrices = {name for name, _ in model.named_parameters() if "proj.weight" in name or "embeddings" in name}
+    mixers = {name for name, _ in model.named_parameters() if ".mixer." in name}
+    everything = {name for name, _ in model.named_parameters()}
+    assert names == {"mixers": mixers, "small": everything - matrices, "all": everything}[trained]
+    choose_trained(model, trained)
+
+
+def test_never_worse_and_stopped() -> None:
+    """At a rate that ruins the model the first parameters are given back, and it is said why."""
+    told: list[str] = []
+    student = student_of(tiny_model())
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    found = distill(
+        student,
+        tiny_model(),
+        Batches(HeldWindows(WINDOWS), 4, 1),
+        Settings(steps=40, batch=4, learning_rate=30.0),
+        listener=Listener(notify=told.append),
+    )
+    assert found.record.kept_step == 0
+    assert found.record.steps < 40
+    assert "diverged" in told[-1] or "not finite" in told[-1]
+    assert all(torch.equal(value, before[name]) for name, value in found.changes.items())
+
+
+def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever step it comes in, nothing that it made is kept."""
+    divergence, calls = training_module.Student.forward, []
+
+    def poisoned(self: Any, ids: Tensor, lesson: Any, by_window: bool = False) -> Tensor:
+        calls.append(by_window)
+        found = divergence(self, ids, lesson, by_window)
+        return found if by_window or calls.count(False) < 8 else found * math.nan
+
+    monkeypatch.setattr(training_module.Student, "forward", poisoned)
+    found = distilled()
+    assert found.record.ended == "the loss of step 8 was not finite"
+    assert found.record.steps == 7
+    assert found.record.best.divergence == min(point.divergence for point in found.record.curve)
+    assert all(value.isfinite().all() for value in found.changes.values())
+
+
+def test_no_gain_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "_DIVERGED", math.inf)
+    found = distilled(Settings(steps=40, batch=4, learning_rate=1.0))
+    assert found.record.ended == f"no gain on the held-out windows since step {found.record.steps - 16}"
+    assert found.record.kept_step < found.record.steps  # looked at eight times, every second step
+
+
+def test_record_as_json() -> None:
+    record = distilled().record
+    assert Distillation.from_json(record.as_json()) == record
+    for broken in (None, [], {}, record.as_json() | {"curve": 3}, record.as_json() | {"kept_step": 99}):
+        assert Distillation.from_json(broken) is None
+
+
+def test_recipes() -> None:
+    """The step's changes and its record are in the plan, on disk too; the dense model stays as it is."""
+    model, windows = tiny_model(), random_windows(6, 40)
+    before = copy.deepcopy(model.state_dict())
+    plan = ghostssm.Calibration(model, windows).plan("ghost+repair+distill6", 4)
+    assert plan.method == "ghost+repair+distill6"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (record,) = plan.distillations
+    assert (record.steps, record.text_sha256) == (6, windows.text_fingerprint)
+    with pruned(model, plan) as smaller:
+        assert smaller.get_parameter("backbone.layers.0.mixer.in_proj.weight").shape[0] == 64 * 2 + 8 + 8
+    assert ghostssm.Recipe.parse("ghost+distill").steps[0].amount == 300
+
+
+def test_plans_on_disk(tmp_path: Any) -> None:
+    model = tiny_model()
+    plan = ghostssm.Calibration(model, random_windows(6, 40)).plan("ghost+distill2", 4)
+    plan.save(tmp_path)
+    again = ghostssm.Plan.read(tmp_path)
+    assert again.distillations == plan.distillations
+    assert again.changes.keys() == plan.changes.keys()
+
+
+@pytest.mark.parametrize("recipe", ["balanced+distill4", "balanced+per-layer+distill4", "output+per-layer+distill4"])
+def test_own_class(recipe: str) -> None:
+    """Projections learn too, and the plan applied to the dense model gives what was trained."""
+    model, windows = tiny_model(), random_windows(8, 40)
+    calibration = ghostssm.Calibration(model, windows)
+    plain, plan = (calibration.plan(name, 4, multiple=1) for name in (recipe.replace("+distill4", ""), recipe))
+    with pruned(model, plain) as before, pruned(model, plan) as after:
+        held_out = Batches(HeldWindows(windows), 1, 0).held_out
+        first, last = (_divergence(each, model, held_out) for each in (before, after))
+    assert plan.distillations[0].best.divergence == pytest.approx(last, rel=1e-3)
+    assert plan.distillations[0].curve[0].divergence == pytest.approx(first, rel=1e-3)
+
+
+def test_padded_groups_stay_padded() -> None:
+    """Channels of zeros have no gradient; a plan holds none of them."""
+    model, windows = tiny_model(n_groups=2), random_windows(8, 40)
+    plan = ghostssm.Calibration(model, windows).plan("taylor+distill4", 4, groups="pooled")
+    assert len(set(plan.widths)) > 1 or any(len(set(map(len, s.kept))) > 1 for s in plan.selections.values())
+    smaller = apply_plan(copy.deepcopy(model), plan)
+    held_out = Batches(HeldWindows(windows), 1, 0).held_out
+    assert plan.distillations[0].best.divergence == pytest.approx(_divergence(smaller, model, held_out), rel=1e-3)
+
+
+def test_faults() -> None:
+    for wrong, message in (
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": -1.0}, "learning rate is -1.0"),
+        ({"hidden_weight": math.nan}, "hidden weight is nan"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Settings(**wrong)
+    with pytest.raises(InputError, match="A batch of 4 windows can't be divided into 3 parts"):
+        distilled(Settings(batch=4, accumulate=3))

@@ -1,0 +1,138 @@
+"""Stored states: rounding against its definition in float64, compiled loops against the readable reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghostssm.errors import InputError
+from ghostssm.ops import compiled
+from ghostssm.ops.state_format import (
+    FORMATS,
+    FP8,
+    INT4,
+    INT8,
+    StateFormat,
+    StateStorage,
+    dequantise,
+    quantise,
+)
+from ghostssm.ops.stored import stored_scan_, stored_scan_reference
+
+ROUNDED = [each for each in FORMATS.values() if each.name != "float32"]
+formats = pytest.mark.parametrize("form", ROUNDED, ids=lambda form: form.name)
+roundings = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+needs_numba = pytest.mark.skipif(not compiled.HAS_KERNELS, reason="numba is not installed")
+
+
+def levels(state: Tensor, form: StateFormat) -> Tensor:
+    """The distance between neighbours around every number of a state, float64."""
+    state = state.double()
+    scale = torch.ones(()) if form.largest is None else state.abs().amax(-1, keepdim=True) / form.largest
+    if form in (INT8, INT4):
+        return scale.expand_as(state)
+    exponent = torch.floor(torch.log2((state / scale).abs())).clamp_min(1 - form.bias)
+    return scale * torch.exp2(exponent - form.mantissa)
+
+
+def some_state(*shape: int) -> Tensor:
+    """Magnitudes over many orders, with a row of zeros."""
+    state = (torch.randn(shape) * torch.exp(torch.randn(shape) * 3)).clamp(-6e4, 6e4)
+    state[0, 0, 0] = 0
+    return state
+
+
+@formats
+@pytest.mark.parametrize("n", [1, 7, 32, 33])
+def test_nearest_is_within_half_a_level(form: StateFormat, n: int, fresh_seed: int) -> None:
+    state = some_state(2, 3, 5, n)
+    found = dequantise(quantise(state, StateStorage(form)), form, 5, n)
+    error = (found.double() - state.double()).abs()
+    assert (error <= levels(state, form).nan_to_num() / 2 * (1 + 1e-6) + 1e-7 * state.abs()).all()
+
+
+@formats
+def test_stochastic_is_one_of_two_neighbours_and_right_on_average(form: StateFormat, fresh_seed: int) -> None:
+    state, draws = some_state(1, 2, 3, 16), 2000
+    stored = quantise(state.expand(draws, -1, -1, -1), StateStorage(form, stochastic=True, seed=fresh_seed))
+    many = dequantise(stored, form, 3, 16).double()
+    step = levels(state, form).nan_to_num()
+    error = many - state.double()
+    assert (error.abs() <= step * (1 + 1e-6) + 1e-6 * state.abs()).all()
+    # A number between two neighbours has a variance of at most a quarter of their squared distance.
+    bound = 5 * step / 2 / math.sqrt(draws)
+    assert (error.mean(0).abs() <= bound + 1e-6 * state.abs()).all()
+    assert error.mean(0).abs().sum() < 0.1 * step.sum()
+
+
+@roundings
+@formats
+@pytest.mark.parametrize(("groups", "n", "p"), [(1, 32, 5), (2, 33, 40), (4, 7, 3)])
+@needs_numba
+def test_compiled_loops_are_the_reference(form: StateFormat, rounding: str, groups: int, n: int, p: int) -> None:
+    torch.manual_seed(n)
+    b, h = 2, 4
+    storage = StateStorage.of(form, rounding, seed=2**40 + 5).at(3, 17)
+    stored = quantise(some_state(b, h, p, n), storage)
+    x, dt = torch.randn(b, 3, h, p), torch.rand(b, 3, h)
+    A, D = -torch.rand(h), torch.randn(h)
+    B, C = torch.randn(b, 3, groups, n), torch.randn(b, 3, groups, n)
+    before = stored.clone()
+    y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
+    assert torch.equal(stored, before)
+    found = stored_scan_(stored, storage, x, dt, A, B, C, D)
+    expected, got = (dequantise(each, form, p, n) for each in (after, stored))
+    step = levels(got, form).nan_to_num().float()
+    # Both add up in another order, so that a number on the edge between two levels may fall to either side.
+    assert ((got - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
+    assert ((got - expected).abs() > 0.01 * step + 1e-5 * expected.abs()).float().mean() < 0.01
+    scale = C.norm() * step.max() + y.abs().max()
+    assert (found - y).abs().max() < 0.01 * scale
+
+
+@needs_numba
+@roundings
+@formats
+def test_the_number_of_threads_makes_no_difference(form: StateFormat, rounding: str) -> None:
+    storage, after = StateStorage.of(form, rounding, seed=1), []
+    state, x, dt = torch.randn(2, 4, 40, 9), torch.randn(2, 5, 4, 40), torch.rand(2, 5, 4)
+    A, B, C, D = -torch.rand(4), torch.randn(2, 5, 2, 9), torch.randn(2, 5, 2, 9), torch.randn(4)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        after.append(quantise(state, storage))
+        stored_scan_(after[-1], storage, x, dt, A, B, C, D)
+    torch.set_num_threads(1)
+    assert torch.equal(*after)
+
+
+@needs_numba
+def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
+    """What a step writes into a state of zeros, with a largest number that makes the scale 1."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative
+    between = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat([torch.nextafter(between, torch.tensor(way)) for way in (0.0, 500.0)])
+    values = torch.cat([codes, between, near, -codes, -between, -near, torch.randn(100)])
+    n, storage = len(values), StateStorage(FP8)
+    stored = quantise(torch.zeros(1, 1, 1, n), storage)
+    one = torch.ones(1, 1, 1)
+    stored_scan_(
+        stored, storage, one[..., None], one, -one[0, 0], values.view(1, 1, 1, n), values.view(1, 1, 1, n), one[0, 0]
+    )
+    assert torch.equal(stored[0, 0, :n].view(torch.float8_e4m3fn).float(), values.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_bytes_and_zeros(form: StateFormat) -> None:
+    stored = quantise(torch.randn(3, 2, 16, 32), StateStorage(form))
+    assert stored.nbytes == 3 * form.state_bytes(2 * 16, 32)
+    assert dequantise(stored.zero_(), form, 16, 32).abs().max() == 0
+    assert (StateFormat.of(form.name), StateFormat.of(form)) == (form, form)
+    assert form.dtype is None or StateFormat.of(form.dtype) is form
+
+
+def test_what_there_is_not() -> None:
+    with pytest.raises(InputError, match="not rounded"):
+        StateStorage.of("float32", "stochastic")
