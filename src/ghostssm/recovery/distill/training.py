@@ -31,8 +31,8 @@ _MOST_NORM = 1.0
 _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
-_PATIENCE = 8
-"""Looks without a gain, after which there are no more steps."""
+_PATIENCE = 15
+"""Looks without a gain, after which there are no more steps: many, as most is gained where the rate is low again."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
 """A divergence on the held-out windows of so many times the first one ends the training."""
