@@ -119,6 +119,8 @@ def together(
     ("case", "recipe", "groups"),
     [
         ("mamba2", "output+refit5+repair", "equal"),
+        ("mamba2", "balanced+per-layer", "equal"),
+        pytest.param("granite", "balanced+repair", "equal", marks=pytest.mark.slow),
         pytest.param("zamba2", "ghost", "pooled", marks=pytest.mark.slow),
         pytest.param("mamba2", "sparsegpt", "equal", marks=pytest.mark.slow),
         pytest.param("mamba2", "random", "equal", marks=pytest.mark.slow),

@@ -18,7 +18,9 @@ import torch
 import ghostssm
 from ghostssm.files import durable
 from ghostssm.streaming import run_folder
-from ghostssm.streaming.run_folder import RunFolder, run_folder_of
+from ghostssm.streaming.kept_findings import KeptFindings
+from ghostssm.streaming.run_folder import RunFolder
+from ghostssm.streaming.run_places import run_folder_of
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model
@@ -49,10 +51,19 @@ def prune(spec: str, output: Path, *, recipe: str = RECIPE, groups: Any = "poole
     return output
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_died_at_every_durable_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "torn", "files"),
+    [
+        ("ghost+repair", False, 2 + 2 * 3 + 2),  # hidden states of the first block, a narrow block once more
+        ("ghost+repair", True, 2 + 2 * 3 + 2),
+        # Two files per block more for its curve, and none is written anew.
+        pytest.param("balanced+repair+per-layer", False, 2 + 2 * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_died_at_every_durable_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, torn: bool, files: int
+) -> None:
     """After each file, and in the middle of it; of a first and a last layer, for one between them adds no new step."""
-    recipe = "ghost+repair"
     spec = saved(tiny_model(n_groups=2, num_hidden_layers=2).to(torch.bfloat16), tmp_path / "model")
     expected = prune(spec, tmp_path / "whole", recipe=recipe)
     durably = durable.write_durably
@@ -80,8 +91,40 @@ def test_died_at_every_durable_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert not run_folder_of(output).exists()
         else:
             break
-    # run.json, 2 tensors outside, 3 files per block, narrow blocks once more, the index, and the end
-    assert last > 1 + 2 + 2 * 3 + 2
+    assert last > files
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("balanced+repair+per-layer", {}),
+        ("balanced+refit5", {"untie": True}),
+        ("ghost", {"dialect": "mamba_ssm"}),
+    ],
+)
+def test_died_here_and_there(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, options: dict[str, Any]
+) -> None:
+    """In a walk, and twice while the output is put together; the same run goes on each time."""
+    options = {"recipe": recipe, "groups": "equal", **options}
+    expected, output = prune(spec, tmp_path / "whole", **options), tmp_path / "out"
+    for owner, name, last in (
+        (KeptFindings, "add", 2),
+        (run_folder, "gather_shards", 1),
+        (run_folder, "write_beside_weights", 1),
+    ):
+        calls, real = itertools.count(1), getattr(owner, name)
+
+        def dying(*args: Any, real: Any = real, calls: Any = calls, last: int = last, **named: Any) -> None:
+            real(*args, **named)
+            if next(calls) == last:
+                raise _Died
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            with pytest.raises(_Died):
+                prune(spec, output, resume=True, **options)
+    assert_same_checkpoint(expected, prune(spec, output, resume=True, **options))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -316,7 +359,7 @@ def test_the_command_line(
     for refused, message in (
         (arguments(model, text_file, tmp_path / "x", "--resume"), "--resume works with --stream only"),
         (arguments(model, text_file, tmp_path / "x", "--offload", tmp_path), "--offload works with --stream only"),
-        (arguments(model, text_file, tmp_path / "x", "--stream", "--dialect", "mamba_ssm"), "transformers dialect"),
+        (arguments(model, text_file, tmp_path / "x", "--stream", "--report", "--batch", 2), "decodes with the whole"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--offload", text_file / "no"), "has no room"),
         (arguments(model, text_file, tmp_path / "x", "--stream", "--method", "taylor"), "can't be streamed"),
         (["prune", model, "--output", tmp_path / "x", "--max-excess-loss", 1, "--stream"], "--max-excess-loss tries"),

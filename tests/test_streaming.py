@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ghostssm
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.manifest import MANIFEST_FILE
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.evaluation.measurement import measurement_of
-from ghostssm.streaming.run_folder import run_folder_of
+from ghostssm.streaming.run_places import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 
@@ -64,16 +65,19 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in ("files", "probe")}
 
 
-def pruned_in_memory(spec: str, output: Path, recipe: str, **options: Any) -> Path:
+def pruned_in_memory(
+    spec: str, output: Path, recipe: str, dialect: str = "transformers", untie: bool = False, **options: Any
+) -> Path:
+    written: dict[str, Any] = {"dialect": dialect, "untie": untie}
     checkpoint = ghostssm.load(spec)
     plan = ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, **options)
-    ghostssm.apply_plan(checkpoint.model, plan)
-    ghostssm.save(checkpoint, plan, output)
+    checkpoint = dataclasses.replace(checkpoint, model=ghostssm.apply_plan(checkpoint.model, plan))
+    ghostssm.save(checkpoint, plan, output, **written)
     dense, after = (
         ghostssm.evaluate(ghostssm.load(str(where), dtype=torch.float32).model, HELD_OUT) for where in (spec, output)
     )
     measured = measurement_of(HELD_OUT, dense, after)
-    return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True)
+    return ghostssm.save(checkpoint, plan, output, measured=measured, overwrite=True, **written)
 
 
 def pruned_from_files(spec: str, output: Path, recipe: str, **options: Any) -> Path:
@@ -114,6 +118,19 @@ def test_opened_blocks_hold_what_a_loaded_model_holds(case: str, tmp_path: Path)
         ("zamba2", "output+refit5+repair", "equal"),
         ("falcon_h1", "magnitude+repair", "pooled"),
         ("nemotron_h", "ghost", "equal"),
+        ("granite", "ghost", "pooled"),
+        ("mamba2", "balanced", "equal"),
+        ("mamba2", "balanced+refit5+repair", "equal"),
+        ("mamba2", "ghost+per-layer", "pooled"),
+        ("mamba2", "balanced+repair+per-layer", "equal"),
+        ("mamba2", "magnitude+per-layer", "equal"),
+        ("zamba2", "balanced+refit5+repair", "equal"),
+        ("zamba2", "ghost+per-layer", "equal"),
+        ("falcon_h1", "balanced+per-layer", "equal"),
+        ("nemotron_h", "balanced", "equal"),
+        ("granite", "balanced", "equal"),
+        ("granite", "output+repair+per-layer", "equal"),
+        ("bamba", "balanced+repair", "equal"),
     ],
 )
 def test_pruned_from_files_is_pruned_in_memory(case: str, recipe: str, groups: str, tmp_path: Path) -> None:
@@ -122,8 +139,53 @@ def test_pruned_from_files_is_pruned_in_memory(case: str, recipe: str, groups: s
     found = pruned_from_files(spec, tmp_path / "files", recipe, groups=groups)
     assert_same_checkpoint(expected, found)
     assert len(list(found.glob("*.safetensors"))) > 3
-    AutoModelForCausalLM.from_pretrained(found)  # warnings are errors
+    assert not facts_of(found)["left_out"]["tensors"]
+    AutoModelForCausalLM.from_pretrained(found, trust_remote_code=False)  # warnings are errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "options"),
+    [
+        ("mamba2", "ghost", {"untie": True}),
+        ("mamba2", "balanced", {"untie": True}),
+        ("granite", "random", {"untie": True}),
+        ("mamba2", "output+repair", {"dialect": "mamba_ssm", "groups": "pooled"}),
+        ("codestral-mamba", "random", {"dialect": "mamba_ssm"}),
+    ],
+)
+def test_other_forms_of_the_output(case: str, recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
+    spec = saved(model_of(case).to(torch.bfloat16), tmp_path / "model")
+    expected = pruned_in_memory(spec, tmp_path / "memory", recipe, **options)
+    found = pruned_from_files(spec, tmp_path / "files", recipe, **options)
+    assert_same_checkpoint(expected, found)
+    assert HEAD in tensors_of(found)
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "options", "message"),
+    [
+        ("zamba2", "ghost", {"untie": True}, "share nothing but the head's weight"),
+        ("mamba2", "balanced", {"dialect": "mamba_ssm"}, "no model class for projected states"),
+        ("granite", "ghost", {"dialect": "mamba_ssm"}, "no granitemoehybrid models"),
+    ],
+)
+def test_forms_that_no_file_has_are_refused_before_any_work(
+    case: str, recipe: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    spec = saved(model_of(case), tmp_path / "model")
+    with pytest.raises(ghostssm.InputError, match=message):
+        pruned_from_files(spec, tmp_path / "out", recipe, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_sizes_that_come_out_equal_leave_the_stock_class(tmp_path: Path) -> None:
+    """Nemotron-H's files have other names than the model has in memory, and our own class would keep the latter."""
+    spec = saved(model_of("nemotron_h"), tmp_path / "model")
+    expected = pruned_in_memory(spec, tmp_path / "memory", "magnitude+per-layer", multiple=5)
+    found = pruned_from_files(spec, tmp_path / "files", "magnitude+per-layer", multiple=5)
+    assert_same_checkpoint(expected, found)
+    assert ghostssm.describe(str(found)).is_stock
 
 
 def test_a_streamed_checkpoint_can_be_pruned_again(tmp_path: Path) -> None:
@@ -224,12 +286,39 @@ def test_shared_blocks_that_are_stored_more_than_once(tmp_path: Path) -> None:
     assert_same_checkpoint(expected, pruned_from_files(spec, tmp_path / "files", "ghost"))
 
 
-@pytest.mark.parametrize("recipe", ["taylor", "taylor-layer+repair", "balanced", "ghost+per-layer"])
+@pytest.mark.parametrize("recipe", ["taylor", "taylor-layer+repair", "ghost+distill5"])
 def test_recipes_that_need_the_whole_model_are_refused_before_any_work(recipe: str, tmp_path: Path) -> None:
     checkpoint = ghostssm.stream(saved(tiny_model(), tmp_path / "model"))
     with pytest.raises(ghostssm.InputError, match=r"can't be streamed\. Leave out --stream, or take one of .*ghost"):
         ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, tmp_path / "out")
     assert not run_folder_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["ghost", "balanced+per-layer"])
+def test_a_report_has_what_blocks_alone_tell(
+    folder_of: Callable[..., Path], text_file: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Observations and losses are those of a run in memory; nothing was decoded."""
+    asked: dict[str, Any] = {
+        "model": str(folder_of()),
+        "state_size": 4,
+        "recipe": recipe,
+        "windows": 3,
+        "window_length": 64,
+    }
+    asked |= {"calibration": str(text_file), "evaluate": str(text_file), "text_windows": 3, "report": True}
+    found = {}
+    for stream in (False, True):
+        output = tmp_path / f"{stream}"
+        batches = None if stream else (1,)
+        ghostssm.prune(ghostssm.PruneRequest(**asked, output=str(output), stream=stream, batches=batches))
+        found[stream] = json.loads((output / RECORD_FILE).read_text())
+        assert ghostssm.verify(output).passed
+        assert RECORD_FILE not in json.loads((output / MANIFEST_FILE).read_text())["files"]
+    for part in ("observations", "losses"):
+        assert found[True][part] == found[False][part]
+    assert not found[True]["decode"]
+    assert "samples" not in found[True]
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Toy(Transformers):
     """transformers' with two keys renamed, in capital letters, and everything in one file."""
 
     name, library = "toy", "toys"
-    ties_heads = is_streamed = keeps_unread = holds_own_class = False
+    ties_heads = has_shards = keeps_unread = holds_own_class = False
     translated_keys = RENAMED
 
     def recognises(self, config: Mapping[str, Any], folder: Path) -> bool:

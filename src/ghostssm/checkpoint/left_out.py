@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
+from ghostssm.checkpoint.loading import model_config
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
-from ghostssm.models.transformers_private import tied_weights
+from ghostssm.models.transformers_private import tied_weights, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,12 +135,14 @@ def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
     before, after = stored_names(source.folder, dialect_named(source.dialect)), stored_names(folder, dialect)
+    config = model_config(source)  # of our own class's base, which knows older names in files that ours does not
+    base = model if config.model_type == model.config.model_type else without_weights(config, model.dtype)
     written = places_of_parameters(model, after.values())
     ties = tied_weights(model).items()
     shared = {name for tie in ties for name, other in (tie, tie[::-1]) if other in written}
     lost = {
         name
-        for place, names in places_of_parameters(model, before.values()).items()
+        for place, names in places_of_parameters(base, before.values()).items()
         if place not in written and place not in shared
         for name in names
     }

@@ -347,8 +347,9 @@ def probe_tokens(vocabulary: int) -> list[int]:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Of every file in a folder except the manifest, by path within it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    """Of every file in a folder except the manifest and the record of a report, by path within it."""
+    apart = (folder / MANIFEST_FILE, folder / RECORD_FILE)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in apart)
     return {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}
 
 

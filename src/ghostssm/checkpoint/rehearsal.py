@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ghostssm.checkpoint import saving
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
@@ -44,7 +45,9 @@ def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, un
         rehearse_side_files(folder.partial, checkpoint, dialect, untied)
 
 
-def rehearse_run(folder: Path, output: Path, checkpoint: StreamedCheckpoint, tokens: int) -> None:
+def rehearse_run(
+    folder: Path, output: Path, checkpoint: StreamedCheckpoint, tokens: int, dialect: str, untie: bool
+) -> None:
     """As `rehearse_save`, for a streamed run, which keeps in a folder the weights and the hidden states of all tokens.
 
     What is in that folder already, since a run goes on, needs no more room.
@@ -52,9 +55,10 @@ def rehearse_run(folder: Path, output: Path, checkpoint: StreamedCheckpoint, tok
     # Of one block's hidden states the next one's are made; the old ones go when these are on the disk.
     hidden = 2 * tokens * checkpoint.model.config.hidden_size * torch.float32.itemsize
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    check_room(folder, output, stored_bytes(checkpoint) + hidden - there)
-    with TemporaryDirectory(dir=folder) as place:
-        rehearse_side_files(Path(place), checkpoint, "transformers", untied=False)
+    copies = 1 if dialect_named(dialect).has_shards else 2  # the shards go when the one file is whole
+    check_room(folder, output, copies * stored_bytes(checkpoint) + hidden - there)
+    with TemporaryDirectory(dir=folder) as place, saving.untied_head(checkpoint.model, untie) as untied:
+        rehearse_side_files(Path(place), checkpoint, dialect, untied)
 
 
 def rehearse_side_files(place: Path, checkpoint: Checkpoint | StreamedCheckpoint, dialect: str, untied: bool) -> None:

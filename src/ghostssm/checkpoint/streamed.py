@@ -8,7 +8,7 @@ layouts, experts that are stored one by one, and precisions come out as if the w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import StoredTensor
 from ghostssm.models.families import family_of
-from ghostssm.models.transformers_private import as_stored, load_tensors, tied_weights, without_weights
+from ghostssm.models.transformers_private import load_tensors, note_layout, tied_weights, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +126,7 @@ class StreamedBlocks:
         self.names = [names[id(module)] for module in self.modules]
         self._expected = list(self.model.state_dict())
         self._places = places_of_parameters(self.model, stored)
+        note_layout(self.model, stored)
         self._tied = self._resolved_ties()
 
     @contextmanager
@@ -169,31 +170,22 @@ class StreamedBlocks:
             if not any(name.startswith(f"{block}.") for block in self.names):
                 _put(self.model, name, buffer.to(self.device))
 
-    def stored_outside(self, name: str) -> dict[str, Tensor]:
-        """One tensor outside the blocks, under the names that files have."""
+    def tensor_outside(self, name: str) -> Tensor:
+        """One tensor outside the blocks."""
         idle = self.model.get_parameter_or_buffer(name)
         self._fill([name])
-        filled = self.model.get_parameter_or_buffer(name)
+        filled: Tensor = self.model.get_parameter_or_buffer(name)
         _put(self.model, name, idle)
-        return self._as_stored({name: filled})
+        return filled.detach()
 
-    def load_into_opened(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors with the names that files have into the block that is open, and has their shapes."""
-        load_tensors(self.model, tensors, self._dtype)
-
-    def stored_block(self, index: int, block: nn.Module) -> dict[str, Tensor]:
-        """The tensors of an opened block, whatever was done to it, under the names that files have.
+    def tensors_of(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """The tensors of an opened block, whatever was done to it, by their names in the model.
 
         Tensors that another block has too are left to that one.
         """
-        prefix = self.names[index]
+        prefix, ties = self.names[index], tied_weights(self.model)
         named = {f"{prefix}.{name}": value for name, value in block.state_dict().items()}
-        own = {name: value for name, value in named.items() if name not in tied_weights(self.model)}
-        return self._as_stored(own)
-
-    def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        stored = as_stored(self.model, tensors)
-        return {name: value.detach().cpu().contiguous() for name, value in stored.items()}
+        return {name: value for name, value in named.items() if name not in ties}
 
     def _names_below(self, block: str) -> list[str]:
         return [name for name in self._expected if name.startswith(f"{block}.")]

@@ -134,8 +134,8 @@ def prune(
         bool,
         typer.Option(
             "--report",
-            help="Also measure what the state does and how fast the model decodes, and write DIR/report.html. It takes "
-            "the extra package: pip install 'ghostssm[report]'.",
+            help="Also measure what the state does and how fast the model decodes, and write DIR/report.html; with "
+            "--stream nothing is decoded. It takes the extra package: pip install 'ghostssm[report]'.",
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
     ] = False,

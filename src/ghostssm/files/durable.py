@@ -124,8 +124,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file."""
-    write_durably(path, lambda place: safetensors.torch.save_file(dict(tensors), place, metadata={"format": "pt"}))
+    """Write a safetensors file of tensors on any device."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_durably(path, lambda place: safetensors.torch.save_file(plain, place, metadata={"format": "pt"}))
 
 
 def synchronise(path: Path, inside: bool = True) -> None:

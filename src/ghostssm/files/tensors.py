@@ -4,12 +4,15 @@ The format: eight bytes, the length of the header, little-endian; the header, a 
 ``dtype``, ``shape`` and ``data_offsets``; then the data, which the offsets cover without gap or overlap. Everything
 outside it is refused before anything is allocated.
 
-A mapped file that another process truncates kills the reader with a signal; a file that is read gives an error.
+A mapped file that another process truncates kills the reader with a signal; a file that is read gives an error. So only
+what this process wrote into a folder of its own is mapped (`mapped_tensors`).
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +78,24 @@ def read_header(file: Path, fault: type[InputError]) -> dict[str, Entry]:
 def read_tensor(file: Path, name: str, entry: Entry, fault: type[InputError]) -> Tensor:
     """One tensor, in memory of its own; raises as `read_at`."""
     return read_at(file, name, entry.start, entry.shape, FLOAT_DTYPES[entry.dtype], fault)
+
+
+def mapped_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file in a run's own folder, read-only, and read when their numbers are asked for.
+
+    Raises InputError as `read_header`.
+    """
+    entries = read_header(file, InputError)
+    with file.open("rb") as stream:
+        room = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return {
+            name: torch.frombuffer(
+                room, dtype=FLOAT_DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+            ).view(entry.shape)
+            for name, entry in entries.items()
+        }
 
 
 def read_at(

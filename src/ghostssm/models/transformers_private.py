@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,10 +62,31 @@ def without_ignored(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 def loaded_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """A stored name to the parameter that is made of it, and the pattern of the conversion, if there is one."""
+    return _loaded_names(model, names, _conversions_of(model))
+
+
+def note_layout(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Have `as_stored` write a model in the layout of files with these names; loading a part of them changes nothing.
+
+    transformers notes as much where it loads all at once.
+    """
+    conversions = _conversions_of(model)
+    _loaded_names(model, names, conversions)
+    model._weight_conversions = [each for each in conversions if each.was_used()]
+
+
+def _conversions_of(model: PreTrainedModel) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def _loaded_names(
+    model: PreTrainedModel, names: Iterable[str], conversions: Iterable[Any]
+) -> dict[str, tuple[str, str | None]]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
+    conversions = list(conversions)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
@@ -88,17 +109,19 @@ def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Put tensors with the names that files have into a model, each in the precision that transformers gives it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     how = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=_conversions_of(model),
     )
+    noted = vars(model).get("_weight_conversions")
     with quiet_transformers():
         convert_and_load_state_dict_in_model(model, dict(tensors), how)
+    if noted is not None:
+        model._weight_conversions = noted
 
 
 def is_kept_wide(model: PreTrainedModel, name: str) -> bool:

@@ -20,6 +20,7 @@ from ghostssm.models.families import check_plain, family_of, mixers_of
 from ghostssm.models.families.base import Family
 from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
+from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -151,6 +152,32 @@ def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: 
     _install(family, mixer, state_size, after)
 
 
+def padded_parameters(layout: SSDLayout, parameters: Mapping[str, Tensor], state_size: int) -> dict[str, Tensor]:
+    """A mixer's parameters by name, with every group padded to ``state_size`` channels of zeros.
+
+    Args:
+        layout: of the parameters. Their names may have a prefix.
+    """
+    padded = Selection.whole(layout).padded(state_size)
+    index = {"in_proj": layout.in_proj_index(padded), "conv1d": layout.conv_index(padded)}
+    return {name: _take(value, index[part]) for name, value in parameters.items() if (part := _owner(name)) in index}
+
+
+def _owner(name: str) -> str:
+    """Of a parameter, the last part of its module's name."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+@torch.inference_mode(False)
+def carry_out(family: Family, mixer: Mixer, decision: Decision) -> None:
+    """Slice one mixer's module in place and give it the decision's parameters, a projection as our own class has it."""
+    prune_mixer(family, mixer, decision.selection, decision.selection.width)
+    change_parameters(mixer.module, decision.changes)
+    if decision.projection is not None:
+        for name, value in (("B_projection", decision.projection.B), ("C_projection", decision.projection.C)):
+            mixer.module.register_parameter(name, nn.Parameter(value.to(mixer.in_proj.weight), requires_grad=False))
+
+
 def with_changes_of(plan: Plan, pruned: PreTrainedModel, before: Mapping[str, Tensor]) -> Plan:
     """A plan with the parameters of a model that were changed after the plan was applied to it; the model is used up.
 
@@ -265,12 +292,10 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             continue
         decision = plan.decisions[mixer.name]
         widths[index], projected[index] = decision.selection.width, 0
-        prune_mixer(family, mixer, decision.selection, widths[index])
-        parts = dict(mixer.module.state_dict())
+        carry_out(family, mixer, decision)
         if decision.projection is not None:
-            like, projected[index] = mixer.in_proj.weight, decision.width
-            parts |= {"B_projection": decision.projection.B.to(like), "C_projection": decision.projection.C.to(like)}
-        tensors |= {f"{mixer.name}.{name}": value for name, value in parts.items()}
+            projected[index] = decision.width
+        tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
     tensors |= {name: value.to(tensors[name], copy=True) for name, value in plan.changes.items()}
     converted = own_model(model.config, tensors, widths, projected if plan.is_projected else None)
     converted.generation_config = copy.deepcopy(model.generation_config)

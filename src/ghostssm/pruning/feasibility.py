@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ghostssm.errors import InputError, ModelError
-from ghostssm.methods import method_named, stock_method_names
+from ghostssm.methods import method_named, method_names
 from ghostssm.pruning.recipe import Recipe
 
 
@@ -21,11 +21,9 @@ def check_streamable(recipe: Recipe) -> None:
         fault = f"{recipe.method} needs the whole model at once"
     elif unable:
         fault = f"{unable[0]} changes the whole model at once"
-    elif not recipe.stock:
-        fault = f"{recipe} gives a projected state or a state size per layer, for which the whole model is converted"
     if fault:
-        able = [name for name in stock_method_names() if method_named(name).streamable]
+        able = [name for name in method_names() if method_named(name).streamable]
         raise InputError(
-            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, "
-            "without +per-layer."
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, without a step "
+            "that trains the whole model."
         )

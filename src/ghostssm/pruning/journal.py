@@ -1,10 +1,38 @@
-"""The decisions so far, while a plan is made."""
+"""What is known so far, while a plan is made."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from ghostssm.plan.decision import Decision
+
+
+class Findings:
+    """What a walk finds at the blocks, in memory.
+
+    Attributes:
+        found: a JSON value for every block that is finished with, front to back.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def restore(self, hidden: Tensor) -> None:
+        """Replace the hidden states that reach the first block by those that reach the first that nothing is found of.
+
+        Args:
+            hidden: of this process's windows; overwritten in place.
+        """
+
+    def add(self, found: Any, hidden: Tensor | None = None) -> None:
+        """Note what is found at the next block.
+
+        Args:
+            hidden: what leaves it, if that was computed.
+        """
+        self.found.append(found)
 
 
 class Journal:
@@ -13,12 +41,14 @@ class Journal:
     Attributes:
         done: how many blocks, front to back, are finished with.
         decisions, scores: of the mixers in them, by name.
+        curves: what a smaller state costs each mixer, where the recipe asks for sizes per layer.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.decisions: dict[str, Decision] = {}
         self.scores: dict[str, Tensor] = {}
+        self.curves = Findings()
 
     def restore(self, hidden: Tensor) -> None:
         """Replace the hidden states that reach the first block by those that reach block number ``done``."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.gradients import gate_saliency
-from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.open_block import MEASURED_TOKENS, OpenBlock
 from ghostssm.calibration.processes import Ask, Processes
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.scratch import Scratch
@@ -40,9 +40,13 @@ from ghostssm.recovery.base import MixerStep, ModelStep
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
 
+T = TypeVar("T")
+
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
+_CURVE_TOKENS = 4096
+"""Tokens that they are measured on: a budget needs the order of layers, not the choice between two decisions."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -203,28 +207,43 @@ class _Run:
         """
         key = (self.recipe.method, self.groups, self.seed)
         if key not in self.calibration._curves:
-            walk = self.calibration.walk()
-            curves: list[Tensor] = []
-            for block in walk.blocks():
-                errors = None if block.mixer is None else self._measured_errors(block, block.mixer, len(curves))
-                block.advance()
-                if errors is not None:
-                    energy = torch.linalg.vector_norm(walk.hidden, dim=-1).square().mean()
-                    curves.append(errors / energy.item())
-                self.progress("budget", block.index + 1, len(walk))
-            self.calibration._curves[key] = curves
+            found = [torch.tensor(curve, dtype=torch.float64) for curve in self._found_curves() if curve is not None]
+            self.calibration._curves[key] = found
         return self.calibration._curves[key]
 
-    def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> Tensor:
-        """Mean squared change of a mixer's output with 0, 1, ..., n channels left, (n + 1,)."""
+    def _found_curves(self) -> list[list[float] | None]:
+        """For each block its mixer's curve, if it has one."""
+        findings, processes = self.journal.curves, self.calibration.processes
+        if len(findings.found) == len(self.calibration.blocks.modules):
+            return findings.found
+        walk = self.calibration.walk()
+        findings.restore(walk.hidden)
+        for block in walk.blocks(len(findings.found)):
+            index = sum(curve is not None for curve in findings.found)
+            errors = None if block.mixer is None else self._measured_errors(block, block.mixer, index)
+            block.advance()
+            squares = torch.linalg.vector_norm(walk.hidden, dim=-1).double().square().mean(-1)
+            energies = processes.gather(squares.tolist())  # window by window: the same sum in any number of processes
+            energy = sum(energies) / len(energies)
+            findings.add(None if errors is None else [error / energy for error in errors], walk.hidden)
+            self.progress("budget", block.index + 1, len(walk))
+        return findings.found
+
+    def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> list[float]:
+        """Mean squared change of a mixer's output with 0, 1, ..., n channels left."""
         n = mixer.layout.state_size
-        source = _Measured(self._source(block, index))
-        evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
-        score = self._finite_score(evidence, mixer)
-        sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
-        nothing = Decision(Selection(((),) * mixer.layout.n_groups))
-        errors = [*source.changes([nothing, *(self._choice(evidence, score, size) for size in sizes)]), 0.0]
-        return torch.from_numpy(np.interp(range(n + 1), [0, *sizes, n], errors))
+
+        def measured(source: EvidenceSource) -> list[float]:
+            source = _Measured(source)
+            evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
+            score = self._finite_score(evidence, mixer)
+            sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
+            nothing = Decision(Selection(((),) * mixer.layout.n_groups))
+            errors = [*source.changes([nothing, *(self._choice(evidence, score, size) for size in sizes)]), 0.0]
+            curve: list[float] = np.interp(range(n + 1), [0, *sizes, n], errors).tolist()
+            return curve
+
+        return self._decided_once(block, index, measured, _CURVE_TOKENS)
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
         """Every block with its weights as they are stored, and its mixer, front to back."""
@@ -285,17 +304,26 @@ class _Run:
 
     def _decision(self, block: OpenBlock, mixer: Mixer, index: int, size: int) -> tuple[Decision, Tensor]:
         """The decision on one mixer and the scores behind it, the same on all processes."""
-        source = self._source(block, index)
 
-        def decide(ask: Ask) -> tuple[Decision, Tensor]:
-            evidence = self._evidence(mixer, index, _Asked(ask))
+        def decide(source: EvidenceSource) -> tuple[Decision, Tensor]:
+            evidence = self._evidence(mixer, index, source)
             score = self._finite_score(evidence, mixer)
             return self._choice(evidence, score, size), score
 
-        return self.calibration.processes.decide_once(decide, lambda what, *rest: getattr(source, what)(*rest))
+        return self._decided_once(block, index, decide)
 
-    def _source(self, block: OpenBlock, index: int) -> EvidenceSource:
-        return _Walked(self.calibration, block, index, self.seed + index)
+    def _decided_once(
+        self, block: OpenBlock, index: int, decide: Callable[[EvidenceSource], T], tokens: int = MEASURED_TOKENS
+    ) -> T:
+        """What process 0 decides by evidence on a block that all work out, the same on all processes.
+
+        Args:
+            tokens: on which the changes of decisions are measured.
+        """
+        source = _Walked(self.calibration, block, index, self.seed + index, tokens)
+        return self.calibration.processes.decide_once(
+            lambda ask: decide(_Asked(ask)), lambda what, *rest: getattr(source, what)(*rest)
+        )
 
     def _evidence(self, mixer: Mixer, index: int, source: EvidenceSource) -> Evidence:
         return Evidence(mixer.layout, mixer.in_proj.weight.detach(), self.seed + index, source)
@@ -331,8 +359,8 @@ class _Walked:
     No plan changes what reaches the first mixer (``index`` 0), so its evidence is worked out once for all plans.
     """
 
-    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int):
-        self._block, self._seed = block, seed
+    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int, tokens: int):
+        self._block, self._seed, self._tokens = block, seed, tokens
         self._known = {} if index else calibration._first_evidence
         self.saliency = partial(_saliency_of, calibration, block.present_mixer.name, silent)
 
@@ -348,7 +376,7 @@ class _Walked:
         return self._block.input_gram()
 
     def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        return self._block.changes(decisions)
+        return self._block.changes(decisions, self._tokens)
 
     def _once(self, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
         if question not in self._known:

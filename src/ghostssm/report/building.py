@@ -244,14 +244,14 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
 
 
 def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tuple[str, str]]:
-    missing = []
+    missing, in_memory = [], {"stream": False, "offload": None, "resume": False}
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:
-        missing.append((", ".join(unreported), prune_command(plan, manifest, report=True)))
+        missing.append((", ".join(unreported), prune_command(plan, manifest, report=True, **in_memory)))
     if record.losses is None or manifest is None or manifest.measured is None:
         missing.append(("excess loss and its windows", prune_command(plan, manifest, evaluate="TEXT")))
     elif record.samples is None:
-        missing.append(("texts of the models", prune_command(plan, manifest, report=True)))
+        missing.append(("texts of the models", prune_command(plan, manifest, report=True, **in_memory)))
     if not plan.has_scores:
         missing.append(("scores", prune_command(plan, manifest)))
     if manifest is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ghostssm._version import __version__
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
 from ghostssm.errors import ProcessError
@@ -26,11 +28,13 @@ from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
 from ghostssm.values import Value
 
+Beside = Callable[[Evaluation | None, Evaluation | None, Path], None]
+"""What writes into a folder, given the dense and the pruned model's losses, where they were measured."""
 _NAMES = frozenset({"recipe", "model", "calibration", "evaluate", "tokenizer"})
 
 
@@ -39,7 +43,7 @@ class StreamedRun(Value):
     """What a streamed run ended in.
 
     Attributes:
-        plan: it names the parameters that were repaired; their values are in the output only.
+        plan: it names repaired parameters, and has the shapes of projections; their values are in the output only.
         measured: the loss before and after, where windows to measure it on were given.
     """
 
@@ -56,12 +60,16 @@ def prune_streamed(
     *,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
+    multiple: int = DEFAULT_MULTIPLE,
     overwrite: bool = False,
     resume: bool = False,
+    dialect: str = "transformers",
+    untie: bool = False,
     offload: Path | None = None,
     held_out: Windows | None = None,
     processes: Processes | None = None,
     request: Mapping[str, Any] | None = None,
+    beside: Beside | None = None,
     progress: Progress | None = on_screen,
 ) -> StreamedRun:
     """Prune a streamed checkpoint and write the result; bit by bit what `ghostssm.Calibration`,
@@ -78,16 +86,19 @@ def prune_streamed(
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
             ``pooled``, where they compete.
         seed: of everything that is drawn at random.
+        multiple: of sizes per layer.
         overwrite: replace an output folder that is not empty.
         resume: go on with what OUTPUT.run holds, if there is such a folder.
+        dialect, untie: of the output, as `ghostssm.save` has them.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
         request: all that was asked for, in JSON values: for the manifest, and to resume a run of the same only.
+        beside: called in the first process, before the output is put in its place, to write more into it.
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
-        InputError: as `Calibration.plan`; a recipe that can't be streamed.
+        InputError: as `Calibration.plan`; a recipe that can't be streamed, or a dialect that can't hold its result.
         OutputError: the output must not or can't be written, or a run's state is there that this is no part of.
         ModelError: tokenizer, model card or the like can't be written; found before the work.
         IncompleteError: the output is written, but without something that belongs beside the weights; says what.
@@ -95,9 +106,18 @@ def prune_streamed(
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_streamable(recipe)
+    check_dialect(dialect, checkpoint.model.config.model_type, not recipe.stock, untie)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
-    asked = request or {"recipe": str(recipe), "state_size": state_size, "groups": groups, "seed": seed}
+    asked = request or {
+        "recipe": str(recipe),
+        "state_size": state_size,
+        "groups": groups,
+        "seed": seed,
+        "multiple": multiple,
+        "dialect": dialect,
+        "untie": untie,
+    }
     identity = {
         **options_of(asked),
         **_fingerprints(checkpoint, windows, fingerprint),
@@ -120,16 +140,20 @@ def prune_streamed(
         found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
         return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
 
-    folder = RunFolder(output, identity, resume=resume, overwrite=overwrite, processes=processes)
+    folder = RunFolder(
+        output, identity, resume=resume, overwrite=overwrite, dialect=dialect, untie=untie, processes=processes
+    )
     with listening(progress) as tell, folder as run:
         try:
             run.rehearse(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
-            plan = calibration.plan(recipe, state_size, groups, seed, tell, journal=run)
+            plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run)
             run.assemble(plan)
             after = losses("pruned", lambda: find_source(str(run.output)))
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None
+            if beside is not None:
+                run.add(partial(beside, dense, after))
             run.finish(checkpoint, plan, fingerprint, measured, request)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(run.how_to_go_on()) from None

@@ -7,8 +7,11 @@ A run that writes OUTPUT keeps in OUTPUT.run
     carried/00000.*     tensors that no block loads, and that go into the output as they are
     blocks/00007.*      the pruned tensors of block 7
     records/00007.json  its decision and scores; written last, so that it says that block 7 is done
+    curves/00007.json   what a smaller state costs block 7, where the sizes are per layer: found by a walk of its own
     dense.json          the dense model's loss on every window that is measured on, and pruned.json the pruned one's
-    hidden/00008-0.bin  the hidden states that reach block 8, of process 0's windows; of the last record only
+    hidden/             the hidden states that reach the block after the last record, records-00008-0.bin, or after the
+                        last curve, curves-00008-0.bin; of process 0's windows
+    shards/             of a dialect with one file of weights, what that is written from
     output/             the folder that becomes OUTPUT
 
 Every file appears whole or not at all. Numbers in JSON are written so that they are read back bit by bit.
@@ -16,44 +19,48 @@ Every file appears whole or not at all. Numbers in JSON are written so that they
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from ghostssm.calibration.processes import Processes
-from ghostssm.checkpoint.loading import check_writable
+from ghostssm.checkpoint.dialects import dialect_named
+from ghostssm.checkpoint.loading import Checkpoint, check_writable
 from ghostssm.checkpoint.rehearsal import rehearse_run
-from ghostssm.checkpoint.saving import write_beside_weights, write_config
+from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
+from ghostssm.checkpoint.ties import has_tied_head
 from ghostssm.checkpoint.unread import carried_pieces
-from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
+from ghostssm.errors import InputError, NumericalError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
 from ghostssm.files.kept_run import open_run
 from ghostssm.files.output_folder import destination
 from ghostssm.models.families import family_of
+from ghostssm.models.families.own import write_code
+from ghostssm.models.mixer import Projection
+from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.plan.surgery import change_parameters, prune_mixer
+from ghostssm.plan.surgery import carry_out, pruned
 from ghostssm.pruning.journal import Journal
-from ghostssm.streaming.assembling import gather_shards
+from ghostssm.streaming.assembling import gather_shards, mapped_model
+from ghostssm.streaming.kept_findings import KeptFindings
 from ghostssm.streaming.run_places import check_run_folder, is_in_place, run_folder_of
 
-_ROWS_AT_ONCE = 8
-"""Windows of hidden states that are copied from or to the disk together."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RunFolder(Journal):
@@ -79,11 +86,14 @@ class RunFolder(Journal):
         *,
         resume: bool = False,
         overwrite: bool = False,
+        dialect: str = "transformers",
+        untie: bool = False,
         processes: Processes | None = None,
     ):
         """
         Args:
             identity: what decides the result, by names that users know: JSON values.
+            dialect, untie: of the output, as `ghostssm.save` has them.
             processes: that share the run and see the same folder; the first writes all but the others' hidden states.
 
         Raises:
@@ -95,11 +105,13 @@ class RunFolder(Journal):
         self.folder = run_folder_of(self.path)
         self.output = self.folder / "output"
         self._identity = dict(identity)
-        self._resume, self._overwrite = resume, overwrite
+        self._dialect, self._untie = dialect, untie
         self._created = False
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
+        self._records = KeptFindings(self.folder, "records", self._processes, self._told_faults)
+        self.curves: KeptFindings = KeptFindings(self.folder, "curves", self._processes, self._told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
     def __enter__(self) -> RunFolder:
@@ -129,51 +141,43 @@ class RunFolder(Journal):
         def rehearsed() -> None:
             with self._told_faults():
                 if not is_in_place(self.folder):
-                    rehearse_run(self.folder, self.path, checkpoint, tokens)
+                    rehearse_run(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
 
         self._processes.from_first(rehearsed)
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
         self._blocks = blocks
-        self.done, self.decisions, self.scores = self._processes.from_first(self._begin)
+        self._processes.from_first(self._write_outside)
+        self.curves.read(len(blocks.modules))
+        self._records.read(len(blocks.modules), self._take_over)
 
-    def _begin(self) -> tuple[int, dict[str, Decision], dict[str, Tensor]]:
-        blocks = self._streamed
+    def _write_outside(self) -> None:
         with self._told_faults():
-            for part in ("outside", "blocks", "records", "hidden"):
+            for part in ("outside", "blocks", "carried"):
                 (self.folder / part).mkdir(exist_ok=True)
-            for number, name in enumerate(blocks.outside()):
+            for number, (name, source) in enumerate(self._outside().items()):
                 shard = self._shard("outside", number)
                 if not shard.exists():
-                    durable.write_tensors(shard, blocks.stored_outside(name))
-        while (record := self._record_file(self.done)).exists():
-            try:
-                self._take_over(json.loads(record.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{record} is damaged ({error}); remove {self.folder} to start again.") from error
-        return self.done, self.decisions, self.scores
+                    durable.write_tensors(shard, {name: self._streamed.tensor_outside(source)})
+
+    def _outside(self) -> dict[str, str]:
+        """The tensors outside the blocks that the output has, each with the one whose values it gets."""
+        model = self._streamed.model
+        found = {name: name for name in self._streamed.outside()}
+        return found | tied_weights(model) if self._untie and has_tied_head(model) else found
 
     def _take_over(self, found: dict[str, Any] | None) -> None:
         """Note what a record says of a block; None is one without a mixer."""
         self.done += 1
         if found is not None:
-            kept = Selection(tuple(tuple(channels) for channels in found["kept"]))
-            self.decisions[found["name"]] = Decision(kept, changes=_names_only(found["changed"]))
+            kept, size = Selection(tuple(tuple(channels) for channels in found["kept"])), found["projected"]
+            projection = None if size is None else _shapes_only(len(kept.kept), kept.width, size)
+            self.decisions[found["name"]] = Decision(kept, projection, _names_only(found["changed"]))
             self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
 
     def restore(self, hidden: Tensor) -> None:
-        if self.done == 0 or self.done == len(self._streamed.modules):
-            return
-        try:
-            with torch.inference_mode(), self._hidden_file(self.done).open("rb") as file:
-                for rows in hidden.split(_ROWS_AT_ONCE):
-                    values = np.fromfile(file, dtype=_numpy_dtype(hidden), count=rows.numel())
-                    rows.copy_(torch.from_numpy(values).view(rows.shape))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise OutputError(
-                f"{self._hidden_file(self.done)} can't be read ({error}); remove {self.folder} to start again."
-            ) from error
+        self._records.restore(hidden)
 
     def record(
         self,
@@ -184,28 +188,22 @@ class RunFolder(Journal):
         hidden: Tensor | None = None,
     ) -> None:
         found: dict[str, Any] | None = None
-        shard = self._shard("blocks", self.done)
         with self._told_faults():
             if name is not None and decision is not None and score is not None:
                 self._apply(block, decision)
-                score = score.double().cpu()
-                decision = Decision(decision.selection, changes=_names_only(decision.changes))
-                kept = [list(channels) for channels in decision.selection.kept]
-                found = {"name": name, "kept": kept, "changed": list(decision.changes), "scores": score.tolist()}
+                found = {
+                    "name": name,
+                    "kept": [list(channels) for channels in decision.selection.kept],
+                    "projected": None if decision.projection is None else decision.width,
+                    "changed": list(decision.changes),
+                    "scores": score.double().tolist(),
+                }
             if self._processes.rank == 0:
-                tensors = self._streamed.stored_block(self.done, block)
+                tensors = self._streamed.tensors_of(self.done, block)
                 check_writable(tensors)
-                durable.write_tensors(shard, tensors)
-            if hidden is not None:
-                durable.write_durably(self._hidden_file(self.done + 1), partial(_write_rows, hidden))
-        self._processes.gather([None])  # the record says that all hidden states are on the disk
-        self._processes.from_first(lambda: self._write_record(found))
-        self._hidden_file(self.done).unlink(missing_ok=True)
-        super().record(block, name, decision, score)
-
-    def _write_record(self, found: dict[str, Any] | None) -> None:
-        with self._told_faults():
-            durable.write_json(self._record_file(self.done), found)
+                durable.write_tensors(self._shard("blocks", self.done), tensors)
+        self._records.add(found, hidden)
+        self._take_over(found)
 
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
@@ -217,6 +215,10 @@ class RunFolder(Journal):
                 self._processes.from_first(lambda: durable.write_json(file, found))
         return found
 
+    def add(self, write: Callable[[Path], None]) -> None:
+        """Have something written into the assembled output, unless that is in its place already."""
+        self._processes.from_first(lambda: None if is_in_place(self.folder) else write(self.output))
+
     def assemble(self, plan: Plan) -> None:
         """Put the pruned model together in ``output``."""
         self._processes.from_first(lambda: self._assemble(plan))
@@ -224,23 +226,37 @@ class RunFolder(Journal):
     def _assemble(self, plan: Plan) -> None:
         if is_in_place(self.folder):
             return
-        blocks, model = self._streamed, self._streamed.model
-        with self._told_faults(), _pruned_config(model.config, plan):
-            self.output.mkdir(exist_ok=True)
-            gather_shards(
-                blocks,
-                plan,
-                [*(self._shard("outside", number) for number in range(len(blocks.outside()))), *self._carried()],
-                [(self._name_of(number), self._shard("blocks", number)) for number in range(len(blocks.modules))],
-                self.output,
-            )
+        blocks, dialect = self._streamed, dialect_named(self._dialect)
+        names = [None if found is None else found["name"] for found in self._records.found]
+        shards = [
+            *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
+            *((name, self._shard("blocks", number)) for number, name in enumerate(names)),
+        ]
+        with self._told_faults(), self._pruned(blocks.model, plan) as (model, _):
+            carried = self._carried(model) if dialect.keeps_unread else []
+            place = self.output if dialect.has_shards else self.folder / "shards"
+            place.mkdir(exist_ok=True)
+            gather_shards(model, plan, shards, carried, place, as_files=dialect.has_shards)
+            if not dialect.has_shards:
+                whole = Checkpoint(mapped_model(model, place), None, blocks.source)
+                self.output.mkdir(exist_ok=True)
+                write_model(whole, self.output, self._dialect)
+                return
             write_config(model, self.output, blocks.source)
+            if plan.needs_own_class:
+                write_code(self.output)
 
-    def _carried(self) -> list[Path]:
-        """Write, as shards, what goes into the output and no block loads; called with the pruned config."""
-        (self.folder / "carried").mkdir(exist_ok=True)
+    @contextmanager
+    def _pruned(self, model: PreTrainedModel, plan: Plan) -> Iterator[tuple[PreTrainedModel, bool]]:
+        """Within the context a model without weights in its blocks as it is written, and whether its head is untied."""
+        shapes_only = dataclasses.replace(plan, changes={})
+        with pruned(model, shapes_only) as smaller, untied_head(smaller, self._untie) as untied:
+            yield smaller, untied
+
+    def _carried(self, model: PreTrainedModel) -> list[Path]:
+        """Write, as shards, what goes into the output and no block of the pruned model loads."""
         shards = []
-        for number, piece in enumerate(carried_pieces(self._streamed.model, self._streamed.source)):
+        for number, piece in enumerate(carried_pieces(model, self._streamed.source)):
             shards.append(self._shard("carried", number))
             durable.write_tensors(shards[-1], piece)
         return shards
@@ -266,9 +282,10 @@ class RunFolder(Journal):
         def finished() -> None:
             files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
             if not is_in_place(self.folder):
-                with self._told_faults(), _pruned_config(checkpoint.model.config, plan):
+                with self._told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
+                    smaller = Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
                     write_beside_weights(
-                        files, checkpoint, plan, "transformers", measured, fingerprint, False, request=request
+                        files, smaller, plan, self._dialect, measured, fingerprint, untied, request=request
                     )
                     durable.synchronise(self.output)
                     durable.write_durably(self.folder / "finished", lambda path: path.touch())
@@ -308,36 +325,18 @@ class RunFolder(Journal):
 
     def _apply(self, block: nn.Module, decision: Decision) -> None:
         """Prune a block as the model has it."""
-        config = self._streamed.model.config
-        family = family_of(config)
+        family = family_of(self._streamed.model.config)
         mixer = family.mixer(block, self.done)
         assert mixer is not None
-        prune_mixer(family, mixer, decision.selection, decision.width)
-        change_parameters(mixer.module, decision.changes)
-
-    def _name_of(self, index: int) -> str | None:
-        found = json.loads(self._record_file(index).read_text(encoding="utf-8"))
-        return None if found is None else str(found["name"])
+        carry_out(family, mixer, decision)
 
     def _shard(self, part: str, number: int) -> Path:
         return self.folder / part / f"{number:05d}.safetensors"
 
-    def _record_file(self, index: int) -> Path:
-        return self.folder / "records" / f"{index:05d}.json"
 
-    def _hidden_file(self, index: int) -> Path:
-        return self.folder / "hidden" / f"{index:05d}-{self._processes.rank}.bin"
-
-
-@contextmanager
-def _pruned_config(config: PreTrainedConfig, plan: Plan) -> Iterator[None]:
-    """Within the context a config has the state size that a plan leaves; blocks are opened with the model's own."""
-    family = family_of(config)
-    family.set_state_size(config, plan.kept_state_size)
-    try:
-        yield
-    finally:
-        family.set_state_size(config, plan.state_size)
+def _shapes_only(groups: int, width: int, size: int) -> Projection:
+    """A projection whose values are in the weights already."""
+    return Projection(*torch.empty(2, groups, width, size, device="meta"))
 
 
 def _names_only(changed: Any) -> dict[str, Tensor]:
@@ -348,13 +347,3 @@ def _names_only(changed: Any) -> dict[str, Tensor]:
 def _read_json(path: Path) -> Any:
     """What a file holds; None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_rows(hidden: Tensor, path: Path) -> None:
-    with path.open("wb") as file:
-        for rows in hidden.split(_ROWS_AT_ONCE):
-            rows.cpu().numpy().tofile(file)
-
-
-def _numpy_dtype(tensor: Tensor) -> Any:
-    return torch.empty(0, dtype=tensor.dtype).numpy().dtype

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.calibration import LayerWalk
+from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.samples import sample_outputs
 from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint
@@ -37,7 +38,7 @@ _SAMPLE_PROMPT = 64
 _SAMPLE_TOKENS = 64
 
 
-def observe(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Observations:
+def observe(model: PreTrainedModel | Blocks, windows: Windows, progress: Progress = silent) -> Observations:
     """Weight norms, channel energies and Hankel singular values of an unpruned model, on the first of some windows.
 
     Raises:

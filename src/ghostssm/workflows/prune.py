@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from ghostssm.calibration.processes import Processes, own_device
@@ -14,6 +15,7 @@ from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
+from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
@@ -134,6 +136,21 @@ def _observed(
     return Record(observations, decode=speeds, samples=samples)
 
 
+def _keep_observed(
+    checkpoint: StreamedCheckpoint,
+    inputs: Inputs[StreamedCheckpoint],
+    progress: Progress,
+    dense: Evaluation | None,
+    after: Evaluation | None,
+    folder: Path,
+) -> None:
+    """Write into a folder what a report shows, as far as one block in memory at a time tells it."""
+    losses = None
+    if inputs.held_out is not None and dense is not None and after is not None:
+        losses = WindowLosses.of(inputs.held_out, dense, {"pruned": after})
+    _keep(Record(observe(checkpoint.blocks, inputs.calibration, progress), losses), folder)
+
+
 def _keep(record: Record, folder: Path) -> None:
     if record != Record():
         record.write(folder)
@@ -183,12 +200,16 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         output,
         groups=asked.groups,
         seed=asked.seed,
+        multiple=job.multiple,
         overwrite=asked.overwrite,
         resume=asked.resume,
+        dialect=asked.dialect,
+        untie=asked.untie,
         offload=asked.offload,
         held_out=inputs.held_out,
         processes=processes,
         request=asked.as_json(),
+        beside=partial(_keep_observed, checkpoint, inputs, progress) if asked.report else None,
         progress=progress,
     )
     processes.leave()

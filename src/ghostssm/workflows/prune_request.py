@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghostssm.checkpoint.description import Description, describe
-from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
@@ -194,14 +193,12 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
 
 def _check_streamed(request: PruneRequest) -> None:
     """Raise InputError for what needs the whole model at once."""
-    if not dialect_named(request.dialect).is_streamed:
+    if request.batches is not None:
         raise InputError(
-            f"The {request.dialect} dialect has all weights in one file, which --stream can't write; expected the "
-            "transformers dialect."
+            "--batch decodes with the whole model, which --stream never has; leave it out, and see ghostssm bench."
         )
-    for option, given in (("--untie", request.untie), ("--report", request.report)):
-        if given:
-            raise InputError(f"{option} needs the whole model in memory, which --stream avoids; leave out one of them.")
+    if request.report and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--report looks at the unpruned model in one process; leave it out, or start one process.")
     if request.max_excess_loss is not None:
         raise InputError(
             "--max-excess-loss tries several sizes on the whole model, which --stream can't; give --state-size or "

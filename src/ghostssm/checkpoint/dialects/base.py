@@ -27,8 +27,8 @@ class Dialect(ABC):
         holds_hybrids: whether it has models with other layers between the Mamba-2 ones. holds_own_class: whether it has
             ghostssm's own class, for projected states or a state size per layer.
         ties_heads: whether a head that is tied to the embeddings is not stored.
-        is_streamed: whether it can be written block by block. keeps_unread: whether tensors that transformers' class
-            does not load have a place in it.
+        has_shards: whether its weights are transformers' own shards, so that files of blocks are put together by
+            moving them. keeps_unread: whether tensors that transformers' class does not load have a place in it.
         translated_keys: keys of its config, within an object ``OBJECT.KEY``, to transformers' that say the same.
         implied_keys: keys of transformers that its config says without one.
     """
@@ -38,7 +38,7 @@ class Dialect(ABC):
     holds_hybrids: ClassVar[bool]
     holds_own_class: ClassVar[bool]
     ties_heads: ClassVar[bool]
-    is_streamed: ClassVar[bool]
+    has_shards: ClassVar[bool]
     keeps_unread: ClassVar[bool]
     translated_keys: ClassVar[Mapping[str, str]] = {}
     implied_keys: ClassVar[frozenset[str]] = frozenset()

@@ -99,7 +99,7 @@ class MambaSsm(Dialect):
     """mamba_ssm loads Mamba-2 models only, from one file that holds the head even if it is tied."""
 
     name, library = "mamba_ssm", "mamba-ssm"
-    holds_hybrids = holds_own_class = ties_heads = is_streamed = keeps_unread = False
+    holds_hybrids = holds_own_class = ties_heads = has_shards = keeps_unread = False
     translated_keys, implied_keys = _TRANSLATED_KEYS, _IMPLIED_KEYS
 
     def recognises(self, config: Mapping[str, Any], folder: Path) -> bool:

@@ -33,7 +33,7 @@ class Transformers(Dialect):
     """Everything that ghostssm writes can be written in it; a config that is in no other dialect is in this one."""
 
     name = library = "transformers"
-    holds_hybrids = holds_own_class = ties_heads = is_streamed = keeps_unread = True
+    holds_hybrids = holds_own_class = ties_heads = has_shards = keeps_unread = True
 
     def recognises(self, config: Mapping[str, Any], folder: Path) -> bool:
         return True

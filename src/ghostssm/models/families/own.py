@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ghostssm.models import own_class
 from ghostssm.models.families.base import register
 from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
 from ghostssm.models.layout import SSDLayout
@@ -69,7 +72,13 @@ def own_model(
     own.projected_state_sizes = None if projected_state_sizes is None else _by_layer(projected_state_sizes, config)
     setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
     own.validate()
-    return _filled(own, tensors)
+    return filled(own, tensors)
+
+
+def write_code(folder: Path) -> None:
+    """Write into a folder the code that a model of ours needs beside its config, as ``save_pretrained`` does."""
+    for name in ("configuration_ghost.py", "modeling_ghost.py"):
+        shutil.copyfile(Path(own_class.__path__[0]) / name, folder / name)
 
 
 def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
@@ -77,7 +86,7 @@ def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_s
     stock = AutoConfig.for_model(config.model_type.removeprefix("ghost_"))
     values = {name: value for name, value in _values_of(config).items() if name not in _OWN_KEYS}
     stock = type(stock)(**values | {config.size_keys["state_size"]: state_size})
-    return _filled(stock, tensors)
+    return filled(stock, tensors)
 
 
 def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -88,7 +97,8 @@ def _by_layer(sizes: Mapping[int, int], config: PreTrainedConfig) -> list[int]:
     return [sizes.get(layer, 0) for layer in range(config.num_hidden_layers)]
 
 
-def _filled(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+def filled(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model of a config with tensors of all its parameters, which are not copied."""
     dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
     model = without_weights(config, dtype)
     model.load_state_dict(dict(tensors), assign=True)

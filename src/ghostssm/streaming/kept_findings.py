@@ -1,0 +1,116 @@
+"""What a walk over a streamed model finds, on disk: a walk that was ended can go on from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostssm.calibration.processes import Processes
+from ghostssm.errors import OutputError
+from ghostssm.files import durable
+from ghostssm.pruning.journal import Findings
+
+_ROWS_AT_ONCE = 8
+"""Windows of hidden states that are copied from or to the disk together."""
+
+
+class KeptFindings(Findings):
+    """Findings in ``PART/00007.json`` and hidden states in ``hidden/PART-00008-0.bin`` of a run's folder.
+
+    A finding is written last, so that it says that all before it is on the disk; hidden states are of the last only,
+    and none are kept once there is one of every block.
+    """
+
+    def __init__(
+        self, folder: Path, part: str, processes: Processes, told_faults: Callable[[], AbstractContextManager[None]]
+    ):
+        """
+        Args:
+            processes: that share the walk; the first writes all but the others' hidden states.
+            told_faults: within its context the system's errors become those of the run.
+        """
+        super().__init__()
+        self._folder, self._part, self._processes, self._told_faults = folder, part, processes, told_faults
+        self._blocks = 0
+
+    def read(self, blocks: int, take_over: Callable[[Any], None] = lambda found: None) -> None:
+        """Read what earlier runs found of so many blocks.
+
+        Args:
+            take_over: called with each finding; what it raises for a damaged one is told.
+
+        Raises:
+            OutputError: a finding is damaged.
+        """
+        self._blocks = blocks
+        self.found = self._processes.from_first(self._read)
+        for index, found in enumerate(self.found):
+            try:
+                take_over(found)
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._damaged(index, error) from error
+
+    def _read(self) -> list[Any]:
+        with self._told_faults():
+            for place in (self._part, "hidden"):
+                (self._folder / place).mkdir(exist_ok=True)
+        found: list[Any] = []
+        while (file := self._file(len(found))).exists():
+            try:
+                found.append(json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise self._damaged(len(found), error) from error
+        return found
+
+    def restore(self, hidden: Tensor) -> None:
+        if not self.found or len(self.found) == self._blocks:
+            return
+        file = self._hidden_file(len(self.found))
+        try:
+            with torch.inference_mode(), file.open("rb") as stream:
+                for rows in hidden.split(_ROWS_AT_ONCE):
+                    values = np.fromfile(stream, dtype=_numpy_dtype(hidden), count=rows.numel())
+                    rows.copy_(torch.from_numpy(values).view(rows.shape))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OutputError(f"{file} can't be read ({error}); remove {self._folder} to start again.") from error
+
+    def add(self, found: Any, hidden: Tensor | None = None) -> None:
+        number = len(self.found)
+        if hidden is not None and number + 1 < self._blocks:
+            with self._told_faults():
+                durable.write_durably(self._hidden_file(number + 1), partial(_write_rows, hidden))
+        self._processes.gather([None])  # all hidden states are on the disk
+        self._processes.from_first(partial(self._write, number, found))
+        self._hidden_file(number).unlink(missing_ok=True)
+        super().add(found, hidden)
+
+    def _write(self, number: int, found: Any) -> None:
+        with self._told_faults():
+            durable.write_json(self._file(number), found)
+
+    def _damaged(self, index: int, error: Exception) -> OutputError:
+        return OutputError(f"{self._file(index)} is damaged ({error}); remove {self._folder} to start again.")
+
+    def _file(self, index: int) -> Path:
+        return self._folder / self._part / f"{index:05d}.json"
+
+    def _hidden_file(self, index: int) -> Path:
+        return self._folder / "hidden" / f"{self._part}-{index:05d}-{self._processes.rank}.bin"
+
+
+def _write_rows(hidden: Tensor, path: Path) -> None:
+    with path.open("wb") as file:
+        for rows in hidden.split(_ROWS_AT_ONCE):
+            rows.cpu().numpy().tofile(file)
+
+
+def _numpy_dtype(tensor: Tensor) -> Any:
+    return torch.empty(0, dtype=tensor.dtype).numpy().dtype
