@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import FalconH1Config, GraniteMoeHybridConfig, Mamba2Config, PreTrainedConfig
 
 from ghostssm.engines import ENGINES, advise, engine_names, good_state_sizes, nearest_state_size
+from ghostssm.engines.verdicts import Verdicts
 from ghostssm.errors import InputError
 from ghostssm.models.families import family_of
 from ghostssm.models.layout import SSDLayout
@@ -179,6 +180,26 @@ def test_what_an_engine_does_not_heed_in_a_config(config: PreTrainedConfig, refu
         assert found[name].reason
         with pytest.raises(InputError, match=rf"{name}: "):
             nearest_state_size(64, layout, config.model_type, [name], config=config)
+
+
+def test_verdicts_tell_a_remedy_in_the_cell_and_a_reason_once() -> None:
+    names = ["mamba_ssm", "sglang", "vllm", "llama.cpp-cpu"]
+    whole, cut = SMALL, SMALL.with_state_size(30)
+    told = Verdicts.of(
+        {
+            "N": advise(whole, "mamba2", engines=names, dialect="transformers", tied_head=True),
+            "N'": advise(cut, "mamba2", engines=names, dialect="transformers", tied_head=True),
+        }
+    )
+    cells = {name: found for name, *found in told.rows}
+    assert cells["mamba_ssm"] == ["after --format mamba_ssm", "no"]
+    assert cells["sglang"] == ["after --untie", "after --untie"]
+    assert cells["llama.cpp-cpu"] == ["runs", "slow"]
+    reasons = dict(told.reasons)
+    assert "no multiple of 8" in reasons["mamba_ssm (N')"]
+    assert not any("tied head" in reason or "dialect" in reason for reason in reasons.values())
+    assert len(reasons) == len({reason for _, reason in told.reasons})
+    assert len(told.notes) == 2
 
 
 def test_every_engine_has_a_source() -> None:

@@ -94,6 +94,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
         what: a name's kind, such as "method".
     """
     names = list(known)
-    near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, 1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return InputError(f"No {what} is called {name!r}; expected one of: {', '.join(names)}.{guess}")
+    return InputError(f"No {what} is called {name!r}; expected one of: {', '.join(names)}.{did_you_mean(name, names)}")
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """The nearest of the names, as a question to put behind a sentence; empty where none is near."""
+    names = list(known)
+    near = [other for other in names if name and other.startswith(name)] or get_close_matches(name, names, most)
+    return f" Did you mean {' or '.join(map(repr, near[:most]))}?" if near else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ghostssm.cli.bench import _verdict
-from ghostssm.evaluation.speed import Speedup, Timings
+from ghostssm.evaluation.speed import Rate, Speedup, Timings
 from tests.conftest import Run
 
 
@@ -35,6 +35,13 @@ def test_bench(run: Run, small: Path) -> None:
     assert "N' = 4" in out
     assert len(re.findall(r"\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", out)) == 4
     assert run("bench", small, "--batch", 0)[0] == 2
+
+
+def test_a_rate_is_the_median_of_all_steps_with_the_range_of_the_rounds() -> None:
+    rate = Timings(rounds=[[1.0, 1.0, 1.0, 9.0], [2.0, 2.0], [4.0]]).decode(8)
+    assert rate == Rate(4.0, 2.0, 8.0)
+    assert rate.text == "4 ±75%"
+    assert Timings(prefills=[0.5, 1.0, 2.0]).prefill(1000) == Rate(1000.0, 500.0, 2000.0)
 
 
 def test_rounds_are_compared_in_pairs() -> None:

@@ -92,6 +92,12 @@ def test_inspect_tells_padding_from_what_was_kept(run: Run, small: Path, text_fi
     assert "state size N    12\n" in run("inspect", tmp_path / "padded")[1]
 
 
+def test_context_without_a_memory_is_refused(run: Run, small: Path) -> None:
+    code, out, err = run("inspect", small, "--context", 4096)
+    assert (code, out) == (2, "")
+    assert "add the memory of a GPU, such as --memory 80GiB" in err
+
+
 def test_inspect_predicts(run: Run, small: Path) -> None:
     code, out, _ = run("inspect", small, "--state-size", 4, "--batch", 2, "--json")
     assert code == 0

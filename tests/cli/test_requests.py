@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import ghostssm
+from ghostssm.cli.arguments import _default_text
 from ghostssm.cli.bench import bench
 from ghostssm.cli.compare import compare
 from ghostssm.cli.evaluate import evaluate
@@ -49,8 +51,10 @@ def test_a_verb_has_every_option_of_its_request_with_the_same_default(verb: Call
         parameter = next(parameters[name] for name in (PARAMETERS.get(field.name), field.name) if name in parameters)
         if field.default is MISSING:
             assert parameter.default is inspect.Parameter.empty
-        elif not (verb is compare and field.name == "report"):
+        elif (verb, field.name) not in ((compare, "report"), (prune, "output")):  # a file; in Python it may be left out
             given = parameter.default
+            if field.name in ("calibration", "text"):  # which one hangs on the model
+                given = _default_text(SimpleNamespace(params={"model": "org/model"}), given)
             assert (tuple(given) if isinstance(given, list) else given) == (field.default or given)
             assert bool(given) == bool(field.default)
 

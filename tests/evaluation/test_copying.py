@@ -139,7 +139,7 @@ def test_the_built_in_model_copies_over_hundreds_of_tokens() -> None:
     """A model that did not would lose nothing from never seeing what it copies."""
     checkpoint = ghostssm.load("reference", dtype=torch.float32)
     text = ghostssm.read_text("stdlib", "evaluation")
-    windows = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), 768, 5, seed=1)
+    windows = ghostssm.cut_windows(text, checkpoint.require_tokenizer(), 768, 16, seed=1)
     found, control = copying(checkpoint.model, windows), copying_in_reach(checkpoint.model, windows)
     gain = control.copied.excess_over(found.copied)
     assert gain.mean > 2 * gain.standard_error

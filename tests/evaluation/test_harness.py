@@ -223,7 +223,7 @@ def test_groups(harness: Any, folder_of: Callable[..., Path], task_folder: Path)
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ("local_wrods", "knows no task 'local_wrods'. Did you mean local_words"),
+        ("local_wrods", "knows no task 'local_wrods'. Did you mean 'local_words'"),
         ("local_absent", "The data of the task 'local_absent' could not be loaded (FileNotFoundError"),
     ],
 )

@@ -78,9 +78,9 @@ def test_curves_measure_no_decision_twice(monkeypatch: pytest.MonkeyPatch) -> No
     measured: list[Decision] = []
     measure = OpenBlock.changes
 
-    def counted(block: OpenBlock, decisions: Sequence[Decision]) -> list[float]:
+    def counted(block: OpenBlock, decisions: Sequence[Decision], tokens: int = 60) -> list[float]:
         measured.extend(decisions)
-        return measure(block, decisions)
+        return measure(block, decisions, tokens)
 
     monkeypatch.setattr(OpenBlock, "changes", counted)
     Calibration(tiny_model(), random_windows(3, 60)).plan("balanced+per-layer", 8)

@@ -148,7 +148,8 @@ def test_the_command_asks_for_what_was_asked_for(pages: dict[str, Path], monkeyp
         raise InputError("enough")
 
     monkeypatch.setattr("ghostssm.workflows.prune.prune", carry_out)
-    app(words[1:], standalone_mode=False)
+    with pytest.raises(InputError, match="enough"):
+        app(words[1:], standalone_mode=False)
     assert asked[0].as_json() == manifest.request
     assert words[-2:] == ["--output", "DIR"]
 

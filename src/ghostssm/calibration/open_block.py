@@ -21,7 +21,6 @@ from ghostssm.models.mixer import (
     gated_norm,
     mixer_output,
     mixer_streams,
-    normed_output,
     output_of_streams,
     scanned,
 )
@@ -36,8 +35,9 @@ _KEPT_STREAM_BYTES = 256 << 20
 """Bytes of streams, and of y for as many tokens, that are kept from scoring until the hidden states are carried on;
 others are computed again."""
 
-_MEASURED_TOKENS = 8192
-"""Tokens of the windows on which the effect of a decision is measured."""
+MEASURED_TOKENS = 8192
+"""Tokens of the windows that are scanned to measure the effect of a decision."""
+_MEASURED_OUTPUTS = 2048
 
 
 class _WalkedBlock:
@@ -136,21 +136,28 @@ class OpenBlock(_WalkedBlock):
         self.walk.processes.add(gram)
         return gram
 
-    def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        """The mean squared change of the mixer's output that each decision would make, on the first windows."""
+    def changes(self, decisions: Sequence[Decision], tokens: int = MEASURED_TOKENS) -> list[float]:
+        """The mean squared change of the mixer's output that each decision would make, on windows of the first tokens.
+
+        Args:
+            tokens: of all processes; about `_MEASURED_OUTPUTS` of them, evenly spaced, have their outputs compared.
+        """
         mixer, sums = self.present_mixer, list[tuple[list[float], int]]()  # of squares, and over how many tokens
-        tokens = self.walk.first_window * self.walk.hidden.shape[1]
-        weight = mixer.out_proj.weight  # a change of its input has no bias
+        before = self.walk.first_window * self.walk.hidden.shape[1]
+        stride = max(1, min(self.walk.tokens, tokens) // _MEASURED_OUTPUTS)
+        weight, groups = mixer.out_proj.weight, mixer.layout.n_groups  # a change of out_proj's input has no bias
         with torch.inference_mode():
             for number, hidden in enumerate(self.inputs()):
-                if tokens >= _MEASURED_TOKENS:
+                if before >= tokens:
                     break
                 streams = self._streams_of(number, hidden)
-                dense = gated_norm(mixer.norm, self._y(number, streams), streams.z, mixer.layout.n_groups)
-                changed = (normed_output(mixer, _decided(streams, decision)).sub_(dense) for decision in decisions)
+                z = streams.z[:, ::stride]
+                dense = gated_norm(mixer.norm, self._y(number, streams)[:, ::stride], z, groups)
+                pruned = (scanned(mixer, _decided(streams, decision))[:, ::stride] for decision in decisions)
+                changed = (gated_norm(mixer.norm, y, z, groups).sub_(dense) for y in pruned)
                 totals = [F.linear(change, weight).square_().sum(dtype=torch.float64).item() for change in changed]
-                sums.append((totals, hidden.shape[0] * hidden.shape[1]))
-                tokens += sums[-1][1]
+                sums.append((totals, z.shape[0] * z.shape[1]))
+                before += hidden.shape[0] * hidden.shape[1]
         sums = self.walk.processes.gather(sums)
         measured = sum(count for _, count in sums)
         return [sum(totals[index] for totals, _ in sums) / measured for index in range(len(decisions))]

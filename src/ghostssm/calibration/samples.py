@@ -10,6 +10,9 @@ silu(z) on one of them, the norm's weight after it), and P a random map of the o
 Lindenstrauss 1984), with E[P^T P] = 1: inner products keep their expectation, and a sample takes little memory. So the
 channels' output errors, their correlations, and both Gramians all come from the pairs (M, C).
 
+P has rows of one random rotation of the output, in proportion. All of its rows are dealt out to one position after the
+other before any comes again: so the rotation's product with W is made once, and the maps' sum is nearly exact.
+
 With share = 1 this is the derivative of the gated norm: exact for small changes, but it has the loss of a part of v in
 v's own direction cost nothing, which is wrong for large ones. With share = 0 the rms counts as fixed. Which of them
 tells best what a cut does differs from layer to layer; methods try several and measure. Where a mixer has no norm, the
@@ -35,7 +38,7 @@ from ghostssm.ops.reading import read_and_pull, read_states
 from ghostssm.ops.step import at_least_float32
 
 DEFAULT_SAMPLES = 4096
-DEFAULT_DIRECTIONS = 16
+DEFAULT_DIRECTIONS = 8
 _STRETCH = 32
 """Sampled positions whose directions are in memory at a time: few enough for a processor's cache."""
 
@@ -151,7 +154,7 @@ def sample_outputs(
     batches: Iterable[tuple[Streams, Tensor]],
     tokens: int,
     samples: int = DEFAULT_SAMPLES,
-    directions: int | None = DEFAULT_DIRECTIONS,
+    directions: int = DEFAULT_DIRECTIONS,
     seed: int = 0,
     first: int = 0,
 ) -> OutputSamples:
@@ -163,10 +166,12 @@ def sample_outputs(
     Args:
         tokens: how many there are in all batches.
         samples: about how many to take; all tokens if there are fewer.
-        directions: of the output per sample, drawn anew for every position; None for all, without a random map.
+        directions: of the output per sample; nothing is lost where they are as many as the output has.
         first: the number of the first window.
     """
-    stride = max(1, tokens // samples)
+    stride, rotated = max(1, tokens // samples), _rotated(mixer, seed)
+    directions = min(directions, len(rotated))
+    weight = rotated * math.sqrt(len(rotated) / directions)
     taken: list[OutputSamples] = []
     with torch.inference_mode():
         for streams, y in batches:
@@ -174,8 +179,26 @@ def sample_outputs(
             first += len(streams.dt)
             shift = int(torch.randint(stride, (), generator=generator))
             positions = range(shift, streams.dt.shape[1], stride)
-            taken += _sampled(mixer, streams, y, positions, directions, generator)
+            order = torch.randperm(len(weight), generator=generator).to(weight.device)
+            taken += _sampled(mixer, streams, y, positions, weight, order, directions)
         return joined(taken)
+
+
+def _rotated(mixer: Mixer, seed: int) -> Tensor:
+    """Q W diag(norm's weight), (hidden_size, h * p), with a random rotation Q: signs, then the cosine transform.
+
+    Every row of Q looks at all of the output in equal parts (Ailon & Chazelle 2006), so any few of them will do.
+    """
+    weight = at_least_float32(mixer.out_proj.weight.detach())
+    if mixer.norm is not None:
+        weight = weight * at_least_float32(mixer.norm.weight.detach())
+    size = len(weight)
+    generator = torch.Generator().manual_seed(seed % 2**64)
+    signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
+    number = torch.arange(size, dtype=torch.float64)
+    rotation = torch.cos(math.pi / size * number[:, None] * (number + 0.5)) * signs * math.sqrt(2 / size)
+    rotation[0] /= math.sqrt(2)
+    return rotation.to(weight) @ weight
 
 
 def _mixed(seed: int, window: int) -> int:
@@ -191,15 +214,19 @@ def joined(parts: Sequence[OutputSamples]) -> OutputSamples:
 
 
 def _sampled(
-    mixer: Mixer, s: Streams, y: Tensor, positions: range, directions: int | None, generator: torch.Generator
+    mixer: Mixer, s: Streams, y: Tensor, positions: range, weight: Tensor, order: Tensor, directions: int
 ) -> Iterator[OutputSamples]:
-    """Samples at some positions of a batch, stretch by stretch."""
-    state, done, weight = None, 0, at_least_float32(mixer.out_proj.weight)
-    if mixer.norm is not None:
-        weight = weight * at_least_float32(mixer.norm.weight)
+    """Samples at some positions of a batch, stretch by stretch.
+
+    Args:
+        weight: (hidden_size, h * p), of all directions. order: of its rows; every position takes the next few of them.
+    """
+    state, done = None, 0
     for first in range(0, len(positions), _STRETCH):
         at = positions[first : first + _STRETCH]
-        toward, u = _directions(mixer, weight, y[:, at], s.z[:, at], directions, generator)
+        numbers = torch.arange(first * directions, (first + len(at)) * directions, device=order.device)
+        rows = weight[order[numbers % len(order)]]
+        toward, u = _directions(mixer, rows.unflatten(0, (len(at), directions)), y[:, at], s.z[:, at])
         span = slice(done, at[-1] + 1)
         here = range(at[0] - done, span.stop - done, positions.step)
         reads, state = read_states(s.x[:, span], s.dt[:, span], mixer.A, s.B[:, span], u, here, state)
@@ -209,13 +236,11 @@ def _sampled(
         yield OutputSamples(*(part.transpose(0, 1).flatten(0, 1) for part in (maps, s.C[:, at], toward, along)))
 
 
-def _directions(
-    mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor, directions: int | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _directions(mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The maps of states at some positions, from y (b, s, h, p) and z (b, s, h * p) there.
 
     Args:
-        weight: (hidden_size, h * p), what makes the output of a vector that was gated and divided by its rms.
+        weight: (s, d, h * p), what makes each position's directions of a vector that was gated and divided by its rms.
 
     Returns:
         `OutputSamples.directions`, (b, s, g, d), and u (b, s, h, d + 1, p), which makes of states the maps and, by the
@@ -223,10 +248,7 @@ def _directions(
     """
     (b, s, h, p), norm = y.shape, mixer.norm
     g = mixer.layout.n_groups
-    if directions is not None:
-        drawn = torch.randint(0, 2, (s * directions, len(weight)), generator=generator, dtype=weight.dtype)
-        weight = drawn.mul_(2).sub_(1).to(weight.device) @ weight / math.sqrt(directions)
-    weight = weight.view(1 if directions is None else s, -1, h, p)  # of every position, or of all: (., d, h, p)
+    weight = weight.view(s, -1, h, p)
     gate = F.silu(at_least_float32(z)).view(y.shape)
     before = gate if norm is None or norm.gate_first else torch.ones_like(gate)
     rms = y.new_ones(b, s, g, 1, 1)

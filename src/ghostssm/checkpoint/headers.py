@@ -22,6 +22,8 @@ _EMBEDDINGS = re.compile(r"(.*\.)?(embeddings|embed_tokens)\.weight")
 _MIXER = re.compile(r"(.*\blayers\.(\d+)\..*)A_log")
 _UNREAD = "mtp."
 """Begins the names of layers that predict further tokens, which transformers' classes leave in the files."""
+_RECURRENT = frozenset({"linear_attention", "hybrid"})
+"""What transformers calls a layer that has a mixer, alone or beside attention."""
 _NO_PARAMETERS = re.compile(r".*(inv_freq|e_score_correction_bias|mup_vector)")
 """Buffers, which files may hold."""
 
@@ -53,7 +55,7 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
     mixers = {int(match[2]): match[1] for name in stored if (match := _MIXER.fullmatch(name))}
     names = [mixers[index] for index in sorted(mixers)]
     embeddings = [name for name in stored if _EMBEDDINGS.fullmatch(name)]
-    has_all_mixers = len(names) == config.num_hidden_layers or (family.is_hybrid and bool(names))
+    has_all_mixers = bool(names) and sorted(mixers) == _recurrent_layers(config, family)
     has_unread = any(name.startswith(_UNREAD) for name in stored)
     has_head = _HEAD in stored or config.tie_word_embeddings
     if not has_all_mixers or has_unread or not has_head or len(embeddings) != 1:
@@ -75,6 +77,13 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
         tied_head=tied,
         channel_biases=sum(f"{names[0]}{part}.bias" in stored for part in ("in_proj", "conv1d")),
     )
+
+
+def _recurrent_layers(config: PreTrainedConfig, family: Family) -> list[int]:
+    """The layers that have a mixer, by what a config says."""
+    if not family.is_hybrid:
+        return list(range(config.num_hidden_layers))
+    return [layer for layer, kind in enumerate(config.layer_types or ()) if kind in _RECURRENT]
 
 
 def _fits(stored: Mapping[str, StoredTensor], mixer: str, layout: SSDLayout) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from ghostssm.cli import completion
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, did_you_mean
 
 TEXT_PANEL, HOW_PANEL, OUTPUT_PANEL, MEMORY_PANEL, OTHER_PANEL = (
     "Text",
@@ -229,8 +228,7 @@ def usage_message(error: Any) -> str:
     message = re.sub("Input should be a valid number.*", "expected a number", message)
     message = message if message.endswith((".", "?")) else f"{message}."
     choices = re.search(r"'([^']*)' is not one of (.*)", message)
-    near = get_close_matches(choices[1], re.findall(r"'([^']*)'", choices[2]), 1) if choices else []
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    guess = did_you_mean(choices[1], re.findall(r"'([^']*)'", choices[2])) if choices else ""
     verb = f" {error.ctx.command.name}" if error.ctx is not None and error.ctx.parent is not None else ""
     return f"{message}{guess} See: ghostssm{verb} --help"
 

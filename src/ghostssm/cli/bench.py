@@ -12,7 +12,7 @@ from ghostssm.cli.console import bytes_text, note, print_json, print_table, prin
 from ghostssm.cli.requesting import requested
 
 if TYPE_CHECKING:
-    from ghostssm.evaluation.speed import Rate, Speedup
+    from ghostssm.evaluation.speed import Speedup
     from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
@@ -86,17 +86,12 @@ def _cells(row: BenchRow, is_dense: bool) -> list[str]:
         str(row.state_size),
         row.state_dtype,
         bytes_text(row.state_bytes),
-        _rate(row.prefill),
-        _rate(row.decode),
+        row.prefill.text,
+        row.decode.text,
         "" if is_dense else times,
         "" if is_dense else f"{row.predicted_speedup:.2f}",
         bytes_text(row.peak_memory_bytes),
     ]
-
-
-def _rate(rate: Rate) -> str:
-    """With half of the range as a share of it."""
-    return f"{rate.median:,.0f} ±{(rate.high - rate.low) / 2 / rate.median:.0%}"
 
 
 def _verdict(speedups: Mapping[int, Speedup]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,14 +44,14 @@ def inspect(
         typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences engines take in 80GiB, say."),
     ] = None,
     context: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--context",
             metavar="TOKENS",
             callback=arguments.at_least(1),
-            help="With --memory: tokens of a sequence.",
+            help="With --memory: tokens of a sequence; 8192 if not given.",
         ),
-    ] = 8192,
+    ] = None,
     engine: arguments.Engines = None,
     as_json: arguments.AsJson = False,
 ) -> None:
@@ -62,11 +61,15 @@ def inspect(
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
     """
     from ghostssm import advise, describe
+    from ghostssm.engines.capacity import DEFAULT_CONTEXT
     from ghostssm.errors import InputError
     from ghostssm.models.layout import check_state_size
     from ghostssm.ops.state_format import BFLOAT16, StateFormat
     from ghostssm.units import memory_bytes
 
+    if context is not None and not memory:
+        raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
+    context = DEFAULT_CONTEXT if context is None else context
     batches = batch or []
     memories = [memory_bytes(size) for size in memory or []]
     forms = [StateFormat.of(name) for name in state_dtype or ["float32"]]
@@ -191,31 +194,14 @@ def _sizes_text(sizes: Sequence[int]) -> str:
 
 
 def _print_advice(sizes: Sequence[str], advice: Sequence[Sequence[Advice]]) -> None:
-    """Engines by state sizes, then the reasons, each once: engines and sizes that share one are told together."""
-    by_engine = list(zip(*advice, strict=True))
-    print_table(
-        ["engine", *(f"N' = {size}" for size in sizes)],
-        [(entries[0].engine, *map(_verdict, entries)) for entries in by_engine],
-    )
-    places: dict[str, list[str]] = {}
-    for entries in by_engine:
-        reasons: dict[str, list[str]] = {}
-        for size, entry in zip(sizes, entries, strict=True):
-            reason = entry.reason.rpartition("; ")[0] if entry.remedy else entry.reason
-            if reason:
-                reasons.setdefault(reason, []).append(size)
-        for reason, of_sizes in reasons.items():
-            where = "" if len(of_sizes) == len(sizes) else f" at N' = {', '.join(of_sizes)}"
-            places.setdefault(f"{where}: {reason}", []).append(entries[0].engine)
+    """Engines by state sizes, then the reasons, each once."""
+    from ghostssm.engines.verdicts import Verdicts
+
+    labels = [f"N' = {size}" for size in sizes]
+    verdicts = Verdicts.of(dict(zip(labels, advice, strict=True)))
+    print_table(["engine", *labels], verdicts.rows)
     print()
-    for told, names in places.items():
-        print_text(f"{', '.join(names)}{told}.")
-    if any(entry.remedy for entry in chain.from_iterable(advice)):
-        print_text("after ...: once `ghostssm export` or `ghostssm prune` has written it with that option.")
-    if any(entry.export == "--format gguf" for entry in chain.from_iterable(advice)):
-        print_text("llama.cpp reads GGUF files, which `ghostssm export` writes.")
-
-
-def _verdict(advice: Advice) -> str:
-    """The cell of one engine at one size."""
-    return f"after {advice.remedy}" if advice.remedy else advice.level
+    for engines, reason in verdicts.reasons:
+        print_text(f"{engines}: {reason}.")
+    for sentence in verdicts.notes:
+        print_text(sentence)

@@ -32,46 +32,41 @@ _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-@dataclass
-class Timings:
-    """One plan at one batch size: wall times of whole prefills, of single decode steps by round, and peak memory."""
-
-    prefill: list[float] = field(default_factory=list)
-    rounds: list[list[float]] = field(default_factory=list)
-    peak_bytes: int = 0
-
-    @property
-    def steps(self) -> list[float]:
-        """Decode steps of all rounds."""
-        return list(chain.from_iterable(self.rounds))
-
-    def tokens_per_second(self, batch: int) -> float:
-        """Decode speed of all sequences of such a batch together: the median."""
-        return batch / statistics.median(self.steps)
-
-    def speed_range(self, batch: int) -> tuple[float, float]:
-        """The same of the slowest and of the fastest round."""
-        speeds = [batch / statistics.median(steps) for steps in self.rounds]
-        return min(speeds), max(speeds)
-
-
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second: the median, and the range over the rounds."""
+    """Tokens per second: the median, and those of the slowest and the fastest round."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, tokens: int, seconds: Sequence[Sequence[float]]) -> Rate:
-        """Of a piece of work that was timed in several rounds.
+    def of(cls, tokens: int, rounds: Sequence[Sequence[float]]) -> Rate:
+        """Of work on so many tokens, from the seconds that it took in several rounds, one time or several in each."""
+        speeds = [tokens / statistics.median(times) for times in rounds]
+        return cls(tokens / statistics.median(chain.from_iterable(rounds)), min(speeds), max(speeds))
 
-        Args:
-            seconds: of every round, one time or several.
-        """
-        rounds = [tokens / statistics.median(times) for times in seconds]
-        return cls(tokens / statistics.median(chain.from_iterable(seconds)), min(rounds), max(rounds))
+    @property
+    def text(self) -> str:
+        """With half of the range as a share of it."""
+        return f"{self.median:,.0f} ±{(self.high - self.low) / 2 / self.median:.0%}"
+
+
+@dataclass
+class Timings:
+    """One plan at one batch size: wall times of whole prefills, of single decode steps by round, and peak memory."""
+
+    prefills: list[float] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def prefill(self, tokens: int) -> Rate:
+        """Of prompts with so many tokens in all sequences together."""
+        return Rate.of(tokens, [[seconds] for seconds in self.prefills])
+
+    def decode(self, batch: int) -> Rate:
+        """Of all sequences of such a batch together."""
+        return Rate.of(batch, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ def _run(model: PreTrainedModel, batch: int, prompt: int, timings: Timings) -> N
             output = model(input_ids=token, return_dict=True, use_cache=True, **{cache: output[cache]})
             clock.append(_now(model))
     prefill, _, *steps = (after - before for before, after in pairwise(clock))
-    timings.prefill.append(prefill)
+    timings.prefills.append(prefill)
     timings.rounds.append(steps)
 
 

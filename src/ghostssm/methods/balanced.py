@@ -40,8 +40,8 @@ SHARES = (0.0, 1.0)
 """Of the norm's derivative (`ghostssm.calibration.samples`)."""
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-3)
 """Candidates for what is added to both Gramians' diagonals, in multiples of their means."""
-_ROUNDS = 6
-_ITERATIONS_PER_ROUND = 10
+_ROUNDS = 12
+_ITERATIONS_PER_ROUND = 5
 
 
 def balanced_maps(
@@ -118,7 +118,7 @@ def decide(evidence: Evidence, cut: Cut) -> Decision:
 
 
 def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples, share: float = 0.0) -> Projection:
-    """Both maps by L-BFGS on the output error of samples; the best on the held-out ones, which may be the start."""
+    """Both maps by L-BFGS on the output error of samples; until they no longer help the held-out ones."""
     with torch.inference_mode(False), torch.no_grad():
         B, C = start.B.clone().requires_grad_(), start.C.clone().requires_grad_()
         scale = max(projection_error(fit, start, share).item(), 1e-30)
@@ -131,16 +131,14 @@ def refined(start: Projection, fit: OutputSamples, held_out: OutputSamples, shar
             B.grad, C.grad = gradient.B / scale, gradient.C / scale
             return error / scale
 
-        best, kept, rounds_without = projection_error(held_out, start, share).item(), start, 0
+        best, kept = projection_error(held_out, start, share).item(), start
         for _ in range(_ROUNDS):
             optimizer.step(loss)
             now = Projection(B.detach().clone(), C.detach().clone())
             error = projection_error(held_out, now, share).item()
-            rounds_without = 0 if error < best else rounds_without + 1
-            if error < best:
-                best, kept = error, now
-            if rounds_without == 2:
+            if not error < best:  # what follows fits the samples, and no others
                 break
+            best, kept = error, now
     return kept
 
 

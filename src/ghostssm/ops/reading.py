@@ -95,7 +95,7 @@ def read_and_pull(
     """
     output, pull = maps.new_empty(maps.shape[0], maps.shape[2]), torch.empty_like(along)
     if compiled.usable(maps, directions, along, readouts):
-        parts = compiled.arrays(maps, directions, along, readouts, torch.tensor([share]), output, pull)
+        parts = compiled.arrays(maps, directions, along, readouts, maps.new_tensor([share]), output, pull)
         compiled.kernels.read_and_pull(*parts)
         return output, pull
     inner = (along * readouts).sum(-1)

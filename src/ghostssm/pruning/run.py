@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.gradients import gate_saliency
-from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.open_block import MEASURED_TOKENS, OpenBlock
 from ghostssm.calibration.processes import Ask, Processes
 from ghostssm.calibration.samples import OutputSamples
 from ghostssm.calibration.scratch import Scratch
@@ -45,6 +45,8 @@ T = TypeVar("T")
 DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
+_CURVE_TOKENS = 4096
+"""Tokens that they are measured on: a budget needs the order of layers, not the choice between two decisions."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -241,7 +243,7 @@ class _Run:
             curve: list[float] = np.interp(range(n + 1), [0, *sizes, n], errors).tolist()
             return curve
 
-        return self._decided_once(block, index, measured)
+        return self._decided_once(block, index, measured, _CURVE_TOKENS)
 
     def _mixers(self) -> Iterator[tuple[nn.Module, Mixer | None]]:
         """Every block with its weights as they are stored, and its mixer, front to back."""
@@ -310,9 +312,15 @@ class _Run:
 
         return self._decided_once(block, index, decide)
 
-    def _decided_once(self, block: OpenBlock, index: int, decide: Callable[[EvidenceSource], T]) -> T:
-        """What process 0 decides by evidence on a block that all work out, the same on all processes."""
-        source = _Walked(self.calibration, block, index, self.seed + index)
+    def _decided_once(
+        self, block: OpenBlock, index: int, decide: Callable[[EvidenceSource], T], tokens: int = MEASURED_TOKENS
+    ) -> T:
+        """What process 0 decides by evidence on a block that all work out, the same on all processes.
+
+        Args:
+            tokens: on which the changes of decisions are measured.
+        """
+        source = _Walked(self.calibration, block, index, self.seed + index, tokens)
         return self.calibration.processes.decide_once(
             lambda ask: decide(_Asked(ask)), lambda what, *rest: getattr(source, what)(*rest)
         )
@@ -351,8 +359,8 @@ class _Walked:
     No plan changes what reaches the first mixer (``index`` 0), so its evidence is worked out once for all plans.
     """
 
-    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int):
-        self._block, self._seed = block, seed
+    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int, tokens: int):
+        self._block, self._seed, self._tokens = block, seed, tokens
         self._known = {} if index else calibration._first_evidence
         self.saliency = partial(_saliency_of, calibration, block.present_mixer.name, silent)
 
@@ -368,7 +376,7 @@ class _Walked:
         return self._block.input_gram()
 
     def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        return self._block.changes(decisions)
+        return self._block.changes(decisions, self._tokens)
 
     def _once(self, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
         if question not in self._known:

@@ -105,7 +105,8 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
     for step in range(1, steps + 1):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = LEARNING_RATE * caution * scale * _learning_rate_factor(step, steps)
-        batch = windows[torch.randint(len(windows), (count,), generator=generator)]
+        chosen = torch.randint(len(windows), (count,), generator=generator)
+        batch = windows[chosen if count > 1 else slice(int(chosen), int(chosen) + 1)]  # one window needs no copy
         with torch.enable_grad():
             loss = (trial.output(batch) - batch.target).square().mean() / energy
             loss.backward()

@@ -18,7 +18,7 @@ from ghostssm.recovery.base import MixerStep, register_step
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
 _HELD_OUT_ONE_IN = 8
-_SKIP_TOKENS = 4096
+_SKIP_TOKENS = 1024
 """Tokens of the windows to which D is fitted, which has one number per head."""
 _SKIP_STEPS = 2
 _SKIP_RIDGE = 1e-6

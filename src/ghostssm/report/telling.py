@@ -9,12 +9,11 @@ from typing import Any
 from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.engines import Advice, advise
+from ghostssm.engines.verdicts import Verdicts
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
 from ghostssm.workflows.request import option
-
-_VERDICTS = {"runs": "runs", "slow": "runs slowly", "no": "no"}
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
@@ -119,28 +118,8 @@ def running(advice: Sequence[Advice]) -> str:
 
 
 def engine_tables(advice: Mapping[str, Sequence[Advice]]) -> list[Table]:
-    """Engines by what is run, and the reasons, once for all engines that share one."""
-    rows = []
-    shared: dict[str, list[str]] = {}
-    for entries in zip(*advice.values(), strict=True):
-        rows.append([entries[0].engine, *map(_verdict, entries)])
-        reasons: dict[str, list[str]] = {}
-        for label, entry in zip(advice, entries, strict=True):
-            export = entry.export and f"needs ghostssm export {entry.export}"
-            for reason in filter(None, (entry.reason, export)):
-                reasons.setdefault(reason, []).append(label)
-        for reason, labels in reasons.items():
-            where = "" if len(labels) == len(advice) else f"{', '.join(labels)}: "
-            shared.setdefault(where + reason, []).append(entries[0].engine)
-    why = [[", ".join(engines), reason] for reason, engines in shared.items()]
-    verdicts = Table("Engines", ["engine", *advice], rows, "By what their source accepts; nothing was run for this.")
-    return [verdicts, *[Table("Why, and what helps", (), why)] * bool(why)]
-
-
-def _verdict(entry: Advice) -> str:
-    """An export makes the files that an engine reads, where nothing else is in the way."""
-    return (
-        f"{_VERDICTS['runs' if entry.level == 'no' else entry.level]} after export"
-        if entry.export
-        else _VERDICTS[entry.level]
-    )
+    """Engines by what is run, and the reasons, once for all that share one."""
+    told = Verdicts.of(advice)
+    caption = " ".join(["By what their source accepts; nothing was run for this.", *told.notes])
+    verdicts = Table("Engines", ["engine", *advice], told.rows, caption)
+    return [verdicts, *[Table("Why", (), told.reasons)] * bool(told.reasons)]

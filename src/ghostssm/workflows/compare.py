@@ -161,7 +161,7 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
         evaluation, form, size = outcome.measured[dtype], kept[dtype].format, outcome.plan.mean_state_size
         excess = evaluation.excess_over(dense)
         shaped = shape.get(cell, layout.state_size)
-        decoded = {batch: timings[(shaped, dtype), batch] for batch in request.batches}
+        speeds = {batch: timings[(shaped, dtype), batch].decode(batch) for batch in request.batches}
         return Row(
             method=cell[0],
             state_size=cell[1],
@@ -171,9 +171,9 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
             excess=excess.mean,
             standard_error=excess.standard_error,
             state_bytes=round(rows_per_channel * (size * form.bits / 8 + form.scale_bytes)),
-            tokens_per_second={batch: timing.tokens_per_second(batch) for batch, timing in decoded.items()},
+            tokens_per_second={batch: speed.median for batch, speed in speeds.items()},
             seconds=outcome.seconds,
-            speed_range={batch: timing.speed_range(batch) for batch, timing in decoded.items()},
+            speed_range={batch: (speed.low, speed.high) for batch, speed in speeds.items()},
             state_dtype=dtype,
             distilled_tokens=sum(each.tokens for each in outcome.plan.distillations),
         )

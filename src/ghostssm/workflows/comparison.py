@@ -10,6 +10,7 @@ from ghostssm.checkpoint.description import Description
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.roofline import Machine
+from ghostssm.evaluation.speed import Rate
 from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
@@ -69,6 +70,11 @@ class Row(Value):
     def label(self) -> str:
         """The method, and the state's dtype where it is not float32."""
         return labelled(self.method, self.state_dtype)
+
+    def rate(self, batch: int) -> Rate:
+        """The decode speed at a batch size; without a range where there is none."""
+        speed = self.tokens_per_second[batch]
+        return Rate(speed, *self.speed_range.get(batch, (speed, speed)))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -154,13 +160,7 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
-    return headers, [[*_cells(row), *(_speed(row, batch) for batch in batches)] for row in ranked]
-
-
-def _speed(row: Row, batch: int) -> str:
-    """With half of the range over the rounds as a share of it."""
-    median, (low, high) = row.tokens_per_second[batch], row.speed_range[batch]
-    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
+    return headers, [[*_cells(row), *(row.rate(batch).text for batch in batches)] for row in ranked]
 
 
 def _cells(row: Row) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -13,7 +12,7 @@ import torch
 from ghostssm.checkpoint.description import Description, described
 from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
 from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.errors import InputError
+from ghostssm.errors import unknown_name
 from ghostssm.text.given import GivenText, given_windows, is_name
 from ghostssm.text.windows import Windows
 from ghostssm.values import short
@@ -87,9 +86,7 @@ def asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
     free = [name for name in own if name not in named]
     for name in options:
         if name not in free:
-            near = difflib.get_close_matches(name, [*free, "text", "evaluate", "column"], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(free)}."
-            raise InputError(f"There is no option {name!r}{hint}")
+            raise unknown_name("option", name, [*free, "text", "evaluate", "column"])
     values = {name: value for name, value in (named | dict(options)).items() if value is not None}
     arguments: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()

@@ -8,7 +8,6 @@ command knows the model only when started from here:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.errors import InputError, ModelError, TextError
+from ghostssm.errors import InputError, ModelError, TextError, did_you_mean
 from ghostssm.models.forward import accelerate
 
 
@@ -154,11 +153,9 @@ def _known(manager: TaskManager, name: str) -> list[str]:
         return found
     if Path(name).is_file():
         return [name]
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise InputError(
-        f"The harness knows no task {name!r}.{hint} Expected a name that `lm-eval ls tasks` lists, the path of a task "
-        "file, or a task in the folder that --include-path names."
+        f"The harness knows no task {name!r}.{did_you_mean(name, manager.all_tasks, 3)} Expected a name that "
+        "`lm-eval ls tasks` lists, the path of a task file, or a task in the folder that --include-path names."
     )
 
 

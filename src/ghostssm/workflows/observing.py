@@ -77,11 +77,9 @@ def decode_speeds(
     speeds = []
     for name in plans:
         for batch in batches:
-            timing = timings[name, batch]
+            speed = timings[name, batch].decode(batch)
             predicted = predicted_speed(described, machine, batch, plan if name == "pruned" else None)
-            speeds.append(
-                DecodeSpeed(name, batch, timing.tokens_per_second(batch), predicted, timing.speed_range(batch))
-            )
+            speeds.append(DecodeSpeed(name, batch, speed.median, predicted, (speed.low, speed.high)))
     return tuple(speeds)
 
 

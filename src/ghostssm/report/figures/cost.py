@@ -67,9 +67,10 @@ def speed_figure(rows: Sequence[Row]) -> Figure:
     dense = [{"batch": batch, "place": speed} for batch, speed in whole.tokens_per_second.items()]
     shown = []
     for row in others:
-        for batch, speed in row.tokens_per_second.items():
-            slowest, fastest = row.speed_range.get(batch, (speed, speed))
-            shown.append({**_loss(row, others), "batch": batch, "place": speed, "slowest": slowest, "fastest": fastest})
+        for batch in batches:
+            rate = row.rate(batch)
+            speeds = {"place": rate.median, "slowest": rate.low, "fastest": rate.high}
+            shown.append({**_loss(row, others), "batch": batch, **speeds})
     last = batches[-1]
     times = [
         f"{row.label} at {row.state_size}: {row.tokens_per_second[last] / whole.tokens_per_second[last]:.2f}"
