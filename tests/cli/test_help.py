@@ -39,6 +39,12 @@ def test_the_guide_names_every_verb_by_task() -> None:
     assert all(re.search(rf"^│ {verb} ", text, re.MULTILINE) for verb in VERBS)
 
 
+@pytest.mark.parametrize(("verb", "extra"), [("prune", "report"), ("compare", "report"), ("evaluate", "lm-eval")])
+def test_an_extra_package_is_named_whole(verb: str, extra: str) -> None:
+    text = " ".join(help_text(verb).replace("│", " ").split())
+    assert f"pip install 'ghostssm[{extra}]'" in text  # unescaped brackets would be taken for markup
+
+
 def test_the_seed_of_generate_draws_no_windows() -> None:
     text = " ".join(help_text("generate").replace("│", " ").split())
     assert "the same number gives the same text" in text

@@ -44,7 +44,9 @@ def compare(
     seed: arguments.Seed = 42,
     report: Annotated[
         str | None,
-        typer.Option("--report", metavar="FILE", help="Also write an HTML page; pip install 'ghostssm[report]' first."),
+        typer.Option(
+            "--report", metavar="FILE", help="Also write an HTML page; pip install 'ghostssm\\[report]' first."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     tokenizer: arguments.Tokenizer = None,

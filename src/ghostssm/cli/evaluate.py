@@ -54,7 +54,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME ...",
-            help="Instead: tasks of lm-evaluation-harness; pip install 'ghostssm[lm-eval]' first.",
+            help="Instead: tasks of lm-evaluation-harness; pip install 'ghostssm\\[lm-eval]' first.",
         ),
     ] = None,
     include_path: Annotated[

@@ -84,7 +84,7 @@ def prune(
         int | None,
         typer.Option(
             "--distill",
-            metavar="N",
+            metavar="STEPS",
             help="Steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.",
             rich_help_panel=arguments.HOW_PANEL,
         ),
@@ -146,7 +146,7 @@ def prune(
         typer.Option(
             "--report",
             help="Also measure what the state does and how fast the model decodes, and write DIR/report.html; with "
-            "--stream nothing is decoded. It takes the extra package: pip install 'ghostssm[report]'.",
+            "--stream nothing is decoded. It takes the extra package: pip install 'ghostssm\\[report]'.",
             rich_help_panel=arguments.OUTPUT_PANEL,
         ),
     ] = False,
