@@ -82,7 +82,7 @@ def test_prune_to_a_bound_on_the_loss(run: Run, small: Path, text_file: Path, tm
     code, out, err = run("prune", small, *options, "--json", *common)
     assert code == 0
     assert "calibrating on 8 windows" in err
-    assert "2 of these windows are held out to measure the excess loss on; so few make the bound uncertain" in err
+    assert "2 of these windows are held out to measure the excess loss on; so few make it uncertain" in err
     found = json.loads(out)
     assert found["state_size"]["after"] == 8
     searched = found["searched"]

@@ -89,7 +89,8 @@ def prune_streamed(
         multiple: of sizes per layer.
         overwrite: replace an output folder that is not empty.
         resume: go on with what OUTPUT.run holds, if there is such a folder.
-        dialect, untie: of the output, as `ghostssm.save` has them.
+        dialect: of the output, as `ghostssm.save` has it.
+        untie: store a tied head as a weight of its own, as `ghostssm.save` has it.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.

@@ -157,18 +157,19 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     A stored state that is larger than the one asked for stands in brackets behind it.
     """
     batches = list(rows[0].tokens_per_second)
-    headers = ["method", "N'", "dtype", "perplexity", "bits/byte", "excess loss", "state/seq"]
+    one_dtype = len({row.state_dtype for row in rows}) == 1
+    headers = ["method", "N'", *([] if one_dtype else ["dtype"]), "perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
-    return headers, [[*_cells(row), *(row.rate(batch).text for batch in batches)] for row in ranked]
+    return headers, [[*_cells(row, one_dtype), *(row.rate(batch).text for batch in batches)] for row in ranked]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, one_dtype: bool) -> list[str]:
     padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
     return [
         row.method,
         f"{row.state_size}{padded}",
-        row.state_dtype,
+        *([] if one_dtype else [row.state_dtype]),
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

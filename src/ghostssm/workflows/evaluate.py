@@ -204,12 +204,13 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
     windows = _shared_windows(request, request.model, request.against)
     evaluations: list[Evaluation] = []
     for model in (request.model, request.against):
-        notify(f"measuring {model}")  # one is in memory at a time
+        notify(f"measuring {model}")
         opened, storage = _opened(request, model), FLOAT32_STORAGE
         if not evaluations:
             _tell_state(request, opened.source, notify)
             storage = request.storage(opened.source)
         evaluations.append(_evaluation(request, opened, windows, progress, storage))
+        del opened  # one is in memory at a time
     pruned, dense = evaluations
     return ExcessLoss(windows, dense, pruned)
 
