@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -94,6 +95,21 @@ def test_pieces_masks_and_files(case: str, decide: Callable[..., Decision], tmp_
         padded = stepwise(loaded, ids, [17, 1, 1, 1], mask)[1:, 6:]
         if loaded.config.model_type == "ghost_mamba2":  # elsewhere attention's positions differ
             torch.testing.assert_close(padded, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["zamba2", "granite"])
+def test_a_head_of_its_own_values_stays(case: str, tmp_path: Path) -> None:
+    """Of a config that ties heads; Zamba2's also ties its shared blocks."""
+    stock = tiny_hybrid(case)
+    file = saved(stock, tmp_path / "dense") / "model.safetensors"
+    head = torch.randn_like(stock.get_output_embeddings().weight)
+    save_file(load_file(file) | {"lm_head.weight": head}, file, {"format": "pt"})
+    checkpoint = ghostssm.load(str(tmp_path / "dense"))
+    plan = plan_with(checkpoint.model, projections)
+    own = ghostssm.apply_plan(checkpoint.model, plan)
+    assert torch.equal(own.get_output_embeddings().weight, head)
+    folder = ghostssm.save(replace(checkpoint, model=own), plan, tmp_path / "own")
+    assert torch.equal(logits_of(ghostssm.load(str(folder)).model, tokens(1, 9)), logits_of(own, tokens(1, 9)))
 
 
 @cases

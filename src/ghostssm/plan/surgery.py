@@ -106,7 +106,7 @@ def _padded_stock(model: PreTrainedModel, state_size: int) -> PreTrainedModel:
         if mixer is not None:
             prune_mixer(family, mixer, Selection.whole(mixer.layout), state_size)
             tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
-    return stock_model(model.config, tensors, state_size)
+    return stock_model(model, tensors, state_size)
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             projected[index] = decision.width
         tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
     tensors |= {name: value.to(tensors[name], copy=True) for name, value in plan.changes.items()}
-    converted = own_model(model.config, tensors, widths, projected if plan.is_projected else None)
+    converted = own_model(model, tensors, widths, projected if plan.is_projected else None)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted
 

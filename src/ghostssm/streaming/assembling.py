@@ -69,7 +69,8 @@ def mapped_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors |= mapped_tensors(shard)
-    return filled(model.config, {name: tensors[other] for name, other in tied_weights(model).items()} | tensors)
+    ties = tied_weights(model)
+    return filled(model.config, {name: tensors[other] for name, other in ties.items()} | tensors, ties)
 
 
 def _is_converted(model: PreTrainedModel, shard: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
 from ghostssm.models.own_class import OWN_CONFIGS
-from ghostssm.models.transformers_private import without_weights
+from ghostssm.models.transformers_private import tied_weights, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,24 +55,26 @@ for _stock in (MAMBA2, *HYBRIDS):
 
 
 def own_model(
-    config: PreTrainedConfig,
+    model: PreTrainedModel,
     tensors: Mapping[str, Tensor],
     state_sizes: Mapping[int, int],
     projected_state_sizes: Mapping[int, int] | None,
 ) -> PreTrainedModel:
-    """A model of our own class from a stock model's config and the tensors of all its layers, which are not copied.
+    """A model of our own class from a stock model and the tensors of all its layers, which are not copied.
 
     Args:
+        model: of which config and ties are taken.
         tensors: the whole state dict, sliced, with ``B_projection`` and ``C_projection`` in every projected mixer.
         state_sizes: of every layer with a mixer, by its index, the width of its B and C.
         projected_state_sizes: of the same layers, 0 for no projection.
     """
+    config = model.config
     own = OWN_CONFIGS[config.model_type](**_values_of(config))
     own.state_sizes = _by_layer(state_sizes, config)
     own.projected_state_sizes = None if projected_state_sizes is None else _by_layer(projected_state_sizes, config)
     setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
     own.validate()
-    return filled(own, tensors)
+    return filled(own, tensors, tied_weights(model))
 
 
 def write_code(folder: Path) -> None:
@@ -81,12 +83,13 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(Path(own_class.__path__[0]) / name, folder / name)
 
 
-def stock_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
-    """A stock model from a config of our own class and tensors of one size in all layers, which are not copied."""
+def stock_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], state_size: int) -> PreTrainedModel:
+    """A stock model from one of our own class and tensors of one size in all layers, which are not copied."""
+    config = model.config
     stock = AutoConfig.for_model(config.model_type.removeprefix("ghost_"))
     values = {name: value for name, value in _values_of(config).items() if name not in _OWN_KEYS}
     stock = type(stock)(**values | {config.size_keys["state_size"]: state_size})
-    return filled(stock, tensors)
+    return filled(stock, tensors, tied_weights(model))
 
 
 def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -97,10 +100,17 @@ def _by_layer(sizes: Mapping[int, int], config: PreTrainedConfig) -> list[int]:
     return [sizes.get(layer, 0) for layer in range(config.num_hidden_layers)]
 
 
-def filled(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model of a config with tensors of all its parameters, which are not copied."""
+def filled(config: PreTrainedConfig, tensors: Mapping[str, Tensor], tied: Container[str]) -> PreTrainedModel:
+    """The model of a config with tensors of all its parameters, which are not copied.
+
+    Args:
+        tied: parameters that share another one's weight; a config may tie more, such as a head with values of its own.
+    """
     dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
     model = without_weights(config, dtype)
     model.load_state_dict(dict(tensors), assign=True)
-    model.tie_weights()
+    ties = tied_weights(model)
+    for name in [name for name in ties if name not in tied]:
+        del ties[name]
+    model.tie_weights(recompute_mapping=False)
     return model
