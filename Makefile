@@ -13,7 +13,7 @@ TYPES := build/mypy.txt
 .PHONY: demo test lint style docs clean
 
 demo: $(VENV)/installed
-	@echo "Six methods prune the built-in model to two state sizes. It takes minutes; the time left is told on the way."
+	@echo "Six methods prune the built-in model to two state sizes. It takes one to three minutes; the time left is told on the way."
 	$(BIN)/ghostssm compare reference --state-size 64 32 --text-windows 24 $(DEMO_TEXT) --methods $(DEMO_METHODS)
 	$(BIN)/ghostssm prune reference --state-size 32 --refit 0 $(DEMO_TEXT) --output $(DEMO_OUTPUT) --overwrite
 	@echo
