@@ -16,13 +16,11 @@ from transformers import PreTrainedModel
 from ghostssm.calibration.blocks import Blocks, blocks_of
 from ghostssm.calibration.gradients import gate_saliency
 from ghostssm.calibration.open_block import MEASURED_TOKENS, OpenBlock
-from ghostssm.calibration.processes import Ask, Processes
-from ghostssm.calibration.samples import OutputSamples
+from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.calibration.statistics import LayerStatistics
 from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
-from ghostssm.methods.base import Evidence, EvidenceSource, Known
+from ghostssm.methods.base import Evidence, EvidenceSource
 from ghostssm.methods.selection import Cut, Groups, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
 from ghostssm.models.layout import check_state_size
@@ -36,6 +34,7 @@ from ghostssm.pruning.budget import allocate
 from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.sources import Asked, Measured, Unpruned, Walked
 from ghostssm.recovery.base import MixerStep, ModelStep
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
@@ -234,7 +233,7 @@ class _Run:
         n = mixer.layout.state_size
 
         def measured(source: EvidenceSource) -> list[float]:
-            source = _Measured(source)
+            source = Measured(source)
             evidence = dataclasses.replace(self._evidence(mixer, index, source), rough=True)
             score = self._finite_score(evidence, mixer)
             sizes = sorted({max(1, round(share * n)) for share in _MEASURED_SHARES} - {n})
@@ -258,7 +257,7 @@ class _Run:
         method, scores = self.recipe.registered, dict[str, Tensor]()
         for _, mixer in self._mixers():
             if mixer is not None:
-                source = _Unpruned(self.calibration, mixer.name, self.progress)
+                source = Unpruned(partial(self._saliency_of, mixer.name))
                 scores[mixer.name] = method.score(self._evidence(mixer, len(scores), source))
         if method.scope == "model":
             kept = select_together(list(scores.values()), sizes[0])
@@ -320,9 +319,12 @@ class _Run:
         Args:
             tokens: on which the changes of decisions are measured.
         """
-        source = _Walked(self.calibration, block, index, self.seed + index, tokens)
+        calibration, name = self.calibration, block.present_mixer.name
+        # No plan changes what reaches the first mixer, so its evidence is worked out once for all plans.
+        known = {} if index else calibration._first_evidence
+        source = Walked(block, known, lambda: calibration.saliency(silent)[name], self.seed + index, tokens)
         return self.calibration.processes.decide_once(
-            lambda ask: decide(_Asked(ask)), lambda what, *rest: getattr(source, what)(*rest)
+            lambda ask: decide(Asked(ask)), lambda what, *rest: getattr(source, what)(*rest)
         )
 
     def _evidence(self, mixer: Mixer, index: int, source: EvidenceSource) -> Evidence:
@@ -332,6 +334,9 @@ class _Run:
         decide, cut = self.recipe.registered.decide, Cut(size, self.groups)
         return Decision(select(score, cut)) if decide is None else decide(evidence, cut)
 
+    def _saliency_of(self, name: str) -> Tensor:
+        return self.calibration.saliency(self.progress)[name]
+
     def _finite_score(self, evidence: Evidence, mixer: Mixer) -> Tensor:
         score = self.recipe.registered.score(evidence)
         if not torch.isfinite(score).all():
@@ -340,79 +345,3 @@ class _Run:
                 "evaluate the unpruned model on the same text first."
             )
         return score
-
-
-class _Unpruned(Known):
-    """Evidence for a one-shot method, which may ask for gate gradients besides the weights."""
-
-    def __init__(self, calibration: Calibration, name: str, progress: Progress):
-        super().__init__()
-        self._saliency = partial(_saliency_of, calibration, name, progress)
-
-    def saliency(self) -> Tensor:
-        return self._saliency()
-
-
-class _Walked:
-    """Evidence on the mixer of a block of a walk.
-
-    No plan changes what reaches the first mixer (``index`` 0), so its evidence is worked out once for all plans.
-    """
-
-    def __init__(self, calibration: Calibration, block: OpenBlock, index: int, seed: int, tokens: int):
-        self._block, self._seed, self._tokens = block, seed, tokens
-        self._known = {} if index else calibration._first_evidence
-        self.saliency = partial(_saliency_of, calibration, block.present_mixer.name, silent)
-
-    def statistics(self) -> LayerStatistics:
-        statistics: LayerStatistics = self._once(("statistics",), self._block.statistics)
-        return statistics
-
-    def samples(self) -> OutputSamples:
-        samples: OutputSamples = self._once(("samples", self._seed), lambda: self._block.samples(self._seed))
-        return samples
-
-    def input_gram(self) -> Tensor:
-        return self._block.input_gram()
-
-    def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        return self._block.changes(decisions, self._tokens)
-
-    def _once(self, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
-        if question not in self._known:
-            self._known[question] = answer()
-        return self._known[question]
-
-
-class _Measured:
-    """Evidence that measures no decision twice."""
-
-    def __init__(self, source: EvidenceSource):
-        self.statistics, self.samples = source.statistics, source.samples
-        self.input_gram, self.saliency = source.input_gram, source.saliency
-        self._changes = source.changes
-        self._known: list[tuple[Decision, float]] = []
-
-    def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        new = [decision for decision in decisions if self._change(decision) is None]
-        if new:
-            self._known += zip(new, self._changes(new), strict=True)
-        return [change for decision in decisions if (change := self._change(decision)) is not None]
-
-    def _change(self, decision: Decision) -> float | None:
-        return next((change for known, change in self._known if known is decision), None)
-
-
-class _Asked:
-    """Evidence that process 0 asks for and all processes work out together."""
-
-    def __init__(self, ask: Ask):
-        self.statistics: Callable[[], LayerStatistics] = partial(ask, "statistics")
-        self.samples: Callable[[], OutputSamples] = partial(ask, "samples")
-        self.input_gram: Callable[[], Tensor] = partial(ask, "input_gram")
-        self.saliency: Callable[[], Tensor] = partial(ask, "saliency")
-        self.changes: Callable[[Sequence[Decision]], list[float]] = partial(ask, "changes")
-
-
-def _saliency_of(calibration: Calibration, name: str, progress: Progress) -> Tensor:
-    return calibration.saliency(progress)[name]

@@ -1,0 +1,97 @@
+"""Where the evidence on a mixer comes from: a walk, what process 0 asks of all, or what was measured before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.processes import Ask
+from ghostssm.calibration.samples import OutputSamples
+from ghostssm.calibration.statistics import LayerStatistics
+from ghostssm.methods.base import EvidenceSource, Known
+from ghostssm.plan.decision import Decision
+
+
+class Unpruned(Known):
+    """Evidence for a one-shot method, which may ask for the mixer's gate gradients besides the weights."""
+
+    def __init__(self, saliency: Callable[[], Tensor]):
+        super().__init__()
+        self._saliency = saliency
+
+    def saliency(self) -> Tensor:
+        return self._saliency()
+
+
+class Walked:
+    """Evidence on the mixer of a block of a walk.
+
+    Args:
+        known: answers that were worked out before, and where they are kept.
+        saliency: the mixer's, from gate gradients.
+        seed: of the samples. tokens: on which the changes of decisions are measured.
+    """
+
+    def __init__(
+        self,
+        block: OpenBlock,
+        known: dict[tuple[Any, ...], Any],
+        saliency: Callable[[], Tensor],
+        seed: int,
+        tokens: int,
+    ):
+        self.saliency = saliency
+        self._block, self._known, self._seed, self._tokens = block, known, seed, tokens
+
+    def statistics(self) -> LayerStatistics:
+        statistics: LayerStatistics = self._once(("statistics",), self._block.statistics)
+        return statistics
+
+    def samples(self) -> OutputSamples:
+        samples: OutputSamples = self._once(("samples", self._seed), lambda: self._block.samples(self._seed))
+        return samples
+
+    def input_gram(self) -> Tensor:
+        return self._block.input_gram()
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        return self._block.changes(decisions, self._tokens)
+
+    def _once(self, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
+        if question not in self._known:
+            self._known[question] = answer()
+        return self._known[question]
+
+
+class Measured:
+    """Evidence that measures no decision twice."""
+
+    def __init__(self, source: EvidenceSource):
+        self.statistics, self.samples = source.statistics, source.samples
+        self.input_gram, self.saliency = source.input_gram, source.saliency
+        self._changes = source.changes
+        self._known: list[tuple[Decision, float]] = []
+
+    def changes(self, decisions: Sequence[Decision]) -> list[float]:
+        new = [decision for decision in decisions if self._change(decision) is None]
+        if new:
+            self._known += zip(new, self._changes(new), strict=True)
+        return [change for decision in decisions if (change := self._change(decision)) is not None]
+
+    def _change(self, decision: Decision) -> float | None:
+        return next((change for known, change in self._known if known is decision), None)
+
+
+class Asked:
+    """Evidence that process 0 asks for and all processes work out together."""
+
+    def __init__(self, ask: Ask):
+        self.statistics: Callable[[], LayerStatistics] = partial(ask, "statistics")
+        self.samples: Callable[[], OutputSamples] = partial(ask, "samples")
+        self.input_gram: Callable[[], Tensor] = partial(ask, "input_gram")
+        self.saliency: Callable[[], Tensor] = partial(ask, "saliency")
+        self.changes: Callable[[Sequence[Decision]], list[float]] = partial(ask, "changes")
