@@ -96,7 +96,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
         return 1.0
     trial = _Trial(mixer)
     scales = [max(leaf.detach().square().mean().sqrt().item(), 1e-3) for leaf in trial.leaves.values()]
-    optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=(0.9, 0.98), fused=True)
     generator = torch.Generator().manual_seed(seed)
     count = max(1, _TOKENS_PER_STEP // data.hidden.shape[1])
     energy = data.target.square().mean()
