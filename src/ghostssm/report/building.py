@@ -13,13 +13,24 @@ from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, capacity_cells
 from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine
+from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
 from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_figure, speed_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
+from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Card, Report, Section, Table, Texts
-from ghostssm.report.telling import advice_of, command, engine_tables, manifest_table, prune_command, running
+from ghostssm.report.telling import (
+    advice_of,
+    command,
+    engine_tables,
+    is_distilled,
+    manifest_table,
+    prune_command,
+    repeating_command,
+    running,
+)
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
 from ghostssm.workflows.comparison import Comparison, Row, comparison_cells
 from ghostssm.workflows.observing import predicted_speed
@@ -53,20 +64,22 @@ def checkpoint_report(folder: Path) -> Report:
     if (seen := record.observations) is not None:
         state[:0] = [phantom_figure(seen, plan), hankel_figure(seen, plan)]
     made: list[Figure | Table | Texts] = [] if manifest is None else [manifest_table(manifest)]
+    lost = [*([window_figure(record.losses)] if record.losses else []), *_trainings({"training": plan})]
     base = None if manifest is None else manifest.base_model
     return Report(
         title=f"{Path(base or plan.model_type).name}: state size {plan.state_size} to {sizes}",
         subtitle=f"method {plan.method}, family {plan.model_type}",
         cards=[
             *_loss_cards(None if manifest is None else manifest.measured),
+            *map(_training_card, plan.distillations),
             *_state_cards(plan, described),
             *_speed_cards(record.decode),
         ],
         sections=[
-            Section(_COST, [*([window_figure(record.losses)] if record.losses else []), *_texts(record.samples)]),
+            Section(_COST, [*lost, *_texts(record.samples)]),
             Section(_BOUGHT, bought),
             Section(_STATE, state),
-            Section("Where it comes from", [*made, _repeating(prune_command(plan, manifest))]),
+            Section("Where it comes from", [*made, _repeating(repeating_command(plan, manifest))]),
         ],
         missing=_missing(plan, record, manifest),
         details={} if manifest is None else {"All of ghostssm.json": manifest.as_json()},
@@ -83,6 +96,7 @@ def comparison_report(comparison: Comparison) -> Report:
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
+    cost += _trainings({f"{method}, N' = {size}": plan for (method, size), plan in comparison.plans.items()})
     bought: list[Figure | Table | Texts] = []
     if speeds := _speeds(comparison, described, basis.machine):
         bought += [speed_figure(comparison.rows)] if others else []
@@ -147,6 +161,16 @@ def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:
         return []
     caption = f"The likeliest token each time, after the same prompt, the beginning of a window of {samples.text}."
     return [Texts("How the models go on", {"prompt": samples.prompt, **samples.continuations}, caption)]
+
+
+def _trainings(plans: Mapping[str, Plan]) -> list[Figure]:
+    """The curves of all trainings of the whole pruned model that plans tell of."""
+    found = {
+        label if number == 1 else f"{label} {number}": training
+        for label, plan in plans.items()
+        for number, training in enumerate(plan.distillations, 1)
+    }
+    return [distillation_figure(found)] if found else []
 
 
 def _repeating(words: str) -> Texts:
@@ -226,6 +250,12 @@ def _loss_cards(measured: Measurement | None) -> list[Card]:
     ]
 
 
+def _training_card(found: Distillation) -> Card:
+    where = f"excess loss on {found.held_out_windows} held-out windows of {text_name(found.text)}"
+    change = f"{found.curve[0].excess.mean:z.4f} → {found.best.excess.mean:z.4f}"
+    return Card("Distillation", change, f"{where}; {found.tokens:,} tokens of training")
+
+
 def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
     by_batch = {
         batch: {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batch}
@@ -244,6 +274,8 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
 
 
 def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tuple[str, str]]:
+    if manifest is not None and is_distilled(manifest):
+        return _missing_of_distilled(plan, manifest)
     missing, in_memory = [], {"stream": False, "offload": None, "resume": False}
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:
@@ -256,4 +288,13 @@ def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tupl
         missing.append(("scores", prune_command(plan, manifest)))
     if manifest is None:
         missing.append(("what produced the checkpoint (ghostssm.json)", prune_command(plan, manifest)))
+    return missing
+
+
+def _missing_of_distilled(plan: Plan, manifest: Manifest) -> list[tuple[str, str]]:
+    """Training changes neither the unpruned model nor the speed, so that the student's page holds of it too."""
+    request = manifest.request or {}
+    missing = [("phantom plot, Hankel singular values, decode speed", command("report", {"model": request["student"]}))]
+    if manifest.measured is None:
+        missing.append(("excess loss on other text", repeating_command(plan, manifest, evaluate="TEXT")))
     return missing
