@@ -27,7 +27,8 @@ def distillation_figure(trainings: Mapping[str, Distillation]) -> Figure:
         told.append(
             f"{training}: {found.tokens:,} tokens of {text_name(found.text)} in {found.steps} steps moved "
             f"{MOVED[found.trained]}; excess loss on {found.held_out_windows} held-out windows of that text "
-            f"{found.curve[0].excess_text} before, {found.best.excess_text} after step {found.kept_step}, which was kept"
+            f"{found.curve[0].excess_text} before, {found.best.excess_text} after step {found.kept_step}, which was "
+            "kept"
         )
     return Figure(
         "distillation",
