@@ -69,7 +69,7 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'reference'.", autocompletion=completion.models),
 ]
 StateSizes = Annotated[
-    list[int],
+    list[int] | None,
     typer.Option("--state-size", metavar="N' ...", help="State sizes N' to prune to, one or several."),
 ]
 CalibrationText = Annotated[

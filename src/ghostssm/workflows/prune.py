@@ -21,7 +21,7 @@ from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.fitting import plan_for_bytes
+from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
 from ghostssm.streaming.finished import finished_run, may_be_finished
@@ -114,9 +114,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         calibration = Calibration(checkpoint.model, windows)
         return calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
     if target.state_bytes is not None:
-        return plan_for_bytes(
-            checkpoint.model,
-            windows,
+        return Fitting.of(checkpoint.model, windows).plan(
             job.recipe,
             target.state_bytes,
             dtypes=target.dtypes,

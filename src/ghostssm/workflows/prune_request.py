@@ -17,6 +17,7 @@ from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.feasibility import check_original, check_streamable
+from ghostssm.pruning.fitting import check_shrinks
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
@@ -189,6 +190,8 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.stream:
         check_streamable(recipe)
     target = wanted_target(described, request.state_size, request.budget, request.max_excess_loss, request.state_bytes)
+    if target.state_bytes is not None:
+        check_shrinks(recipe)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
         tied, multiple = described.tied_head and not request.untie, request.multiple or DEFAULT_MULTIPLE
