@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import Mamba2ForCausalLM, PreTrainedTokenizerFast
 
+import ghostssm
 from ghostssm.checkpoint.description import describe
 from ghostssm.checkpoint.manifest import RECORD_FILE, Manifest
 from ghostssm.cli.main import app
@@ -30,7 +31,7 @@ from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.measurement import Difference
 from ghostssm.plan.plan import Plan
 from ghostssm.pruning.run import Calibration
-from ghostssm.report.building import checkpoint_report
+from ghostssm.report.building import checkpoint_report, comparison_report
 from ghostssm.report.figures import MOST_CHANNELS
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
@@ -224,6 +225,19 @@ def test_the_best_are_told_by_class(pages: dict[str, Path]) -> None:
         assert re.search(
             r"ghost.*excess loss [-0-9.]+ ± [0-9.]+; [0-9.]+x the dense speed at batch 2; runs in ", stock[1]
         )
+
+
+def test_what_was_chosen_within_bounds_is_told_by_bounds() -> None:
+    options: dict[str, Any] = {"evaluate": random_windows(2, 40, seed=1), "batches": [1]}
+    found = ghostssm.compare(
+        tiny_model(), random_windows(4, 40), methods=["ghost", "magnitude"], state_bytes=["1/2", "1/4"], **options
+    )
+    report = comparison_report(found)
+    labels = [card.label for card in report.cards]
+    assert labels[2:] == [f"Best within {bound} of the state's bytes in a stock checkpoint" for bound in ("1/2", "1/4")]
+    rows = report.figures[0].tables["rows"]
+    assert [row["method"] for row in rows] == ["ghost", "ghost", "magnitude", "magnitude"]
+    assert [row["dtype"] for row in rows] == [row.state_dtype for row in found.rows[1:]]
 
 
 def test_sequences_are_those_of_the_arithmetic(pages: dict[str, Path]) -> None:

@@ -136,18 +136,19 @@ def _label(row: Row) -> str:
 
 
 def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
-    dense, *others = comparison.rows
+    dense = comparison.rows[0]
     cards = []
-    for size in sorted({row.state_size for row in others}, reverse=True):
-        for row in comparison.best(size):
-            plan = comparison.plans[row.method, size]
+    for contest in comparison.contests:
+        at = f"at N' = {contest}" if isinstance(contest, int) else f"within {contest} of the state's bytes"
+        for row in comparison.best(contest):
+            plan = comparison.plans[row.method, row.state_size]
             where = "in any class" if plan.needs_own_class else "in a stock checkpoint"
             notes = [f"excess loss {plus_minus(row.excess, row.standard_error)}"]
             if speeds := row.tokens_per_second:
                 batch = max(speeds)
                 notes.append(f"{speeds[batch] / dense.tokens_per_second[batch]:.2f}x the dense speed at batch {batch}")
             notes.append(running(advice_of(described, plan)))
-            cards.append(Card(f"Best at N' = {size} {where}", row.label, "; ".join(notes)))
+            cards.append(Card(f"Best {at} {where}", row.label, "; ".join(notes)))
     return cards
 
 

@@ -103,7 +103,7 @@ def compare_at_hand(
     basis = Basis(request, described, windows, held_out)
     if request.report:
         observations = observe(checkpoint.model, windows, progress)
-        smallest = comparison.best(min(size for _, size in comparison.plans))
+        smallest = comparison.best(comparison.contests[-1])
         plans = {
             f"{row.method}, N' = {row.state_size}": comparison.plans[row.method, row.state_size] for row in smallest
         }

@@ -73,6 +73,11 @@ class Row(Value):
         """The method, and the state's dtype where it is not float32."""
         return labelled(self.method, self.state_dtype)
 
+    @property
+    def series(self) -> str:
+        """Rows of one series differ in their bytes only: a method's, in one dtype or in that chosen for each bound."""
+        return self.method if self.within else self.label
+
     def rate(self, batch: int) -> Rate:
         """The decode speed at a batch size; without a range where there is none."""
         speed = self.tokens_per_second[batch]
@@ -122,11 +127,18 @@ class Comparison(Value):
         sizes = ", ".join(map(str, dict.fromkeys(row.state_size for row in self.rows)))
         return f"<Comparison: {methods[:120]} at state sizes {sizes[:80]}>"
 
-    def best(self, size: int) -> list[Row]:
-        """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
-        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
+    @property
+    def contests(self) -> list[int | str]:
+        """What methods compete at: bounds on the bytes as they were given, or state sizes, the largest first."""
+        rows = [row for row in self.rows if row.method != DENSE]
+        bounds = dict.fromkeys(bound for row in rows for bound in row.within)
+        return [*bounds] or sorted({row.state_size for row in rows}, reverse=True)
+
+    def best(self, contest: int | str) -> list[Row]:
+        """Of a size or a bound the row with the least loss in a stock checkpoint, and that of all if it is another."""
+        rows = [row for row in self.rows if contest in (row.state_size, *row.within) and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
-        stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
+        stock = [row for row in ranked if not self.plans[row.method, row.state_size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
 
     def to_dict(self) -> dict[str, Any]:
