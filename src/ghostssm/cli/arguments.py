@@ -171,7 +171,7 @@ StateDtype = Annotated[
         "--state-dtype",
         metavar="NAME",
         help="Of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4. If not "
-        "given, that which prune --state-bytes chose, else float32.",
+        "given, that which the checkpoint was pruned for, else float32.",
         rich_help_panel=HOW_PANEL,
         autocompletion=completion.state_dtypes,
     ),

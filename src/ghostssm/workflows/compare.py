@@ -257,7 +257,9 @@ def _speeds(
         for cell, outcome in outcomes.items()
     }
     timed = {
-        (shapes[cell], dtype): outcome.plan if outcome.plan.needs_own_class else first_channels(model, shapes[cell])
+        (shapes[cell], dtype): outcome.plan
+        if outcome.plan.needs_own_class
+        else first_channels(model, outcome.plan.kept_state_size)
         for cell, outcome in outcomes.items()
         for dtype in outcome.measured
     }

@@ -115,6 +115,16 @@ def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
             raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
 
 
+def check_stored(engines: Sequence[str], state_dtype: str) -> None:
+    """Raise InputError for an engine that stores no state of a dtype."""
+    for engine in engines_named(engines):
+        if state_dtype not in (offered := engine.states.offered):
+            raise InputError(
+                f"{engine.name} keeps a state in {' or '.join(offered)}, not in {state_dtype}; name one of these with "
+                "--state-dtype, or leave the engine out."
+            )
+
+
 def suited_target(
     target: Target,
     described: Description,

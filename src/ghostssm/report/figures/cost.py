@@ -209,8 +209,9 @@ def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int]
     return Figure(
         "capacity",
         "Sequences per GPU",
-        f"How many sequences fit beside the weights, from the sizes alone: state in float32,{cached} weights and "
-        "convolution windows in bfloat16. Activations and what an engine keeps for itself are left out.",
+        "How many sequences fit beside the weights, from the sizes alone: state in float32 where no other dtype is "
+        f"named,{cached} weights and convolution windows in bfloat16. Activations and what an engine keeps for itself "
+        "are left out.",
         "Bar chart of sequences per GPU. "
         + "; ".join(f"{row['gpu']}, {row['state']}: {row['sequences']:,}" for row in rows)
         + ".",
