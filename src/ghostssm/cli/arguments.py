@@ -69,7 +69,7 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'reference'.", autocompletion=completion.models),
 ]
 StateSizes = Annotated[
-    list[int],
+    list[int] | None,
     typer.Option("--state-size", metavar="N' ...", help="State sizes N' to prune to, one or several."),
 ]
 CalibrationText = Annotated[
@@ -171,7 +171,7 @@ StateDtype = Annotated[
         "--state-dtype",
         metavar="NAME",
         help="Of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4. If not "
-        "given, that which prune --state-bytes chose, else float32.",
+        "given, that which the checkpoint was pruned for, else float32.",
         rich_help_panel=HOW_PANEL,
         autocompletion=completion.state_dtypes,
     ),

@@ -15,7 +15,16 @@ from ghostssm.cli.requesting import requested
 
 def compare(
     model: arguments.Model,
-    state_size: arguments.StateSizes,
+    state_size: arguments.StateSizes = None,
+    state_bytes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--state-bytes",
+            metavar="SHARE|SIZE ...",
+            help="Or: for every method, the state size and dtype that lose least within so many bytes per sequence, as "
+            "prune --state-bytes chooses them: 1/4 1/8, say, or 6MiB.",
+        ),
+    ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,13 +65,14 @@ def compare(
     """Prune by several methods to several state sizes, in memory, and print one table of loss, state and speed.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-size 64 32 --state-dtype float32 int8 --calibration a.txt --text b.txt
+    ghostssm compare MODEL --state-bytes 1/4 1/8 --methods ghost balanced
     """
     given = locals()
     import ghostssm
     from ghostssm.workflows.comparison import comparison_cells
 
     arguments.check_separated("--methods", methods)
+    arguments.check_separated("--state-bytes", state_bytes)
     arguments.check_separated("--state-dtype", state_dtype)
     page = page_to_write(report, overwrite)
     request = requested(

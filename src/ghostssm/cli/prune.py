@@ -89,6 +89,17 @@ def prune(
             rich_help_panel=arguments.HOW_PANEL,
         ),
     ] = None,
+    state_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--state-dtype",
+            metavar="NAME",
+            help="Measure the pruned model with its state kept in this dtype, in which it is to be served: float32, "
+            "bfloat16, float16, int8, fp8 or int4. Later verbs keep to it.",
+            rich_help_panel=arguments.HOW_PANEL,
+            autocompletion=completion.state_dtypes,
+        ),
+    ] = None,
     per_layer: Annotated[
         bool,
         typer.Option(
@@ -307,7 +318,8 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if choice is not None:
         print()
         print_table(*choice.cells())
-        _print_serving(choice.chosen.state_dtype, found)
+    if plan.state_dtype is not None:
+        _print_serving(plan.state_dtype, found)
 
 
 def _print_serving(state_dtype: str, found: Description) -> None:

@@ -21,6 +21,7 @@ def report(
     output: Annotated[
         str | None, typer.Option("--output", metavar="FILE", help="The page; DIR/report.html if not given.")
     ] = None,
+    state_dtype: arguments.StateDtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
     as_json: arguments.AsJson = False,
 ) -> None:
@@ -42,7 +43,7 @@ def report(
     from ghostssm.report.building import checkpoint_report
     from ghostssm.report.page import write_page
 
-    found = checkpoint_report(where)
+    found = checkpoint_report(where, state_dtype)
     write_page(file, found)
     missing = [{"missing": what, "command": command} for what, command in found.missing]
     if as_json:

@@ -24,8 +24,20 @@ def command(verb: str, asked: Mapping[str, Any]) -> str:
         if value is True:
             words.append(option(name))
         elif values and value not in (None, False):
-            words += [*([] if name == "model" else [option(name)]), *map(str, values)]
+            words += [*([] if name in ("model", "student") else [option(name)]), *map(str, values)]
     return shlex.join(words)
+
+
+def repeating_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
+    """The command whose output a folder is: ``distill``, if that came last, else ``prune``; ``more`` as there."""
+    if manifest is not None and is_distilled(manifest):
+        return command("distill", {**(manifest.request or {}), **more, "output": "DIR"})
+    return prune_command(plan, manifest, **more)
+
+
+def is_distilled(manifest: Manifest) -> bool:
+    """Whether ``ghostssm distill`` wrote the folder."""
+    return manifest.request is not None and "student" in manifest.request
 
 
 def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
@@ -37,7 +49,7 @@ def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
     model = {"model": (None if manifest is None else manifest.base_model) or "MODEL"}
     asked: dict[str, Any] = dict(model)
     made = plan.provenance
-    if manifest is not None and manifest.request is not None:
+    if manifest is not None and manifest.request is not None and not is_distilled(manifest):
         asked |= {**manifest.request, **model}
     elif made is None:
         asked |= {"recipe": plan.method, "state_size": plan.kept_state_size}

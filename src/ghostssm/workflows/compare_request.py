@@ -6,14 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.errors import InputError
 from ghostssm.methods import method_names
 from ghostssm.methods.selection import Groups
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.pruning.feasibility import check_original
+from ghostssm.pruning.fitting import check_shrinks, fits_in
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.values import Value
-from ghostssm.workflows.request import CalibratingRequest
+from ghostssm.workflows.request import CalibratingRequest, check_heeded
+from ghostssm.workflows.state_size import bound_on_bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +25,9 @@ class CompareRequest(Value, CalibratingRequest):
 
     Attributes:
         model: a hub id, a folder in either dialect, or ``reference``.
-        state_sizes: N' to prune to.
+        state_sizes: N' to prune to. Either these or ``state_bytes`` are given.
+        state_bytes: bounds on the bytes of one sequence's state, each as `PruneRequest` has it: for every method the
+            state size and dtype are chosen together that lose least within each, on every fourth calibration window.
         methods: recipes, such as ``ghost`` or ``output+repair``; all methods, without recovery steps, if none is given.
         text: text to measure the loss on.
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
@@ -34,7 +39,7 @@ class CompareRequest(Value, CalibratingRequest):
     """
 
     model: str
-    state_sizes: tuple[int, ...]
+    state_sizes: tuple[int, ...] = ()
     methods: tuple[str, ...] = ()
     text: str = "wikitext2"
     groups: Groups = "equal"
@@ -42,6 +47,7 @@ class CompareRequest(Value, CalibratingRequest):
     report: bool = False
     state_dtypes: tuple[str, ...] = ("float32",)
     state_rounding: str = "nearest"
+    state_bytes: tuple[str, ...] = ()
 
     @property
     def storages(self) -> tuple[StateStorage, ...]:
@@ -65,8 +71,22 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     recipes = [str(Recipe.parse(method)) for method in request.methods]
     described = described or describe(request.model)
     check_original(described.is_stock)
+    if not (request.state_sizes or request.state_bytes):
+        raise InputError("Say how much to keep: give --state-size or --state-bytes.")
     for size in request.state_sizes:
         check_state_size(size, described.layout.state_size)
+    if request.state_bytes:
+        check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
+        _check_bounds(request, described)
+        recipes = recipes or [name for name in method_names() if Recipe.parse(name).registered.shrinks]
     StateStorage.of("bfloat16", request.state_rounding)  # raises, as the next line does
     assert all(request.storages)
     return dataclasses.replace(request, methods=tuple(recipes) or method_names()), described
+
+
+def _check_bounds(request: CompareRequest, described: Description) -> None:
+    """Raise InputError for a bound within which there is nothing to choose, or a method that can't choose."""
+    for bound in request.state_bytes:
+        fits_in(bound_on_bytes(bound, described.state_bytes()), described.layout, described.layers)
+    for method in request.methods:
+        check_shrinks(Recipe.parse(method))

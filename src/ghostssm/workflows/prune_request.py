@@ -13,21 +13,24 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
 from ghostssm.methods.selection import Groups
+from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.feasibility import check_original, check_streamable
+from ghostssm.pruning.fitting import check_shrinks
 from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs
 from ghostssm.workflows.remarks import same_text_remark, tell
-from ghostssm.workflows.request import CalibratingRequest, check_belonging
+from ghostssm.workflows.request import CalibratingRequest, check_belonging, check_heeded
 from ghostssm.workflows.state_size import (
     Target,
     check_engine_dialects,
     check_smaller,
+    check_stored,
     suited_target,
     wanted_target,
 )
@@ -60,6 +63,8 @@ class PruneRequest(Value, CalibratingRequest):
         state_bytes: choose the state size and dtype that lose least on held-out windows within so many bytes per
             sequence: a share of the dense float32 state (``1/8``), or a size with its unit (``6MiB``).
         recipe: a method and its recovery steps, such as ``output+refit100+repair``.
+        state_dtype: in which the state is to be kept, rounded after every token: what is measured is measured so. If
+            not given, that which ``state_bytes`` chooses, else float32.
         multiple: of sizes per layer, and of sizes that are searched; 8 if not given.
         engines: names of engines that are to run the result; the nearest size that suits them is taken.
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
@@ -84,6 +89,7 @@ class PruneRequest(Value, CalibratingRequest):
     max_excess_loss: float | None = None
     state_bytes: str | None = None
     recipe: str = str(DEFAULT_RECIPE)
+    state_dtype: str | None = None
     multiple: int | None = None
     engines: tuple[str, ...] = ()
     groups: Groups = "equal"
@@ -171,6 +177,10 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
     check_belonging(request, _BELONGS_TO)
+    check_heeded(request, "state_bytes", "state_dtype")
+    if request.state_dtype is not None:
+        StateFormat.of(request.state_dtype)  # raises
+        check_stored(request.engines, request.state_dtype)
     if request.stream:
         _check_streamed(request)
     elif os.environ.get("WORLD_SIZE", "1") != "1":
@@ -189,6 +199,8 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.stream:
         check_streamable(recipe)
     target = wanted_target(described, request.state_size, request.budget, request.max_excess_loss, request.state_bytes)
+    if target.state_bytes is not None:
+        check_shrinks(recipe)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
         tied, multiple = described.tied_head and not request.untie, request.multiple or DEFAULT_MULTIPLE

@@ -20,6 +20,7 @@ _OPTIONS = {
     "recipe": "--method",
     "state_dtypes": "--state-dtype",
     "state_sizes": "--state-size",
+    "trained": "--train",
 }
 """Names on the command line that are not those of the fields."""
 _NOT_IN_RESULT = frozenset({"output", "stream", "overwrite", "offload", "resume", "push_to_hub", "private", "device"})
