@@ -168,14 +168,6 @@ def test_what_is_wrong_in_a_command_line_is_told_in_one_line_before_pytorch_is_i
     assert "Value error" not in done.stderr
 
 
-@pytest.mark.parametrize(("model", "text"), [("reference", "stdlib"), ("org/name", "wikitext2")])
-def test_the_default_text_is_that_of_the_model(model: str, text: str) -> None:
-    for rest in ([], ["--calibration", "mine.txt"]):
-        with GROUP.commands["compare"].make_context("compare", [model, "--state-size", "4", *rest]) as context:
-            assert context.params["calibration"] == (rest or [text])[-1]
-            assert context.params["text"] == text
-
-
 def test_errors_are_coloured_on_a_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,8 @@ from ghostssm.report.page import Report, Section, Table, Texts, html_page
 from ghostssm.report.telling import prune_command
 from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
-from ghostssm.workflows.prune_request import PruneRequest
 from ghostssm.workflows.record import Observations, Record
+from ghostssm.workflows.requests import PruneRequest
 from tests.conftest import random_windows, tiny_model
 
 _LIMIT = 2_000_000

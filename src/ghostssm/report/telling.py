@@ -13,18 +13,19 @@ from ghostssm.engines.verdicts import Verdicts
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
-from ghostssm.workflows.request import option
+from ghostssm.workflows.options import flag
+from ghostssm.workflows.requests import CompareRequest, PruneRequest
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
     """A command line from the fields of a request; what was not asked for is left out."""
-    words = ["ghostssm", verb]
+    kind, words = {"prune": PruneRequest, "compare": CompareRequest}[verb], ["ghostssm", verb]
     for name, value in asked.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is True:
-            words.append(option(name))
+            words.append(flag(kind, name))
         elif values and value not in (None, False):
-            words += [*([] if name == "model" else [option(name)]), *map(str, values)]
+            words += [*([] if name == "model" else [flag(kind, name)]), *map(str, values)]
     return shlex.join(words)
 
 

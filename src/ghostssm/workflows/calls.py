@@ -26,12 +26,11 @@ from ghostssm.text.given import GivenText, given_windows
 from ghostssm.text.sources import is_corpus
 from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
-from ghostssm.workflows.compare_request import CompareRequest
-from ghostssm.workflows.compare_request import checked as checked_comparison
 from ghostssm.workflows.comparison import Comparison
 from ghostssm.workflows.given import Given, asked
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.prune_request import PruneOutcome, PruneRequest, checked
+from ghostssm.workflows.prune_job import PruneOutcome, checked
+from ghostssm.workflows.requests import CompareRequest, PruneRequest
 
 _WINDOW_LENGTH = 2048
 
@@ -210,7 +209,7 @@ def compare(
 
 def _compared(given: Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
     """Carry a request out on what is at hand."""
-    request, description = checked_comparison(request, given.described())
+    request, description = comparing.checked(request, given.described())
     checkpoint = given.opened()
     windows = given.calibration(checkpoint, request)
     if given.evaluate is None and is_corpus(given.text):
