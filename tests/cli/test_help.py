@@ -126,7 +126,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
     script = (
         "import os, sys\nfrom ghostssm.cli import main\n"
         "completion = {'_GHOSTSSM_COMPLETE': 'complete_bash', 'COMP_WORDS': 'ghostssm inspect r', 'COMP_CWORD': '2'}\n"
-        "for sys.argv, extra in ((['ghostssm', '--help'], {}), (['ghostssm'], completion)):\n"
+        "for sys.argv, extra in ((['ghostssm', 'prune', '--help'], {}), (['ghostssm'], completion)):\n"
         "    os.environ |= extra\n"
         "    try:\n        main()\n    except SystemExit:\n        pass\n"
         "    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n    print('light')"
@@ -144,6 +144,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
         ("prune m --method ghost+refi100 --output o", "No recovery step is called 'refi'; .* Did you mean 'refit'\\?"),
         ("compare m --state-size 4 --methods ghost outptu", "No method is called 'outptu'; .* 'output'\\?"),
         ("inspect m --engine vlm", "No engine is called 'vlm'; .* Did you mean 'vllm'\\?"),
+        ("bench m --state-dtype int7", "No state dtype is called 'int7'; expected one of: float32, "),
         ("reproduce --output o --table sizes", "No table is called 'sizes'; .* Did you mean 'size'\\?"),
         ("prune m --dialect mamba-ssm --output o", "'mamba-ssm' is not one of .* Did you mean 'mamba_ssm'\\?"),
         ("prune m --state-size many --output o", "'--state-size': expected a whole number"),

@@ -26,6 +26,7 @@ from ghostssm.text.given import GivenText, given_windows
 from ghostssm.text.sources import is_corpus
 from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
+from ghostssm.workflows.compare_checks import checked as checked_comparison
 from ghostssm.workflows.comparison import Comparison
 from ghostssm.workflows.given import Given, asked
 from ghostssm.workflows.inputs import Inputs
@@ -209,7 +210,7 @@ def compare(
 
 def _compared(given: Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
     """Carry a request out on what is at hand."""
-    request, description = comparing.checked(request, given.described())
+    request, description = checked_comparison(request, given.described())
     checkpoint = given.opened()
     windows = given.calibration(checkpoint, request)
     if given.evaluate is None and is_corpus(given.text):

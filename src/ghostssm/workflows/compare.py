@@ -11,23 +11,21 @@ from typing import Generic, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import first_channels, measure
-from ghostssm.methods import method_names
 from ghostssm.models.families import layout_of, mixers_of
-from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
-from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
 from ghostssm.text.windows import Windows
+from ghostssm.workflows.compare_checks import checked, storages
 from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs, calibration_windows, windows_of
 from ghostssm.workflows.observing import observe, sample
@@ -37,31 +35,6 @@ from ghostssm.workflows.requests import CompareRequest
 _CALIBRATION_COST = 3.0
 """Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
 Measured = TypeVar("Measured")
-
-
-def storages(request: CompareRequest) -> tuple[StateStorage, ...]:
-    """How states are kept, by dtype; a float32 state is not rounded."""
-    rounding = {dtype: "nearest" if dtype == FLOAT32.name else request.state_rounding for dtype in request.state_dtypes}
-    return tuple(StateStorage.of(dtype, how, request.seed) for dtype, how in rounding.items())
-
-
-def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
-    """The request with its methods named, and its model's description; only config and file headers are read.
-
-    Args:
-        described: the model, if it is at hand.
-
-    Raises:
-        InputError: a fault of the request, or of what it names; says what was found and what was expected.
-    """
-    recipes = [str(Recipe.parse(method)) for method in request.methods]
-    described = described or describe(request.model)
-    check_original(described.is_stock)
-    for size in request.state_sizes:
-        check_state_size(size, described.layout.state_size)
-    StateStorage.of("bfloat16", request.state_rounding)  # raises, as the next line does
-    assert all(storages(request))
-    return replace(request, methods=tuple(recipes) or method_names()), described
 
 
 @dataclass(frozen=True)

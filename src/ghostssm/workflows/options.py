@@ -84,7 +84,7 @@ def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[De
     hints, texts = get_type_hints(source, include_extras=True), _texts(source)
     defaults = {name: each.default for name, each in inspect.signature(source).parameters.items()}
     if isinstance(source, type):
-        own_first = dict.fromkeys(name for owner in source.__mro__ for name in vars(owner).get("__annotations__", ()))
+        own_first = dict.fromkeys(name for owner in source.__mro__ for name in inspect.get_annotations(owner))
         defaults = {name: defaults[name] for name in own_first if name in defaults}
     return tuple(
         Described(name, get_args(hints[name])[0], default, option, texts[name])
