@@ -32,10 +32,11 @@ _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 class Kind(NamedTuple):
-    """What the shell offers for a value, and what raises InputError for a name that can't be."""
+    """What the shell offers for a value, what raises InputError for a name that can't be, and whether it has commas."""
 
-    complete: Callable[[str], list[str]]
+    complete: Callable[[str], list[str]] | None = None
     check: Callable[[str], None] | None = None
+    commas: bool = False
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[str]:
@@ -98,8 +99,9 @@ def _named(what: str, names: tuple[str, ...]) -> Kind:
 
 KINDS = {
     **dict.fromkeys(("MODEL", "BASE", "STUDENT"), Kind(models)),
-    "CHECKPOINT": Kind(published_models),
-    "TEXT": Kind(texts),
+    "CHECKPOINT": Kind(published_models, commas=True),
+    "TEXT": Kind(texts, commas=True),
+    "TASK": Kind(commas=True),
     "RECIPE": Kind(methods, check_recipe),
     "ENGINE": _named("engine", ENGINES),
     "TABLE": _named("table", TABLES),

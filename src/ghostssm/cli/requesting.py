@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_
 import typer
 from rich.markup import escape
 
-from ghostssm.cli.completion import KINDS
+from ghostssm.cli.completion import KINDS, Kind
 from ghostssm.errors import InputError
 from ghostssm.workflows.options import Described, Option, Panel, called_with, options_of
 
@@ -80,7 +80,7 @@ def _parameter(described: Described) -> inspect.Parameter:
         "help": escape(text[0].upper() + text[1:]),
         "rich_help_panel": option.panel or None,
         "callback": _check_of(described),
-        "autocompletion": KINDS[option.value].complete if option.value in KINDS else None,
+        "autocompletion": KINDS.get(option.value, Kind()).complete,
         "show_default": True if option.usual is None else option.usual.text,
     }
     if option.required:
@@ -106,18 +106,18 @@ def _check_of(described: Described) -> Callable[[Any], Any]:
     """The callback that raises InputError for a number out of bounds and for a name that can't be known."""
     flag, least, most = described.flag, described.option.least, described.option.most
     expected = f"{least} or more" if most is None else f"from {least} to {most}"
-    check_name = KINDS[described.option.value].check if described.option.value in KINDS else None
+    known = KINDS.get(described.option.value, Kind())
 
     def check(value: Any) -> Any:
         several = isinstance(value, list)
         for one in value if several else [] if value is None else [value]:
             if least is not None and not (least <= one and (most is None or one <= most)):
                 raise InputError(f"{flag} is {one}; expected {expected}.")
-            if check_name is not None and several and "," in one:
+            if several and isinstance(one, str) and "," in one and not known.commas:
                 names = " ".join(filter(None, map(str.strip, one.split(","))))
                 raise InputError(f"{flag} is {one!r}; expected names separated by spaces: {flag} {names}.")
-            if check_name is not None:
-                check_name(one)
+            if known.check is not None:
+                known.check(one)
         return value
 
     return check

@@ -252,7 +252,7 @@ class EvaluateRequest(Request):
     against: Annotated[str | None, Option("BASE")] = None
     last_words: Annotated[str | None, Option("TEXT")] = None
     copying: Annotated[bool, Option()] = False
-    tasks: Annotated[tuple[str, ...], Option("NAME")] = ()
+    tasks: Annotated[tuple[str, ...], Option("TASK")] = ()
     include_path: Annotated[str | None, Option("FOLDER")] = None
     limit: Annotated[int | None, Option("COUNT")] = None
     stream: Annotated[bool, Option(panel="Larger than memory")] = False
