@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import ghostssm
 from ghostssm.errors import InputError
@@ -17,13 +18,20 @@ from ghostssm.ops.state_format import FORMATS, StateStorage
 from ghostssm.plan.choice import Choice
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
-from ghostssm.pruning.fitting import plan_for_bytes, widest_fit
+from ghostssm.pruning.fitting import Fitting, widest_fit
+from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
+from ghostssm.text.windows import Windows
+from ghostssm.workflows.comparison import comparison_cells
 from tests.conftest import Run, random_windows, tiny_model
 from tests.families.tiny import tiny_hybrid
 
 DENSE = 3 * 64 * 16 * 4
 """Bytes of the tiny model's state: layers, heads x head_dim, N, float32."""
+
+
+def plan_for_bytes(model: PreTrainedModel, windows: Windows, recipe: str, state_bytes: int, **options: Any) -> Plan:
+    return Fitting.of(model, windows).plan(Recipe.parse(recipe), state_bytes, **options)
 
 
 def choice_of(plan: Plan) -> Choice:
@@ -157,3 +165,55 @@ def test_bounds_that_say_nothing_are_refused(
     code, _, err = run("prune", small, *given, *common)
     assert code == 2
     assert told in err
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "balanced+per-layer"])
+def test_a_comparison_has_what_prune_chooses_within_each_bound(recipe: str) -> None:
+    model, calibration, text = tiny_model(), random_windows(8, 40), random_windows(4, 40, seed=1)
+    bounds = {"1/2": DENSE // 2, "1/4": DENSE // 4}
+    found = ghostssm.compare(
+        model, calibration, methods=[recipe, "ghost"], evaluate=text, state_bytes=list(bounds), batches=[1]
+    )
+    rows = {bound: row for row in found.rows if row.method == recipe for bound in row.within}
+    dense = evaluate(model, text)
+    for bound, state_bytes in bounds.items():
+        plan, row = plan_for_bytes(model, calibration, recipe, state_bytes), rows[bound]
+        chosen = choice_of(plan).chosen
+        assert (row.stored_state_size, row.state_dtype) == (chosen.state_size, chosen.state_dtype)
+        assert row.state_bytes == pytest.approx(chosen.state_bytes, abs=1)
+        with pruned(model, plan) as smaller:
+            expected = evaluate(smaller, text, storage=StateStorage.of(chosen.state_dtype)).excess_over(dense)
+        assert (row.excess, row.standard_error) == pytest.approx((expected.mean, expected.standard_error), abs=1e-6)
+        assert row.tokens_per_second[1] > 0
+    headers, lines = comparison_cells(found.rows)
+    assert headers[:4] == ["method", "within", "N'", "dtype"]
+    assert [line[:2] for line in lines if line[0] == "dense"] == [["dense", ""]]
+
+
+def test_bounds_within_which_the_same_is_chosen_share_a_row() -> None:
+    bounds = ["1/2", "0.501"]
+    options: dict[str, Any] = {"evaluate": random_windows(2, 40, seed=1), "batches": ()}
+    found = ghostssm.compare(tiny_model(), random_windows(4, 40), methods="magnitude", state_bytes=bounds, **options)
+    assert [row.within for row in found.rows] == [(), tuple(bounds)]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "give --state-size or --state-bytes"),
+        (["--state-bytes", "1/4", "--state-size", "4"], "--state-size has no effect with --state-bytes"),
+        (["--state-bytes", "1/4", "--state-dtype", "int8"], "--state-dtype has no effect with --state-bytes"),
+        (["--state-bytes", "1/4,1/8"], "separated by spaces: --state-bytes 1/4 1/8"),
+        (["--state-bytes", "1/4", "half"], "such as 1/8"),
+        (["--state-bytes", "1/1000"], "No state fits into 12 bytes"),
+        (["--state-bytes", "1/4", "--methods", "sparsegpt"], "leaves the state whole"),
+        (["--state-bytes", "1/4", "--windows", "3"], "at least 4"),
+    ],
+)
+def test_comparisons_that_say_nothing_are_refused(
+    run: Run, small: Path, text_file: Path, given: list[str], told: str
+) -> None:
+    common = ["--calibration", text_file, "--text", text_file, "--window-length", 64]
+    code, _, err = run("compare", small, *common, *given)
+    assert code == 2
+    assert told in " ".join(err.split())

@@ -18,7 +18,7 @@ collect_ignore = [] if all(map(find_spec, _LIBRARIES)) else ["test_browser.py", 
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """A pruned folder ("folder"), its page ("prune") and that of a comparison ("compare")."""
+    """A pruned folder ("folder"), its page ("prune"), those of a comparison ("compare") and of a distilled model."""
     for library in _LIBRARIES:
         pytest.importorskip(library, reason="figures need altair and vl-convert-python")
     place = tmp_path_factory.mktemp("report")
@@ -34,9 +34,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     ]
     calls[0] += ["--output", folder]
     calls[1] += ["--report", compared]
-    for call in calls:
-        app([str(word) for word in [*call, *common]], standalone_mode=False)
-    return {"folder": folder, "prune": folder / "report.html", "compare": compared}
+    healed = place / "healed"
+    distilled = ["distill", folder, "--teacher", place / "model", "--text", text, "--output", healed]
+    distilled += ["--steps", 6, "--batch", 4, "--window-length", 40, "--learning-rate", 0.01]
+    for call in (*([*call, *common] for call in calls), distilled, ["report", healed]):
+        app(list(map(str, call)), standalone_mode=False)
+    written = {"prune": folder / "report.html", "compare": compared, "distill": healed / "report.html"}
+    return {"folder": folder, "healed": healed, **written}
 
 
 @pytest.fixture(params=_LIBRARIES)

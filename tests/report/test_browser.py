@@ -55,7 +55,7 @@ def show(browser: Any, page: Path, width: int = 1280, dark: bool = False) -> Non
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["prune", "compare"])
+@pytest.mark.parametrize("name", ["prune", "compare", "distill"])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_every_figure_is_drawn(browser: Any, pages: dict[str, Path], name: str, width: int, dark: bool) -> None:
     image = pytest.importorskip("PIL.Image", reason="screenshots are read by pillow")
@@ -66,7 +66,7 @@ def test_every_figure_is_drawn(browser: Any, pages: dict[str, Path], name: str, 
         " wide: place.querySelector('.chart svg').getBoundingClientRect().width,"
         " alternative: place.querySelector('[role=img]').ariaLabel}))"
     )
-    assert len(figures) == {"prune": 6, "compare": 8}[name]
+    assert len(figures) == {"prune": 6, "compare": 8, "distill": 3}[name]
     assert all(figure["marks"] >= 3 and len(figure["alternative"]) > 40 for figure in figures)
     assert all(0.7 * width < figure["wide"] <= width for figure in figures)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -19,22 +19,26 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from ghostssm.workflows.distill_request import DistillRequest
 from transformers import Mamba2ForCausalLM, PreTrainedTokenizerFast
 
+import ghostssm
 from ghostssm.checkpoint.description import describe
 from ghostssm.checkpoint.manifest import RECORD_FILE, Manifest
 from ghostssm.cli.main import app
 from ghostssm.errors import InputError
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.decision import Decision, Selection
+from ghostssm.plan.measurement import Difference
 from ghostssm.plan.plan import Plan
 from ghostssm.pruning.run import Calibration
-from ghostssm.report.building import checkpoint_report
+from ghostssm.report.building import checkpoint_report, comparison_report
 from ghostssm.report.figures import MOST_CHANNELS
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
+from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Report, Section, Table, Texts, html_page
-from ghostssm.report.telling import prune_command
+from ghostssm.report.telling import prune_command, repeating_command
 from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
 from ghostssm.workflows.record import Observations, Record
@@ -81,6 +85,7 @@ def test_pages_hold_every_figure_and_fetch_nothing(pages: dict[str, Path]) -> No
     expected = {
         "prune": ["windows", "decode", "capacity", "phantom", "hankel", "saliency"],
         "compare": ["sizes", "windows", "speeds", "decode", "capacity", "phantom", "hankel", "saliency"],
+        "distill": ["distillation", "capacity", "saliency"],
     }
     for name, figures in expected.items():
         text = pages[name].read_text()
@@ -115,6 +120,49 @@ def test_the_page_has_what_the_plan_and_the_manifest_have(pages: dict[str, Path]
     assert set(zip(speeds["model"], speeds["batch"], speeds["kind"], strict=True)) == {
         (model, batch, kind) for model in ("dense", "pruned") for batch in (1, 2) for kind in ("measured", "predicted")
     }
+
+
+def test_the_curve_of_a_distillation_is_that_of_the_plan(pages: dict[str, Path]) -> None:
+    found = Plan.read(pages["healed"]).distillations[0]
+    rows = {figure["name"]: figure["tables"] for figure in data_of(pages["distill"])}["distillation"]["points"]
+    assert rows["tokens"] == [point.tokens for point in found.curve]
+    assert len(rows["tokens"]) > 1
+    for column, values in {
+        "excess": [point.excess.mean for point in found.curve],
+        "low": [point.excess.mean - point.excess.standard_error for point in found.curve],
+        "high": [point.excess.mean + point.excess.standard_error for point in found.curve],
+    }.items():
+        np.testing.assert_allclose(rows[column], values, rtol=1e-3)
+    marked = [step for step, kept in zip(rows["step"], rows["kept"], strict=True) if kept]
+    assert marked == [found.kept_step]
+    text = pages["distill"].read_text()
+    assert f"{found.best.excess_text} after step {found.kept_step}, which was kept" in text
+    assert f"{found.curve[0].excess.mean:.4f} → {found.best.excess.mean:.4f}" in text
+
+
+def test_a_distilled_folder_is_repeated_by_distill(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, manifest = Plan.read(pages["healed"], changes=False), Manifest.read(pages["healed"])
+    asked: list[DistillRequest] = []
+
+    def carry_out(request: DistillRequest, **_: object) -> None:
+        asked.append(request)
+        raise InputError("enough")
+
+    monkeypatch.setattr("ghostssm.workflows.distill.distill", carry_out)
+    with pytest.raises(InputError, match="enough"):
+        app(shlex.split(repeating_command(plan, manifest))[1:], standalone_mode=False)
+    assert asked[0].as_json() == manifest.request
+    assert f"<code>ghostssm report {pages['folder'].name}</code>" in pages["distill"].read_text()
+
+
+def test_trainings_are_told_apart_and_need_no_standard_error(pages: dict[str, Path]) -> None:
+    found = Plan.read(pages["healed"]).distillations[0]
+    alone = tuple(dataclasses.replace(point, excess=Difference(point.excess.mean, math.nan)) for point in found.curve)
+    figure = distillation_figure({"first": found, "second": dataclasses.replace(found, curve=alone)})
+    rows = [row for row in figure.tables["points"] if row["training"] == "second"]
+    assert all(row["low"] == row["excess"] == row["high"] for row in rows)
+    assert [param["bind"]["options"] for param in figure.spec()["params"] if "bind" in param] == [["first", "second"]]
+    assert "<svg" in figure.svg()
 
 
 def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp_path: Path) -> None:
@@ -177,6 +225,19 @@ def test_the_best_are_told_by_class(pages: dict[str, Path]) -> None:
         assert re.search(
             r"ghost.*excess loss [-0-9.]+ ± [0-9.]+; [0-9.]+x the dense speed at batch 2; runs in ", stock[1]
         )
+
+
+def test_what_was_chosen_within_bounds_is_told_by_bounds() -> None:
+    options: dict[str, Any] = {"evaluate": random_windows(2, 40, seed=1), "batches": [1]}
+    found = ghostssm.compare(
+        tiny_model(), random_windows(4, 40), methods=["ghost", "magnitude"], state_bytes=["1/2", "1/4"], **options
+    )
+    report = comparison_report(found)
+    labels = [card.label for card in report.cards]
+    assert labels[2:] == [f"Best within {bound} of the state's bytes in a stock checkpoint" for bound in ("1/2", "1/4")]
+    rows = report.figures[0].tables["rows"]
+    assert [row["method"] for row in rows] == ["ghost", "ghost", "magnitude", "magnitude"]
+    assert [row["dtype"] for row in rows] == [row.state_dtype for row in found.rows[1:]]
 
 
 def test_sequences_are_those_of_the_arithmetic(pages: dict[str, Path]) -> None:

@@ -212,6 +212,11 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
             "the base model with a float32 state:"
         )
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    elif plan.state_dtype is not None:
+        parts.append(
+            f"**The state is meant to be kept in {plan.state_dtype}**; `ghostssm inspect PATH --state-dtype "
+            f"{plan.state_dtype}` says how engines are told."
+        )
     if measured is not None:
         parts.append(
             f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}, in float32"
@@ -223,7 +228,7 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
             f"| base model | {measured.dense_loss:.4f} | |\n"
             f"| this model | {measured.pruned_loss:.4f} | {measured.excess_text} |"
         )
-    if len(parts) == 1:
+    if measured is None and searched is None and choice is None:
         parts.append("Not measured when it was written; `ghostssm evaluate --against` does.")
     return "\n\n".join(parts)
 

@@ -33,7 +33,7 @@ class Pruning:
     Attributes:
         state_size: N, before. kept: N' of every mixer, front to back, padding not counted.
         measured: the loss before and after, if it was measured.
-        state_dtype: that the state was chosen to be kept in, if one was.
+        state_dtype: that the state is to be kept in, as it was chosen or asked for; None if it was not.
     """
 
     method: str

@@ -234,7 +234,7 @@ class Manifest(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state was chosen to be kept in, if one was."""
+        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
         return None if self.options is None else self.options.state_dtype
 
     def write(self, folder: Path, place: Path | None = None) -> None:

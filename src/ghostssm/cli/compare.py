@@ -22,7 +22,7 @@ def compare(
     """Prune by several methods to several state sizes, in memory, and print one table of loss, state and speed.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-size 64 32 --state-dtype float32 int8 --calibration a.txt --text b.txt
+    ghostssm compare MODEL --state-bytes 1/4 1/8 --methods ghost balanced
 
     Args:
         page: also write an HTML page; pip install 'ghostssm[report]' first.

@@ -139,7 +139,8 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if choice is not None:
         print()
         print_table(*choice.cells())
-        _print_serving(choice.chosen.state_dtype, found)
+    if plan.state_dtype is not None:
+        _print_serving(plan.state_dtype, found)
 
 
 def _print_serving(state_dtype: str, found: Description) -> None:

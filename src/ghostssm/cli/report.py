@@ -10,6 +10,7 @@ from ghostssm.cli.console import bytes_text, note, print_facts, print_json
 from ghostssm.cli.requesting import AsJson, verb
 from ghostssm.errors import InputError
 from ghostssm.workflows.options import Option
+from ghostssm.workflows.requests import STATE_DTYPE
 
 if TYPE_CHECKING:
     from ghostssm.files.output_file import OutputFile
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def report(
     folder: Annotated[str, Option("DIR", positional=True)],
     output: Annotated[str | None, Option("FILE")] = None,
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     overwrite: Annotated[bool, Option()] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -30,6 +32,8 @@ def report(
     Args:
         folder: folder that 'ghostssm prune' wrote.
         output: the page; DIR/report.html if not given.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.
+            If not given, that which the checkpoint was pruned for, else float32.
         overwrite: replace the page if there is one.
         as_json: print the result as JSON.
     """
@@ -46,7 +50,7 @@ def report(
     from ghostssm.report.building import checkpoint_report
     from ghostssm.report.page import write_page
 
-    found = checkpoint_report(where)
+    found = checkpoint_report(where, state_dtype)
     write_page(file, found)
     missing = [{"missing": what, "command": command} for what, command in found.missing]
     if as_json:

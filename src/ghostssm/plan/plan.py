@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,15 @@ class Plan(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state was chosen to be kept in, if one was."""
+        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
         return None if self.provenance is None else self.provenance.state_dtype
+
+    def kept_in(self, state_dtype: str | None) -> Plan:
+        """The plan of a model whose state is to be kept in a dtype; this one for None."""
+        if state_dtype is None:
+            return self
+        assert self.provenance is not None
+        return replace(self, provenance=replace(self.provenance, asked_state_dtype=state_dtype))
 
     @property
     def mean_state_size(self) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ghostssm.ops.state_format import FORMATS
 from ghostssm.plan.choice import Choice
 from ghostssm.plan.measurement import Searched
 from ghostssm.values import Value
+
+_IF_GIVEN = ("search", "choice", "asked_state_dtype")
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,6 +46,7 @@ class Provenance(Value):
         calibration: the windows.
         search: what a search for the smallest state measured, if there was one.
         choice: what was measured to choose size and dtype for a number of bytes, if they were chosen so.
+        asked_state_dtype: that the state is to be kept in, if one was asked for.
     """
 
     requested_state_size: int
@@ -52,17 +56,19 @@ class Provenance(Value):
     calibration: CalibrationText
     search: Searched | None = None
     choice: Choice | None = None
+    asked_state_dtype: str | None = None
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state was chosen to be kept in, if one was."""
-        return None if self.choice is None else self.choice.chosen.state_dtype
+        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
+        return self.asked_state_dtype if self.choice is None else self.choice.chosen.state_dtype
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; of the measured, what there is."""
         measured = {name: found.as_json() for name in ("search", "choice") if (found := getattr(self, name))}
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("search", "choice")}
-        return values | {"calibration": asdict(self.calibration)} | measured
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _IF_GIVEN}
+        asked = {} if self.asked_state_dtype is None else {"asked_state_dtype": self.asked_state_dtype}
+        return values | {"calibration": asdict(self.calibration)} | measured | asked
 
     @classmethod
     def from_json(cls, document: Any) -> Provenance | None:
@@ -87,4 +93,5 @@ class Provenance(Value):
             CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
             Searched.from_json(document.get("search")),
             Choice.from_json(document.get("choice")),
+            dtype if isinstance(dtype := document.get("asked_state_dtype"), str) and dtype in FORMATS else None,
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import InputError
+from ghostssm.evaluation import Evaluation
 from ghostssm.evaluation.measurement import evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.models.layout import SSDLayout
 from ghostssm.ops.state_format import FORMATS, StateFormat
 from ghostssm.plan.choice import Candidate, Choice
 from ghostssm.plan.plan import Plan
@@ -37,48 +40,29 @@ def widest_fit(row_bytes: float, sizes: Iterable[int], dtypes: Iterable[str] | N
     return {name: max(fitting) for name, fitting in fits.items() if fitting}
 
 
-def plan_for_bytes(
-    model: PreTrainedModel,
-    windows: Windows,
-    recipe: str | Recipe,
+def fits_in(
     state_bytes: int,
-    *,
+    layout: SSDLayout,
+    layers: int,
+    sizes: Sequence[int] | None = None,
     dtypes: Sequence[str] | None = None,
     multiple: int = DEFAULT_MULTIPLE,
-    state_sizes: Sequence[int] | None = None,
-    groups: Groups = "equal",
-    seed: int = DEFAULT_SEED,
-    progress: Progress | None = on_screen,
-) -> Plan:
-    """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
-
-    For every dtype the largest state that fits is measured with a state that is rounded after every token, on every
-    fourth window; the others calibrate. Dtypes that fit the same size share one plan. The plan's provenance has what
-    was chosen and what all candidates lost as ``choice``.
+) -> dict[str, int]:
+    """For each dtype the largest state size with which one sequence's state takes at most so many bytes.
 
     Args:
-        model: stays as it was.
-        windows: to calibrate and to measure on.
-        recipe: a method and its recovery steps.
-        state_bytes: of one sequence over all layers, scales included.
-        dtypes: names of dtypes of the state; all if not given.
-        multiple: of the sizes that are considered.
-        state_sizes: the sizes to consider instead; the model's own may be among them.
-        groups: how the groups of a layer share the state.
-        seed: for methods that draw at random, and for what is sampled.
-        progress: told how far the work is; None for nobody.
+        state_bytes: over all layers, scales included.
+        layout: of the model's mixers.
+        layers: how many these are.
+        sizes: to choose from; multiples of ``multiple`` and the model's own if not given.
+        dtypes: names; all if not given.
+        multiple: of the sizes.
 
     Raises:
-        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no dtype
-            in which a state of any of the sizes fits.
-        NumericalError: the dense model's loss is not finite.
+        InputError: not one of them fits.
     """
-    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    if not recipe.registered.shrinks:
-        raise InputError(f"{recipe} leaves the state whole, so no size can be chosen for it; take another method.")
-    layout = layout_of(model.config)
-    limit, rows = layout.state_size, len(mixers_of(model)) * layout.intermediate_size
-    sizes = [*range(multiple, limit, multiple), limit] if state_sizes is None else state_sizes
+    limit, rows = layout.state_size, layers * layout.intermediate_size
+    sizes = [*range(multiple, limit, multiple), limit] if sizes is None else sizes
     fitting = widest_fit(state_bytes / rows, sizes, dtypes)
     fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
     if not fitting:
@@ -86,20 +70,87 @@ def plan_for_bytes(
             f"No state fits into {state_bytes:,} bytes per sequence: the sizes are {', '.join(map(str, sizes))}, "
             f"the dtypes {', '.join(dtypes or FORMATS)}; the model's own takes {rows * 4 * limit:,} in float32."
         )
-    windows, held_out = split(windows)
-    calibration = Calibration(model, windows)
-    dense = evaluate_in_float32(model, held_out)
-    found: list[tuple[Candidate, Plan]] = []
-    with listening(progress) as tell:
-        for size in sorted(set(fitting.values()), reverse=True):
-            plan = calibration.plan(recipe, size, groups, seed, tell, multiple)
-            with pruned(model, plan) as smaller:
-                for form in (StateFormat.of(dtype) for dtype, fits in fitting.items() if fits == size):
-                    taken = sum(form.state_bytes(layout.intermediate_size, each) for each in plan.state_sizes)
-                    excess = excess_loss(smaller, held_out, dense, form.name)
-                    found.append((Candidate(plan.mean_state_size, form.name, taken, excess), plan))
-    found.sort(key=lambda each: each[0].excess.mean)
-    plan = found[0][1]
-    choice = Choice(state_bytes, len(held_out), tuple(candidate for candidate, _ in found))
-    assert plan.provenance is not None
-    return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, choice=choice))
+    return fitting
+
+
+def check_shrinks(recipe: Recipe) -> None:
+    """Raise InputError for a recipe whose method has no state sizes to choose from."""
+    if not recipe.registered.shrinks:
+        raise InputError(f"{recipe} leaves the state whole, so no size can be chosen for it; take another method.")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What recipes and bounds share: evidence from the windows that calibrate, and the others, to measure on.
+
+    Attributes:
+        calibration: of three windows of four.
+        held_out: the fourth ones.
+        dense: the unpruned model's losses on them.
+    """
+
+    calibration: Calibration
+    held_out: Windows
+    dense: Evaluation
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, windows: Windows) -> Fitting:
+        """Split the windows, and measure the unpruned model.
+
+        Raises:
+            InputError: fewer than four windows.
+            NumericalError: the dense model's loss is not finite.
+        """
+        windows, held_out = split(windows)
+        return cls(Calibration(model, windows), held_out, evaluate_in_float32(model, held_out))
+
+    def plan(
+        self,
+        recipe: Recipe,
+        state_bytes: int,
+        *,
+        dtypes: Sequence[str] | None = None,
+        multiple: int = DEFAULT_MULTIPLE,
+        state_sizes: Sequence[int] | None = None,
+        groups: Groups = "equal",
+        seed: int = DEFAULT_SEED,
+        progress: Progress | None = on_screen,
+    ) -> Plan:
+        """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
+
+        For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
+        that fit the same size share one plan. The plan's provenance has what was chosen and what all candidates lost as
+        ``choice``.
+
+        Args:
+            recipe: a method and its recovery steps.
+            state_bytes: of one sequence over all layers, scales included.
+            dtypes: names of dtypes of the state; all if not given.
+            multiple: of the sizes that are considered.
+            state_sizes: the sizes to consider instead; the model's own may be among them.
+            groups: how the groups of a layer share the state.
+            seed: for methods that draw at random, and for what is sampled.
+            progress: told how far the work is; None for nobody.
+
+        Raises:
+            InputError: as `Calibration.plan`; a method that leaves the state whole, or no dtype in which a state of any
+                of the sizes fits.
+        """
+        check_shrinks(recipe)
+        model = self.calibration.model
+        layout = layout_of(model.config)
+        fitting = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
+        found: list[tuple[Candidate, Plan]] = []
+        with listening(progress) as tell:
+            for size in sorted(set(fitting.values()), reverse=True):
+                plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
+                with pruned(model, plan) as smaller:
+                    for form in (StateFormat.of(dtype) for dtype, fits in fitting.items() if fits == size):
+                        taken = sum(form.state_bytes(layout.intermediate_size, each) for each in plan.state_sizes)
+                        excess = excess_loss(smaller, self.held_out, self.dense, form.name)
+                        found.append((Candidate(plan.mean_state_size, form.name, taken, excess), plan))
+        found.sort(key=lambda each: each[0].excess.mean)
+        plan = found[0][1]
+        choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in found))
+        assert plan.provenance is not None
+        return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, choice=choice))

@@ -36,6 +36,7 @@ def smallest_plan(
     state_sizes: Sequence[int] | None = None,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
+    state_dtype: str = "float32",
     progress: Progress | None = on_screen,
 ) -> Plan:
     """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
@@ -53,6 +54,7 @@ def smallest_plan(
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
             ``pooled``, where they compete.
         seed: of everything that is drawn at random.
+        state_dtype: in which the pruned model's state is kept, rounded after every token.
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
@@ -78,7 +80,7 @@ def smallest_plan(
             middle = (low + high) // 2
             plan = calibration.plan(recipe, sizes[middle], groups, seed, tell, multiple)
             with pruned(model, plan) as smaller:
-                excess = excess_loss(smaller, held_out, dense)
+                excess = excess_loss(smaller, held_out, dense, state_dtype)
             if excess.mean <= max_excess_loss:
                 high, best = middle, (plan, excess)
             else:

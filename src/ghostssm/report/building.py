@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import Manifest
@@ -13,15 +14,27 @@ from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, capacity_cells
 from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine
+from ghostssm.ops.state_format import FLOAT32, StateFormat
+from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
 from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_figure, speed_figure, window_figure
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
+from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Card, Report, Section, Table, Texts
-from ghostssm.report.telling import advice_of, command, engine_tables, manifest_table, prune_command, running
+from ghostssm.report.telling import (
+    advice_of,
+    command,
+    engine_tables,
+    is_distilled,
+    manifest_table,
+    prune_command,
+    repeating_command,
+    running,
+)
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.comparison import Comparison, Row, comparison_cells
+from ghostssm.workflows.comparison import Comparison, Row, comparison_cells, labelled
 from ghostssm.workflows.observing import predicted_speed
 from ghostssm.workflows.record import DecodeSpeed, Record, Samples, WindowLosses
 
@@ -32,8 +45,12 @@ _MEMORIES = (24 << 30, 80 << 30, 141 << 30)
 _COST, _BOUGHT, _STATE = "What it cost", "What it bought", "What the state does"
 
 
-def checkpoint_report(folder: Path) -> Report:
+def checkpoint_report(folder: Path, state_dtype: str | None = None) -> Report:
     """Of a checkpoint that ghostssm wrote: its plan, manifest and record, as far as they are there.
+
+    Args:
+        state_dtype: in which the state is kept; that which the plan says, or float32, if not given. What was measured
+            in another dtype is left out.
 
     Raises:
         PlanError: the folder holds no plan, or a broken one.
@@ -42,33 +59,41 @@ def checkpoint_report(folder: Path) -> Report:
     plan = Plan.read(folder, changes=False)
     manifest = Manifest.read(folder) if Manifest.is_in(folder) else None
     record = Record.read(folder, list(plan.selections), (plan.n_groups, plan.state_size))
+    measured, form = None if manifest is None else manifest.measured, StateFormat.of(plan.state_dtype or FLOAT32)
+    if state_dtype is not None and StateFormat.of(state_dtype) != form:
+        record, measured, form = record.kept_in(state_dtype), None, StateFormat.of(state_dtype)
     described = _described(folder)
     sizes = sizes_text(plan.state_sizes)
-    bought: list[Figure | Table | Texts] = [decode_figure(record.decode)] if record.decode else []
+    bought: list[Figure | Table | Texts] = []
+    if record.decode:
+        names = {"pruned": _in_dtype("pruned", form)}
+        bought += [decode_figure([replace(each, model=names.get(each.model, each.model)) for each in record.decode])]
     if described is not None:
         footprints = {f"N = {plan.state_size}": described.footprint(plan.state_size)}
-        footprints[f"N' = {sizes}"] = described.footprint()
+        footprints[_in_dtype(f"N' = {sizes}", form)] = described.footprint(form=form)
         bought += [*_capacity(footprints), *engine_tables({f"N' = {sizes}": advice_of(described, None, written=True)})]
     state = [saliency_figure({plan.method: plan})] if plan.has_scores else []
     if (seen := record.observations) is not None:
         state[:0] = [phantom_figure(seen, plan), hankel_figure(seen, plan)]
     made: list[Figure | Table | Texts] = [] if manifest is None else [manifest_table(manifest)]
+    lost = [*([window_figure(record.losses)] if record.losses else []), *_trainings({"training": plan})]
     base = None if manifest is None else manifest.base_model
     return Report(
         title=f"{Path(base or plan.model_type).name}: state size {plan.state_size} to {sizes}",
-        subtitle=f"method {plan.method}, family {plan.model_type}",
+        subtitle=_in_dtype(f"method {plan.method}, family {plan.model_type}", form),
         cards=[
-            *_loss_cards(None if manifest is None else manifest.measured),
-            *_state_cards(plan, described),
-            *_speed_cards(record.decode),
+            *_loss_cards(measured, form),
+            *map(_training_card, plan.distillations),
+            *_state_cards(plan, described, form),
+            *_speed_cards(record.decode, form),
         ],
         sections=[
-            Section(_COST, [*([window_figure(record.losses)] if record.losses else []), *_texts(record.samples)]),
+            Section(_COST, [*lost, *_texts(record.samples)]),
             Section(_BOUGHT, bought),
             Section(_STATE, state),
-            Section("Where it comes from", [*made, _repeating(prune_command(plan, manifest))]),
+            Section("Where it comes from", [*made, _repeating(repeating_command(plan, manifest))]),
         ],
-        missing=_missing(plan, record, manifest),
+        missing=_missing(plan, record, manifest, measured is not None, form),
         details={} if manifest is None else {"All of ghostssm.json": manifest.as_json()},
     )
 
@@ -83,6 +108,7 @@ def comparison_report(comparison: Comparison) -> Report:
     found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
     losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
     cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
+    cost += _trainings({f"{method}, N' = {size}": plan for (method, size), plan in comparison.plans.items()})
     bought: list[Figure | Table | Texts] = []
     if speeds := _speeds(comparison, described, basis.machine):
         bought += [speed_figure(comparison.rows)] if others else []
@@ -92,7 +118,7 @@ def comparison_report(comparison: Comparison) -> Report:
     ranked = sorted(comparison.plans.values(), key=lambda plan: (plan.needs_own_class, -plan.kept_state_size))
     for plan in ranked:
         size = f"N' = {plan.kept_state_size}"
-        smaller = dataclasses.replace(described, state_sizes=plan.state_sizes)
+        smaller = replace(described, state_sizes=plan.state_sizes)
         own = plan.needs_own_class
         footprints.setdefault(size, smaller.footprint() if own else described.footprint(plan.kept_state_size))
         advice.setdefault("own class" if own else size, advice_of(described, plan))
@@ -122,18 +148,19 @@ def _label(row: Row) -> str:
 
 
 def _best_cards(comparison: Comparison, described: Description) -> list[Card]:
-    dense, *others = comparison.rows
+    dense = comparison.rows[0]
     cards = []
-    for size in sorted({row.state_size for row in others}, reverse=True):
-        for row in comparison.best(size):
-            plan = comparison.plans[row.method, size]
+    for contest in comparison.contests:
+        at = f"at N' = {contest}" if isinstance(contest, int) else f"within {contest} of the state's bytes"
+        for row in comparison.best(contest):
+            plan = comparison.plans[row.method, row.state_size]
             where = "in any class" if plan.needs_own_class else "in a stock checkpoint"
             notes = [f"excess loss {plus_minus(row.excess, row.standard_error)}"]
             if speeds := row.tokens_per_second:
                 batch = max(speeds)
                 notes.append(f"{speeds[batch] / dense.tokens_per_second[batch]:.2f}x the dense speed at batch {batch}")
             notes.append(running(advice_of(described, plan)))
-            cards.append(Card(f"Best at N' = {size} {where}", row.label, "; ".join(notes)))
+            cards.append(Card(f"Best {at} {where}", row.label, "; ".join(notes)))
     return cards
 
 
@@ -147,6 +174,16 @@ def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:
         return []
     caption = f"The likeliest token each time, after the same prompt, the beginning of a window of {samples.text}."
     return [Texts("How the models go on", {"prompt": samples.prompt, **samples.continuations}, caption)]
+
+
+def _trainings(plans: Mapping[str, Plan]) -> list[Figure]:
+    """The curves of all trainings of the whole pruned model that plans tell of."""
+    found = {
+        label if number == 1 else f"{label} {number}": training
+        for label, plan in plans.items()
+        for number, training in enumerate(plan.distillations, 1)
+    }
+    return [distillation_figure(found)] if found else []
 
 
 def _repeating(words: str) -> Texts:
@@ -168,19 +205,19 @@ def _speeds(comparison: Comparison, described: Description, machine: Machine | N
     """Of the dense model and of every shape of state once: methods that give the same one decode alike."""
     names: dict[str, tuple[Row, Plan | None]] = {}
     for row in comparison.rows:
-        if row.state_dtype != "float32":  # bandwidth and arithmetic predict no other
-            continue
         plan = comparison.plans.get((row.method, row.state_size))
         name = "dense" if plan is None else f"N' = {plan.kept_state_size}"
         if plan is not None and plan.needs_own_class:
-            name = f"{row.label}, N' = {row.state_size}"
-        names.setdefault(name, (row, plan))
+            name = f"{row.method}, N' = {row.state_size}"
+        names.setdefault(labelled(name, row.state_dtype), (row, plan))
     return [
         DecodeSpeed(
             name,
             batch,
             speed,
-            None if machine is None else predicted_speed(described, machine, batch, plan),
+            None
+            if machine is None
+            else predicted_speed(described, machine, batch, plan, StateFormat.of(row.state_dtype)),
             row.speed_range.get(batch),
         )
         for name, (row, plan) in names.items()
@@ -195,23 +232,29 @@ def _described(folder: Path) -> Description | None:
         return None
 
 
-def _state_cards(plan: Plan, described: Description | None) -> list[Card]:
+def _in_dtype(label: str, form: StateFormat) -> str:
+    """What is said of a model, with its state's dtype where that is not float32."""
+    return label if form is FLOAT32 else f"{label}, state in {form.name}"
+
+
+def _state_cards(plan: Plan, described: Description | None, form: StateFormat) -> list[Card]:
     layers = f"{len(plan.selections)} layers"
     note = f"mean {plan.mean_state_size:.4g} over {layers}" if plan.needs_own_class else f"in each of {layers}"
     cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}", note)]
     if described is not None:
-        before, after = described.state_bytes(plan.state_size), described.state_bytes()
+        before, after = described.state_bytes(plan.state_size), described.state_bytes(form=form)
+        dtypes = "float32" if form is FLOAT32 else f"float32 → {form.name}"
         cards.append(
             Card(
                 "State per sequence",
                 f"{bytes_text(before)} → {bytes_text(after)}",
-                f"{1 - after / before:.0%} less; float32, all layers",
+                f"{1 - after / before:.0%} less; {dtypes}, all layers",
             )
         )
     return cards
 
 
-def _loss_cards(measured: Measurement | None) -> list[Card]:
+def _loss_cards(measured: Measurement | None, form: StateFormat) -> list[Card]:
     """From the manifest, which may be anybody's: what can't be a loss is not shown."""
     if measured is None:
         return []
@@ -221,12 +264,18 @@ def _loss_cards(measured: Measurement | None) -> list[Card]:
     where = f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}"
     perplexities = f"{math.exp(measured.dense_loss):.3f} → {math.exp(measured.pruned_loss):.3f}"
     return [
-        Card("Excess loss", measured.excess_text, f"nats per token; {where}"),
+        Card("Excess loss", measured.excess_text, _in_dtype(f"nats per token; {where}", form)),
         Card("Perplexity", perplexities, "dense, pruned"),
     ]
 
 
-def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
+def _training_card(found: Distillation) -> Card:
+    where = f"excess loss on {found.held_out_windows} held-out windows of {text_name(found.text)}"
+    change = f"{found.curve[0].excess.mean:z.4f} → {found.best.excess.mean:z.4f}"
+    return Card("Distillation", change, f"{where}; {found.tokens:,} tokens of training")
+
+
+def _speed_cards(speeds: Sequence[DecodeSpeed], form: StateFormat) -> list[Card]:
     by_batch = {
         batch: {speed.model: speed.tokens_per_second for speed in speeds if speed.batch == batch}
         for batch in sorted({speed.batch for speed in speeds})
@@ -240,20 +289,39 @@ def _speed_cards(speeds: Sequence[DecodeSpeed]) -> list[Card]:
         return []
     best = max(ratios, key=lambda batch: ratios[batch])
     rest = ", ".join(f"{ratio:.2f}x at {batch}" for batch, ratio in ratios.items() if batch != best)
-    return [Card("Decoding", f"{ratios[best]:.2f}x dense", f"measured at batch {best}" + (f"; {rest}" if rest else ""))]
+    note = f"measured at batch {best}" + (f"; {rest}" if rest else "")
+    return [Card("Decoding", f"{ratios[best]:.2f}x dense", _in_dtype(note, form))]
 
 
-def _missing(plan: Plan, record: Record, manifest: Manifest | None) -> list[tuple[str, str]]:
-    missing, in_memory = [], {"stream": False, "offload": None, "resume": False}
+def _missing(
+    plan: Plan, record: Record, manifest: Manifest | None, measured: bool, form: StateFormat
+) -> list[tuple[str, str]]:
+    if manifest is not None and is_distilled(manifest):
+        return _missing_of_distilled(plan, manifest)
+    kept: dict[str, Any] = {}
+    if form.name != (plan.state_dtype or FLOAT32.name):
+        kept = {"state_dtype": form.name}
+        if plan.provenance is not None and plan.provenance.choice is not None:
+            kept |= {"state_bytes": None, "state_size": plan.provenance.requested_state_size}
+    missing, in_memory = [], {"stream": False, "offload": None, "resume": False, **kept}
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
     if unreported := [what for what, found in reported.items() if not found]:
         missing.append((", ".join(unreported), prune_command(plan, manifest, report=True, **in_memory)))
-    if record.losses is None or manifest is None or manifest.measured is None:
-        missing.append(("excess loss and its windows", prune_command(plan, manifest, evaluate="TEXT")))
+    if record.losses is None or not measured:
+        missing.append(("excess loss and its windows", prune_command(plan, manifest, evaluate="TEXT", **kept)))
     elif record.samples is None:
         missing.append(("texts of the models", prune_command(plan, manifest, report=True, **in_memory)))
     if not plan.has_scores:
         missing.append(("scores", prune_command(plan, manifest)))
     if manifest is None:
         missing.append(("what produced the checkpoint (ghostssm.json)", prune_command(plan, manifest)))
+    return missing
+
+
+def _missing_of_distilled(plan: Plan, manifest: Manifest) -> list[tuple[str, str]]:
+    """Training changes neither the unpruned model nor the speed, so that the student's page holds of it too."""
+    request = manifest.request or {}
+    missing = [("phantom plot, Hankel singular values, decode speed", command("report", {"model": request["student"]}))]
+    if manifest.measured is None:
+        missing.append(("excess loss on other text", repeating_command(plan, manifest, evaluate="TEXT")))
     return missing

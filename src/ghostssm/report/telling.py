@@ -14,19 +14,33 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
 from ghostssm.workflows.options import flag
-from ghostssm.workflows.requests import CompareRequest, PruneRequest
+from ghostssm.workflows.requests import CompareRequest, DistillRequest, PruneRequest
+
+_REQUESTS = {"prune": PruneRequest, "compare": CompareRequest, "distill": DistillRequest}
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
     """A command line from the fields of a request; what was not asked for is left out."""
-    kind, words = {"prune": PruneRequest, "compare": CompareRequest}[verb], ["ghostssm", verb]
+    kind, words = _REQUESTS[verb], ["ghostssm", verb]
     for name, value in asked.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is True:
             words.append(flag(kind, name))
         elif values and value not in (None, False):
-            words += [*([] if name == "model" else [flag(kind, name)]), *map(str, values)]
+            words += [*([] if name in ("model", "student") else [flag(kind, name)]), *map(str, values)]
     return shlex.join(words)
+
+
+def repeating_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
+    """The command whose output a folder is: ``distill``, if that came last, else ``prune``; ``more`` as there."""
+    if manifest is not None and is_distilled(manifest):
+        return command("distill", {**(manifest.request or {}), **more, "output": "DIR"})
+    return prune_command(plan, manifest, **more)
+
+
+def is_distilled(manifest: Manifest) -> bool:
+    """Whether ``ghostssm distill`` wrote the folder."""
+    return manifest.request is not None and "student" in manifest.request
 
 
 def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
@@ -38,7 +52,7 @@ def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
     model = {"model": (None if manifest is None else manifest.base_model) or "MODEL"}
     asked: dict[str, Any] = dict(model)
     made = plan.provenance
-    if manifest is not None and manifest.request is not None:
+    if manifest is not None and manifest.request is not None and not is_distilled(manifest):
         asked |= {**manifest.request, **model}
     elif made is None:
         asked |= {"recipe": plan.method, "state_size": plan.kept_state_size}

@@ -23,6 +23,7 @@ from ghostssm.errors import ProcessError
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.files.interrupts import Terminated
+from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
@@ -65,6 +66,7 @@ def prune_streamed(
     resume: bool = False,
     dialect: str = "transformers",
     untie: bool = False,
+    state_dtype: str | None = None,
     offload: Path | None = None,
     held_out: Windows | None = None,
     processes: Processes | None = None,
@@ -91,6 +93,8 @@ def prune_streamed(
         resume: go on with what OUTPUT.run holds, if there is such a folder.
         dialect: of the output, as `ghostssm.save` has it.
         untie: store a tied head as a weight of its own, as `ghostssm.save` has it.
+        state_dtype: in which the pruned model's state is to be kept, rounded after every token, also where the loss is
+            measured; float32 if not given.
         offload: folder for memory-mapped files of all that grows with the windows; memory if not given.
         held_out: windows to measure the loss on, dense and pruned, in float32, for the manifest and the model card.
         processes: that share the windows; all must call this with the same arguments, and see the same files.
@@ -118,6 +122,7 @@ def prune_streamed(
         "multiple": multiple,
         "dialect": dialect,
         "untie": untie,
+        "state_dtype": state_dtype,
     }
     identity = {
         **options_of(asked),
@@ -130,13 +135,13 @@ def prune_streamed(
             processes.share(shared)  # refused if there are too few
     calibration = Calibration(checkpoint.blocks, windows, Scratch(offload), processes)
 
-    def losses(name: str, source: Callable[[], Source]) -> Evaluation | None:
+    def losses(name: str, source: Callable[[], Source], storage: StateStorage = FLOAT32_STORAGE) -> Evaluation | None:
         if held_out is None:
             return None
 
         def computed() -> list[float]:
             blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
-            return _shared_losses(blocks, held_out, processes, Scratch(offload), tell)
+            return _shared_losses(blocks, held_out, processes, Scratch(offload), tell, storage)
 
         found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
         return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
@@ -149,9 +154,10 @@ def prune_streamed(
             run.rehearse(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
-            plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run)
+            plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run).kept_in(state_dtype)
             run.assemble(plan)
-            after = losses("pruned", lambda: find_source(str(run.output)))
+            storage = StateStorage.of(state_dtype or FLOAT32)
+            after = losses("pruned", lambda: find_source(str(run.output)), storage)
             measured = measurement_of(held_out, dense, after) if held_out and dense and after else None
             if beside is not None:
                 run.add(partial(beside, dense, after))
@@ -166,11 +172,16 @@ def prune_streamed(
 
 
 def _shared_losses(
-    blocks: Blocks, windows: Windows, processes: Processes, scratch: Scratch, progress: Progress
+    blocks: Blocks,
+    windows: Windows,
+    processes: Processes,
+    scratch: Scratch,
+    progress: Progress,
+    storage: StateStorage,
 ) -> list[float]:
     """The loss on every window; each process measures its own windows."""
     _, own = processes.share(windows)
-    found: list[float] = evaluate(blocks, own, progress, scratch).losses.tolist()
+    found: list[float] = evaluate(blocks, own, progress, scratch, storage).losses.tolist()
     return processes.gather(found)
 
 

@@ -240,9 +240,9 @@ class RunFolder(Journal):
             if not dialect.has_shards:
                 whole = Checkpoint(mapped_model(model, place), None, blocks.source)
                 self.output.mkdir(exist_ok=True)
-                write_model(whole, self.output, self._dialect)
+                write_model(whole, self.output, self._dialect, plan.state_dtype)
                 return
-            write_config(model, self.output, blocks.source)
+            write_config(model, self.output, blocks.source, state_dtype=plan.state_dtype)
             if plan.needs_own_class:
                 write_code(self.output)
 

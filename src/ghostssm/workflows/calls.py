@@ -180,7 +180,8 @@ def compare(
         column: of a data set: the one with the text.
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
         notify: told what a person should know, in sentences.
-        options: any other field of `CompareRequest`, such as ``windows``, ``window_length`` and ``batches``.
+        options: any other field of `CompareRequest`, such as ``state_bytes`` in place of ``state_sizes``, ``windows``,
+            ``window_length`` and ``batches``.
 
     Raises:
         InputError: a fault of the arguments, found before the work where it can be; says what was expected.
@@ -201,7 +202,7 @@ def compare(
             state_sizes=[state_sizes] if isinstance(state_sizes, int) else list(state_sizes),
             methods=[methods] if isinstance(methods, str) else list(methods),
         )
-        if not request.state_sizes:
+        if not (request.state_sizes or request.state_bytes):
             raise InputError("Say how much to keep: ghostssm.compare(model, text, state_sizes=[96, 64]).")
         if given.is_named and (evaluate is not None or is_corpus(text)):
             return comparing.compare(request, progress=tell, notify=notify)

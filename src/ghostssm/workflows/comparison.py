@@ -33,7 +33,7 @@ class Row(Value):
 
     Attributes:
         method: `DENSE` for the unpruned model.
-        state_size: N' as asked for.
+        state_size: N' as asked for, or as chosen within bounds on the bytes.
         stored_state_size: what the checkpoint has, on average over the layers: larger where uneven groups or layers are
             padded.
         perplexity: exp of the loss.
@@ -46,6 +46,7 @@ class Row(Value):
         speed_range: batch size to the speeds of the slowest and the fastest round.
         state_dtype: in which the state was kept, rounded after every token.
         distilled_tokens: on which gradients went through the whole model; 0 where all was local.
+        within: the bounds on the bytes for which size and dtype were chosen together, as they were given.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Row(Value):
     speed_range: dict[int, tuple[float, float]] = field(default_factory=dict)
     state_dtype: str = "float32"
     distilled_tokens: int = 0
+    within: tuple[str, ...] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -70,6 +72,11 @@ class Row(Value):
     def label(self) -> str:
         """The method, and the state's dtype where it is not float32."""
         return labelled(self.method, self.state_dtype)
+
+    @property
+    def series(self) -> str:
+        """Rows of one series differ in their bytes only: a method's, in one dtype or in that chosen for each bound."""
+        return self.method if self.within else self.label
 
     def rate(self, batch: int) -> Rate:
         """The decode speed at a batch size; without a range where there is none."""
@@ -120,11 +127,18 @@ class Comparison(Value):
         sizes = ", ".join(map(str, dict.fromkeys(row.state_size for row in self.rows)))
         return f"<Comparison: {methods[:120]} at state sizes {sizes[:80]}>"
 
-    def best(self, size: int) -> list[Row]:
-        """Of a size the row with the least loss in a stock checkpoint, and that of all where it is another."""
-        rows = [row for row in self.rows if row.state_size == size and row.method != DENSE]
+    @property
+    def contests(self) -> list[int | str]:
+        """What methods compete at: bounds on the bytes as they were given, or state sizes, the largest first."""
+        rows = [row for row in self.rows if row.method != DENSE]
+        bounds = dict.fromkeys(bound for row in rows for bound in row.within)
+        return [*bounds] or sorted({row.state_size for row in rows}, reverse=True)
+
+    def best(self, contest: int | str) -> list[Row]:
+        """Of a size or a bound the row with the least loss in a stock checkpoint, and that of all if it is another."""
+        rows = [row for row in self.rows if contest in (row.state_size, *row.within) and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
-        stock = [row for row in ranked if not self.plans[row.method, size].needs_own_class]
+        stock = [row for row in ranked if not self.plans[row.method, row.state_size].needs_own_class]
         return [*stock[:1], *(row for row in ranked[:1] if row not in stock[:1])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,18 +172,21 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """
     batches = list(rows[0].tokens_per_second)
     one_dtype = len({row.state_dtype for row in rows}) == 1
-    headers = ["method", "N'", *([] if one_dtype else ["dtype"]), "perplexity", "bits/byte", "excess loss", "state/seq"]
+    bounded = any(row.within for row in rows)
+    headers = ["method", *["within"] * bounded, "N'", *["dtype"] * (not one_dtype)]
+    headers += ["perplexity", "bits/byte", "excess loss", "state/seq"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
-    return headers, [[*_cells(row, one_dtype), *(row.rate(batch).text for batch in batches)] for row in ranked]
+    return headers, [[*_cells(row, one_dtype, bounded), *(row.rate(batch).text for batch in batches)] for row in ranked]
 
 
-def _cells(row: Row, one_dtype: bool) -> list[str]:
+def _cells(row: Row, one_dtype: bool, bounded: bool) -> list[str]:
     padded = "" if row.stored_state_size == row.state_size else f" ({row.stored_state_size:g})"
     return [
         row.method,
+        *[" ".join(row.within)] * bounded,
         f"{row.state_size}{padded}",
-        *([] if one_dtype else [row.state_dtype]),
+        *[row.state_dtype] * (not one_dtype),
         f"{row.perplexity:.3f}",
         f"{row.bits_per_byte:.4f}",
         "" if row.is_dense else plus_minus(row.excess, row.standard_error),

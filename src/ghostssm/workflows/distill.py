@@ -14,6 +14,7 @@ import transformers
 
 from ghostssm._version import __version__
 from ghostssm.calibration.processes import Processes, own_device
+from ghostssm.checkpoint.description import chosen_state_dtype
 from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.manifest import Manifest
@@ -179,7 +180,8 @@ class _Job:
     def _measured(
         self, checkpoint: Checkpoint, texts: Sequence[Windows], wanted: Sequence[Evaluation]
     ) -> list[Measurement]:
-        found = [evaluate_in_float32(checkpoint.model, text, self.progress) for text in texts]
+        state_dtype = chosen_state_dtype(checkpoint.source)
+        found = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
         return [measurement_of(*each) for each in zip(texts, wanted, found, strict=True)]
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from ghostssm.methods.balanced import hankel_values
 from ghostssm.methods.base import Evidence, Known
 from ghostssm.methods.baselines import magnitude
 from ghostssm.models.families import mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import fast_forward, replaced_forward
 from ghostssm.models.transformers_private import quiet_transformers
+from ghostssm.ops.state_format import FLOAT32, StateFormat, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
@@ -65,20 +67,22 @@ def observe(model: PreTrainedModel | Blocks, windows: Windows, progress: Progres
 def decode_speeds(
     model: PreTrainedModel, described: Description, plan: Plan, batches: Sequence[int], progress: Progress = silent
 ) -> tuple[DecodeSpeed, ...]:
-    """Decode speed of a model as it is and under a plan, both in float32, beside the prediction.
+    """Decode speed of a model as it is and under a plan, beside the prediction; all in float32 but the plan's state.
 
     Args:
         described: the model as it is.
     """
     whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
     plans = {"dense": first_channels(model, plan.state_size), "pruned": plan}
-    timings = measure(whole, plans, batches, _PROMPT, progress)
+    storages = {"dense": StateStorage(), "pruned": StateStorage.of(plan.state_dtype or FLOAT32)}
+    timings = measure(whole, plans, batches, _PROMPT, progress, storages=storages)
     machine = measure_machine(batches, str(model.device))
     speeds = []
     for name in plans:
         for batch in batches:
             speed = timings[name, batch].decode(batch)
-            predicted = predicted_speed(described, machine, batch, plan if name == "pruned" else None)
+            form = storages[name].format
+            predicted = predicted_speed(described, machine, batch, plan if name == "pruned" else None, form)
             speeds.append(DecodeSpeed(name, batch, speed.median, predicted, (speed.low, speed.high)))
     return tuple(speeds)
 
@@ -90,14 +94,15 @@ def sample(checkpoint: Checkpoint, plans: Mapping[str, Plan], windows: Windows) 
     found = {"dense": _continuation(model, prompt)}
     for name, plan in plans.items():
         with pruned(model, plan) as smaller:
-            found[name] = _continuation(smaller, prompt)
+            found[name] = _continuation(smaller, prompt, plan.state_dtype)
     texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
     return Samples(text_name(windows.text_name), tokenizer.decode(prompt[0]), texts)
 
 
-def _continuation(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+def _continuation(model: PreTrainedModel, prompt: Tensor, state_dtype: str | None = None) -> Tensor:
     """The likeliest next token, again and again; (l,), int64."""
-    with replaced_forward(mixers_of(model)), quiet_transformers():
+    forward = partial(fast_forward, storage=StateStorage.of(state_dtype or FLOAT32))
+    with replaced_forward(mixers_of(model), forward), quiet_transformers():
         ids: Tensor = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -108,13 +113,19 @@ def _continuation(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     return ids[0, prompt.shape[1] :]
 
 
-def predicted_speed(described: Description, machine: Machine, batch: int, plan: Plan | None) -> float:
-    """Tokens per second that bandwidth and arithmetic predict for a model under a plan, or as it is."""
+def predicted_speed(
+    described: Description, machine: Machine, batch: int, plan: Plan | None, form: StateFormat = FLOAT32
+) -> float:
+    """Tokens per second that bandwidth and arithmetic predict for a model under a plan, or as it is.
+
+    Args:
+        form: of the state.
+    """
     if plan is None or not plan.needs_own_class:
         size = None if plan is None else plan.kept_state_size
-        return batch / predicted_step_seconds(described, machine, batch, size)
+        return batch / predicted_step_seconds(described, machine, batch, size, form)
     removed = 0
     if not plan.is_projected:
         removed = sum(described.removed_parameters(size) // described.layers for size in plan.state_sizes)
     smaller = dataclasses.replace(described, state_sizes=plan.state_sizes, parameters=described.parameters - removed)
-    return batch / predicted_step_seconds(smaller, machine, batch, None)
+    return batch / predicted_step_seconds(smaller, machine, batch, None, form)

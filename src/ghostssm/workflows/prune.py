@@ -21,7 +21,7 @@ from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.fitting import plan_for_bytes
+from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
 from ghostssm.streaming.finished import finished_run, may_be_finished
@@ -93,7 +93,8 @@ def prune_on(
     if held_out is not None and dense is not None:
         after = evaluate_in_float32(smaller.model, held_out, progress, plan.state_dtype or FLOAT32.name)
         measured = measurement_of(held_out, dense, after)
-        record = dataclasses.replace(record, losses=WindowLosses.of(held_out, dense, {"pruned": after}))
+        losses = WindowLosses.of(held_out, dense, {"pruned": after})
+        record = dataclasses.replace(record, losses=losses, state_dtype=plan.state_dtype or FLOAT32.name)
     outcome = PruneOutcome(None, plan, measured, checkpoint=smaller)
     if folder is None:
         return outcome
@@ -113,11 +114,10 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
     asked, target = job.request, job.target
     if target.size is not None:
         calibration = Calibration(checkpoint.model, windows)
-        return calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
+        plan = calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
+        return plan.kept_in(asked.state_dtype)
     if target.state_bytes is not None:
-        return plan_for_bytes(
-            checkpoint.model,
-            windows,
+        return Fitting.of(checkpoint.model, windows).plan(
             job.recipe,
             target.state_bytes,
             dtypes=target.dtypes,
@@ -128,7 +128,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
             progress=progress,
         )
     assert target.max_excess_loss is not None
-    return smallest_plan(
+    smallest = smallest_plan(
         checkpoint.model,
         windows,
         job.recipe,
@@ -137,8 +137,10 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         state_sizes=target.sizes,
         groups=asked.groups,
         seed=asked.seed,
+        state_dtype=asked.state_dtype or FLOAT32.name,
         progress=progress,
     )
+    return smallest.kept_in(asked.state_dtype)
 
 
 def _observed(
@@ -149,12 +151,13 @@ def _observed(
     batches = job.request.batches or DEFAULT_BATCHES
     speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
     samples = None if held_out is None else sample(checkpoint, {"pruned": plan}, held_out)
-    return Record(observations, decode=speeds, samples=samples)
+    return Record(observations, decode=speeds, samples=samples, state_dtype=plan.state_dtype or FLOAT32.name)
 
 
 def _keep_observed(
     checkpoint: StreamedCheckpoint,
     inputs: Inputs[StreamedCheckpoint],
+    state_dtype: str | None,
     progress: Progress,
     dense: Evaluation | None,
     after: Evaluation | None,
@@ -164,7 +167,8 @@ def _keep_observed(
     losses = None
     if inputs.held_out is not None and dense is not None and after is not None:
         losses = WindowLosses.of(inputs.held_out, dense, {"pruned": after})
-    _keep(Record(observe(checkpoint.blocks, inputs.calibration, progress), losses), folder)
+    observations = observe(checkpoint.blocks, inputs.calibration, progress)
+    _keep(Record(observations, losses, state_dtype=state_dtype or FLOAT32.name), folder)
 
 
 def _keep(record: Record, folder: Path) -> None:
@@ -221,11 +225,12 @@ def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneO
         resume=asked.resume,
         dialect=asked.dialect,
         untie=asked.untie,
+        state_dtype=asked.state_dtype,
         offload=asked.offload,
         held_out=inputs.held_out,
         processes=processes,
         request=asked.as_json(),
-        beside=partial(_keep_observed, checkpoint, inputs, progress) if asked.report else None,
+        beside=partial(_keep_observed, checkpoint, inputs, asked.state_dtype, progress) if asked.report else None,
         progress=progress,
     )
     processes.leave()

@@ -12,21 +12,24 @@ from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
+from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.feasibility import check_original, check_streamable
+from ghostssm.pruning.fitting import check_shrinks
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, windows_of
 from ghostssm.workflows.remarks import same_text_remark, tell
-from ghostssm.workflows.requests import PruneRequest, check_belonging
+from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
 from ghostssm.workflows.state_size import (
     Target,
     check_engine_dialects,
     check_smaller,
+    check_stored,
     suited_target,
     wanted_target,
 )
@@ -116,6 +119,10 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
     check_belonging(request, _BELONGS_TO)
+    check_heeded(request, "state_bytes", "state_dtype")
+    if request.state_dtype is not None:
+        StateFormat.of(request.state_dtype)  # raises
+        check_stored(request.engines, request.state_dtype)
     if request.stream:
         _check_streamed(request)
     elif os.environ.get("WORLD_SIZE", "1") != "1":
@@ -134,6 +141,8 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.stream:
         check_streamable(recipe)
     target = wanted_target(described, request.state_size, request.budget, request.max_excess_loss, request.state_bytes)
+    if target.state_bytes is not None:
+        check_shrinks(recipe)
     if request.engines:
         check_engine_dialects(request.engines, request.dialect)
         tied, multiple = described.tied_head and not request.untie, request.multiple or DEFAULT_MULTIPLE

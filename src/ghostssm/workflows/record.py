@@ -20,6 +20,7 @@ from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
+from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
 
@@ -86,12 +87,21 @@ class Samples:
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured while a checkpoint was made; None or empty for what was not."""
+    """What was measured while a checkpoint was made; None or empty for what was not.
+
+    Attributes:
+        state_dtype: in which the pruned model's state was kept.
+    """
 
     observations: Observations | None = None
     losses: WindowLosses | None = None
     decode: tuple[DecodeSpeed, ...] = ()
     samples: Samples | None = None
+    state_dtype: str = FLOAT32.name
+
+    def kept_in(self, state_dtype: str) -> Record:
+        """What holds of a pruned model whose state is kept in a dtype."""
+        return self if state_dtype == self.state_dtype else Record(self.observations, state_dtype=state_dtype)
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` into a folder; an old one is replaced.
@@ -129,8 +139,9 @@ class Record:
                 None if losses is None else _losses(losses),
                 tuple(_speed(entry) for entry in document.get("decode", [])),
                 None if samples is None else _samples(samples),
+                StateFormat.of(document.get("state_dtype", FLOAT32.name)).name,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(
                 f"{path} is not a record that ghostssm wrote for this checkpoint ({error}); remove it, or prune "
                 "again with --report."

@@ -104,6 +104,8 @@ class PruneRequest(Value, CalibratingRequest):
         recipe: the method that decides what stays, such as ghost, or a recipe: a method with recovery steps, such as
             ghost+repair, output+refit100+repair or balanced+per-layer. The default loses least among those whose
             result loads in the model's own class.
+        state_dtype: measure the pruned model with its state kept in this dtype, in which it is to be served: float32,
+            bfloat16, float16, int8, fp8 or int4. Later verbs keep to it.
         multiple: with --per-layer, --max-excess-loss or --state-bytes: try multiples of this number as sizes; 8 if not
             given.
         engines: engines that are to run the result, such as vllm or llama.cpp-cuda; the nearest size that suits them
@@ -133,6 +135,7 @@ class PruneRequest(Value, CalibratingRequest):
     max_excess_loss: Annotated[float | None, Option("NATS")] = None
     state_bytes: Annotated[str | None, Option("SHARE|SIZE")] = None
     recipe: Annotated[str, Option("RECIPE", flag="--method")] = DEFAULT_RECIPE
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None
     multiple: Annotated[int | None, Option("NUMBER", "How", least=1)] = None
     engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = ()
     groups: Annotated[Groups, GROUPS] = "equal"
@@ -153,6 +156,8 @@ class PruneRequest(Value, CalibratingRequest):
 class CompareRequest(Value, CalibratingRequest):
     """Everything that can be asked of a comparison.
 
+    Either ``state_sizes`` or ``state_bytes`` are given.
+
     Attributes:
         model: hub id, local folder, or 'reference'.
         state_sizes: state sizes N' to prune to, one or several.
@@ -165,10 +170,12 @@ class CompareRequest(Value, CalibratingRequest):
         report: also measure what a report shows.
         state_dtypes: of the recurrent state, one or several: float32, bfloat16, float16, int8, fp8, int4.
         state_rounding: of a state narrower than float32: nearest or stochastic.
+        state_bytes: or: for every method, the state size and dtype that lose least within so many bytes per sequence,
+            as prune --state-bytes chooses them: 1/4 1/8, say, or 6MiB. Measured on every fourth calibration window.
     """
 
     model: Annotated[str, MODEL]
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")]
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
     methods: Annotated[tuple[str, ...], Option("RECIPE")] = ()
     text: Annotated[str, TEXT] = "wikitext2"
     groups: Annotated[Groups, GROUPS] = "equal"
@@ -176,6 +183,7 @@ class CompareRequest(Value, CalibratingRequest):
     report: bool = False
     state_dtypes: Annotated[tuple[str, ...], STATE_DTYPE] = ("float32",)
     state_rounding: Annotated[str, ROUNDING] = "nearest"
+    state_bytes: Annotated[tuple[str, ...], Option("SHARE|SIZE")] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ class EvaluateRequest(Request):
         stream: hold one layer's weights in memory at a time.
         offload: with --stream: keep there, in files, what grows with the number of windows. It takes less memory.
         state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.
-            If not given, that which prune --state-bytes chose, else float32. That of BASE is float32.
+            If not given, that which the checkpoint was pruned for, else float32. That of BASE is float32.
         state_rounding: of a state narrower than float32: nearest or stochastic.
     """
 

@@ -64,7 +64,7 @@ def wanted_target(
             raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
         return Target(max_excess_loss=max_excess_loss)
     if state_bytes is not None:
-        return Target(state_bytes=_bound_on_bytes(state_bytes, described.state_bytes()))
+        return Target(state_bytes=bound_on_bytes(state_bytes, described.state_bytes()))
     if budget is not None:
         if not 0 < budget <= 1:
             raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
@@ -74,7 +74,7 @@ def wanted_target(
     return Target(state_size)
 
 
-def _bound_on_bytes(text: str, dense: int) -> int:
+def bound_on_bytes(text: str, dense: int) -> int:
     """Bytes of a share of the dense float32 state, such as ``1/8``, or of a size with its unit.
 
     Raises:
@@ -113,6 +113,16 @@ def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
     for engine in engines_named(engines):
         if engine.dialect not in (None, dialect):
             raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
+
+
+def check_stored(engines: Sequence[str], state_dtype: str) -> None:
+    """Raise InputError for an engine that stores no state of a dtype."""
+    for engine in engines_named(engines):
+        if state_dtype not in (offered := engine.states.offered):
+            raise InputError(
+                f"{engine.name} keeps a state in {' or '.join(offered)}, not in {state_dtype}; name one of these with "
+                "--state-dtype, or leave the engine out."
+            )
 
 
 def suited_target(

@@ -38,11 +38,11 @@ _BARS = "Bars are one standard error of the paired loss difference."
 def size_figure(rows: Sequence[Row]) -> Figure:
     """Excess loss against the state's bytes per sequence by method, with bars of one standard error."""
     dense, *others = rows
-    methods = list(dict.fromkeys(row.label for row in others))
+    methods = list(dict.fromkeys(row.series for row in others))
     unit, name = (2**20, "MiB") if max(row.state_bytes for row in rows) >= 2**20 else (2**10, "KiB")
     shown = []
     for row in others:
-        place = row.state_bytes / unit * 2 ** (_SPREAD * (methods.index(row.label) - (len(methods) - 1) / 2))
+        place = row.state_bytes / unit * 2 ** (_SPREAD * (methods.index(row.series) - (len(methods) - 1) / 2))
         shown.append({**_loss(row, others), "place": place, "bytes": row.state_bytes})
     best = min(others, key=lambda row: row.excess)
     ticks = sorted({row.state_bytes / unit for row in rows})
@@ -96,8 +96,9 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
     least = min(row.excess for row in others)
     low = max(row.excess - error, least / 2) if least > 0 else row.excess - error
     return {
-        "method": row.label,
+        "method": row.series,
         "size": row.state_size,
+        "dtype": row.state_dtype,
         "perplexity": row.perplexity,
         "excess": row.excess,
         "error": row.standard_error,
@@ -110,7 +111,7 @@ def _loss_chart(
     others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
 ) -> alt.LayerChart:
     """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
-    methods = list(dict.fromkeys(row.label for row in others))
+    methods = list(dict.fromkeys(row.series for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
     losses = alt.Y("excess:Q", title=_EXCESS, scale=scale).axis(format=".2~g", tickCount=6)
@@ -118,7 +119,7 @@ def _loss_chart(
     colours = alt.Color("method:N", title=None, scale=names_scale(methods, COLOURS), legend=legend)
     shapes = alt.Shape("method:N", title=None, scale=names_scale(methods, _SHAPES), legend=legend)
     points = table("rows").encode(places, losses, colours)
-    titles = {"method": "method", "size": "N'", "perplexity": "perplexity", "excess": "excess loss"}
+    titles = {"method": "method", "size": "N'", "dtype": "state", "perplexity": "perplexity", "excess": "excess loss"}
     shown = tooltip(**titles, error="standard error", **hovered)
     bars = points.mark_rule(strokeWidth=1.5).encode(alt.Y("low:Q", title=_EXCESS), alt.Y2("high"))
     parts = [
@@ -208,8 +209,9 @@ def capacity_figure(footprints: Mapping[str, Footprint], memories: Sequence[int]
     return Figure(
         "capacity",
         "Sequences per GPU",
-        f"How many sequences fit beside the weights, from the sizes alone: state in float32,{cached} weights and "
-        "convolution windows in bfloat16. Activations and what an engine keeps for itself are left out.",
+        "How many sequences fit beside the weights, from the sizes alone: state in float32 where no other dtype is "
+        f"named,{cached} weights and convolution windows in bfloat16. Activations and what an engine keeps for itself "
+        "are left out.",
         "Bar chart of sequences per GPU. "
         + "; ".join(f"{row['gpu']}, {row['state']}: {row['sequences']:,}" for row in rows)
         + ".",
