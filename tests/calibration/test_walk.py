@@ -105,7 +105,7 @@ def test_kept_streams_change_nothing(monkeypatch: pytest.MonkeyPatch, kept_bytes
     decision = Decision(Selection(((0, 3, 5), (2,))))
     hidden = []
     for limit in (kept_bytes, 0):
-        monkeypatch.setattr(open_block, "_KEPT_STREAM_BYTES", limit)
+        monkeypatch.setattr(open_block, "KEPT_STREAM_BYTES", limit)
         walk = LayerWalk(model, windows)
         for block in walk.blocks():
             block.statistics()

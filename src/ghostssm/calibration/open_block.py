@@ -31,7 +31,7 @@ from ghostssm.plan.surgery import change_parameters, prune_mixer
 if TYPE_CHECKING:
     from ghostssm.calibration.walk import LayerWalk
 
-_KEPT_STREAM_BYTES = 256 << 20
+KEPT_STREAM_BYTES = 256 << 20
 """Bytes of streams, and of y for as many tokens, that are kept from scoring until the hidden states are carried on;
 others are computed again."""
 
@@ -105,7 +105,7 @@ class OpenBlock(_WalkedBlock):
         """The mixer's streams, batch by batch; as many as fit are kept for later calls."""
         self._kept.clear()
         self._scanned.clear()
-        room = _KEPT_STREAM_BYTES
+        room = KEPT_STREAM_BYTES
         for number, hidden in enumerate(self.inputs()):
             with torch.inference_mode():
                 streams = mixer_streams(self.present_mixer, hidden)

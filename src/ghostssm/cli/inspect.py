@@ -14,6 +14,7 @@ from ghostssm.workflows.requests import MODEL
 
 if TYPE_CHECKING:
     from ghostssm import Advice, Description
+    from ghostssm.pruning.forecast import Forecast
 
 
 @verb
@@ -24,6 +25,7 @@ def inspect(
     state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = (),
     memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = (),
     context: Annotated[int | None, Option("TOKENS", least=1)] = None,
+    predict: Annotated[bool, Option()] = False,
     engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = (),
     as_json: AsJson = False,
 ) -> None:
@@ -39,6 +41,7 @@ def inspect(
         state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.
         memories: also say how many sequences engines take in 80GiB, say.
         context: with --memory: tokens of a sequence; 8192 if not given.
+        predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
         engines: engines, such as vllm or llama.cpp-cuda. 'ghostssm inspect reference' lists all of them.
         as_json: print the result as JSON.
     """
@@ -47,7 +50,7 @@ def inspect(
     from ghostssm.errors import InputError
     from ghostssm.models.layout import check_state_size
     from ghostssm.ops.state_format import BFLOAT16, StateFormat
-    from ghostssm.units import memory_bytes
+    from ghostssm.units import duration_text, memory_bytes
 
     if context is not None and not memories:
         raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
@@ -64,6 +67,7 @@ def inspect(
     sizes = [None, *state_sizes]
     for size in state_sizes:
         check_state_size(size, layout.state_size)
+    forecast = _forecast(found, (state_sizes or [max(1, layout.state_size // 2)])[0]) if predict else None
     advice = [
         advise(
             layout if size is None else layout.with_state_size(size),
@@ -95,7 +99,9 @@ def inspect(
     if as_json:
         facts = {name: value for name, value in dataclasses.asdict(found).items() if name != "config"}
         states = {each.name: each.states.as_json(found.config) for each in told}
-        print_json(facts | {"layers": found.layers, "context": context, "cuts": cuts, "states": states})
+        prune = None if forecast is None else dataclasses.asdict(forecast)
+        facts |= {"layers": found.layers, "context": context, "predicted_prune": prune}
+        print_json(facts | {"cuts": cuts, "states": states})
         return
     print_facts(
         [
@@ -131,12 +137,29 @@ def inspect(
         ],
     )
     print()
+    if forecast is not None:
+        print_text(
+            f"A prune with GHOST on {forecast.tokens:,} tokens takes about {duration_text(forecast.seconds)} here, and "
+            f"about {bytes_text(forecast.memory)} of memory, {bytes_text(forecast.streamed_memory)} with --stream."
+        )
+        print()
     if memories:
         admitted = (cut["admitted"] for cut in cuts)
         serving.print_admissions(dict(zip(labels, admitted, strict=True)), context)
     if memories or state_dtypes:
         serving.print_states(told, found.config, [form.name for form in forms])
     _print_advice(labels, advice)
+
+
+def _forecast(found: Description, state_size: int) -> Forecast:
+    """Of a prune with the options' defaults; what other recipes take beside GHOST is in the documentation."""
+    from ghostssm.pruning.feasibility import check_original
+    from ghostssm.pruning.forecast import forecast, product_rate
+    from ghostssm.workflows.request import CalibratingRequest
+
+    check_original(found.is_stock)
+    asked = CalibratingRequest()
+    return forecast(found, state_size, asked.windows * asked.window_length, product_rate())
 
 
 def _predicted_speeds(
