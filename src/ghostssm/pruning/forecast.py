@@ -27,10 +27,10 @@ _START_SECONDS = 10.0
 """Importing the libraries, reading the text, writing what lies beside the weights."""
 _DISK_RATE = 200e6
 """Bytes per second at which weights are read and written."""
-_LIBRARIES = 650 << 20
+_LIBRARIES = 580 << 20
 """Bytes of PyTorch, transformers and compiled loops."""
 _BATCH_TOKENS = 2048
-_WORKING_COPIES = 6
+_WORKING_COPIES = 5
 """Of a batch's streams, while they are computed."""
 
 
