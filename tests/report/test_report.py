@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from ghostssm.workflows.distill_request import DistillRequest
 from transformers import Mamba2ForCausalLM, PreTrainedTokenizerFast
 
 import ghostssm
@@ -42,7 +41,7 @@ from ghostssm.report.telling import prune_command, repeating_command
 from ghostssm.workflows.comparison import Row
 from ghostssm.workflows.observing import observe
 from ghostssm.workflows.record import Observations, Record
-from ghostssm.workflows.requests import PruneRequest
+from ghostssm.workflows.requests import DistillRequest, PruneRequest
 from tests.conftest import random_windows, tiny_model
 
 _LIMIT = 2_000_000

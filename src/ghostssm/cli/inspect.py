@@ -155,7 +155,7 @@ def _forecast(found: Description, state_size: int) -> Forecast:
     """Of a prune with the options' defaults; what other recipes take beside GHOST is in the documentation."""
     from ghostssm.pruning.feasibility import check_original
     from ghostssm.pruning.forecast import forecast, product_rate
-    from ghostssm.workflows.request import CalibratingRequest
+    from ghostssm.workflows.requests import CalibratingRequest
 
     check_original(found.is_stock)
     asked = CalibratingRequest()
