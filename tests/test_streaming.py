@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.streaming.run_places import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
@@ -340,6 +342,25 @@ def test_a_shard_that_is_cut_short_meanwhile(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["ghost", "balanced", "magnitude"])
+def test_no_tensor_is_kept_for_a_block_that_is_done(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small one between a block's large ones breaks up the memory that these leave, and the process grows."""
+    record, counts = RunFolder.record, []
+
+    def counted(self: RunFolder, *args: Any, **kwargs: Any) -> None:
+        record(self, *args, **kwargs)
+        del args, kwargs
+        gc.collect()
+        counts.append(sum(type(each) in (Tensor, torch.nn.Parameter) for each in gc.get_objects()))
+
+    monkeypatch.setattr(RunFolder, "record", counted)
+    checkpoint = ghostssm.stream(saved(tiny_model(num_hidden_layers=5), tmp_path / "model"))
+    ghostssm.prune_streamed(checkpoint, WINDOWS, recipe, 5, tmp_path / "out")
+    assert counts == counts[:1] * 5
+
+
 ROOM = 330_000_000
 """Bytes that a run, its compiled loops included, may take beside its libraries.
 
@@ -362,9 +383,8 @@ def in_child(program: str, *arguments: object) -> subprocess.CompletedProcess[st
         ],
         capture_output=True,
         text=True,
-        # Further arenas set address space aside that counts although nothing is in it. Tensors of these small blocks
-        # would leave holes in the heap, where those of a large model have memory of their own, which goes back.
-        env=os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"},
+        # Further arenas set address space aside that counts although nothing is in it.
+        env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
         check=False,
     )
 

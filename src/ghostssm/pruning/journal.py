@@ -39,16 +39,18 @@ class Journal:
     """Decisions and scores in memory.
 
     Attributes:
-        done: how many blocks, front to back, are finished with.
-        decisions, scores: of the mixers in them, by name.
+        done: how many blocks, front to back, are finished with. decided: how many of them have a mixer.
         curves: what a smaller state costs each mixer, where the recipe asks for sizes per layer.
     """
 
     def __init__(self) -> None:
-        self.done = 0
-        self.decisions: dict[str, Decision] = {}
-        self.scores: dict[str, Tensor] = {}
+        self.done = self.decided = 0
         self.curves = Findings()
+        self._decisions: dict[str, tuple[Decision, Tensor]] = {}
+
+    def decisions(self) -> dict[str, tuple[Decision, Tensor]]:
+        """The decision on every mixer so far, with the scores behind it, by the mixer's name."""
+        return self._decisions
 
     def restore(self, hidden: Tensor) -> None:
         """Replace the hidden states that reach the first block by those that reach block number ``done``."""
@@ -70,4 +72,5 @@ class Journal:
         """
         self.done += 1
         if name is not None and decision is not None and score is not None:
-            self.decisions[name], self.scores[name] = decision, score
+            self._decisions[name] = decision, score
+            self.decided += 1

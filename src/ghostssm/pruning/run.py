@@ -131,16 +131,16 @@ class Calibration:
             sizes = [state_size] * len(mixers_of(self.model))
             if recipe.per_layer and recipe.registered.scope == "layer":
                 sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
-            decisions, scores = run.decide(sizes)
+            decided = run.decide(sizes)
             windows = self.windows
             plan = Plan(
                 method=str(recipe),
                 model_type=self.model.config.model_type,
                 n_groups=layout.n_groups,
                 state_size=layout.state_size,
-                decisions={name: dataclasses.replace(decision, changes={}) for name, decision in decisions.items()},
-                changes={f"{name}.{part}": value for name, d in decisions.items() for part, value in d.changes.items()},
-                scores={name: score.double().cpu() for name, score in scores.items()},
+                decisions={name: dataclasses.replace(d, changes={}) for name, (d, _) in decided.items()},
+                changes={f"{name}.{part}": new for name, (d, _) in decided.items() for part, new in d.changes.items()},
+                scores={name: score.double().cpu() for name, (_, score) in decided.items()},
                 per_layer=recipe.per_layer,
                 provenance=Provenance(
                     requested_state_size=state_size,
@@ -171,8 +171,8 @@ class _Run:
     progress: Progress
     journal: Journal
 
-    def decide(self, sizes: Sequence[int]) -> tuple[dict[str, Decision], dict[str, Tensor]]:
-        """Decisions and scores of every mixer, for state sizes given per mixer."""
+    def decide(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
+        """The decision on every mixer and the scores behind it, for state sizes given per mixer."""
         known: dict[str, tuple[Decision, Tensor]] = {}
         if self.recipe.registered.one_shot:
             known = self.calibration.processes.from_first(lambda: self._one_shot(sizes))
@@ -180,7 +180,7 @@ class _Run:
             self._record_known(known)
         else:
             self._front_to_back(sizes, known)
-        return self.journal.decisions, self.journal.scores
+        return self.journal.decisions()
 
     def recovered(self, plan: Plan) -> Plan:
         """The plan with what the recipe's steps of model scope change."""
@@ -254,18 +254,19 @@ class _Run:
 
     def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
         """Decisions and scores for all mixers at once, by a method that looks at the unpruned model."""
-        method, scores = self.recipe.registered, dict[str, Tensor]()
+        method, layout, names = self.recipe.registered, layout_of(self.calibration.model.config), list[str]()
+        # Room for all of them before the first block is read: small tensors between blocks, if kept, leave holes.
+        scores = torch.empty(len(sizes), layout.n_groups, layout.state_size, dtype=torch.float64)
         for _, mixer in self._mixers():
             if mixer is not None:
                 source = Unpruned(partial(self._saliency_of, mixer.name))
-                scores[mixer.name] = method.score(self._evidence(mixer, len(scores), source))
+                scores[len(names)] = method.score(self._evidence(mixer, len(names), source))
+                names.append(mixer.name)
         if method.scope == "model":
-            kept = select_together(list(scores.values()), sizes[0])
+            kept = select_together(list(scores), sizes[0])
         else:
-            kept = [select(score, Cut(size, self.groups)) for score, size in zip(scores.values(), sizes, strict=True)]
-        return {
-            name: (Decision(selection), score) for (name, score), selection in zip(scores.items(), kept, strict=True)
-        }
+            kept = [select(score, Cut(size, self.groups)) for score, size in zip(scores, sizes, strict=True)]
+        return {name: (Decision(part), score.clone()) for name, part, score in zip(names, kept, scores, strict=True)}
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Record decisions without a walk: with nothing to recover, no activations are needed."""
@@ -286,7 +287,7 @@ class _Run:
                 block.advance()
                 journal.record(block.original, hidden=walk.hidden)
                 continue
-            name, index = block.mixer.name, len(journal.decisions)
+            name, index = block.mixer.name, journal.decided
             decision, score = known.get(name) or self._decision(block, block.mixer, index, sizes[index])
             pruned = block.prune(decision, keep_outputs=bool(steps))
             for step, amount in steps:

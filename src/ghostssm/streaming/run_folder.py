@@ -167,14 +167,18 @@ class RunFolder(Journal):
         found = {name: name for name in self._streamed.outside()}
         return found | tied_weights(model) if self._untie and has_tied_head(model) else found
 
-    def _take_over(self, found: dict[str, Any] | None) -> None:
-        """Note what a record says of a block; None is one without a mixer."""
+    def decisions(self) -> dict[str, tuple[Decision, Tensor]]:
+        """As `Journal.decisions`, made of the records, which hold Python's numbers and no tensors."""
+        # A small tensor that is kept for every block would lie in memory between the block's large ones. What these
+        # leave would then be too small for the next block's, and the process would grow with every block.
+        return dict(_read_record(record) for record in self._records.found if record is not None)
+
+    def _take_over(self, record: dict[str, Any] | None) -> None:
+        """Count a block that is done; its record is None if it has no mixer. Raises if the record can't be read."""
+        if record is not None:
+            _read_record(record)
+            self.decided += 1
         self.done += 1
-        if found is not None:
-            kept, size = Selection(tuple(tuple(channels) for channels in found["kept"])), found["projected"]
-            projection = None if size is None else _shapes_only(len(kept.kept), kept.width, size)
-            self.decisions[found["name"]] = Decision(kept, projection, _names_only(found["changed"]))
-            self.scores[found["name"]] = torch.tensor(found["scores"], dtype=torch.float64)
 
     def restore(self, hidden: Tensor) -> None:
         self._records.restore(hidden)
@@ -332,6 +336,14 @@ class RunFolder(Journal):
 
     def _shard(self, part: str, number: int) -> Path:
         return self.folder / part / f"{number:05d}.safetensors"
+
+
+def _read_record(record: dict[str, Any]) -> tuple[str, tuple[Decision, Tensor]]:
+    """The name of a mixer, the decision on it, and the scores behind it."""
+    kept, size = Selection(tuple(tuple(channels) for channels in record["kept"])), record["projected"]
+    projection = None if size is None else _shapes_only(len(kept.kept), kept.width, size)
+    decision = Decision(kept, projection, _names_only(record["changed"]))
+    return record["name"], (decision, torch.tensor(record["scores"], dtype=torch.float64))
 
 
 def _shapes_only(groups: int, width: int, size: int) -> Projection:
