@@ -14,14 +14,14 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
 from ghostssm.workflows.options import flag
-from ghostssm.workflows.requests import CompareRequest, DistillRequest, PruneRequest
+from ghostssm.workflows.requests import CompareRequest, DistillRequest, PruneRequest, Request
 
 _REQUESTS = {"prune": PruneRequest, "compare": CompareRequest, "distill": DistillRequest}
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
     """A command line from the fields of a request; what was not asked for is left out."""
-    kind, words = _REQUESTS[verb], ["ghostssm", verb]
+    kind, words = _REQUESTS.get(verb, Request), ["ghostssm", verb]
     for name, value in asked.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is True:
