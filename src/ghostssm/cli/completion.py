@@ -32,7 +32,7 @@ _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 class Kind(NamedTuple):
-    """What the shell offers for a value, what raises InputError for a name that can't be, and whether it has commas."""
+    """How the shell completes values of one kind, how they are checked, and whether they may hold commas."""
 
     complete: Callable[[str], list[str]] | None = None
     check: Callable[[str], None] | None = None

@@ -152,7 +152,7 @@ def inspect(
 
 
 def _forecast(found: Description, state_size: int) -> Forecast:
-    """Of a prune with the options' defaults; what other recipes take beside GHOST is in the documentation."""
+    """The prediction for a prune with GHOST and the default options."""
     from ghostssm.pruning.feasibility import check_original
     from ghostssm.pruning.forecast import forecast, product_rate
     from ghostssm.workflows.requests import CalibratingRequest

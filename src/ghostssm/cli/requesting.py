@@ -1,6 +1,6 @@
-"""From a request's fields, and a verb's own arguments, to the parser of a verb; and from what it parsed to the request.
+"""A verb's parser, from a request's fields and the verb's own arguments; and the request, from what was parsed.
 
-What there is to say of an option stands once, where it is declared: `ghostssm.workflows.options` has the form.
+An option is described once, where it is declared: `ghostssm.workflows.options` shows the form.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def asks_for(kind: type[DataclassInstance]) -> Callable[[Verb], Verb]:
 
 
 def requested(kind: type[Asked], given: Mapping[str, Any]) -> Asked:
-    """A request of what was parsed, by the names of its fields."""
+    """The request made of the parsed values."""
     usual = {each.name: each.option.usual for each in options_of(kind) if each.option.usual is not None}
     absent = {name: each.of(given) for name, each in usual.items() if given.get(name) is None}
     return called_with(kind, {**given, **absent})
 
 
 def _with_options(function: Verb, options: tuple[Described, ...]) -> Verb:
-    """With the signature that typer makes a parser of."""
+    """Give a verb the signature from which typer makes its parser."""
     ordered = sorted(options, key=lambda each: _PANELS.index(each.option.panel))
     parameters = [_parameter(each) for each in ordered]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def _parameter(described: Described) -> inspect.Parameter:
 
 
 def _parsed_type(hint: Any) -> tuple[Any, bool]:
-    """What typer makes of a value, and whether it takes several: a tuple is a list there, None needs no mention."""
+    """The type that typer parses, a list in place of a tuple and without None, and whether it takes several values."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     (kind,) = (part for part in parts if part is not NoneType)
     several = get_origin(kind) is tuple
@@ -103,7 +103,7 @@ def _parsed_type(hint: Any) -> tuple[Any, bool]:
 
 
 def _check_of(described: Described) -> Callable[[Any], Any]:
-    """The callback that raises InputError for a number out of bounds and for a name that can't be known."""
+    """The callback that raises InputError for a number out of bounds and for an unknown name."""
     flag, least, most = described.flag, described.option.least, described.option.most
     expected = f"{least} or more" if most is None else f"from {least} to {most}"
     known = KINDS.get(described.option.value, Kind())

@@ -1,4 +1,4 @@
-"""What the command needs to know of an option beside its name, its type, its default and its text.
+"""What the command needs to know about an option besides its name, type, default and text.
 
 An option is a field of a request, or an argument of a verb:
 
@@ -28,7 +28,7 @@ _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
 class Usual(NamedTuple):
-    """What stands for a value that was not given, where that hangs on the other arguments.
+    """A default that depends on the other arguments.
 
     Attributes:
         text: what the help says of it.
@@ -65,7 +65,7 @@ class Option:
 
 
 class Described(NamedTuple):
-    """An option with all that is known of it; the default is `inspect.Parameter.empty` if there is none."""
+    """An option with its name, type, default and text; the default is `inspect.Parameter.empty` if there is none."""
 
     name: str
     type: Any

@@ -1,4 +1,4 @@
-"""Everything that can be asked of a use case: the only list of options, for Python and for the command.
+"""The requests of all use cases: the only list of options, for Python and for the command.
 
 A field with an `Option` is an option of the command as well; its entry under ``Attributes`` is its text in the help.
 Nothing here imports PyTorch; the checks of a request stand with its use case.

@@ -29,7 +29,7 @@ _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
 _PATIENCE = 15
-"""Looks without a gain, after which there are no more steps: many, as most is gained where the rate is low again."""
+"""The training ends after so many looks without a gain. They are many because most is gained late, at a low rate."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
 """A divergence on the held-out windows of so many times the first one ends the training."""
