@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ghostssm.choices import DEFAULT_RECIPE
 from ghostssm.errors import InputError
-from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
+from ghostssm.pruning.recipe import Recipe
 from ghostssm.recovery import Step
 
 
@@ -17,10 +18,10 @@ def test_there_and_back(text: str) -> None:
 
 
 def test_defaults() -> None:
-    assert Recipe.parse("output+refit+repair") == DEFAULT_RECIPE
+    assert str(Recipe.parse("output+refit+repair")) == DEFAULT_RECIPE
     assert str(Recipe.parse("ghost+refit")) == "ghost+refit100"
     assert Recipe.parse("ghost") == Recipe("ghost", steps=(), per_layer=False)
-    assert DEFAULT_RECIPE.stock
+    assert Recipe.parse(DEFAULT_RECIPE).stock
 
 
 def test_steps_keep_the_order_in_which_they_are_written() -> None:

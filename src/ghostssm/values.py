@@ -1,4 +1,7 @@
-"""What all values of the project have in common: they print in a line or two, and tensors in them compare."""
+"""What all values of the project have in common: they print in a line or two, and tensors in them compare.
+
+PyTorch is imported when values are compared or printed: requests are values too, and a help is made of them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, Field, fields, is_dataclass
 from os import PathLike
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LONGEST = 40
 _LONGEST_VALUE = 90
@@ -45,6 +48,8 @@ def same(one: Any, other: Any) -> bool:
 
     Tensors without numbers (on the device ``meta``) equal only one another.
     """
+    from torch import Tensor
+
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and _same_tensors(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -59,6 +64,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _same_tensors(one: Tensor, other: Tensor) -> bool:
+    import torch
+
     if (one.shape, one.dtype, one.is_meta) != (other.shape, other.dtype, other.is_meta):
         return False
     return one.is_meta or torch.equal(one.detach().cpu(), other.detach().cpu())
@@ -66,6 +73,8 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
 
 def short(value: Any) -> str:
     """A value in a few words, for a line that is about something else."""
+    from torch import Tensor, nn
+
     if isinstance(value, Tensor):
         return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, nn.Module):

@@ -150,6 +150,7 @@ def test_a_device_that_is_not_there(run: Run, small: Path, text_file: Path, devi
         ("compare m --state-size 4 --overwrite", "--overwrite works with --report only"),
         ("compare m --state-size 4 --methods ghost,random", "separated by spaces: --methods ghost random"),
         ("reproduce --output o --methods ghost,random", "separated by spaces: --methods ghost random"),
+        ("inspect m --memory 80GiB,24GiB", "separated by spaces: --memory 80GiB 24GiB"),
         ("evaluate m --limit 3", "--limit works with --tasks or --last-words only"),
         ("evaluate m --tasks piqa --text a.txt", "--text has no effect with --tasks"),
         ("evaluate m --last-words a.txt --window-length 64", "--window-length has no effect with --last-words"),

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import ghostssm
 from ghostssm.cli import completion, console
 from ghostssm.cli.main import _VERBS, app
+from ghostssm.ops.state_format import FORMATS
 from ghostssm.recovery import step_names
 from ghostssm.workflows import published
 
@@ -83,6 +84,7 @@ def test_names_for_completion_are_the_registered_ones() -> None:
     assert sorted(completion.METHODS) == list(ghostssm.method_names())
     assert step_names() == completion.STEPS
     assert ghostssm.engine_names() == completion.ENGINES
+    assert tuple(FORMATS) == completion.STATE_DTYPES
     assert published.table_names() == completion.TABLES
     assert published.published_models() == completion.PUBLISHED_MODELS
 
@@ -126,7 +128,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
     script = (
         "import os, sys\nfrom ghostssm.cli import main\n"
         "completion = {'_GHOSTSSM_COMPLETE': 'complete_bash', 'COMP_WORDS': 'ghostssm inspect r', 'COMP_CWORD': '2'}\n"
-        "for sys.argv, extra in ((['ghostssm', '--help'], {}), (['ghostssm'], completion)):\n"
+        "for sys.argv, extra in ((['ghostssm', 'prune', '--help'], {}), (['ghostssm'], completion)):\n"
         "    os.environ |= extra\n"
         "    try:\n        main()\n    except SystemExit:\n        pass\n"
         "    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n    print('light')"
@@ -144,6 +146,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
         ("prune m --method ghost+refi100 --output o", "No recovery step is called 'refi'; .* Did you mean 'refit'\\?"),
         ("compare m --state-size 4 --methods ghost outptu", "No method is called 'outptu'; .* 'output'\\?"),
         ("inspect m --engine vlm", "No engine is called 'vlm'; .* Did you mean 'vllm'\\?"),
+        ("bench m --state-dtype int7", "No state dtype is called 'int7'; expected one of: float32, "),
         ("reproduce --output o --table sizes", "No table is called 'sizes'; .* Did you mean 'size'\\?"),
         ("prune m --dialect mamba-ssm --output o", "'mamba-ssm' is not one of .* Did you mean 'mamba_ssm'\\?"),
         ("prune m --state-size many --output o", "'--state-size': expected a whole number"),
@@ -166,14 +169,6 @@ def test_what_is_wrong_in_a_command_line_is_told_in_one_line_before_pytorch_is_i
     assert done.stdout == "2\n", done.stderr
     assert re.fullmatch(rf"error: .*{told}.*\n", done.stderr)
     assert "Value error" not in done.stderr
-
-
-@pytest.mark.parametrize(("model", "text"), [("reference", "stdlib"), ("org/name", "wikitext2")])
-def test_the_default_text_is_that_of_the_model(model: str, text: str) -> None:
-    for rest in ([], ["--calibration", "mine.txt"]):
-        with GROUP.commands["compare"].make_context("compare", [model, "--state-size", "4", *rest]) as context:
-            assert context.params["calibration"] == (rest or [text])[-1]
-            assert context.params["text"] == text
 
 
 def test_errors_are_coloured_on_a_terminal_only(

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ghostssm.errors import TextError
-from ghostssm.text import sources, windows
+from ghostssm.text import files, windows
 from ghostssm.text.sources import Text, read_text
 from ghostssm.text.windows import cut_windows
 
@@ -102,7 +102,7 @@ def test_long_lines_are_tokenised_in_stretches(
 
 
 def test_the_bound_counts_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MOST_TEXT_BYTES", 10)
+    monkeypatch.setattr(files, "MOST_TEXT_BYTES", 10)
     (tmp_path / "a.txt").write_text("12345678")
     (tmp_path / "b.txt").write_text("12345678")
     read_text(str(tmp_path / "a.txt"), "calibration")

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 import ghostssm
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.recovery.distill.training import Training
-from ghostssm.workflows import distill_request
-from ghostssm.workflows.distill import distill
-from ghostssm.workflows.distill_request import DistillOutcome, DistillRequest
+from ghostssm.workflows import distill_checks
+from ghostssm.workflows.distill import DistillOutcome, distill
+from ghostssm.workflows.requests import DistillRequest
 from tests.conftest import Run, tiny_model
 from tests.test_streaming import assert_same_checkpoint
 
@@ -196,7 +196,7 @@ def test_other_tokenizers(request_of: Callable[..., DistillRequest], tmp_path: P
 
 def test_no_room(request_of: Callable[..., DistillRequest], monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is needed, and what each option would need."""
-    monkeypatch.setattr(distill_request, "_free_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(distill_checks, "_free_bytes", lambda device: 1 << 18)
     with pytest.raises(ghostssm.InputError, match=r"take \d+\.\d KiB, and cpu has 256.0 KiB free. What lowers it: "
                        r"--train mixers \(\d+\.\d KiB\), --train small \(\d+\.\d KiB\), --bfloat16"):  # fmt: skip
         distill(request_of(trained="all"))
@@ -348,6 +348,6 @@ def test_two_processes(request_of: Callable[..., DistillRequest], tmp_path: Path
 
 def test_a_student_of_our_own_class_fits_the_family_that_it_was_pruned_from() -> None:
     teacher = replace(ghostssm.describe("reference"), family="bamba")
-    distill_request._check_pair(replace(teacher, family="ghost_bamba"), teacher)
+    distill_checks._check_pair(replace(teacher, family="ghost_bamba"), teacher)
     with pytest.raises(ghostssm.InputError, match="family 'mamba2' and 'bamba'"):
-        distill_request._check_pair(replace(teacher, family="ghost_mamba2"), teacher)
+        distill_checks._check_pair(replace(teacher, family="ghost_mamba2"), teacher)

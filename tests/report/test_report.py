@@ -39,10 +39,9 @@ from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Report, Section, Table, Texts, html_page
 from ghostssm.report.telling import prune_command, repeating_command
 from ghostssm.workflows.comparison import Row
-from ghostssm.workflows.distill_request import DistillRequest
 from ghostssm.workflows.observing import observe
-from ghostssm.workflows.prune_request import PruneRequest
 from ghostssm.workflows.record import Observations, Record
+from ghostssm.workflows.requests import DistillRequest, PruneRequest
 from tests.conftest import random_windows, tiny_model
 
 _LIMIT = 2_000_000

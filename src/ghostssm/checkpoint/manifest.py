@@ -234,7 +234,7 @@ class Manifest(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
+        """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
         return None if self.options is None else self.options.state_dtype
 
     def write(self, folder: Path, place: Path | None = None) -> None:
@@ -352,7 +352,7 @@ def probe_tokens(vocabulary: int) -> list[int]:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Of every file in a folder except the manifest and the record of a report, by path within it."""
+    """The fingerprint of every file in a folder, by its path there; without the manifest and the record of a report."""
     apart = (folder / MANIFEST_FILE, folder / RECORD_FILE)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in apart)
     return {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_json, print_table, print_text, progress_reporter
-from ghostssm.cli.requesting import requested
+from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.workflows.requests import BenchRequest
 
 if TYPE_CHECKING:
     from ghostssm.evaluation.speed import Speedup
@@ -19,40 +17,19 @@ _WORTH_IT = 1.1
 """A state size pays from the batch on at which decoding is at least so many times faster."""
 
 
-def bench(
-    model: arguments.Model,
-    state_size: Annotated[
-        list[int],
-        typer.Option("--state-size", metavar="N' ...", help="State sizes N' to measure beside the model's own N."),
-    ] = [64, 32],  # noqa: B006  (read only)
-    batch: Annotated[
-        list[int],
-        typer.Option("--batch", metavar="SIZE ...", callback=arguments.at_least(1), help="Sequences at a time."),
-    ] = [1, 8, 32],  # noqa: B006
-    prompt_length: Annotated[
-        int,
-        typer.Option(
-            "--prompt-length",
-            callback=arguments.at_least(1),
-            help="Tokens per sequence to prefill.",
-            metavar="TOKENS",
-        ),
-    ] = 128,
-    state_dtype: arguments.StateDtypes = ["float32"],  # noqa: B006  (read only)
-    state_rounding: arguments.StateRounding = "nearest",
-    device: arguments.Device = "cpu",
-    as_json: arguments.AsJson = False,
-) -> None:
+@asks_for(BenchRequest)
+def bench(request: BenchRequest, as_json: AsJson = False) -> None:
     """Measure on this machine how fast a model reads a prompt (prefill) and writes (decode) at several state sizes.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
+
+    Args:
+        as_json: print the result as JSON.
     """
-    given = locals()
-    from ghostssm.workflows.bench import ROUNDS, BenchRequest
+    from ghostssm.workflows.bench import ROUNDS
     from ghostssm.workflows.bench import bench as carry_out
 
-    request = requested(BenchRequest, given, state_sizes=state_size, batches=batch, state_dtypes=state_dtype)
     with progress_reporter() as progress:
         outcome = carry_out(request, progress=progress, notify=note)
     if as_json:

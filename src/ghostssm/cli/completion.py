@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from ghostssm.errors import unknown_name
 
@@ -28,7 +29,14 @@ STEPS = ("distill", "refit", "repair")
 _PER_LAYER = "per-layer"
 _REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-Completer = Callable[[str], list[str]]
+
+
+class Kind(NamedTuple):
+    """How the shell completes values of one kind, how they are checked, and whether they may hold commas."""
+
+    complete: Callable[[str], list[str]] | None = None
+    check: Callable[[str], None] | None = None
+    commas: bool = False
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[str]:
@@ -38,40 +46,14 @@ def _starting(names: Iterable[str], incomplete: str) -> list[str]:
 def check_recipe(text: str) -> None:
     """Raise InputError for a recipe with a method or a step that can't be known."""
     method, *parts = text.split("+")
-    _check("method", method, METHODS)
+    _check("method", METHODS, method)
     for part in parts:
-        _check("recovery step", re.sub(r"\d+$", "", part), (*STEPS, _PER_LAYER))
+        _check("recovery step", (*STEPS, _PER_LAYER), re.sub(r"\d+$", "", part))
 
 
-def check_engine(name: str) -> None:
-    """Raise InputError for an unknown engine."""
-    _check("engine", name, ENGINES)
-
-
-def check_table(name: str) -> None:
-    """Raise InputError for an unknown table."""
-    _check("table", name, TABLES)
-
-
-def _check(what: str, name: str, known: Iterable[str]) -> None:
+def _check(what: str, known: Iterable[str], name: str) -> None:
     if name not in known and "ghostssm.methods" not in sys.modules:  # else the registries have all names, and check
         raise unknown_name(what, name, known)
-
-
-def engines(incomplete: str) -> list[str]:
-    return _starting(ENGINES, incomplete)
-
-
-def state_dtypes(incomplete: str) -> list[str]:
-    return _starting(STATE_DTYPES, incomplete)
-
-
-def tables(incomplete: str) -> list[str]:
-    return _starting(TABLES, incomplete)
-
-
-def devices(incomplete: str) -> list[str]:
-    return _starting(("cpu", "cuda"), incomplete)
 
 
 def methods(incomplete: str) -> list[str]:
@@ -109,3 +91,21 @@ def _paths(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
         and (tail.startswith(".") or not path.name.startswith("."))
         and (path.is_dir() or path.suffix in suffixes)
     ]
+
+
+def _named(what: str, names: tuple[str, ...]) -> Kind:
+    return Kind(lambda incomplete: _starting(names, incomplete), lambda name: _check(what, names, name))
+
+
+KINDS = {
+    **dict.fromkeys(("MODEL", "BASE", "STUDENT"), Kind(models)),
+    "CHECKPOINT": Kind(published_models, commas=True),
+    "TEXT": Kind(texts, commas=True),
+    "TASK": Kind(commas=True),
+    "RECIPE": Kind(methods, check_recipe),
+    "ENGINE": _named("engine", ENGINES),
+    "TABLE": _named("table", TABLES),
+    "DTYPE": _named("state dtype", STATE_DTYPES),
+    "DEVICE": Kind(lambda incomplete: _starting(("cpu", "cuda"), incomplete)),
+}
+"""By what an option's value is called in the help."""

@@ -6,15 +6,13 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from ghostssm.cli import arguments, completion
 from ghostssm.cli.console import note, print_facts, print_json, print_table, progress_reporter
-from ghostssm.cli.requesting import requested
+from ghostssm.cli.requesting import AsJson, asks_for
 from ghostssm.progress import silent
 from ghostssm.units import plus_minus
+from ghostssm.workflows.requests import EvaluateRequest
 
 if TYPE_CHECKING:
     from ghostssm.text.windows import Windows
@@ -22,80 +20,24 @@ if TYPE_CHECKING:
     from ghostssm.workflows.harness import Score
 
 
-def evaluate(
-    model: arguments.Model,
-    text: arguments.EvaluationText = "",
-    text_windows: arguments.EvaluationWindows = None,
-    window_length: arguments.WindowLength = 2048,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="BASE",
-            help="Also measure BASE, the model that MODEL was pruned from, and the difference.",
-            autocompletion=completion.models,
-        ),
-    ] = None,
-    last_words: Annotated[
-        str | None,
-        typer.Option(
-            "--last-words",
-            metavar="TEXT",
-            help="Instead: how well the last word of every line or row of TEXT is guessed, as in LAMBADA.",
-            autocompletion=completion.texts,
-        ),
-    ] = None,
-    copying: Annotated[
-        bool,
-        typer.Option("--copying", help="Instead: how well text is repeated that was read 256 or more tokens before."),
-    ] = False,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="NAME ...",
-            help="Instead: tasks of lm-evaluation-harness; pip install 'ghostssm\\[lm-eval]' first.",
-        ),
-    ] = None,
-    include_path: Annotated[
-        str | None, typer.Option("--include-path", metavar="FOLDER", help="With --tasks: more task files.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", help="With --tasks or --last-words: measure at most so many documents.", metavar="COUNT"
-        ),
-    ] = None,
-    state_dtype: arguments.StateDtype = None,
-    state_rounding: arguments.StateRounding = "nearest",
-    tokenizer: arguments.Tokenizer = None,
-    device: arguments.Device = "cpu",
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Hold one layer's weights in memory at a time.",
-            rich_help_panel=arguments.MEMORY_PANEL,
-        ),
-    ] = False,
-    offload: arguments.Offload = None,
-    as_json: arguments.AsJson = False,
-) -> None:
+@asks_for(EvaluateRequest)
+def evaluate(request: EvaluateRequest, as_json: AsJson = False) -> None:
     """Measure a model's loss on a text, in float32. Or instead: how well it recalls, or its scores in known tasks.
 
     ghostssm evaluate mamba2-130m-n64 --against state-spaces/mamba2-130m
     ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai piqa
+
+    Args:
+        as_json: print the result as JSON.
     """
-    given = locals()
-    from ghostssm.workflows.evaluate import EvaluateRequest
     from ghostssm.workflows.evaluate import evaluate as carry_out
 
-    for library in ("datasets", "huggingface_hub", "lm_eval") if tasks else ():
+    for library in ("datasets", "huggingface_hub", "lm_eval") if request.tasks else ():
         logging.getLogger(library).setLevel(logging.ERROR)
     # What the harness and the tasks' own code print is not the result; the harness draws bars of its own.
-    reporter = contextlib.nullcontext(silent) if tasks else progress_reporter()
+    reporter = contextlib.nullcontext(silent) if request.tasks else progress_reporter()
     with contextlib.redirect_stdout(sys.stderr), reporter as progress:
-        outcome = carry_out(requested(EvaluateRequest, given), progress=progress, notify=note)
+        outcome = carry_out(request, progress=progress, notify=note)
     if as_json:
         print_json(outcome.as_json())
     else:

@@ -4,48 +4,40 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from ghostssm.choices import DEFAULT_SEED
+from ghostssm.cli.requesting import verb
+from ghostssm.workflows.options import Option
+from ghostssm.workflows.requests import DEVICE, MODEL, ROUNDING, SEED, STATE_DTYPE, TOKENIZER
 
-from ghostssm.cli import arguments
 
-
+@verb
 def generate(
-    model: arguments.Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.", metavar="TEXT")],
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-new-tokens", callback=arguments.at_least(1), help="Stop after so many tokens.", metavar="COUNT"
-        ),
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            callback=arguments.at_least(0),
-            help="0 always takes the likeliest token.",
-            metavar="NUMBER",
-        ),
-    ] = 0.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="NUMBER",
-            callback=arguments.at_least(0, 2**63 - 1),
-            help="With --temperature above 0, or stochastic rounding: the same number gives the same text.",
-            rich_help_panel=arguments.OTHER_PANEL,
-        ),
-    ] = 42,
-    state_dtype: arguments.StateDtype = None,
-    state_rounding: arguments.StateRounding = "nearest",
-    tokenizer: arguments.Tokenizer = None,
-    device: arguments.Device = "cpu",
+    model: Annotated[str, MODEL],
+    prompt: Annotated[str, Option("PROMPT")],
+    max_new_tokens: Annotated[int, Option("COUNT", least=1)] = 128,
+    temperature: Annotated[float, Option("NUMBER", least=0)] = 0.0,
+    seed: Annotated[int, SEED] = DEFAULT_SEED,
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
+    state_rounding: Annotated[str, ROUNDING] = "nearest",
+    tokenizer: Annotated[str | None, TOKENIZER] = None,
+    device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Write text that goes on from a prompt, token by token.
 
     ghostssm generate reference --prompt "def main(" --max-new-tokens 64
     ghostssm generate mamba2-130m-n64 --prompt "The state of" --temperature 0.7
+
+    Args:
+        model: hub id, local folder, or 'reference'.
+        prompt: text to go on from.
+        max_new_tokens: stop after so many tokens.
+        temperature: 0 always takes the likeliest token.
+        seed: with --temperature above 0, or stochastic rounding: the same number gives the same text.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.
+            If not given, that which the checkpoint was pruned for, else float32.
+        state_rounding: of a state narrower than float32: nearest or stochastic.
+        tokenizer: folder or hub id of the tokenizer, if the model has none.
+        device: where to compute: cpu, cuda, cuda:1 ...
     """
     import torch
     from transformers import LogitsProcessorList, TextStreamer

@@ -6,67 +6,44 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from ghostssm.cli import arguments, completion, serving
+from ghostssm.cli import serving
 from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
+from ghostssm.cli.requesting import AsJson, verb
+from ghostssm.workflows.options import Option
+from ghostssm.workflows.requests import MODEL
 
 if TYPE_CHECKING:
     from ghostssm import Advice, Description
     from ghostssm.pruning.forecast import Forecast
 
 
+@verb
 def inspect(
-    model: arguments.Model,
-    state_size: Annotated[
-        list[int] | None,
-        typer.Option("--state-size", metavar="N' ...", help="Also say what a cut to state sizes N' saves."),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch",
-            metavar="SIZE ...",
-            callback=arguments.at_least(1),
-            help="Also predict the decode speed on this machine, at these batch sizes.",
-        ),
-    ] = None,
-    state_dtype: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--state-dtype",
-            metavar="NAME ...",
-            help="Also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.",
-            autocompletion=completion.state_dtypes,
-        ),
-    ] = None,
-    memory: Annotated[
-        list[str] | None,
-        typer.Option("--memory", metavar="SIZE ...", help="Also say how many sequences engines take in 80GiB, say."),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            metavar="TOKENS",
-            callback=arguments.at_least(1),
-            help="With --memory: tokens of a sequence; 8192 if not given.",
-        ),
-    ] = None,
-    predict: Annotated[
-        bool,
-        typer.Option(
-            "--predict",
-            help="Also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.",
-        ),
-    ] = False,
-    engine: arguments.Engines = None,
-    as_json: arguments.AsJson = False,
+    model: Annotated[str, MODEL],
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = (),
+    batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = (),
+    state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = (),
+    memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = (),
+    context: Annotated[int | None, Option("TOKENS", least=1)] = None,
+    predict: Annotated[bool, Option()] = False,
+    engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = (),
+    as_json: AsJson = False,
 ) -> None:
     """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
     ghostssm inspect reference
     ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
+
+    Args:
+        model: hub id, local folder, or 'reference'.
+        state_sizes: also say what a cut to state sizes N' saves.
+        batches: also predict the decode speed on this machine, at these batch sizes.
+        state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.
+        memories: also say how many sequences engines take in 80GiB, say.
+        context: with --memory: tokens of a sequence; 8192 if not given.
+        predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
+        engines: engines, such as vllm or llama.cpp-cuda. 'ghostssm inspect reference' lists all of them.
+        as_json: print the result as JSON.
     """
     from ghostssm import advise, describe
     from ghostssm.engines.capacity import DEFAULT_CONTEXT
@@ -75,28 +52,27 @@ def inspect(
     from ghostssm.ops.state_format import BFLOAT16, StateFormat
     from ghostssm.units import duration_text, memory_bytes
 
-    if context is not None and not memory:
+    if context is not None and not memories:
         raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
     context = DEFAULT_CONTEXT if context is None else context
-    batches = batch or []
-    memories = [memory_bytes(size) for size in memory or []]
-    forms = [StateFormat.of(name) for name in state_dtype or ["float32"]]
+    rooms = [memory_bytes(size) for size in memories or ()]
+    forms = [StateFormat.of(name) for name in state_dtypes or ["float32"]]
     found = describe(model)
-    told = serving.engines_told(engine, found)
+    told = serving.engines_told(engines, found)
     layout = found.layout
-    if state_size and not found.is_stock:
+    if state_sizes and not found.is_stock:
         raise InputError(
             f"{model} has a projected state or a state size per layer; inspect the original model for cuts."
         )
-    sizes = [None, *(state_size or [])]
-    for size in state_size or []:
+    sizes = [None, *state_sizes]
+    for size in state_sizes:
         check_state_size(size, layout.state_size)
-    forecast = _forecast(found, (state_size or [max(1, layout.state_size // 2)])[0]) if predict else None
+    forecast = _forecast(found, (state_sizes or [max(1, layout.state_size // 2)])[0]) if predict else None
     advice = [
         advise(
             layout if size is None else layout.with_state_size(size),
             found.family,
-            engines=engine,
+            engines=engines or None,
             dialect=found.dialect if size is None else None,  # what prune writes is in the dialect that is wanted
             own_class=not found.is_stock,
             tied_head=found.tied_head,
@@ -115,7 +91,7 @@ def inspect(
             "parameters": found.parameters - found.removed_parameters(size),
             "predicted_tokens_per_second": predicted.get(size, {}),
             "kept": serving.kept(found, size, forms, context),
-            "admitted": serving.admissions(found, size, forms, context, memories, told),
+            "admitted": serving.admissions(found, size, forms, context, rooms, told),
             "engines": [dataclasses.asdict(entry) for entry in entries],
         }
         for size, entries in zip(sizes, advice, strict=True)
@@ -141,7 +117,7 @@ def inspect(
         ]
     )
     least, most = min(found.state_sizes), max(found.state_sizes)
-    labels = [str(most) if least == most else f"{least} to {most}", *map(str, state_size or [])]
+    labels = [str(most) if least == most else f"{least} to {most}", *map(str, state_sizes)]
     print()
     print_table(
         [
@@ -170,16 +146,16 @@ def inspect(
     if memories:
         admitted = (cut["admitted"] for cut in cuts)
         serving.print_admissions(dict(zip(labels, admitted, strict=True)), context)
-    if memories or state_dtype:
+    if memories or state_dtypes:
         serving.print_states(told, found.config, [form.name for form in forms])
     _print_advice(labels, advice)
 
 
 def _forecast(found: Description, state_size: int) -> Forecast:
-    """Of a prune with the options' defaults; what other recipes take beside GHOST is in the documentation."""
+    """The prediction for a prune with GHOST and the default options."""
     from ghostssm.pruning.feasibility import check_original
     from ghostssm.pruning.forecast import forecast, product_rate
-    from ghostssm.workflows.request import CalibratingRequest
+    from ghostssm.workflows.requests import CalibratingRequest
 
     check_original(found.is_stock)
     asked = CalibratingRequest()

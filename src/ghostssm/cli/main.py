@@ -139,8 +139,8 @@ def _ending(what: str, next_step: str) -> str:
 
 
 def _help(verb: Callable[..., None]) -> str:
-    """A verb's docstring, with its last paragraph as examples, line by line."""
-    *paragraphs, examples = inspect_module.cleandoc(verb.__doc__ or "").split("\n\n")
+    """A verb's docstring up to its arguments, with its last paragraph as examples, line by line."""
+    *paragraphs, examples = inspect_module.cleandoc(verb.__doc__ or "").partition("\n\nArgs:")[0].split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     lines = "\n".join(f"$ {line}" for line in examples.splitlines())
     return f"{text}\n\n\bExamples:\n{lines}"

@@ -39,16 +39,13 @@ def _ways_to_lower(options: Mapping[str, object]) -> Iterator[str]:
         yield f"a shorter --window-length (now {options['window_length']})"
     if options.get("refit") or _refits_by_itself(options):
         yield "--refit 0"
-    batches = options.get("batch")
-    if isinstance(batches, list) and options.get("with_report", True):
+    batches = options.get("batches")
+    if isinstance(batches, list) and options.get("report", True):
         yield f"smaller --batch (now {' '.join(map(str, batches))})"
     if "prompt_length" in options:
         yield f"a shorter --prompt-length (now {options['prompt_length']})"
 
 
 def _refits_by_itself(options: Mapping[str, object]) -> bool:
-    """Whether a recipe refits that --refit did not name; no method is the default recipe, which does."""
-    if "refit" not in options or options["refit"] is not None:
-        return False
-    method = options["method"]
-    return method is None or "+refit" in str(method)
+    """Whether a recipe refits that --refit did not name."""
+    return "refit" in options and options["refit"] is None and "+refit" in str(options["recipe"])

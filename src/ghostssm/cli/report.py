@@ -6,29 +6,36 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from ghostssm.cli import arguments
 from ghostssm.cli.console import bytes_text, note, print_facts, print_json
+from ghostssm.cli.requesting import AsJson, verb
 from ghostssm.errors import InputError
+from ghostssm.workflows.options import Option
+from ghostssm.workflows.requests import STATE_DTYPE
 
 if TYPE_CHECKING:
     from ghostssm.files.output_file import OutputFile
 
 
+@verb
 def report(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that 'ghostssm prune' wrote.")],
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help="The page; DIR/report.html if not given.")
-    ] = None,
-    state_dtype: arguments.StateDtype = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if there is one.")] = False,
-    as_json: arguments.AsJson = False,
+    folder: Annotated[str, Option("DIR", positional=True)],
+    output: Annotated[str | None, Option("FILE")] = None,
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
+    overwrite: Annotated[bool, Option()] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought.
 
     ghostssm report mamba2-130m-n64
     ghostssm report mamba2-130m-n64 --output n64.html --overwrite
+
+    Args:
+        folder: folder that 'ghostssm prune' wrote.
+        output: the page; DIR/report.html if not given.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.
+            If not given, that which the checkpoint was pruned for, else float32.
+        overwrite: replace the page if there is one.
+        as_json: print the result as JSON.
     """
     from ghostssm.checkpoint.manifest import PAGE_FILE
     from ghostssm.files.output_file import OutputFile

@@ -1,25 +1,123 @@
-"""From a verb's arguments to the library's request."""
+"""A verb's parser, from a request's fields and the verb's own arguments; and the request, from what was parsed.
+
+An option is described once, where it is declared: `ghostssm.workflows.options` shows the form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from ghostssm.cli.completion import KINDS, Kind
+from ghostssm.errors import InputError
+from ghostssm.workflows.options import Described, Option, Panel, called_with, options_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Asked = TypeVar("Asked", bound="DataclassInstance")
+Verb = Callable[..., None]
+AsJson = Annotated[bool, Option(panel="Other options", flag="--json")]
+_PANELS = get_args(Panel)
 
 
-def requested(kind: type[Asked], arguments: Mapping[str, Any], **others: Any) -> Asked:
-    """A request, each field from the verb's argument of that name; lists become tuples.
+def verb(function: Verb) -> Verb:
+    """A verb whose arguments are all its own."""
 
-    Args:
-        arguments: the verb's ``locals()``, at its beginning.
-        others: fields whose arguments have other names. None is an argument that was not given.
+    @wraps(function)
+    def called(**given: Any) -> None:
+        called_with(function, given)
+
+    return _with_options(called, options_of(function))
+
+
+def asks_for(kind: type[DataclassInstance]) -> Callable[[Verb], Verb]:
+    """A verb that takes the fields of a request beside its own arguments, and is called with the request made of them.
+
+    The verb's first parameter is the request; in the help, its own options come before those of the request.
     """
-    names = [each.name for each in fields(kind)]
-    values = {name: arguments[name] for name in names if name in arguments} | others
-    given = {name: value for name, value in values.items() if value is not None}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+    def decorate(function: Verb) -> Verb:
+        own = options_of(function)
+
+        @wraps(function)
+        def called(**given: Any) -> None:
+            mine = {each.name: given.pop(each.name) for each in own}
+            function(requested(kind, given), **mine)
+
+        return _with_options(called, (*own, *options_of(kind)))
+
+    return decorate
+
+
+def requested(kind: type[Asked], given: Mapping[str, Any]) -> Asked:
+    """The request made of the parsed values."""
+    usual = {each.name: each.option.usual for each in options_of(kind) if each.option.usual is not None}
+    absent = {name: each.of(given) for name, each in usual.items() if given.get(name) is None}
+    return called_with(kind, {**given, **absent})
+
+
+def _with_options(function: Verb, options: tuple[Described, ...]) -> Verb:
+    """Give a verb the signature from which typer makes its parser."""
+    ordered = sorted(options, key=lambda each: _PANELS.index(each.option.panel))
+    parameters = [_parameter(each) for each in ordered]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in parameters}
+    return function
+
+
+def _parameter(described: Described) -> inspect.Parameter:
+    option, default, text = described.option, described.default, described.text
+    kind, several = _parsed_type(described.type)
+    told: dict[str, Any] = {
+        "metavar": f"{option.value} ..." if several else option.value or None,
+        "help": escape(text[0].upper() + text[1:]),
+        "rich_help_panel": option.panel or None,
+        "callback": _check_of(described),
+        "autocompletion": KINDS.get(option.value, Kind()).complete,
+        "show_default": True if option.usual is None else option.usual.text,
+    }
+    if option.required:
+        default = inspect.Parameter.empty
+    elif option.usual is not None:
+        default = None
+    elif several and default is not inspect.Parameter.empty:
+        default = list(default or ()) or None
+    info = typer.Argument(**told) if option.positional else typer.Option(described.flag, **told)
+    annotation: Any = Annotated[kind, info]
+    return inspect.Parameter(described.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parsed_type(hint: Any) -> tuple[Any, bool]:
+    """The type that typer parses, a list in place of a tuple and without None, and whether it takes several values."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    (kind,) = (part for part in parts if part is not NoneType)
+    several = get_origin(kind) is tuple
+    return (list[get_args(kind)[0]] if several else kind), several  # type: ignore[misc]
+
+
+def _check_of(described: Described) -> Callable[[Any], Any]:
+    """The callback that raises InputError for a number out of bounds and for an unknown name."""
+    flag, least, most = described.flag, described.option.least, described.option.most
+    expected = f"{least} or more" if most is None else f"from {least} to {most}"
+    known = KINDS.get(described.option.value, Kind())
+
+    def check(value: Any) -> Any:
+        several = isinstance(value, list)
+        for one in value if several else [] if value is None else [value]:
+            if least is not None and not (least <= one and (most is None or one <= most)):
+                raise InputError(f"{flag} is {one}; expected {expected}.")
+            if several and isinstance(one, str) and "," in one and not known.commas:
+                names = " ".join(filter(None, map(str.strip, one.split(","))))
+                raise InputError(f"{flag} is {one!r}; expected names separated by spaces: {flag} {names}.")
+            if known.check is not None:
+                known.check(one)
+        return value
+
+    return check

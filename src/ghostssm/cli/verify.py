@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
-from ghostssm.cli import arguments
 from ghostssm.cli.console import note, print_json, print_table
+from ghostssm.cli.requesting import AsJson, verb
+from ghostssm.workflows.options import Option
 
 
-def verify(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that 'ghostssm prune' wrote.")],
-    as_json: arguments.AsJson = False,
-) -> None:
+@verb
+def verify(folder: Annotated[str, Option("DIR", positional=True)], as_json: AsJson = False) -> None:
     """Check that a checkpoint is whole, and what 'ghostssm prune' wrote. The exit code is 1 if it is not.
 
     ghostssm verify mamba2-130m-n64
     ghostssm verify mamba2-130m-n64 --json
+
+    Args:
+        folder: a checkpoint that 'ghostssm prune' wrote.
+        as_json: print the result as JSON.
     """
     import ghostssm
 

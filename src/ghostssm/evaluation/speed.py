@@ -42,13 +42,13 @@ class Rate:
 
     @classmethod
     def of(cls, tokens: int, rounds: Sequence[Sequence[float]]) -> Rate:
-        """Of work on so many tokens, from the seconds that it took in several rounds, one time or several in each."""
+        """The speed of work on so many tokens, from the seconds of each round, in which it was timed once or more."""
         speeds = [tokens / statistics.median(times) for times in rounds]
         return cls(tokens / statistics.median(chain.from_iterable(rounds)), min(speeds), max(speeds))
 
     @property
     def text(self) -> str:
-        """With half of the range as a share of it."""
+        """The median, and half of the range as a share of it."""
         return f"{self.median:,.0f} ±{(self.high - self.low) / 2 / self.median:.0%}"
 
 
@@ -61,11 +61,11 @@ class Timings:
     peak_bytes: int = 0
 
     def prefill(self, tokens: int) -> Rate:
-        """Of prompts with so many tokens in all sequences together."""
+        """The speed of a prefill, from the tokens of all sequences together."""
         return Rate.of(tokens, [[seconds] for seconds in self.prefills])
 
     def decode(self, batch: int) -> Rate:
-        """Of all sequences of such a batch together."""
+        """The decode speed of all sequences of a batch together."""
         return Rate.of(batch, self.rounds)
 
 

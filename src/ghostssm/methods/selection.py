@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ghostssm.choices import Groups
 from ghostssm.errors import NumericalError
 from ghostssm.plan.decision import Selection
-
-Groups = Literal["equal", "pooled"]
-"""equal: every group keeps the same number of channels. pooled: the groups of a layer compete (the paper's rule)."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from ghostssm.choices import Trained
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.units import plus_minus
-
-Trained = Literal["mixers", "small", "all"]
-"""Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
-
 
 MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
 """`Trained` in words."""

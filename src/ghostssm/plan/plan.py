@@ -92,7 +92,7 @@ class Plan(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
+        """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
         return None if self.provenance is None else self.provenance.state_dtype
 
     def kept_in(self, state_dtype: str | None) -> Plan:

@@ -60,7 +60,7 @@ class Provenance(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """That the state is to be kept in, as it was chosen or asked for; None if it was not."""
+        """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
         return self.asked_state_dtype if self.choice is None else self.choice.chosen.state_dtype
 
     def as_json(self) -> dict[str, Any]:

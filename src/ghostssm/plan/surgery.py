@@ -164,7 +164,7 @@ def padded_parameters(layout: SSDLayout, parameters: Mapping[str, Tensor], state
 
 
 def _owner(name: str) -> str:
-    """Of a parameter, the last part of its module's name."""
+    """The last part of the name of the module that a parameter is in."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
 

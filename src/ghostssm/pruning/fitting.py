@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import InputError
 from ghostssm.evaluation import Evaluation
 from ghostssm.evaluation.measurement import evaluate_in_float32
-from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.ops.state_format import FORMATS, StateFormat
@@ -20,7 +20,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.pruning.smallest import excess_loss, split
 from ghostssm.text.windows import Windows
 

@@ -1,4 +1,4 @@
-"""What pruning will take here: seconds and memory, from a config alone and one matrix product.
+"""A prediction of the time and memory that a prune takes on this machine, from a config and one matrix product.
 
 GHOST computes every block once and scans each mixer's state twice, whole and pruned. With one multiplication and
 addition of a matrix product as the unit, which this machine is timed at,
@@ -21,17 +21,17 @@ from ghostssm.calibration.open_block import KEPT_STREAM_BYTES
 from ghostssm.checkpoint.description import Description
 
 _ENERGY_UNITS, _SCAN_UNITS, _STREAM_UNITS = 4.5, 4.0, 120.0
-"""Per token, of a number of the state while its energy is measured, of one that is scanned, of one of the streams;
-fitted to `benchmarks/prediction.py`."""
+"""Units per token: for a number of the state whose energy is measured, for one that is scanned, and for a number of the
+streams. Fitted to `benchmarks/prediction.py`."""
 _START_SECONDS = 10.0
-"""Importing the libraries, reading the text, writing what lies beside the weights."""
+"""Seconds to import the libraries, to read the text, and to write the files beside the weights."""
 _DISK_RATE = 200e6
 """Bytes per second at which weights are read and written."""
 _LIBRARIES = 580 << 20
 """Bytes of PyTorch, transformers and compiled loops."""
 _BATCH_TOKENS = 2048
 _WORKING_COPIES = 5
-"""Of a batch's streams, while they are computed."""
+"""Copies of a batch's streams in memory while they are computed."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Findings:
         self.found: list[Any] = []
 
     def restore(self, hidden: Tensor) -> None:
-        """Replace the hidden states that reach the first block by those that reach the first that nothing is found of.
+        """Replace the hidden states that reach the first block by those that reach the first block without findings.
 
         Args:
             hidden: of this process's windows; overwritten in place.

@@ -69,7 +69,3 @@ class Recipe:
     def stock(self) -> bool:
         """Whether the result stays in the stock model class."""
         return self.registered.stock and not self.per_layer
-
-
-DEFAULT_RECIPE = Recipe("output", (Step("refit"), Step("repair")))
-"""What loses least among the recipes whose results load in stock classes."""

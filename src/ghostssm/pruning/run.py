@@ -19,9 +19,10 @@ from ghostssm.calibration.open_block import MEASURED_TOKENS, OpenBlock
 from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.walk import LayerWalk
+from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource
-from ghostssm.methods.selection import Cut, Groups, select, select_together
+from ghostssm.methods.selection import Cut, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
 from ghostssm.models.layout import check_state_size
 from ghostssm.models.mixer import Mixer
@@ -41,7 +42,6 @@ from ghostssm.units import text_name
 
 T = TypeVar("T")
 
-DEFAULT_SEED = 42
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
 _CURVE_TOKENS = 4096

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation import Evaluation
 from ghostssm.evaluation.measurement import evaluate_in_float32
-from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.text.windows import Windows
 
 _HELD_OUT_ONE_IN = 4

@@ -13,18 +13,21 @@ from ghostssm.engines.verdicts import Verdicts
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
-from ghostssm.workflows.request import option
+from ghostssm.workflows.options import flag
+from ghostssm.workflows.requests import CompareRequest, DistillRequest, PruneRequest, Request
+
+_REQUESTS = {"prune": PruneRequest, "compare": CompareRequest, "distill": DistillRequest}
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
     """A command line from the fields of a request; what was not asked for is left out."""
-    words = ["ghostssm", verb]
+    kind, words = _REQUESTS.get(verb, Request), ["ghostssm", verb]
     for name, value in asked.items():
         values = value if isinstance(value, list | tuple) else [value]
         if value is True:
-            words.append(option(name))
+            words.append(flag(kind, name))
         elif values and value not in (None, False):
-            words += [*([] if name in ("model", "student") else [option(name)]), *map(str, values)]
+            words += [*([] if name in ("model", "student") else [flag(kind, name)]), *map(str, values)]
     return shlex.join(words)
 
 

@@ -18,18 +18,18 @@ from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
+from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import ProcessError
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.files.interrupts import Terminated
-from ghostssm.methods.selection import Groups
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_MULTIPLE, DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
 from ghostssm.values import Value

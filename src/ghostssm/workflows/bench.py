@@ -16,32 +16,10 @@ from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.requests import BenchRequest
 
 ROUNDS = 5
 """Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """Everything that can be asked of a measurement of speed.
-
-    Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``.
-        state_sizes: to measure beside the model's own.
-        batches: batch sizes.
-        prompt_length: tokens per sequence to prefill.
-        device: where to compute, such as ``cpu`` or ``cuda``.
-        state_dtypes: in which the state is kept, each for every size.
-        state_rounding: ``nearest`` or ``stochastic``, of all but float32.
-    """
-
-    model: str
-    state_sizes: tuple[int, ...] = (64, 32)
-    batches: tuple[int, ...] = (1, 8, 32)
-    prompt_length: int = 128
-    device: str = "cpu"
-    state_dtypes: tuple[str, ...] = ("float32",)
-    state_rounding: str = "nearest"
 
 
 @dataclass(frozen=True)

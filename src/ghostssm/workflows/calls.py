@@ -26,12 +26,12 @@ from ghostssm.text.given import GivenText, given_windows
 from ghostssm.text.sources import is_corpus
 from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
-from ghostssm.workflows.compare_request import CompareRequest
-from ghostssm.workflows.compare_request import checked as checked_comparison
+from ghostssm.workflows.compare_checks import checked as checked_comparison
 from ghostssm.workflows.comparison import Comparison
 from ghostssm.workflows.given import Given, asked
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.prune_request import PruneOutcome, PruneRequest, checked
+from ghostssm.workflows.prune_job import PruneOutcome, checked
+from ghostssm.workflows.requests import CompareRequest, PruneRequest
 
 _WINDOW_LENGTH = 2048
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint, load
+from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
-from ghostssm.methods.selection import Groups
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.ops.state_format import FLOAT32, StateFormat, StateStorage
 from ghostssm.plan.plan import Plan
@@ -25,13 +25,14 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.fitting import Fitting, fits_in
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_SEED, Calibration
+from ghostssm.pruning.run import Calibration
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.compare_request import CompareRequest, checked
+from ghostssm.workflows.compare_checks import checked, storage_of, storages
 from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row, labelled
-from ghostssm.workflows.inputs import Inputs
+from ghostssm.workflows.inputs import Inputs, calibration_windows, windows_of
 from ghostssm.workflows.observing import observe, sample
 from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
+from ghostssm.workflows.requests import CompareRequest
 from ghostssm.workflows.state_size import bound_on_bytes
 
 _CALIBRATION_COST = 3.0
@@ -84,7 +85,7 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
     tell(notify, idle_gpu_remark(request.device))
     checkpoint = load(request.model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
     vocabulary = checkpoint.require_tokenizer()
-    windows, held_out = request.calibration_windows(vocabulary), request.windows_of(request.text, vocabulary)
+    windows, held_out = calibration_windows(request, vocabulary), windows_of(request, request.text, vocabulary)
     return compare_at_hand(Inputs(checkpoint, windows, held_out), request, described, progress, notify)
 
 
@@ -128,7 +129,7 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     work = _Cells(request, model, inputs.calibration, windows)
     expect("models", [windows.ids.numel(), *work.costs()])
     progress("models", 0, len(work))
-    kept = {storage.format.name: storage for storage in (StateStorage(), *request.storages)}
+    kept = {storage.format.name: storage for storage in (StateStorage(), *storages(request))}
     measured = _losses(model, windows, list(kept.values()))
     dense = measured[FLOAT32.name]
     outcomes = work.outcomes(progress)
@@ -201,7 +202,7 @@ class _Cells:
 
     def _at_sizes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         calibration, request = Calibration(self.model, self.calibration), self.request
-        losses = partial(_losses, windows=self.windows, storages=request.storages)
+        losses = partial(_losses, windows=self.windows, storages=storages(request))
         cells = [(str(recipe), size) for recipe in self.recipes for size in request.state_sizes]
         found = {}
         for done, cell in enumerate(cells, 1):
@@ -263,9 +264,7 @@ def _speeds(
         for cell, outcome in outcomes.items()
         for dtype in outcome.measured
     }
-    storages = {
-        (shape, dtype): StateStorage.of(dtype, request.rounding_of(dtype), request.seed) for shape, dtype in timed
-    }
+    storages = {(shape, dtype): storage_of(request, dtype) for shape, dtype in timed}
     timings = measure(model, timed, request.batches, prompt=8, progress=progress, storages=storages)
     return {
         (cell, dtype): {batch: timings[(shapes[cell], dtype), batch].decode(batch) for batch in request.batches}

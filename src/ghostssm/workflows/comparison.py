@@ -15,8 +15,8 @@ from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
 from ghostssm.values import Value
-from ghostssm.workflows.compare_request import CompareRequest
 from ghostssm.workflows.record import Observations, Samples
+from ghostssm.workflows.requests import CompareRequest
 
 Cell = tuple[str, int]
 """A method's name and a state size."""

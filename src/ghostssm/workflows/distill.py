@@ -23,6 +23,7 @@ from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.interrupts import Terminated
 from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Notify, Progress, silent, unheard
@@ -33,17 +34,25 @@ from ghostssm.recovery.distill.training import distill as train
 from ghostssm.text.sources import read_text
 from ghostssm.text.streams import StreamedText
 from ghostssm.text.windows import Windows, evaluation_windows
-from ghostssm.workflows.distill_request import (
-    DistillOutcome,
-    DistillRequest,
-    check_room,
-    check_tokenizers,
-    checked,
-)
+from ghostssm.workflows.distill_checks import check_room, check_tokenizers, checked, settings
 from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.requests import DistillRequest
 
 _TOLD_OVERLAP = 0.02
 """Licences and the like stand in many texts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOutcome:
+    """What became of a request.
+
+    Attributes:
+        written: the checkpoint's folder.
+        distillation: what was done, and what it gave.
+    """
+
+    written: Path
+    distillation: Distillation
 
 
 def distill(request: DistillRequest, *, progress: Progress = silent, notify: Notify = unheard) -> DistillOutcome:
@@ -131,7 +140,7 @@ class _Job:
                 checkpoint.model,
                 dense.model,
                 batches,
-                asked.settings,
+                settings(asked),
                 teacher_name=dense.source.published_name,
                 processes=self.processes,
                 listener=Listener(self.progress, self.notify, log),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,49 +23,15 @@ from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.text.sources import read_passages
 from ghostssm.text.windows import Windows
+from ghostssm.workflows.inputs import windows_of
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
-from ghostssm.workflows.request import Request, check_belonging, check_heeded
+from ghostssm.workflows.requests import EvaluateRequest, check_belonging, check_heeded
 
 if TYPE_CHECKING:
     from ghostssm.workflows.harness import Score
 
 _HARNESS_BATCH = 8
 _BELONGS_TO = {"include_path": ("tasks",), "limit": ("tasks", "last_words"), "offload": ("stream",)}
-
-
-@dataclass(frozen=True)
-class EvaluateRequest(Request):
-    """Everything that can be asked of an evaluation; with its base the only list of its options.
-
-    Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``.
-        text: text to measure the loss on.
-        against: also measure the model that this one was pruned from, and the difference window by window.
-        last_words: instead: the last word of every line or row of this text.
-        copying: instead: tokens that repeat what was read long before.
-        tasks: instead: names of lm-evaluation-harness. include_path: a folder of more task files.
-        limit: documents per task, or passages, at most.
-        stream: hold one block of weights at a time. offload: folder for what grows with the windows then.
-        state_dtype, state_rounding: of the model's recurrent state, rounded after every token; if not given, the dtype
-            that the model's manifest says it was chosen for, else float32. That of the base is float32.
-    """
-
-    model: str
-    text: str = "wikitext2"
-    against: str | None = None
-    last_words: str | None = None
-    copying: bool = False
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None
-    limit: int | None = None
-    stream: bool = False
-    offload: Path | None = None
-    state_dtype: str | None = None
-    state_rounding: str = "nearest"
-
-    def storage(self, source: Source) -> StateStorage:
-        """How a model keeps its state."""
-        return StateStorage.of(self.state_dtype or chosen_state_dtype(source), self.state_rounding)
 
 
 @dataclass(frozen=True)
@@ -193,14 +158,14 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
         return LastWords(request.last_words, found)
     if request.copying:
         checkpoint = _loaded(request, request.model)
-        windows = request.windows_of(request.text, checkpoint.require_tokenizer())
+        windows = windows_of(request, request.text, checkpoint.require_tokenizer())
         with_sight = copying.copying(checkpoint.model, windows, progress=progress)
         return Copied(windows, with_sight, copying.copying_in_reach(checkpoint.model, windows, progress=progress))
     if request.against is None:
         opened = _opened(request, request.model)
-        windows = request.windows_of(request.text, opened.require_tokenizer())
+        windows = windows_of(request, request.text, opened.require_tokenizer())
         _tell_state(request, opened.source, notify)
-        return TextLoss(windows, _evaluation(request, opened, windows, progress, request.storage(opened.source)))
+        return TextLoss(windows, _evaluation(request, opened, windows, progress, _storage(request, opened.source)))
     windows = _shared_windows(request, request.model, request.against)
     evaluations: list[Evaluation] = []
     for model in (request.model, request.against):
@@ -208,11 +173,16 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
         opened, storage = _opened(request, model), FLOAT32_STORAGE
         if not evaluations:
             _tell_state(request, opened.source, notify)
-            storage = request.storage(opened.source)
+            storage = _storage(request, opened.source)
         evaluations.append(_evaluation(request, opened, windows, progress, storage))
         del opened  # one is in memory at a time
     pruned, dense = evaluations
     return ExcessLoss(windows, dense, pruned)
+
+
+def _storage(request: EvaluateRequest, source: Source) -> StateStorage:
+    """How a model keeps its state."""
+    return StateStorage.of(request.state_dtype or chosen_state_dtype(source), request.state_rounding)
 
 
 def _tell_state(request: EvaluateRequest, source: Source, notify: Notify) -> None:
@@ -273,7 +243,7 @@ def _shared_windows(request: EvaluateRequest, model: str, base: str) -> Windows:
         config = model_config(source)
         sizes.append(config.vocab_size)
         vocabulary = required(load_tokenizer(source, config, request.tokenizer), source)
-        cut.append(request.windows_of(request.text, vocabulary))
+        cut.append(windows_of(request, request.text, vocabulary))
     if sizes[0] != sizes[1]:
         raise InputError(
             f"{model} has a vocabulary of {sizes[0]} tokens, {base} one of {sizes[1]}; expected the model that "

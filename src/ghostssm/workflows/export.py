@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,35 +18,9 @@ from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.surgery import pad_state
+from ghostssm.workflows.requests import ExportRequest
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Everything that can be asked of an export.
-
-    Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``.
-        output: one file for GGUF, else a folder.
-        format: ``gguf`` for llama.cpp, or the dialect of a checkpoint folder.
-        dtype: of the large matrices; as stored if not given. ``q8_0`` is for GGUF only.
-        pad_to: pad the state with zeros to so many channels; the logits stay the same.
-        untie: store a tied head as a weight of its own.
-        tokenizer: folder or hub id of the tokenizer, if the model has none.
-        no_tokenizer: write none.
-        overwrite: replace what is there.
-    """
-
-    model: str
-    output: str
-    format: Literal["gguf", "transformers", "mamba_ssm"] = "gguf"
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    pad_to: int | None = None
-    untie: bool = False
-    tokenizer: str | None = None
-    no_tokenizer: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ghostssm.errors import unknown_name
 from ghostssm.text.given import GivenText, given_windows, is_name
 from ghostssm.text.windows import Windows
 from ghostssm.values import short
-from ghostssm.workflows.request import CalibratingRequest, Request
+from ghostssm.workflows.options import called_with
+from ghostssm.workflows.requests import CalibratingRequest, Request
 
 Asked = TypeVar("Asked", bound=Request)
 
@@ -87,8 +88,4 @@ def asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
     for name in options:
         if name not in free:
             raise unknown_name("option", name, [*free, "text", "evaluate", "column"])
-    values = {name: value for name, value in (named | dict(options)).items() if value is not None}
-    arguments: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return kind(**arguments)
+    return called_with(kind, named | dict(options))

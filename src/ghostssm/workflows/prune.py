@@ -30,9 +30,10 @@ from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import decode_speeds, observe, sample
-from ghostssm.workflows.prune_request import DEFAULT_BATCHES, PruneJob, PruneOutcome, PruneRequest, checked
+from ghostssm.workflows.prune_job import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
 from ghostssm.workflows.record import Record, WindowLosses
 from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.requests import PruneRequest
 
 
 def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify = unheard) -> PruneOutcome:

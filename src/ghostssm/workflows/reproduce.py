@@ -19,7 +19,6 @@ from ghostssm.workflows.published import Wanted, cells, published_models, publis
 from ghostssm.workflows.reproduction import (
     Key,
     Measured,
-    ReproduceRequest,
     Results,
     check_models,
     find_models,
@@ -27,6 +26,7 @@ from ghostssm.workflows.reproduction import (
     write_whole,
 )
 from ghostssm.workflows.reproduction_table import PrintedTable, markdown_page, printed_tables
+from ghostssm.workflows.requests import ReproduceRequest
 
 MARKDOWN_FILE = "results.md"
 

@@ -24,41 +24,14 @@ from ghostssm.pruning.run import Calibration
 from ghostssm.text.sources import Text
 from ghostssm.workflows.compare import measure_cell
 from ghostssm.workflows.comparison import DENSE
+from ghostssm.workflows.inputs import calibration_windows, windows_of
 from ghostssm.workflows.published import Sizes, Wanted, published_models, published_sizes
-from ghostssm.workflows.request import CalibratingRequest
+from ghostssm.workflows.requests import ReproduceRequest
 
 RESULTS_FILE = "results.json"
 _FORMAT, _VERSION = "ghostssm-reproduction", 1
 Key = tuple[str, str, int]
 """A model, a method and a state size."""
-
-
-@dataclass(frozen=True)
-class ReproduceRequest(CalibratingRequest):
-    """Everything that can be asked of a reproduction; with its bases the only list of its options.
-
-    Attributes:
-        output: folder for the results; what is there is gone on with.
-        models: published hub ids, their short names, NAME=FOLDER, or folders that hold folders of these names; all
-            published models of the tables if not given.
-        tables: ``sparsity`` and ``size``; those that the models stand in if not given.
-        methods: recipes; the paper's methods if not given.
-        state_sizes: N' in place of the paper's sparsities.
-        text: text to measure the loss on.
-    """
-
-    output: str
-    models: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    state_sizes: tuple[int, ...] = ()
-    text: str = "wikitext2"
-
-    @property
-    def numbers(self) -> dict[str, int | None]:
-        """What the measured numbers depend on besides model, method and texts."""
-        names = ("windows", "text_windows", "window_length", "seed")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -268,8 +241,8 @@ def _measured(
 ) -> Iterator[tuple[Key, Measured | str]]:
     """Cells of one model, each measured or the reason why it is not."""
     model, vocabulary = checkpoint.model, checkpoint.require_tokenizer()
-    held_out = request.windows_of(texts["evaluation"], vocabulary)
-    calibration = Calibration(model, request.calibration_windows(vocabulary, texts["calibration"]))
+    held_out = windows_of(request, texts["evaluation"], vocabulary)
+    calibration = Calibration(model, calibration_windows(request, vocabulary, texts["calibration"]))
     made_with = {
         "ghostssm": __version__,
         "torch": torch.__version__,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ghostssm.workflows.comparison import DENSE
 from ghostssm.workflows.published import Wanted, source
-from ghostssm.workflows.reproduction import Key, Measured, ReproduceRequest
+from ghostssm.workflows.reproduction import Key, Measured
+from ghostssm.workflows.requests import ReproduceRequest
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.choices import Groups
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
-from ghostssm.methods.selection import Groups
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FORMATS
 from ghostssm.progress import Notify

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.choices import Trained
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.forward import replaced_forward
-from ghostssm.plan.distillation import Trained
 from ghostssm.recovery.distill.loss import Readout, divergence, window_losses, without_head
 
 

@@ -6,12 +6,13 @@ import copy
 
 from transformers import PreTrainedModel
 
+from ghostssm.choices import DISTILL_STEPS
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Progress
 from ghostssm.recovery.base import ModelStep, register_step
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
-from ghostssm.recovery.distill.training import DEFAULT_STEPS, Listener, Settings, distill
+from ghostssm.recovery.distill.training import Listener, Settings, distill
 from ghostssm.text.windows import Windows
 
 TOKENS_PER_STEP = 4096
@@ -32,5 +33,5 @@ def _distill(
 
 
 register_step(
-    ModelStep("distill", "gradient descent on the whole model towards the dense one, N steps", _distill, DEFAULT_STEPS)
+    ModelStep("distill", "gradient descent on the whole model towards the dense one, N steps", _distill, DISTILL_STEPS)
 )

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained
 from ghostssm.errors import InputError
-from ghostssm.plan.distillation import Distillation, Point, Trained
+from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
 from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
 from ghostssm.units import duration_text, plus_minus, text_name
 
-DEFAULT_STEPS = 300
-LEARNING_RATE = 3e-4
-"""With batches of some thousand tokens. The built-in model got worse at 1e-3 before it got better, in 40 steps of 1024
-tokens never better; at 3e-4 it got better at once."""
 _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
 """Of the gradient; longer ones are cut."""
@@ -32,7 +29,7 @@ _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
 _PATIENCE = 15
-"""Looks without a gain, after which there are no more steps: many, as most is gained where the rate is low again."""
+"""The training ends after so many looks without a gain. They are many because most is gained late, at a low rate."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
 """A divergence on the held-out windows of so many times the first one ends the training."""
@@ -51,15 +48,15 @@ class Settings:
         bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
     """
 
-    steps: int = DEFAULT_STEPS
+    steps: int = DISTILL_STEPS
     batch: int = 8
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float = DISTILL_RATE
     trained: Trained = "mixers"
     hidden_weight: float = 0.0
     accumulate: int = 1
     checkpointing: bool = False
     bfloat16: bool = False
-    seed: int = 42
+    seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):

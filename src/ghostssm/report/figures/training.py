@@ -1,4 +1,4 @@
-"""The figure of what training the whole model won back."""
+"""The figure of a distillation: held-out loss against tokens."""
 
 from __future__ import annotations
 

@@ -1,107 +1,28 @@
-"""What can be asked of a distillation, and every check that needs no weights."""
+"""Every check of a distillation that needs no weights."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.choices import Trained
 from ghostssm.errors import InputError
-from ghostssm.plan.distillation import Distillation, Trained
-from ghostssm.pruning.run import DEFAULT_SEED
-from ghostssm.recovery.distill.training import DEFAULT_STEPS, LEARNING_RATE, Settings
+from ghostssm.recovery.distill.training import Settings
 from ghostssm.text.sources import text_title
-from ghostssm.units import bytes_text, text_name
+from ghostssm.units import bytes_text
+from ghostssm.workflows.requests import DistillRequest
 
-_NOT_IN_RESULT = frozenset(
-    {"output", "device", "teacher_device", "save_minutes", "resume", "overwrite", "log_to", "checkpointing"}
-)
 _TRIED_TEXT = "The state's 3rd channel — déjà vu?\n\tif x[i] != 0x1F: return None  # 12,345.6\n" * 2
 
 
-@dataclass(frozen=True)
-class DistillRequest:
-    """Everything that can be asked of a distillation; the only list of its options.
-
-    Attributes:
-        student: a pruned checkpoint, by ghostssm or by others.
-        teacher: the model that it was pruned from.
-        text: to train on: a file, a folder, ``stdlib``, ``wikitext2``, or ORG/NAME of a dataset on the hub.
-        output: the folder to write.
-        steps: of Adam.
-        batch: windows per step, over all processes and accumulated parts.
-        window_length: tokens per window.
-        learning_rate: the largest, after the warmup.
-        trained: which parameters move: those of the ``mixers``, all that are no large matrix (``small``), or ``all``.
-        hidden_weight: of the relative squared error of the hidden states after every block, beside the divergence.
-        accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
-        checkpointing: hold the inputs of blocks only, and compute their insides twice.
-        bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
-        seed: of the order of the windows.
-        evaluate: texts to measure the loss on, of the teacher, and of the student before and after. The first one's
-            goes into the model card.
-        text_windows: windows of each of these texts; all if not given.
-        tokenizer: folder or hub id of the tokenizer, if the student has none.
-        device: where to compute, such as ``cpu`` or ``cuda``.
-        teacher_device: where the teacher computes; as the student if not given.
-        save_minutes: between two states that are kept in OUTPUT.run.
-        resume: go on with the run whose state OUTPUT.run holds.
-        overwrite: replace an output that is not empty.
-        log_to: ``tensorboard`` or ``wandb``.
-    """
-
-    student: str
-    teacher: str
-    text: str
-    output: str
-    steps: int = DEFAULT_STEPS
-    batch: int = 8
-    window_length: int = 512
-    learning_rate: float = LEARNING_RATE
-    trained: Trained = "mixers"
-    hidden_weight: float = 0.0
-    accumulate: int = 1
-    checkpointing: bool = False
-    bfloat16: bool = False
-    seed: int = DEFAULT_SEED
-    evaluate: tuple[str, ...] = ()
-    text_windows: int | None = None
-    tokenizer: str | None = None
-    device: str = "cpu"
-    teacher_device: str | None = None
-    save_minutes: float = 10.0
-    resume: bool = False
-    overwrite: bool = False
-    log_to: Literal["tensorboard", "wandb"] | None = None
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
-
-    def as_json(self) -> dict[str, Any]:
-        """What decides the result, as JSON values: names of texts and models, not where they lay on a disk."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RESULT}
-        names = {name: text_name(values[name]) for name in ("student", "teacher", "text", "tokenizer") if values[name]}
-        return values | names | {"evaluate": [text_name(text) for text in self.evaluate]}
-
-
-@dataclass(frozen=True)
-class DistillOutcome:
-    """What became of a request.
-
-    Attributes:
-        written: the checkpoint's folder.
-        distillation: what was done, and what it gave.
-    """
-
-    written: Path
-    distillation: Distillation
+def settings(request: DistillRequest) -> Settings:
+    """How the student is trained; refuses numbers out of range."""
+    return Settings(**{name: getattr(request, name) for name in Settings.__dataclass_fields__})
 
 
 def checked(request: DistillRequest) -> tuple[Description, Description]:
@@ -110,7 +31,7 @@ def checked(request: DistillRequest) -> tuple[Description, Description]:
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
-    _ = request.settings  # refuses numbers out of range
+    settings(request)
     if request.save_minutes < 0 or request.window_length < 2:
         raise InputError(
             f"save-minutes is {request.save_minutes:g} and window-length {request.window_length}; expected at least "

@@ -1,31 +1,30 @@
-"""What can be asked of a pruning run, and every check that needs no weights."""
+"""Every check of a pruning run that needs no weights, and what comes of it."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
-from ghostssm.methods.selection import Groups
 from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.feasibility import check_original, check_streamable
 from ghostssm.pruning.fitting import check_shrinks
-from ghostssm.pruning.recipe import DEFAULT_RECIPE, Recipe
+from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.smallest import held_out_rows
 from ghostssm.values import Value
-from ghostssm.workflows.inputs import AnyCheckpoint, Inputs
+from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, windows_of
 from ghostssm.workflows.remarks import same_text_remark, tell
-from ghostssm.workflows.request import CalibratingRequest, check_belonging, check_heeded
+from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
 from ghostssm.workflows.state_size import (
     Target,
     check_engine_dialects,
@@ -47,63 +46,6 @@ _BELONGS_TO = {
     **dict.fromkeys(("untie", "report", "push_to_hub", "stream", "overwrite"), ("output",)),
 }
 """Options that have no effect without another one."""
-
-
-@dataclass(frozen=True, repr=False)
-class PruneRequest(Value, CalibratingRequest):
-    """Everything that can be asked of a pruning run; with its bases the only list of its options.
-
-    Attributes:
-        model: a hub id, a folder in either dialect, or ``reference``.
-        output: the folder to write; if not given, the result stays in memory.
-        state_size: N', the channels to keep per group. Exactly one of ``state_size``, ``budget``,
-            ``max_excess_loss`` and ``state_bytes`` is given.
-        budget: the share of the state to keep, above 0 and up to 1.
-        max_excess_loss: keep the smallest state that loses at most so many nats per token on held-out windows.
-        state_bytes: choose the state size and dtype that lose least on held-out windows within so many bytes per
-            sequence: a share of the dense float32 state (``1/8``), or a size with its unit (``6MiB``).
-        recipe: a method and its recovery steps, such as ``output+refit100+repair``.
-        state_dtype: in which the state is to be kept, rounded after every token: what is measured is measured so. If
-            not given, that which ``state_bytes`` chooses, else float32.
-        multiple: of sizes per layer, and of sizes that are searched; 8 if not given.
-        engines: names of engines that are to run the result; the nearest size that suits them is taken.
-        groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
-            ``pooled``, where they compete.
-        evaluate: text to measure the loss on, before and after.
-        dialect: of the output.
-        untie: store a tied head as a weight of its own.
-        report: also measure what a report shows, and keep it in the output.
-        batches: batch sizes at which a report measures decoding; 1, 8 and 32 if not given.
-        push_to_hub: repository to upload to, ORG/NAME.
-        private: whether a repository that is made is private; true if not given.
-        stream: hold one block of weights at a time.
-        offload: folder for memory-mapped files of what grows with the windows of a streamed run.
-        resume: go on with the streamed run whose state OUTPUT.run holds.
-        overwrite: replace an output folder that is not empty.
-    """
-
-    model: str
-    output: str | None = None
-    state_size: int | None = None
-    budget: float | None = None
-    max_excess_loss: float | None = None
-    state_bytes: str | None = None
-    recipe: str = str(DEFAULT_RECIPE)
-    state_dtype: str | None = None
-    multiple: int | None = None
-    engines: tuple[str, ...] = ()
-    groups: Groups = "equal"
-    evaluate: str | None = None
-    dialect: Literal["transformers", "mamba_ssm"] = "transformers"
-    untie: bool = False
-    report: bool = False
-    batches: tuple[int, ...] | None = None
-    push_to_hub: str | None = None
-    private: bool | None = None
-    stream: bool = False
-    offload: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -145,8 +87,8 @@ class PruneJob:
     def inputs(self, checkpoint: AnyCheckpoint) -> Inputs[AnyCheckpoint]:
         """The opened model with the windows that the request names."""
         vocabulary, asked = checkpoint.require_tokenizer(), self.request
-        held_out = None if asked.evaluate is None else asked.windows_of(asked.evaluate, vocabulary)
-        return Inputs(checkpoint, asked.calibration_windows(vocabulary), held_out)
+        held_out = None if asked.evaluate is None else windows_of(asked, asked.evaluate, vocabulary)
+        return Inputs(checkpoint, calibration_windows(asked, vocabulary), held_out)
 
     def announce(self, inputs: Inputs[Any], notify: Notify) -> None:
         """Tell what is about to be done with the windows to calibrate on, and what to think of those to measure on."""

@@ -1,0 +1,17 @@
+"""Choices and defaults that requests share with the rooms below; they are read without importing PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Groups = Literal["equal", "pooled"]
+"""equal: every group keeps the same number of channels. pooled: the groups of a layer compete (the paper's rule)."""
+Trained = Literal["mixers", "small", "all"]
+"""Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
+DEFAULT_SEED = 42
+DEFAULT_RECIPE = "output+refit100+repair"
+"""What loses least among the recipes whose results load in stock classes."""
+DISTILL_STEPS = 300
+DISTILL_RATE = 3e-4
+"""With batches of some thousand tokens. The built-in model got worse at 1e-3 before it got better, in 40 steps of 1024
+tokens never better; at 3e-4 it got better at once."""

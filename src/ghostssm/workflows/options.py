@@ -1,0 +1,113 @@
+"""What the command needs to know about an option besides its name, type, default and text.
+
+An option is a field of a request, or an argument of a verb:
+
+    windows: Annotated[int, Option("COUNT", "Text")] = 128
+
+Its text is the entry of that name in the docstring, under ``Attributes`` or ``Args``. `ghostssm.cli.requesting` makes
+the command's parser of these. Nothing here imports PyTorch, so that a help is there at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Made = TypeVar("Made")
+Panel = Literal["", "How", "Text", "Scale", "Output", "Other options", "Larger than memory"]
+"""Titles that options stand under in a verb's help, from top to bottom; what a verb is about has no title."""
+_SECTION = re.compile(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+class Usual(NamedTuple):
+    """A default that depends on the other arguments.
+
+    Attributes:
+        text: what the help says of it.
+        of: from the arguments that were given, by name, to the value.
+    """
+
+    text: str
+    of: Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """How the command takes an option's value.
+
+    Attributes:
+        value: what the value is called, such as ``TEXT``; `ghostssm.cli.completion.KINDS` completes and checks some by
+            that. A flag has none.
+        panel: the title that it stands under.
+        flag: its name on the command line, if it is not the field's with hyphens; of a switch both, as ``--a/--b``.
+        positional: whether it is given without a name.
+        required: whether the command needs it, where a call from Python does not.
+        least, most: bounds of a number, or of each of several.
+        usual: what takes the place of the default.
+    """
+
+    value: str = ""
+    panel: Panel = ""
+    flag: str = ""
+    positional: bool = False
+    required: bool = False
+    least: int | None = None
+    most: int | None = None
+    usual: Usual | None = None
+
+
+class Described(NamedTuple):
+    """An option with its name, type, default and text; the default is `inspect.Parameter.empty` if there is none."""
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+    text: str
+
+    @property
+    def flag(self) -> str:
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+
+@cache
+def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[Described, ...]:
+    """The options among a request's fields, its own before those of its bases, or among a function's parameters."""
+    hints, texts = get_type_hints(source, include_extras=True), _texts(source)
+    defaults = {name: each.default for name, each in inspect.signature(source).parameters.items()}
+    if isinstance(source, type):
+        own_first = dict.fromkeys(name for owner in source.__mro__ for name in inspect.get_annotations(owner))
+        defaults = {name: defaults[name] for name in own_first if name in defaults}
+    return tuple(
+        Described(name, get_args(hints[name])[0], default, option, texts[name])
+        for name, default in defaults.items()
+        for option in get_args(hints[name])[1:]
+        if isinstance(option, Option)
+    )
+
+
+def _texts(source: Any) -> dict[str, str]:
+    """The entries of a docstring, those of a class's bases included."""
+    owners = reversed(source.__mro__) if isinstance(source, type) else [source]
+    sections = [text for owner in owners for text in _SECTION.findall(inspect.cleandoc(owner.__doc__ or ""))]
+    return {name: " ".join(text.split()) for section in sections for name, text in _ENTRY.findall(section)}
+
+
+def flag(kind: type[DataclassInstance], name: str) -> str:
+    """How a request's field is called on the command line; as it would be, if it is no option there."""
+    known = {each.name: each.flag.split("/")[0] for each in options_of(kind)}
+    return known.get(name, "--" + name.replace("_", "-"))
+
+
+def called_with(kind: Callable[..., Made], values: Mapping[str, Any]) -> Made:
+    """A request of some of its fields, or a call; None is a value that was not given, and lists become tuples."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
