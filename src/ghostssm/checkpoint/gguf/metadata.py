@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +14,43 @@ from ghostssm.errors import ModelError
 from ghostssm.units import sizes_text
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """Attributes:
-    name: of the model. license: its SPDX name, from the model card. base_model: hub id or name of the model that was
-        pruned. description: what was done to it.
+def write_metadata(writer: Any, source: Source) -> None:
+    """Write the ``general`` keys into a ``gguf.GGUFWriter``.
+
+    They come from the model card (README.md) and ``ghostssm.json``; both may be missing.
     """
-
-    name: str
-    license: str | None = None
-    base_model: str | None = None
-    description: str | None = None
-
-    def write(self, writer: Any) -> None:
-        """Write the ``general`` keys into a ``gguf.GGUFWriter``."""
-        writer.add_name(self.name)
-        if self.license:
-            writer.add_license(self.license)
-        if self.description:
-            writer.add_description(self.description)
-        if self.base_model:
-            organization, _, name = self.base_model.rpartition("/")
-            writer.add_base_model_count(1)
-            writer.add_base_model_name(0, name)
-            if organization:
-                writer.add_base_model_organization(0, organization)
-                writer.add_base_model_repo_url(0, f"https://huggingface.co/{self.base_model}")
-
-
-def metadata_of(source: Source) -> Metadata:
-    """What a checkpoint's model card (README.md) and ``ghostssm.json`` say; both may be missing."""
     card = _card(source.folder / "README.md")
     try:
         manifest = Manifest.read(source.folder)
     except ModelError:
         manifest = Manifest()
-    base = manifest.base_model or card.get("base_model")
-    if isinstance(base, list):
-        base = base[0] if base else None
-    if base and not is_hub_id(str(base)):
-        base = Path(str(base)).name  # a folder's name, not where it lay on someone's disk
-    description = None
+    writer.add_name(Path(source.name).resolve().name if Path(source.name).is_dir() else source.name.rpartition("/")[2])
+    if isinstance(card.get("license"), str) and card["license"]:
+        writer.add_license(card["license"])
     before, after = manifest.state_size_before, manifest.state_size_after
     if manifest.method is not None and before is not None and after is not None:
         kept = sizes_text((after,) if isinstance(after, int) else after)
-        description = f"Recurrent state pruned from {before} to {kept} channels by ghostssm ({manifest.method})"
-    license = card.get("license")
-    return Metadata(
-        name=Path(source.name).resolve().name if Path(source.name).is_dir() else source.name.rpartition("/")[2],
-        license=license if isinstance(license, str) else None,
-        base_model=str(base) if base else None,
-        description=description,
-    )
+        writer.add_description(
+            f"Recurrent state pruned from {before} to {kept} channels by ghostssm ({manifest.method})"
+        )
+    base = manifest.base_model or card.get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    if base:
+        _write_base_model(writer, str(base))
+
+
+def _write_base_model(writer: Any, base: str) -> None:
+    name = base if is_hub_id(base) else Path(base).name  # a folder's name, not where it lay on someone's disk
+    organization, _, last = name.rpartition("/")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, last)
+    if organization:
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
 
 
 def _card(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] | None = metadata_load(path)
+        return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found or {}

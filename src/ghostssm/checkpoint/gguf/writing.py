@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.exporting import require_stock
-from ghostssm.checkpoint.gguf.architecture import Architecture
-from ghostssm.checkpoint.gguf.architectures import architecture_of
-from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
+from ghostssm.checkpoint.gguf.architectures import Architecture, architecture_of
+from ghostssm.checkpoint.gguf.metadata import write_metadata
 from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
 from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, keys_left_out, unread_tensors
 from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.source import Source
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.files.output_file import OutputFile
 from ghostssm.files.output_folder import storing
@@ -102,11 +102,11 @@ def export_gguf(
     file = output if isinstance(output, OutputFile) else OutputFile(output, overwrite)
     config: Any = _ReadConfig(model.config)
     architecture = architecture_of(config)
-    vocabulary = _vocabulary(model, checkpoint.require_tokenizer()) if with_tokenizer else None
+    vocabulary = vocabulary_of(checkpoint.require_tokenizer(), model.config) if with_tokenizer else None
     with file, storing(file.path):
         writer = gguf.GGUFWriter(file.partial, architecture.name)
         try:
-            _write_keys(writer, config, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
+            _write_keys(writer, config, architecture, number_format, checkpoint.source, vocabulary)
             count = _write_tensors(writer, model, config, architecture, number_format)
             writer.close()
             file.commit()
@@ -145,17 +145,12 @@ def _gguf() -> Any:
     return gguf
 
 
-def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    eos = model.config.eos_token_id
-    return vocabulary_of(tokenizer, model.config.vocab_size, eos[0] if isinstance(eos, list) else eos)
-
-
 def _write_keys(
     writer: Any,
     config: Any,
     architecture: Architecture,
     number_format: NumberFormat,
-    metadata: Metadata,
+    source: Source,
     vocabulary: Vocabulary | None,
 ) -> None:
     import gguf
@@ -167,7 +162,7 @@ def _write_keys(
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
     writer.add_type(gguf.GGUFType.MODEL)
-    metadata.write(writer)
+    write_metadata(writer, source)
     writer.add_file_type(file_types[number_format])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
