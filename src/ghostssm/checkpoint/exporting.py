@@ -18,7 +18,7 @@ from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.probing import overflow_in, probed
+from ghostssm.checkpoint.probe import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
 from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks

@@ -17,7 +17,7 @@ from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import left_out
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.probing import probed
+from ghostssm.checkpoint.probe import probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
 from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint

@@ -96,11 +96,8 @@ class Source(Value):
         for pattern in ("config.json", "*.safetensors", "*.bin"):
             for path in sorted(self.folder.glob(pattern)):
                 confined(path, ModelError)
-                content = hashlib.sha256()
                 with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        content.update(block)
-                total.update(path.name.encode() + content.digest())
+                    total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, Probe, file_hash
-from ghostssm.checkpoint.probing import probe_in
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, file_hash
+from ghostssm.checkpoint.probe import Probe, probe_in
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
 from ghostssm.files.reading import is_plain_name
