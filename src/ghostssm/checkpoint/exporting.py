@@ -30,7 +30,7 @@ from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.units import text_name
+from ghostssm.units import dtype_name, text_name
 
 
 def export_checkpoint(
@@ -148,7 +148,7 @@ def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | 
         dialect=dialect,
         untied_head=untied or found.untied_head,
         stored_state_size=sizes[0] if len(sizes) == 1 else tuple(sizes),
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.model.dtype),
     )
 
 
@@ -170,7 +170,7 @@ def _distilled(
         base_model=checkpoint.source.published_name,
         base_model_sha256=checkpoint.source.fingerprint(),
         dialect=checkpoint.source.dialect,
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.model.dtype),
     )
     return replace(
         found,

@@ -15,6 +15,7 @@ from ghostssm.checkpoint.config_checks import without_acting_entries
 from ghostssm.errors import CONVERT, GhostWarning, ModelError, NumericalError
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.transformers_private import quiet_transformers
+from ghostssm.units import dtype_name
 
 if TYPE_CHECKING:
     from ghostssm.checkpoint.loading import Checkpoint
@@ -44,7 +45,7 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
     """For transformers' ``generate``: raises NumericalError in place of tokens that come of NaN."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self._where = f"{checkpoint.source.name} in {str(checkpoint.model.dtype).removeprefix('torch.')}"
+        self._where = f"{checkpoint.source.name} in {dtype_name(checkpoint.model.dtype)}"
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # Minus infinity rules a token out.

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.source import Source
-from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
+from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import ModelError
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import Family
 from ghostssm.models.layout import SSDLayout
 

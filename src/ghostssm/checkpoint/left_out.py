@@ -17,6 +17,7 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import tied_weights, without_weights
+from ghostssm.units import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,9 +71,9 @@ class LeftOut:
         """Sentences for a person, with the first few of many names."""
         found = []
         if self.tensors:
-            found.append(f"left out of the weights: {_some(self.tensors)}")
+            found.append(f"left out of the weights: {listed(self.tensors, _LISTED)}")
         if self.config_keys:
-            found.append(f"left out of the config: {_some(self.config_keys)}")
+            found.append(f"left out of the config: {listed(self.config_keys, _LISTED)}")
         found += [f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed]
         return tuple(found)
 
@@ -158,8 +159,3 @@ def _flat(config: Mapping[str, Any]) -> list[str]:
 
 def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else ()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -18,11 +18,13 @@ from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
-from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
+from ghostssm.checkpoint.weights import stored_tensors
+from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError, first_line
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import check_model, family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
 from ghostssm.progress import stage
+from ghostssm.units import dtype_name
 from ghostssm.values import short
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         model, tokenizer = self.model, "a" if self.tokenizer is not None else "no"
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         size = f"{model.num_parameters():,} parameters, {dtype} on {model.device}"
         return f"<Checkpoint {self.source.name!r}: {model.config.model_type}, {size}, with {tokenizer} tokenizer>"
 
@@ -122,7 +124,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[
         if all(torch.isfinite(tensor.read()).all() for tensor in stored.values()):
             raise NumericalError(
                 f"{name} in {source.folder} has numbers beyond {torch.finfo(value.dtype).max:g}, the largest of "
-                f"{str(value.dtype).removeprefix('torch.')}, in which the model is loaded. {_WIDEN}"
+                f"{dtype_name(value.dtype)}, in which the model is loaded. {_WIDEN}"
             )
         raise NumericalError(
             f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
@@ -134,8 +136,7 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise NumericalError(
-                f"{name} would be written with NaN or Inf in {str(value.dtype).removeprefix('torch.')}, which was not "
-                f"done. {_WIDEN}"
+                f"{name} would be written with NaN or Inf in {dtype_name(value.dtype)}, which was not done. {_WIDEN}"
             )
 
 
@@ -144,9 +145,8 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.empty(1, device=device).item()  # a meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"The device {str(device)!r} can't be used ({reason}); expected 'cpu' or a device at hand."
+            f"The device {str(device)!r} can't be used ({first_line(error)}); expected 'cpu' or a device at hand."
         ) from None
 
 
@@ -248,7 +248,7 @@ def tell_narrowed(model: PreTrainedModel, stored: dict[str, StoredTensor], sourc
         if tensor.dtype.itemsize > model.dtype.itemsize and not is_kept_wide(model, name)
     ]
     if wider:
-        here, there = (str(each).removeprefix("torch.") for each in (model.dtype, stored[wider[0]].dtype))
+        here, there = (dtype_name(each) for each in (model.dtype, stored[wider[0]].dtype))
         more = f" and {len(wider) - 1} more" if len(wider) > 1 else ""
         warnings.warn(
             f"{wider[0]}{more} of {source.name} {'are' if more else 'is'} stored as {there} in a {here} checkpoint; "

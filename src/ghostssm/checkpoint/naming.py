@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.transformers_private import as_stored, loaded_names, tied_weights, without_ignored
 
 if TYPE_CHECKING:

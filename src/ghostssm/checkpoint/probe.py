@@ -18,6 +18,7 @@ from torch import Tensor
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedBlocks, open_blocks
 from ghostssm.errors import CONVERT, NumericalError, PrecisionWarning
+from ghostssm.units import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ class Probe:
             tuple(logits.std(-1).tolist()),
             tuple(logits.amax(-1).tolist()),
             _TOLERANCES.get(dtype, _HALF_TOLERANCE),
-            _name(dtype),
+            dtype_name(dtype),
         )
 
     @classmethod
@@ -148,7 +149,7 @@ def probed(folder: Path) -> tuple[Probe, Overflow | None]:
     probe = Probe.of_logits(ids, logits, dtype)
     if broken is not None or probe is None:
         raise NumericalError(
-            f"NaN or Inf in the output of {broken or 'the head'}, in {_name(dtype)}. The checkpoint is broken or "
+            f"NaN or Inf in the output of {broken or 'the head'}, in {dtype_name(dtype)}. The checkpoint is broken or "
             "overflows; evaluate the unpruned model first."
         )
     return probe, overflow_in(stored, ids)
@@ -165,7 +166,7 @@ def overflow_in(blocks: StreamedBlocks, ids: Sequence[int] | None = None) -> Ove
     logits, part = _logits(blocks, ids or probe_tokens(blocks.model.config.vocab_size))
     if part is None and torch.isfinite(logits).all():
         return None
-    overflow = Overflow(_name(dtype), part or "the head")
+    overflow = Overflow(dtype_name(dtype), part or "the head")
     warnings.warn(overflow.text, PrecisionWarning, stacklevel=2)
     return overflow
 
@@ -201,7 +202,3 @@ def _logits(blocks: StreamedBlocks, token_ids: Sequence[int]) -> tuple[Tensor, s
         for module in blocks.modules:
             module.__dict__.pop("forward")
     return logits, broken[0] if broken else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

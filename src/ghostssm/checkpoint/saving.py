@@ -31,6 +31,7 @@ from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import stage
+from ghostssm.units import dtype_name
 from ghostssm.values import short
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def write_beside_weights(
         state_size_after=plan.state_sizes[0] if len(set(plan.state_sizes)) == 1 else plan.state_sizes,
         options=plan.provenance,
         request=request,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=str(model.device),
         distillations=plan.distillations,
         measured=measured,

@@ -31,7 +31,7 @@ from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import load_tensors, note_layout, tied_weights, without_weights
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.checkpoint.naming import places_of_parameters
-from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.transformers_private import tied_weights
 
 if TYPE_CHECKING:

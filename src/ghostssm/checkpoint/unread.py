@@ -16,8 +16,9 @@ from ghostssm.checkpoint.dialects import Dialect, dialect_named
 from ghostssm.checkpoint.loading import model_config, stored_dtype
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
-from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors, write_index
+from ghostssm.checkpoint.weights import shard_name, stored_tensors, write_index
 from ghostssm.files import durable
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import left_in_files
 

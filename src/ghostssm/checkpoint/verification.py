@@ -21,6 +21,7 @@ from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Selection
 from ghostssm.plan.file import PLAN_FILE
 from ghostssm.plan.plan import Plan
+from ghostssm.units import listed
 from ghostssm.values import Value
 
 _CARD = "README.md"
@@ -237,5 +238,4 @@ def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:
 
 def _raise(faults: list[str]) -> None:
     if faults:
-        more = f" and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise ModelError("; ".join(faults[:_LISTED]) + more)
+        raise ModelError(listed(faults, _LISTED, "; "))

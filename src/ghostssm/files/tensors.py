@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +36,18 @@ _MOST_NUMBER = 2**63
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a weight file; ``read`` loads it into memory of its own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
+    """One tensor of a safetensors file, as its header has it.
 
     Attributes:
         dtype: as the format calls it. start, end: bytes from the beginning of the file.

@@ -32,6 +32,7 @@ from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
+from ghostssm.units import dtype_name
 from ghostssm.values import Value
 
 Beside = Callable[[Evaluation | None, Evaluation | None, Path], None]
@@ -198,7 +199,7 @@ def _fingerprints(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": checkpoint.blocks.device.type,
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(checkpoint.model.dtype),
         "model": fingerprint,
         "text": windows.text_fingerprint,
         "windows": len(windows),

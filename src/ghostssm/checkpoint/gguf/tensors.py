@@ -12,6 +12,7 @@ from ghostssm.checkpoint.gguf.architectures import Architecture
 from ghostssm.errors import ModelError
 from ghostssm.models.families import layout_of
 from ghostssm.models.layout import SSDLayout
+from ghostssm.units import listed
 
 
 def gguf_tensors(architecture: Architecture, config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -62,9 +63,8 @@ def _check_places(architecture: Architecture, names: Mapping[str, str | None]) -
         if theirs is None or (theirs.endswith(".bias") and not theirs.endswith(("ssm_conv1d.bias", "ssm_dt.bias")))
     ]
     if without_place:
-        more = f" and {len(without_place) - 4} more" if len(without_place) > 4 else ""
         raise ModelError(
-            f"llama.cpp's {architecture.name} has no place for {', '.join(without_place[:4])}{more}; "
+            f"llama.cpp's {architecture.name} has no place for {listed(without_place, 4)}; "
             "this model can't be written as GGUF; export --format transformers for another engine."
         )
 
