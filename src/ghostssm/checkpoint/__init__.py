@@ -5,7 +5,7 @@ from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.verification import Check, Verification, verify
-from ghostssm.files.output_folder import OutputFolder
+from ghostssm.files.outputs import OutputFolder
 
 __all__ = [
     "Check",

@@ -14,16 +14,15 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, distilled_card, model_card, write_card
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, left_out
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint, in_memory
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.probe import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
 from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
-from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.outputs import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.plan.distillation import Distillation

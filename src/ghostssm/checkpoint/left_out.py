@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from ghostssm.checkpoint.carried import stored_names, unread_names
 from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
 from ghostssm.checkpoint.loading import model_config
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
-from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import tied_weights, without_weights
 from ghostssm.units import listed

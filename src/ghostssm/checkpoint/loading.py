@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.generation import read_generation_config
-from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
+from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of, settle_ties
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError, first_line
@@ -36,6 +36,9 @@ _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config
 _WIDEN = f"Convert the model to a dtype with a wider range first, `{CONVERT}` (or f32), and take that."
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
+GivenModel: TypeAlias = "str | PathLike[str] | PreTrainedModel | Checkpoint"
+"""A hub id, a folder, ``reference``, a transformers model in memory, or a loaded checkpoint."""
+GivenTokenizer: TypeAlias = str | PathLike[str] | PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -275,3 +278,55 @@ def _build(
     if (generation := read_generation_config(source.folder)) is not None:
         model.generation_config = generation
     return model
+
+
+def is_in_memory(given: GivenModel) -> bool:
+    """Whether something is at hand already, or else the name of what is to be loaded."""
+    return not isinstance(given, str | PathLike)
+
+
+def in_memory(given: PreTrainedModel | Checkpoint) -> Checkpoint:
+    """The checkpoint that a model in memory makes, without a tokenizer; a checkpoint is returned as it is.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(given, Checkpoint):
+        return given
+    check_model(given)
+    return Checkpoint(given)
+
+
+def given_checkpoint(
+    given: GivenModel,
+    tokenizer: GivenTokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> Checkpoint:
+    """The checkpoint that something stands for; what has a name is loaded.
+
+    Args:
+        tokenizer: to take instead of the model's own: in memory, or a folder or hub id.
+        dtype, device: as `load`. A model in memory stays as and where it is.
+
+    Raises:
+        InputError: something else, or a device for a model that is in memory already. Others as `load`.
+    """
+    named = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
+    if not is_in_memory(given):
+        place = named if isinstance(named, str) else None
+        loaded = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=place)
+        return loaded if named is None or place is not None else Checkpoint(loaded.model, named, loaded.source)
+    checkpoint = in_memory(given)
+    if device is not None and torch.device(device).type != checkpoint.model.device.type:
+        raise InputError(
+            f"The model is on {checkpoint.model.device} already, the device is {device!r}; leave that out, or move the "
+            "model: model.to(...)."
+        )
+    if isinstance(named, str):
+        raise InputError(
+            f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
+            "tokenizer=AutoTokenizer.from_pretrained(...)."
+        )
+    return checkpoint if named is None else Checkpoint(checkpoint.model, named, checkpoint.source)

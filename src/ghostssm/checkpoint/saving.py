@@ -12,20 +12,19 @@ import torch
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.carried import add_carried, carried_tensors
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import left_out
-from ghostssm.checkpoint.loading import Checkpoint, check_writable
+from ghostssm.checkpoint.loading import Checkpoint, check_writable, in_memory
 from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.naming import has_tied_head
 from ghostssm.checkpoint.probe import probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
 from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
-from ghostssm.checkpoint.ties import has_tied_head
-from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.engines import config_keys
 from ghostssm.errors import InputError, NumericalError
-from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.outputs import OutputFolder, storing
 from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
@@ -104,14 +103,14 @@ def write_beside_weights(
     untied: bool,
     *,
     request: Mapping[str, Any] | None = None,
-    rehearsal: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
         fingerprint: of the base model's files, if it has any. untied: whether the config's head is tied no more.
         request: as `save`.
-        rehearsal: there are no weights in the folder; what needs them is left out.
+        dry_run: there are no weights in the folder; what needs them is left out.
 
     Raises:
         NumericalError: what the model in the folder makes of the probe's tokens is not finite.
@@ -126,7 +125,7 @@ def write_beside_weights(
         ),
     )
     probe, overflow, lost = None, None, None
-    if not rehearsal:
+    if not dry_run:
         probe, overflow = files.make("the probe", lambda: probed(files.folder)) or (None, None)
         lost = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
     manifest = Manifest(

@@ -1,6 +1,6 @@
 """What stands beside a model's weights: tokenizer, generation config, licence, plan, model card and manifest.
 
-Before the work a fault in any of them is told at once (`ghostssm.checkpoint.rehearsal`). After the work, which may have
+Before the work a fault in any of them is told at once (`ghostssm.checkpoint.dry_run`). After the work, which may have
 taken hours, it must not cost the weights: all else is written, and what is missing is told at the end.
 """
 

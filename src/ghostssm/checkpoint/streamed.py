@@ -27,9 +27,8 @@ from ghostssm.checkpoint.loading import (
     stored_dtype,
     tell_narrowed,
 )
-from ghostssm.checkpoint.naming import places_of_parameters
+from ghostssm.checkpoint.naming import places_of_parameters, settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import family_of

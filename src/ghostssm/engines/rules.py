@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ghostssm.engines.admission import Admission, by_sum, in_llama_cpp, in_sglang, in_vllm
-from ghostssm.engines.capacity import Footprint
+from ghostssm.engines.capacity import Admission, Footprint, by_sum, in_llama_cpp, in_sglang, in_vllm
 from ghostssm.engines.states import FLOAT32_ONLY, IN_LLAMA_CPP, IN_MAMBA_SSM, IN_SGLANG, IN_VLLM, StateDtypes
 from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
 from ghostssm.errors import unknown_name

@@ -1,4 +1,7 @@
-"""Prune a model that does not fit into memory: one block at a time, from its files to the output's."""
+"""Prune a model that does not fit into memory: one block at a time, from its files to the output's.
+
+A run that ended before is recognised by what the manifest of its output says.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from ghostssm._version import __version__
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
 from ghostssm.choices import DEFAULT_SEED, Groups
-from ghostssm.errors import ProcessError
+from ghostssm.errors import GhostError, ProcessError
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.files.interrupts import Terminated
@@ -30,9 +34,9 @@ from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
-from ghostssm.streaming.run_folder import RunFolder
+from ghostssm.streaming.run_folder import RunFolder, run_folder_of
 from ghostssm.text.windows import Windows
-from ghostssm.units import dtype_name
+from ghostssm.units import dtype_name, text_name
 from ghostssm.values import Value
 
 Beside = Callable[[Evaluation | None, Evaluation | None, Path], None]
@@ -152,7 +156,7 @@ def prune_streamed(
     )
     with listening(progress) as tell, folder as run:
         try:
-            run.rehearse(checkpoint, windows.ids.numel())
+            run.dry_run(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
             plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run).kept_in(state_dtype)
@@ -206,3 +210,40 @@ def _fingerprints(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint:
         "window_length": windows.length,
         "tokens": windows.fingerprint,
     }
+
+
+def may_be_finished(output: Path) -> bool:
+    """Whether an output is there and no run is under way that would write it."""
+    return Manifest.is_in(output) and not run_folder_of(output).exists()
+
+
+def finished_run(
+    folder: Path, base_fingerprint: str, request: Mapping[str, Any], windows: Windows, held_out: Windows | None
+) -> StreamedRun | None:
+    """What a run ended in whose output is there; None if that is the output of another run.
+
+    Args:
+        base_fingerprint: of the model to prune. request: what is asked for, JSON values.
+        windows: to calibrate on. held_out: to measure on, if that is wanted.
+    """
+    try:
+        manifest, plan = Manifest.read(folder), Plan.read(folder, changes=False)
+        options = None if manifest.request is None else options_of(manifest.request)
+    except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
+        return None
+    made = manifest.options
+    if options is None or made is None or not _covers(manifest.measured, held_out):
+        return None
+    wanted = options_of(request) | {"text_windows": options.get("text_windows")}  # their number was just compared
+    written = (manifest.base_model_sha256, made.calibration.tokens_sha256)
+    if written != (base_fingerprint, windows.fingerprint) or options != wanted:
+        return None
+    return StreamedRun(plan, manifest.measured)
+
+
+def _covers(measured: Measurement | None, held_out: Windows | None) -> bool:
+    """Whether a measurement is the one that is wanted, if one is."""
+    if held_out is None:
+        return True
+    wanted = (text_name(held_out.text_name), len(held_out), held_out.length)
+    return measured is not None and wanted == (text_name(measured.text), measured.windows, measured.window_length)

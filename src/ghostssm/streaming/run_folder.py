@@ -33,19 +33,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.checkpoint.carried import carried_pieces
 from ghostssm.checkpoint.dialects import dialect_named
+from ghostssm.checkpoint.dry_run import dry_run_streamed
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
-from ghostssm.checkpoint.rehearsal import rehearse_run
+from ghostssm.checkpoint.naming import has_tied_head
 from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
-from ghostssm.checkpoint.ties import has_tied_head
-from ghostssm.checkpoint.unread import carried_pieces
-from ghostssm.errors import InputError, NumericalError, StorageError
+from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
-from ghostssm.files.kept_run import open_run
-from ghostssm.files.output_folder import destination
+from ghostssm.files.outputs import OutputFolder, destination
+from ghostssm.files.run_lock import open_run
 from ghostssm.models.families import family_of
 from ghostssm.models.families.own import write_code
 from ghostssm.models.mixer import Projection
@@ -56,8 +56,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import carry_out, pruned
 from ghostssm.pruning.journal import Journal
 from ghostssm.streaming.assembling import gather_shards, mapped_model
-from ghostssm.streaming.kept_findings import KeptFindings
-from ghostssm.streaming.run_places import check_run_folder, is_in_place, run_folder_of
+from ghostssm.streaming.findings import FindingsOnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ class RunFolder(Journal):
     """The decisions and weights of a streamed run.
 
         with RunFolder(output, identity, resume=False) as run:
-            run.rehearse(checkpoint, windows.ids.numel())
+            run.dry_run(checkpoint, windows.ids.numel())
             run.begin(blocks)
             plan = calibration.plan(..., journal=run)
             run.assemble(plan)
@@ -110,8 +109,8 @@ class RunFolder(Journal):
         self._lock: IO[str] | None = None
         self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
-        self._records = KeptFindings(self.folder, "records", self._processes, self._told_faults)
-        self.curves: KeptFindings = KeptFindings(self.folder, "curves", self._processes, self._told_faults)
+        self._records = FindingsOnDisk(self.folder, "records", self._processes, self._told_faults)
+        self.curves: FindingsOnDisk = FindingsOnDisk(self.folder, "curves", self._processes, self._told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
     def __enter__(self) -> RunFolder:
@@ -128,22 +127,22 @@ class RunFolder(Journal):
         if self._created and not self.done and isinstance(error, InputError):
             self.remove()  # a mistake that showed before any work leaves nothing to go on with
 
-    def rehearse(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
+    def dry_run(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
         """Try what `finish` may stumble over, and whether the disk has room for the run.
 
         Args:
             tokens: in all windows, whose hidden states the run keeps.
 
         Raises:
-            ModelError, OutputError: as `ghostssm.checkpoint.rehearsal`.
+            ModelError, OutputError: as `ghostssm.checkpoint.dry_run`.
         """
 
-        def rehearsed() -> None:
+        def tried() -> None:
             with self._told_faults():
                 if not is_in_place(self.folder):
-                    rehearse_run(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
+                    dry_run_streamed(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
 
-        self._processes.from_first(rehearsed)
+        self._processes.from_first(tried)
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
@@ -359,3 +358,32 @@ def _names_only(changed: Any) -> dict[str, Tensor]:
 def _read_json(path: Path) -> Any:
     """What a file holds; None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the state of a run that writes an output is."""
+    whole = destination(output).absolute()
+    return whole.with_name(f"{whole.name}.run")
+
+
+def is_in_place(folder: Path) -> bool:
+    """Whether all that a run left to do is to remove its folder."""
+    return (folder / "finished").exists() and not (folder / "output").exists()
+
+
+def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
+    folder = run_folder_of(output)
+    if is_in_place(folder) and resume:
+        return
+    OutputFolder(output, overwrite)
+    if folder.exists() and not (folder / "run.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{folder}, where the run's state would be, holds something else; move it away, or name another --output."
+        )
+    if (folder / "run.json").exists() and not resume:
+        done = len(list((folder / "records").glob("*.json")))
+        raise OutputError(
+            f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
+            "start again."
+        )

@@ -24,8 +24,8 @@ from torch import Tensor
 from ghostssm.calibration.processes import Processes
 from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
-from ghostssm.files.kept_run import RUN_FILE, open_run
-from ghostssm.files.output_folder import destination
+from ghostssm.files.outputs import destination
+from ghostssm.files.run_lock import RUN_FILE, open_run
 
 _STATE_FILE, _FACTS = "state.safetensors", "facts"
 

@@ -1,4 +1,4 @@
-"""Whatever a caller has in place of a text or of windows, turned into one of these: the only place that guesses."""
+"""Whatever a caller has in place of a text or of windows becomes one of these; no other module guesses."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 8
 """Windows of hidden states that are copied from or to the disk together."""
 
 
-class KeptFindings(Findings):
+class FindingsOnDisk(Findings):
     """Findings in ``PART/00007.json`` and hidden states in ``hidden/PART-00008-0.bin`` of a run's folder.
 
     A finding is written last, so that it says that all before it is on the disk; hidden states are of the last only,
