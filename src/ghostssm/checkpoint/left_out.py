@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,13 +69,11 @@ class LeftOut:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person, with the first few of many names."""
-        found = []
-        if self.tensors:
-            found.append(f"left out of the weights: {listed(self.tensors, _LISTED)}")
-        if self.config_keys:
-            found.append(f"left out of the config: {listed(self.config_keys, _LISTED)}")
-        found += [f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed]
-        return tuple(found)
+        places = {"weights": self.tensors, "config": self.config_keys}
+        return (
+            *(f"left out of the {place}: {listed(names, _LISTED)}" for place, names in places.items() if names),
+            *(f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed),
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items()}
@@ -83,8 +81,11 @@ class LeftOut:
     @classmethod
     def from_json(cls, value: Any) -> LeftOut:
         """From a manifest, which may be another version's; what is not understood is empty."""
-        lists = value if isinstance(value, dict) else {}
-        return cls(*(tuple(map(str, _list(lists.get(name)))) for name in cls().as_json()))
+        entries = value.items() if isinstance(value, dict) else ()
+        known = cls().as_json()
+        return cls(
+            **{key: tuple(map(str, names)) for key, names in entries if key in known and isinstance(names, list)}
+        )
 
 
 def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
@@ -127,11 +128,9 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return (
-        ()
-        if not source.has_files
-        else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
-    )
+    if not source.has_files:
+        return ()
+    return tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
@@ -155,7 +154,3 @@ def _flat(config: Mapping[str, Any]) -> list[str]:
     objects = {key.partition(".")[0] for key in translated_keys() if "." in key}
     nested = [f"{key}.{inner}" for key in objects if isinstance(config.get(key), dict) for inner in config[key]]
     return [*(key for key in config if key not in objects), *nested]
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()

@@ -2,7 +2,7 @@
 
 Files may have the names of transformers' classes, or those of older or merged layouts that it renames and converts,
 with or without the base model's prefix. Tensors that its rules ignore, such as buffers of old versions, may be there.
-Where transformers only warns, of a part that it fills with random numbers or a tensor that has no place, there is a fault
+transformers only warns of a part that it fills with random numbers, or of a tensor that has no place. Both are faults
 here.
 """
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from reprlib import repr as short
 
 import torch
-from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, file_hash
@@ -217,23 +216,16 @@ def _sizes_text(sizes: Iterable[int]) -> str:
 def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:
     """Whether the channels that fill a narrower group up write nothing into the state."""
     layout = mixer.layout
-    tensors: list[tuple[Tensor | None, tuple[slice, slice]]] = [
-        (tensor, places)
-        for places, parts in (
-            ((layout.in_proj_B, layout.in_proj_C), (mixer.in_proj.weight, mixer.in_proj.bias)),
-            ((layout.conv_B, layout.conv_C), (mixer.conv1d.weight, mixer.conv1d.bias)),
-        )
-        for tensor in parts
-    ]
-    return not any(
-        tensor is not None
-        and any(
-            torch.count_nonzero(by_group[group, len(kept) :])
-            for by_group in (tensor[place].unflatten(0, (layout.n_groups, layout.state_size)) for place in places)
-            for group, kept in enumerate(selection.kept)
-        )
-        for tensor, places in tensors
-    )
+    for part, places in (
+        (mixer.in_proj, (layout.in_proj_B, layout.in_proj_C)),
+        (mixer.conv1d, (layout.conv_B, layout.conv_C)),
+    ):
+        for tensor in (part.weight, part.bias):
+            for place in places if tensor is not None else ():
+                by_group = tensor[place].unflatten(0, (layout.n_groups, layout.state_size))
+                if any(by_group[group, len(kept) :].any() for group, kept in enumerate(selection.kept)):
+                    return False
+    return True
 
 
 def _raise(faults: list[str]) -> None:

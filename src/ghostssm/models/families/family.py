@@ -7,7 +7,6 @@ module without one of them is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +77,6 @@ class Family:
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         """Write a new state size into a config."""
         setattr(config, self.keys.state_size, state_size)
-
-    def published_form(self, config: PreTrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
-        """What transformers would write of a config, in the form that published checkpoints have: all engines read it.
-
-        transformers loads the same config from both.
-        """
-        return published.published_form(config, written, self.own_keys)
 
     @torch.inference_mode(False)  # a buffer that inference mode made would stop gradients
     def resize(self, module: nn.Module, layout: SSDLayout) -> None:
