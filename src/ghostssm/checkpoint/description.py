@@ -211,14 +211,16 @@ def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
 def _pruning(folder: Path, layers: int) -> Pruning | None:
     """What a folder's manifest says; None if there is none, or one that does not: it may be anybody's."""
     try:
-        found = Manifest.read(folder)
+        manifest = Manifest.read(folder)
     except ModelError:
         return None
-    before, after = found.state_size_before, found.state_size_after
-    if found.method is None or before is None or after is None:
+    before, after = manifest.state_size_before, manifest.state_size_after
+    if manifest.method is None or before is None or after is None:
         return None
     kept = (after,) * layers if isinstance(after, int) else after
-    return Pruning(found.method, before, kept, found.measured, found.state_dtype) if len(kept) == layers else None
+    return (
+        Pruning(manifest.method, before, kept, manifest.measured, manifest.state_dtype) if len(kept) == layers else None
+    )
 
 
 @dataclass(frozen=True)
@@ -240,11 +242,11 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
     if family.shares_blocks:
         return None
     try:
-        found = stored_tensors(source.folder)
+        tensors = stored_tensors(source.folder)
     except ModelError:
         return None
     dialect = dialect_named(source.dialect)
-    stored = {dialect.to_transformers_name(name): value for name, value in found.items()}
+    stored = {dialect.to_transformers_name(name): value for name, value in tensors.items()}
     mixers = {int(match[2]): match[1] for name in stored if (match := _MIXER.fullmatch(name))}
     names = [mixers[index] for index in sorted(mixers)]
     embeddings = [name for name in stored if _EMBEDDINGS.fullmatch(name)]

@@ -140,12 +140,12 @@ def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | 
     """The manifest of a pruned checkpoint, brought up to date; others have none."""
     if not Manifest.is_in(checkpoint.source.folder):
         return None
-    found = Manifest.read(checkpoint.source.folder).published()
+    manifest = Manifest.read(checkpoint.source.folder).published()
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
     return replace(
-        found,
+        manifest,
         dialect=dialect,
-        untied_head=untied or found.untied_head,
+        untied_head=untied or manifest.untied_head,
         stored_state_size=sizes[0] if len(sizes) == 1 else tuple(sizes),
         dtype=dtype_name(checkpoint.model.dtype),
     )
@@ -164,7 +164,7 @@ def _distilled(
     request: Mapping[str, Any] | None,
 ) -> Manifest:
     """A manifest with a distillation; a new one of a model that others pruned."""
-    found = manifest or Manifest(
+    before = manifest or Manifest(
         ghostssm=__version__,
         base_model=checkpoint.source.published_name,
         base_model_sha256=checkpoint.source.fingerprint(),
@@ -172,9 +172,9 @@ def _distilled(
         dtype=dtype_name(checkpoint.model.dtype),
     )
     return replace(
-        found,
-        method=_with_distillation(found.method, distilled),
-        distillations=(*found.distillations, distilled),
+        before,
+        method=_with_distillation(before.method, distilled),
+        distillations=(*before.distillations, distilled),
         device=str(checkpoint.model.device),
         measured=measured,
         request=request,

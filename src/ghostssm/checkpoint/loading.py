@@ -272,7 +272,7 @@ def _build(
     model, report = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
-    if left := {what: sorted(map(str, found)) for what, found in report.items() if found}:
+    if left := {what: sorted(map(str, names)) for what, names in report.items() if names}:
         raise ModelError(f"transformers can't load {source.folder} as it is, and would fill in random numbers: {left}.")
     settle_ties(model)
     if (generation := read_generation_config(source.folder)) is not None:

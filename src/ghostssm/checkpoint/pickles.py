@@ -118,15 +118,15 @@ def _extent(tensor: Tensor) -> int:
 def _members(file: Path) -> dict[int, int] | None:
     """Where the data of an archive's members begin, and how many bytes they have; None for another byte order."""
     with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        found = {}
+        sizes = {}
         for member in archive.infolist():
             if member.filename.endswith("/byteorder") and archive.read(member).decode() != sys.byteorder:
                 return None
             stream.seek(member.header_offset)
             header = stream.read(_LOCAL_HEADER_BYTES)
             names = sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-            found[member.header_offset + _LOCAL_HEADER_BYTES + names] = member.file_size
-        return found
+            sizes[member.header_offset + _LOCAL_HEADER_BYTES + names] = member.file_size
+        return sizes
 
 
 def _check_names(file: Path, archive: bool) -> None:

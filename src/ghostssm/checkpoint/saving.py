@@ -191,11 +191,10 @@ def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: b
 
 def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
     """Raise InputError unless a model has the state sizes that a plan leaves."""
-    found = [mixer.state_size for mixer in mixers_of(model)]
-    expected = list(plan.state_sizes)
-    if found != expected:
+    sizes, planned = [mixer.state_size for mixer in mixers_of(model)], list(plan.state_sizes)
+    if sizes != planned:
         raise InputError(
-            f"The model's state sizes are {found}, the plan leaves {expected}; expected the model that "
+            f"The model's state sizes are {sizes}, the plan leaves {planned}; expected the model that "
             "ghostssm.apply_plan returns, which is a new one where the stock class can't express the plan."
         )
 

@@ -195,19 +195,19 @@ class StreamedBlocks:
         As in transformers, two that are both stored with different values are not tied.
         """
         ties = tied_weights(self.model)
-        found: dict[str, str] = {}
+        stored_for: dict[str, str] = {}
         for name in with_values_of_their_own(self.model, self._stored, self._dtype):
             ties.pop(name)
         settle_ties(self.model)
         for name, source in ties.items():
             if name in self._places and source not in self._places:
-                found[source] = name
+                stored_for[source] = name
             elif source in self._places and name not in self._places:
-                found[name] = source
+                stored_for[name] = source
         for name, source in ties.items():
-            if name not in self._places and source in found:
-                found[name] = found[source]
-        return found
+            if name not in self._places and source in stored_for:
+                stored_for[name] = stored_for[source]
+        return stored_for
 
     def _read(self, name: str) -> Tensor:
         """The stored tensor of a parameter that has one of its own."""

@@ -163,8 +163,8 @@ def _check_logits(checkpoint: Checkpoint, probe: Probe | None) -> str:
     tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
     if not 0 < len(tokens) <= 1024 or not all(0 <= token < size for token in tokens):
         raise ModelError("the probe's tokens are not of this vocabulary")
-    found = _computed_again(checkpoint, tokens, getattr(torch, probe.dtype))
-    difference = None if found is None else probe.difference(found)
+    again = _computed_again(checkpoint, tokens, getattr(torch, probe.dtype))
+    difference = None if again is None else probe.difference(again)
     if difference is None:
         raise NumericalError(f"NaN or Inf in the logits, computed in {probe.dtype}")
     if not difference <= probe.tolerance:

@@ -35,8 +35,8 @@ class Verdicts:
                 # the last reason of an entry with a remedy is what its cell says
                 if reason := entry.reason.rpartition("; ")[0] if entry.remedy else entry.reason:
                     labels.setdefault(reason, []).append(label)
-            for reason, found in labels.items():
-                where = "" if len(found) == len(advice) else f" ({', '.join(found)})"
+            for reason, models in labels.items():
+                where = "" if len(models) == len(advice) else f" ({', '.join(models)})"
                 shared.setdefault((where, reason), []).append(entries[0].engine)
         notes = []
         told = list(chain.from_iterable(advice.values()))

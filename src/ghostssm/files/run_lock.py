@@ -55,9 +55,9 @@ def _check(folder: Path, lock: IO[str], identity: Mapping[str, Any]) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"Another process works on the run in {folder}; wait for its end.") from None
-    found = json.load(lock)
-    for field in (*identity, *found):
-        before, now = found.get(field), identity.get(field)
+    kept = json.load(lock)
+    for field in (*identity, *kept):
+        before, now = kept.get(field), identity.get(field)
         if before != now:
             raise OutputError(
                 f"{folder} holds a run that differs in {field}: it was {before!r}, now it is {now!r}. Go on "

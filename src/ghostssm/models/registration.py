@@ -27,11 +27,11 @@ _BASE_CLASSES = "transformers.models.mamba2.modeling_mamba2"
 
 def check_transformers() -> None:
     """Raise InputError for a version of transformers that was not tried; takes no time."""
-    found = importlib.metadata.version("transformers")
-    if not OLDEST_TRANSFORMERS <= tuple(map(int, re.findall(r"\d+", found)[:2])) <= NEWEST_TRANSFORMERS:
+    installed = importlib.metadata.version("transformers")
+    if not OLDEST_TRANSFORMERS <= tuple(map(int, re.findall(r"\d+", installed)[:2])) <= NEWEST_TRANSFORMERS:
         (major, oldest), (_, newest) = OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS
         raise InputError(
-            f"transformers {found} is installed, of which ghostssm uses parts that change between versions; it was "
+            f"transformers {installed} is installed, of which ghostssm uses parts that change between versions; it was "
             f"tried with {major}.{oldest} up to {major}.{newest}. Install one of these, "
             f"pip install 'transformers>={major}.{oldest},<{major}.{newest + 1}', or a newer ghostssm."
         )

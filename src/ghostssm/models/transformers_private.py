@@ -90,13 +90,13 @@ def _loaded_names(
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
-    found = {}
+    loaded = {}
     for name in names:
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if parameter not in state and name in state:
             parameter, pattern = rename_source_key(name, [], [], prefix, state)
-        found[name] = (parameter, pattern)
-    return found
+        loaded[name] = (parameter, pattern)
+    return loaded
 
 
 def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

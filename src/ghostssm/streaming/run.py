@@ -148,8 +148,8 @@ def prune_streamed(
             blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
             return _shared_losses(blocks, held_out, processes, Scratch(offload), tell, storage)
 
-        found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
-        return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
+        by_window = torch.tensor(run.kept(name, computed), dtype=torch.float64)
+        return Evaluation(by_window, held_out.bytes_per_token, held_out.seed is None)
 
     folder = RunFolder(
         output, identity, resume=resume, overwrite=overwrite, dialect=dialect, untie=untie, processes=processes
@@ -186,8 +186,8 @@ def _shared_losses(
 ) -> list[float]:
     """The loss on every window; each process measures its own windows."""
     _, own = processes.share(windows)
-    found: list[float] = evaluate(blocks, own, progress, scratch, storage).losses.tolist()
-    return processes.gather(found)
+    losses: list[float] = evaluate(blocks, own, progress, scratch, storage).losses.tolist()
+    return processes.gather(losses)
 
 
 def options_of(request: Mapping[str, Any]) -> dict[str, Any]:

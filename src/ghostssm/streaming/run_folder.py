@@ -163,8 +163,8 @@ class RunFolder(Journal):
     def _outside(self) -> dict[str, str]:
         """The tensors outside the blocks that the output has, each with the one whose values it gets."""
         model = self._streamed.model
-        found = {name: name for name in self._streamed.outside()}
-        return found | tied_weights(model) if self._untie and has_tied_head(model) else found
+        names = {name: name for name in self._streamed.outside()}
+        return names | tied_weights(model) if self._untie and has_tied_head(model) else names
 
     def decisions(self) -> dict[str, tuple[Decision, Tensor]]:
         """As `Journal.decisions`, made of the records, which hold Python's numbers and no tensors."""
@@ -190,11 +190,11 @@ class RunFolder(Journal):
         score: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> None:
-        found: dict[str, Any] | None = None
+        record: dict[str, Any] | None = None
         with self._told_faults():
             if name is not None and decision is not None and score is not None:
                 self._apply(block, decision)
-                found = {
+                record = {
                     "name": name,
                     "kept": [list(channels) for channels in decision.selection.kept],
                     "projected": None if decision.projection is None else decision.width,
@@ -205,18 +205,18 @@ class RunFolder(Journal):
                 tensors = self._streamed.tensors_of(self.done, block)
                 check_writable(tensors)
                 durable.write_tensors(self._shard("blocks", self.done), tensors)
-        self._records.add(found, hidden)
-        self._take_over(found)
+        self._records.add(record, hidden)
+        self._take_over(record)
 
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
         file = self.folder / f"{name}.json"
-        found: list[float] | None = self._processes.from_first(lambda: _read_json(file))
-        if found is None:
-            found = compute()
+        numbers: list[float] | None = self._processes.from_first(lambda: _read_json(file))
+        if numbers is None:
+            numbers = compute()
             with self._told_faults():
-                self._processes.from_first(lambda: durable.write_json(file, found))
-        return found
+                self._processes.from_first(lambda: durable.write_json(file, numbers))
+        return numbers
 
     def add(self, write: Callable[[Path], None]) -> None:
         """Have something written into the assembled output, unless that is in its place already."""
@@ -230,7 +230,7 @@ class RunFolder(Journal):
         if is_in_place(self.folder):
             return
         blocks, dialect = self._streamed, dialect_named(self._dialect)
-        names = [None if found is None else found["name"] for found in self._records.found]
+        names = [None if record is None else record["name"] for record in self._records.found]
         shards = [
             *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
             *((name, self._shard("blocks", number)) for number, name in enumerate(names)),

@@ -93,9 +93,9 @@ def given_windows(
         InputError, TextError: as `given_text` and `cut_windows`; a text without a tokenizer, or ids that the model does
             not know.
     """
-    found = given_text(given, role, column, length)
-    if isinstance(found, Windows):
-        windows = found if isinstance(given, Windows) else found.drawn(count, seed)
+    text = given_text(given, role, column, length)
+    if isinstance(text, Windows):
+        windows = text if isinstance(given, Windows) else text.drawn(count, seed)
         highest = int(windows.ids.max())
         if vocab_size is not None and highest >= vocab_size:
             raise InputError(f"The ids go up to {highest}, the model knows {vocab_size}; expected its own tokenizer's.")
@@ -106,8 +106,8 @@ def given_windows(
             "or token ids in place of text."
         )
     if role == "evaluation":
-        return evaluation_windows(found, tokenizer, length, count)
-    return cut_windows(found, tokenizer, length, count, seed)
+        return evaluation_windows(text, tokenizer, length, count)
+    return cut_windows(text, tokenizer, length, count, seed)
 
 
 def _of_table(table: Any, columns: list[str], column: str | None) -> Text:
