@@ -35,7 +35,7 @@ _HEAD = "lm_head.weight"
 _EMBEDDINGS = re.compile(r"(.*\.)?(embeddings|embed_tokens)\.weight")
 _MIXER = re.compile(r"(.*\blayers\.(\d+)\..*)A_log")
 _UNREAD = "mtp."
-"""Begins the names of layers that predict further tokens, which transformers' classes leave in the files."""
+"""Prefix of the names of layers that predict further tokens; transformers' classes leave these in the files."""
 _RECURRENT = frozenset({"linear_attention", "hybrid"})
 """What transformers calls a layer that has a mixer, alone or beside attention."""
 _NO_PARAMETERS = re.compile(r".*(inv_freq|e_score_correction_bias|mup_vector)")
@@ -74,7 +74,7 @@ class Description(Value):
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
         config: as transformers reads it.
-        channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
+        channel_biases: how many numbers biases have for each channel of B and of C: 0, 1 or 2.
         pruning: of a checkpoint that ghostssm pruned; None for others.
     """
 
@@ -154,7 +154,7 @@ def chosen_state_dtype(source: Source) -> str:
     """The dtype in which a model's state is to be kept, if its manifest says one; float32 otherwise."""
     try:
         return Manifest.read(source.folder).state_dtype or FLOAT32.name
-    except ModelError:  # no manifest, or a broken one, of which whoever needs it is told
+    except ModelError:  # no manifest, or a broken one: reading it elsewhere tells
         return FLOAT32.name
 
 
@@ -194,13 +194,13 @@ def _facts_of(model: PreTrainedModel) -> Facts:
 
 
 def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
-    """Whether the weight files hold a head with values of its own, which the config ties; it then says so no more."""
+    """Whether the weight files hold other values for a head that the config ties; the config is then corrected."""
     ties = tied_weights(model)
     if not ties:
         return False
     try:
         stored = checked_tensors(source, model.config)
-    except ModelError:  # no weights at hand, or broken ones, of which whoever loads them is told
+    except ModelError:  # no weights at hand, or broken ones: loading them tells
         return False
     for name in with_values_of_their_own(model, stored, stored_dtype(stored)):
         ties.pop(name)
@@ -209,7 +209,7 @@ def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
 
 
 def _pruning(folder: Path, layers: int) -> Pruning | None:
-    """What a folder's manifest says; None if there is none, or one that does not: it may be anybody's."""
+    """What a folder's manifest says of its pruning; None if it says nothing, or there is none."""
     try:
         manifest = Manifest.read(folder)
     except ModelError:
@@ -225,7 +225,7 @@ def _pruning(folder: Path, layers: int) -> Pruning | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """Some of a `ghostssm.Description`, with the names that it has there."""
+    """Some fields of a `ghostssm.Description`, under the same names."""
 
     state_sizes: tuple[int, ...]
     parameters: int
@@ -237,7 +237,7 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
     """The facts of a model whose files are at hand, with mixers of the sizes that its config has.
 
     Returns:
-        None where the files are not that plain; whoever builds the model then finds out, or finds the fault.
+        None where the files are not that plain. Building the model then gives the facts, or shows the fault.
     """
     if family.shares_blocks:
         return None

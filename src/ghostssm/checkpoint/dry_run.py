@@ -52,7 +52,7 @@ def dry_run_streamed(
 
     What is in that folder already, since a run goes on, needs no more room.
     """
-    # Of one block's hidden states the next one's are made; the old ones go when these are on the disk.
+    # A block's hidden states are removed only when those of the next one are on the disk.
     hidden = 2 * tokens * checkpoint.model.config.hidden_size * torch.float32.itemsize
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     copies = 1 if dialect_named(dialect).has_shards else 2  # the shards go when the one file is whole

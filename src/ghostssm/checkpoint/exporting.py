@@ -62,7 +62,7 @@ def export_checkpoint(
         request: what was asked for, in JSON values that name no place on this machine.
 
     Raises:
-        InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.
+        InputError: the dialect has no class for the model, or can't store the head as asked; nothing was written.
         PlanError: the folder's ``plan.json`` is broken; nothing was written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
@@ -112,7 +112,7 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
 
 
 def _carry_plan(folder: Path, place: Path, distilled: Distillation | None) -> None:
-    """Copy a folder's plan, which holds of a pruned model however it is written, and note a distillation in it."""
+    """Copy a folder's plan, which holds in every dialect, and add a distillation to it."""
     for name in (PLAN_FILE, TENSORS_FILE):
         if (folder / name).is_file():
             copy_file(folder / name, place)
@@ -127,7 +127,7 @@ def _carry_plan(folder: Path, place: Path, distilled: Distillation | None) -> No
 
 
 def _forget_place(provenance: Any) -> bool:
-    """Put a name where earlier releases wrote where a text lay on a machine; gives whether there was one."""
+    """Replace the path of a text, which earlier releases wrote, by its name; returns whether there was one."""
     made = provenance.get("calibration") if isinstance(provenance, dict) else None
     text = made.get("text") if isinstance(made, dict) else None
     if not isinstance(text, str) or text == text_name(text):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config in a folder; None if there is none, or, with a warning, one that transformers refuses."""
+    """The generation config in a folder; None if there is none. If transformers refuses it: None, with a warning."""
     file = folder / GENERATION_CONFIG_NAME
     try:
         values = without_acting_entries(read_json_object(file, ModelError))

@@ -29,7 +29,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     Args:
         folder: to upload, all of it.
         repository: ORG/NAME.
-        private: of a repository that is made; one that is there stays as visible as it is.
+        private: whether a new repository is private; an existing one stays as visible as it is.
 
     Returns:
         the repository's address.

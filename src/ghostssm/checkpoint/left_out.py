@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what is written of it does not: nothing is dropped without a word."""
+"""What a checkpoint holds and the output does not: nothing is dropped without a word."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _OLDER_KEYS = {
     "mamba_chunk_size": "chunk_size",
 }
 _IN_EVERY_FILE = frozenset({"model_type", "architectures", "dtype", "transformers_version"})
-"""What every format says in words of its own: the class and the dtype; and the version is that of whoever writes."""
+"""Every format has its own words for the class and the dtype, and the version is the writer's."""
 
 
 @dataclass(frozen=True)

@@ -281,12 +281,12 @@ def _build(
 
 
 def is_in_memory(given: GivenModel) -> bool:
-    """Whether something is at hand already, or else the name of what is to be loaded."""
+    """Whether a model is in memory already; otherwise it is the name of one to load."""
     return not isinstance(given, str | PathLike)
 
 
 def in_memory(given: PreTrainedModel | Checkpoint) -> Checkpoint:
-    """The checkpoint that a model in memory makes, without a tokenizer; a checkpoint is returned as it is.
+    """A model in memory as a checkpoint without a tokenizer; a checkpoint is returned as it is.
 
     Raises:
         InputError: something else.
@@ -304,7 +304,7 @@ def given_checkpoint(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> Checkpoint:
-    """The checkpoint that something stands for; what has a name is loaded.
+    """What a caller gave, as a checkpoint; a name is loaded.
 
     Args:
         tokenizer: to take instead of the model's own: in memory, or a folder or hub id.

@@ -180,7 +180,7 @@ class Manifest(Value):
         ((place or folder) / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
     def published(self) -> Manifest:
-        """With names where earlier releases wrote where base model and texts lay on a machine."""
+        """The same with names in place of the paths that earlier releases wrote for base model and texts."""
         base, options, measured = self.base_model, self.options, self.measured
         if base is not None and not is_hub_id(base):
             base = text_name(base)

@@ -33,14 +33,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 class Probe:
     """What a model makes of a few tokens: enough to see that it is the same model.
 
-    Those of ghostssm are computed in float32, or float64 of such weights, whatever the dtype of the weights: in half
-    precision they would differ more between processors, and may not be finite.
+    It is computed in float32, or in float64 for float64 weights. In half precision the numbers would differ more
+    between processors, and might not be finite.
 
     Attributes:
         token_ids: the input, one sequence.
         mean, deviation, largest: of the logits at every position.
-        tolerance: by how many standard deviations of a position's logits mean and largest may differ elsewhere, and by
-            which share the deviation may; processors and versions round differently.
+        tolerance: how far they may be off on other processors and versions, which round differently. Mean and largest:
+            in standard deviations of a position's logits; the deviation: as a share of itself.
         dtype: that the logits were computed in.
     """
 
@@ -177,7 +177,7 @@ def probe_in(source: Source, token_ids: Sequence[int], dtype: torch.dtype) -> Pr
 
 
 def _logits(blocks: StreamedBlocks, token_ids: Sequence[int]) -> tuple[Tensor, str | None]:
-    """Logits (l, vocab), and the name of the first block whose output is not finite, if one's is not."""
+    """Logits (l, vocab), and the name of the first block whose output is not finite, or None."""
     broken: list[str] = []
 
     def opening(index: int) -> Callable[..., Any]:

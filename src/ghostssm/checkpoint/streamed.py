@@ -190,7 +190,7 @@ class StreamedBlocks:
         return [name for name in self._expected if name.startswith(f"{block}.")]
 
     def _resolved_ties(self) -> dict[str, str]:
-        """A tied parameter that is not stored to the one that is stored for it.
+        """From a tied parameter that is not stored to the one that is stored in its place.
 
         As in transformers, two that are both stored with different values are not tied.
         """

@@ -102,7 +102,7 @@ def carry_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, folder: 
 
 
 def renamed_class(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str | None:
-    """What to tell of a tokenizer_config.json that `carry_tokenizer` had to write otherwise than it was read."""
+    """A note that `carry_tokenizer` had to name another class in tokenizer_config.json; None if it had not."""
     if tokenizer is None or not (folder / _CONFIG_FILE).is_file() or not tokenizer.name_or_path:
         return None
     origin = Path(tokenizer.name_or_path)

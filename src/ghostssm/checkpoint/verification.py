@@ -24,7 +24,7 @@ from ghostssm.units import listed
 from ghostssm.values import Value
 
 _CARD = "README.md"
-# What loaders read, so that a file more is not the same checkpoint.
+# Loaders read these: with one more of them it is another checkpoint.
 _LOADED_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".h5", ".msgpack"})
 _LOADED_NAMES = frozenset(
     {

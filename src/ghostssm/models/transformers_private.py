@@ -1,4 +1,4 @@
-"""What is used of transformers without its promise to keep it: every such name is in this file.
+"""All names of transformers that are used here and that it does not promise to keep.
 
 A new minor version of transformers may change any of them, which is why `ghostssm.models.registration` refuses those
 that were not tried. What imports transformers' model classes, which takes seconds, is imported where it is used.

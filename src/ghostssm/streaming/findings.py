@@ -1,4 +1,4 @@
-"""What a walk over a streamed model finds, on disk: a walk that was ended can go on from there."""
+"""What a walk over a streamed model finds, kept on disk, so that a walk that was ended can go on."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _ROWS_AT_ONCE = 8
 class FindingsOnDisk(Findings):
     """Findings in ``PART/00007.json`` and hidden states in ``hidden/PART-00008-0.bin`` of a run's folder.
 
-    A finding is written last, so that it says that all before it is on the disk; hidden states are of the last only,
-    and none are kept once there is one of every block.
+    A finding is written last: where it is, all before it is on the disk. Hidden states are kept for the last finding
+    only, and not at all once every block has one.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ _EXPECTED = (
 def given_text(
     given: GivenText, role: Role = "calibration", column: str | None = None, length: int | None = None
 ) -> Text | Windows:
-    """The text that something stands for; windows where it holds token ids.
+    """What a caller gave, as a text; as windows if it holds token ids.
 
     Args:
         given: a `Text` or `Windows`, taken as they are; the name or path of a text, as `read_text` has it; a string
@@ -64,7 +64,7 @@ def given_text(
 
 
 def is_name(given: GivenText) -> bool:
-    """Whether something is a corpus's name or a path, rather than the text itself."""
+    """Whether a caller gave a corpus's name or a path, rather than the text itself."""
     if isinstance(given, str):
         return is_text_name(given) or not (len(given) > _LONGEST_PATH or "\n" in given)
     return isinstance(given, PathLike)
@@ -81,7 +81,7 @@ def given_windows(
     column: str | None = None,
     vocab_size: int | None = None,
 ) -> Windows:
-    """The windows that something stands for.
+    """What a caller gave, as windows.
 
     Args:
         given, role, column: as `given_text`. `Windows` are taken as they are, all of them.

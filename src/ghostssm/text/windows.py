@@ -109,24 +109,19 @@ def _checked_ids(ids: Any) -> Tensor:
     """Ids as (length,) or (count, length), int64."""
     rows = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], Tensor)
     try:
-        rows_of_ids = torch.stack(tuple(ids)) if rows else torch.as_tensor(ids)
+        tensor = torch.stack(tuple(ids)) if rows else torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(
             f"Found {short(ids)} in place of token ids; expected rows of whole numbers, all of one length: "
             "ghostssm.Windows.from_ids([[5, 17, 3], [4, 4, 9]])."
         ) from None
-    if (
-        rows_of_ids.is_floating_point()
-        or rows_of_ids.is_complex()
-        or rows_of_ids.dtype == torch.bool
-        or rows_of_ids.ndim not in (1, 2)
-    ):
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2):
         raise InputError(
-            f"The ids are {short(rows_of_ids)}; expected whole numbers in one row or in equal rows: (count, length)."
+            f"The ids are {short(tensor)}; expected whole numbers in one row or in equal rows: (count, length)."
         )
-    if rows_of_ids.numel() and int(rows_of_ids.min()) < 0:
-        raise InputError(f"The ids hold {int(rows_of_ids.min())}; expected numbers of tokens, from 0.")
-    return rows_of_ids.to("cpu", torch.long)
+    if tensor.numel() and int(tensor.min()) < 0:
+        raise InputError(f"The ids hold {int(tensor.min())}; expected numbers of tokens, from 0.")
+    return tensor.to("cpu", torch.long)
 
 
 def cut_windows(

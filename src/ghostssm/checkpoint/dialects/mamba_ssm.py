@@ -52,7 +52,7 @@ _SSM_IGNORED = frozenset(
         *("use_mem_eff_path", "process_group", "sequence_parallel"),
     }
 )
-# The class says by itself what transformers' Mamba-2 can't have otherwise.
+# What is the same in every Mamba-2 model of transformers is said by its class.
 _TRANSLATED_KEYS: Mapping[str, str] = {
     "d_model": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -64,7 +64,7 @@ _TRANSLATED_KEYS: Mapping[str, str] = {
 }
 # Sizes that follow from others, and defaults.
 _IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
-# Which transformers' own configs have under other names, or not at all.
+# Keys of the hub that transformers' own configs have under other names, or not at all.
 _HUB_KEYS = frozenset({"torch_dtype", "tie_word_embeddings", "model_type", "_name_or_path"})
 _EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
 # What the published state-spaces checkpoints were trained with.
@@ -126,7 +126,7 @@ class MambaSsm(Dialect):
     def write_weights(self, model: PreTrainedModel, folder: Path) -> None:
         tensors = model.state_dict()
         renamed = {_EMBEDDING_THEIRS if name == _EMBEDDING_OURS else name: value for name, value in tensors.items()}
-        renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])  # it loads strictly, a tied head as well
+        renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])  # it loads strictly, tied heads too
         torch.save(renamed, folder / "pytorch_model.bin")
 
     def how_to_load(self, own_class: bool) -> str:
