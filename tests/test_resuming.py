@@ -17,9 +17,10 @@ import torch
 
 import ghostssm
 from ghostssm.files import durable
+from ghostssm.files.held_run import run_folder_of
 from ghostssm.streaming import run_folder
 from ghostssm.streaming.findings import FindingsOnDisk
-from ghostssm.streaming.run_folder import RunFolder, run_folder_of
+from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model

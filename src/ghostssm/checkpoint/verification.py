@@ -221,7 +221,9 @@ def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:
         (mixer.conv1d, (layout.conv_B, layout.conv_C)),
     ):
         for tensor in (part.weight, part.bias):
-            for place in places if tensor is not None else ():
+            for place in places:
+                if tensor is None:
+                    continue
                 by_group = tensor[place].unflatten(0, (layout.n_groups, layout.state_size))
                 if any(by_group[group, len(kept) :].any() for group, kept in enumerate(selection.kept)):
                     return False

@@ -26,6 +26,7 @@ from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import GhostError, ProcessError
 from ghostssm.evaluation.measurement import measurement_of
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.files.held_run import run_folder_of
 from ghostssm.files.interrupts import Terminated
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
@@ -34,7 +35,7 @@ from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
-from ghostssm.streaming.run_folder import RunFolder, run_folder_of
+from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
 from ghostssm.units import dtype_name, text_name
 from ghostssm.values import Value

@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,11 +39,11 @@ from ghostssm.checkpoint.naming import has_tied_head
 from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
-from ghostssm.errors import InputError, NumericalError, OutputError, StorageError
+from ghostssm.errors import NumericalError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
+from ghostssm.files.held_run import RUN_FILE, HeldRun, run_folder_of
 from ghostssm.files.outputs import OutputFolder, destination
-from ghostssm.files.run_lock import open_run
 from ghostssm.models.families import family_of
 from ghostssm.models.families.own import write_code
 from ghostssm.models.mixer import Projection
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class RunFolder(Journal):
+class RunFolder(HeldRun, Journal):
     """The decisions and weights of a streamed run.
 
         with RunFolder(output, identity, resume=False) as run:
@@ -99,33 +97,19 @@ class RunFolder(Journal):
             OutputError: a run's state is there and ``resume`` is false, or it is of a run with another identity, or
                 another process works on it; or the output must not be written.
         """
-        super().__init__()
-        self.path = destination(output)
-        self.folder = run_folder_of(self.path)
-        self.output = self.folder / "output"
-        self._identity = dict(identity)
-        self._dialect, self._untie = dialect, untie
-        self._created = False
-        self._lock: IO[str] | None = None
-        self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
+        HeldRun.__init__(self, output, identity, self._processes.from_first)
+        Journal.__init__(self)
+        self.path = destination(output)
+        self.output = self.folder / "output"
+        self._dialect, self._untie = dialect, untie
+        self._blocks: StreamedBlocks | None = None
         self._records = FindingsOnDisk(self.folder, "records", self._processes, self._told_faults)
         self.curves: FindingsOnDisk = FindingsOnDisk(self.folder, "curves", self._processes, self._told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
-    def __enter__(self) -> RunFolder:
-        self._processes.from_first(self._enter)
-        return self
-
-    def _enter(self) -> None:
-        self._lock, self._created = open_run(self.folder, self._identity)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-        if self._created and not self.done and isinstance(error, InputError):
-            self.remove()  # a mistake that showed before any work leaves nothing to go on with
+    def has_work(self) -> bool:
+        return self.done > 0
 
     def dry_run(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
         """Try what `finish` may stumble over, and whether the disk has room for the run.
@@ -298,10 +282,6 @@ class RunFolder(Journal):
 
         self._processes.from_first(finished)
 
-    def remove(self) -> None:
-        """Remove the run's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def how_to_go_on(self) -> str:
         """A sentence for a person whose run ended."""
         return f"What is done is in {self.folder}: give the same command with --resume to go on."
@@ -321,10 +301,6 @@ class RunFolder(Journal):
     def _streamed(self) -> StreamedBlocks:
         assert self._blocks is not None, "begin was not called"
         return self._blocks
-
-    def _close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     def _apply(self, block: nn.Module, decision: Decision) -> None:
         """Prune a block as the model has it."""
@@ -360,12 +336,6 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def run_folder_of(output: Path) -> Path:
-    """Where the state of a run that writes an output is."""
-    whole = destination(output).absolute()
-    return whole.with_name(f"{whole.name}.run")
-
-
 def is_in_place(folder: Path) -> bool:
     """Whether all that a run left to do is to remove its folder."""
     return (folder / "finished").exists() and not (folder / "output").exists()
@@ -377,11 +347,11 @@ def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     if is_in_place(folder) and resume:
         return
     OutputFolder(output, overwrite)
-    if folder.exists() and not (folder / "run.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / RUN_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             f"{folder}, where the run's state would be, holds something else; move it away, or name another --output."
         )
-    if (folder / "run.json").exists() and not resume:
+    if (folder / RUN_FILE).exists() and not resume:
         done = len(list((folder / "records").glob("*.json")))
         raise OutputError(
             f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
