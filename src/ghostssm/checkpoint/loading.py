@@ -313,20 +313,21 @@ def given_checkpoint(
     Raises:
         InputError: something else, or a device for a model that is in memory already. Others as `load`.
     """
-    named = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
+    named = None if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
     if not is_in_memory(given):
-        place = named if isinstance(named, str) else None
-        loaded = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=place)
-        return loaded if named is None or place is not None else Checkpoint(loaded.model, named, loaded.source)
-    checkpoint = in_memory(given)
-    if device is not None and torch.device(device).type != checkpoint.model.device.type:
-        raise InputError(
-            f"The model is on {checkpoint.model.device} already, the device is {device!r}; leave that out, or move the "
-            "model: model.to(...)."
-        )
-    if isinstance(named, str):
-        raise InputError(
-            f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
-            "tokenizer=AutoTokenizer.from_pretrained(...)."
-        )
-    return checkpoint if named is None else Checkpoint(checkpoint.model, named, checkpoint.source)
+        checkpoint = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=named)
+    else:
+        checkpoint = in_memory(given)
+        here = checkpoint.model.device
+        if device is not None and torch.device(device).type != here.type:
+            raise InputError(
+                f"The model is on {here} already, the device is {device!r}; leave that out, or move the model: "
+                "model.to(...)."
+            )
+        if named is not None:
+            raise InputError(
+                f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
+                "tokenizer=AutoTokenizer.from_pretrained(...)."
+            )
+    own = isinstance(tokenizer, PreTrainedTokenizerBase)
+    return Checkpoint(checkpoint.model, tokenizer, checkpoint.source) if own else checkpoint
