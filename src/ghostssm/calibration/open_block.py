@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ghostssm.calibration.walk import LayerWalk
 
 KEPT_STREAM_BYTES = 256 << 20
-"""Bytes of streams, and of y for as many tokens, that are kept from scoring until the hidden states are carried on;
-others are computed again."""
+"""So many bytes of streams, and of y for as many tokens, are kept from scoring until the hidden states are carried
+on; the others are computed again."""
 
 MEASURED_TOKENS = 8192
 """Tokens of the windows that are scanned to measure the effect of a decision."""

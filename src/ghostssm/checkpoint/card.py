@@ -36,7 +36,7 @@ class Base:
     Attributes:
         name: for people to read: not where on somebody's disk it lay.
         hub_id: its name on the hub, if it came from there.
-        inherited: what of its metadata holds for the pruned model too.
+        inherited: entries of its metadata that hold for the pruned model too.
     """
 
     name: str

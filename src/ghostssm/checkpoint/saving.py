@@ -161,7 +161,7 @@ def write_config(
     """Write config.json in a dialect.
 
     Args:
-        source: that the model came from, if what transformers' class does not load is carried over.
+        source: of the model; None if nothing of its files is carried over.
         state_dtype: to tell to engines that read it there.
     """
     base = source.config if source is not None and source.dialect == dialect else None
@@ -174,7 +174,7 @@ def write_config(
 
 
 def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
-    """Raise InputError unless there is such a dialect, with a model class for the result, and a choice of the head."""
+    """Raise InputError unless the dialect exists, has a class for the result, and can untie the head if asked to."""
     written = dialect_named(dialect)
     if not written.holds_hybrids and family_named(model_type).is_hybrid:
         raise InputError(f"The {dialect} dialect has no {model_type} models; expected the transformers dialect.")

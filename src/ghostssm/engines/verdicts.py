@@ -1,4 +1,4 @@
-"""What engines make of one or several models, as a terminal and a page tell it."""
+"""The advice of engines on one or several models, as texts for a terminal and a page."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class OutputFolder(Unfinished):
 
 
 def destination(path: Path | str) -> Path:
-    """The folder that a path means, where a finished folder can be given its name.
+    """The folder that a path means, once links are followed; a finished folder can be renamed to it.
 
     Raises:
         OutputError: the current folder, one above it, or the root of a disk, none of which can be renamed.

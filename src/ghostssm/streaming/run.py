@@ -192,7 +192,7 @@ def _shared_losses(
 
 
 def options_of(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for besides models and texts: of these the fingerprints are compared, not the names."""
+    """The options of a request without models and texts, which are compared by fingerprint and not by name."""
     options = {name: value for name, value in request.items() if name not in _NAMES}
     return {"method": str(Recipe.parse(request["recipe"])), **options}
 

@@ -55,7 +55,7 @@ class StreamedText:
 
     @property
     def text_sha256(self) -> None:
-        """Unknown: nobody has read all of it."""
+        """None: the text is never read as a whole."""
         return
 
     def stretches(self, start: Place) -> Iterator[tuple[Tensor, Place]]:

@@ -124,7 +124,7 @@ def export_gguf(
 
 
 class _ReadConfig:
-    """A model's config that notes which of its keys are read, so that those can be named which no one reads."""
+    """A model's config that notes which of its keys are read; the user is told of the others."""
 
     def __init__(self, config: PreTrainedConfig):
         self._config = config

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _OWN_KEYS = ("state_sizes", "projected_state_sizes")
 _OF_A_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")
-"""Entries of a config that another class has otherwise."""
+"""Entries of a config that differ between classes."""
 
 
 class OwnFamily(Family):
