@@ -29,7 +29,7 @@ class Footprint:
     """Bytes of a model that is being decoded.
 
     Left out: activations and workspace, what an engine keeps for itself, and what paging wastes, which
-    `ghostssm.engines.capacity` counts for each engine. It is for seeing how the sum changes with the state size.
+    an `Admission` counts for each engine. It is for seeing how the sum changes with the state size.
 
     Attributes:
         weights: once. state: recurrent state of one sequence, all mixers. conv: inputs of its convolutions.
