@@ -115,6 +115,59 @@ def load(
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
+def is_in_memory(given: GivenModel) -> bool:
+    """Whether a model is in memory already; otherwise it is the name of one to load."""
+    return not isinstance(given, str | PathLike)
+
+
+def in_memory(given: PreTrainedModel | Checkpoint) -> Checkpoint:
+    """A model in memory as a checkpoint without a tokenizer; a checkpoint is returned as it is.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(given, Checkpoint):
+        return given
+    check_model(given)
+    return Checkpoint(given)
+
+
+def given_checkpoint(
+    given: GivenModel,
+    tokenizer: GivenTokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> Checkpoint:
+    """What a caller gave, as a checkpoint; a name is loaded.
+
+    Args:
+        tokenizer: to take instead of the model's own: in memory, or a folder or hub id.
+        dtype, device: as `load`. A model in memory stays as and where it is.
+
+    Raises:
+        InputError: something else, or a device for a model that is in memory already. Others as `load`.
+    """
+    named = None if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
+    if not is_in_memory(given):
+        checkpoint = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=named)
+    else:
+        checkpoint = in_memory(given)
+        here = checkpoint.model.device
+        if device is not None and torch.device(device).type != here.type:
+            raise InputError(
+                f"The model is on {here} already, the device is {device!r}; leave that out, or move the model: "
+                "model.to(...)."
+            )
+        if named is not None:
+            raise InputError(
+                f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
+                "tokenizer=AutoTokenizer.from_pretrained(...)."
+            )
+    own = isinstance(tokenizer, PreTrainedTokenizerBase)
+    return Checkpoint(checkpoint.model, tokenizer, checkpoint.source) if own else checkpoint
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[str, StoredTensor]) -> None:
     """Raise NumericalError for the first tensor of a loaded model with NaN or Inf in it.
 
@@ -278,56 +331,3 @@ def _build(
     if (generation := read_generation_config(source.folder)) is not None:
         model.generation_config = generation
     return model
-
-
-def is_in_memory(given: GivenModel) -> bool:
-    """Whether a model is in memory already; otherwise it is the name of one to load."""
-    return not isinstance(given, str | PathLike)
-
-
-def in_memory(given: PreTrainedModel | Checkpoint) -> Checkpoint:
-    """A model in memory as a checkpoint without a tokenizer; a checkpoint is returned as it is.
-
-    Raises:
-        InputError: something else.
-    """
-    if isinstance(given, Checkpoint):
-        return given
-    check_model(given)
-    return Checkpoint(given)
-
-
-def given_checkpoint(
-    given: GivenModel,
-    tokenizer: GivenTokenizer | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
-) -> Checkpoint:
-    """What a caller gave, as a checkpoint; a name is loaded.
-
-    Args:
-        tokenizer: to take instead of the model's own: in memory, or a folder or hub id.
-        dtype, device: as `load`. A model in memory stays as and where it is.
-
-    Raises:
-        InputError: something else, or a device for a model that is in memory already. Others as `load`.
-    """
-    named = None if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
-    if not is_in_memory(given):
-        checkpoint = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=named)
-    else:
-        checkpoint = in_memory(given)
-        here = checkpoint.model.device
-        if device is not None and torch.device(device).type != here.type:
-            raise InputError(
-                f"The model is on {here} already, the device is {device!r}; leave that out, or move the model: "
-                "model.to(...)."
-            )
-        if named is not None:
-            raise InputError(
-                f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
-                "tokenizer=AutoTokenizer.from_pretrained(...)."
-            )
-    own = isinstance(tokenizer, PreTrainedTokenizerBase)
-    return Checkpoint(checkpoint.model, tokenizer, checkpoint.source) if own else checkpoint

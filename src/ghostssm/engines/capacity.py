@@ -24,6 +24,12 @@ _ATTENTION = frozenset({"full_attention", "hybrid"})
 """What transformers calls a layer that keeps keys and values, alone or beside a mixer."""
 
 
+_VLLM_STEP = 16
+
+
+_SGLANG_RATIO = 0.9
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of a model that is being decoded.
@@ -198,12 +204,6 @@ def in_sglang(footprint: Footprint, memory: int) -> Admission:
         return Admission(slots // 3, 0, state, footprint.context)
     tokens = max(0, available - (slots + 1) * state) // footprint.token
     return Admission(min(slots // 5, tokens / footprint.context), 1, state, footprint.context)
-
-
-_VLLM_STEP = 16
-
-
-_SGLANG_RATIO = 0.9
 
 
 def _window(footprint: Footprint) -> int:

@@ -221,7 +221,7 @@ def may_be_finished(output: Path) -> bool:
 def finished_run(
     folder: Path, base_fingerprint: str, request: Mapping[str, Any], windows: Windows, held_out: Windows | None
 ) -> StreamedRun | None:
-    """What a run ended in whose output is there; None if that is the output of another run.
+    """What the run ended in that wrote an output; None if another run wrote it.
 
     Args:
         base_fingerprint: of the model to prune. request: what is asked for, JSON values.

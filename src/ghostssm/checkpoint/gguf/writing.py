@@ -163,7 +163,7 @@ def _write_keys(
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
     writer.add_type(gguf.GGUFType.MODEL)
-    write_metadata(writer, source)
+    _write_metadata(writer, source)
     writer.add_file_type(file_types[number_format])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -212,7 +212,7 @@ def _format_of(name: str, tensor: Tensor, number_format: NumberFormat) -> Any:
     return kinds[number_format.upper()]
 
 
-def write_metadata(writer: Any, source: Source) -> None:
+def _write_metadata(writer: Any, source: Source) -> None:
     """Write the ``general`` keys into a ``gguf.GGUFWriter``.
 
     They come from the model card (README.md) and ``ghostssm.json``; both may be missing.
