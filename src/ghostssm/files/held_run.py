@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
-from ghostssm.errors import InputError, OutputError
+from safetensors import SafetensorError
+
+from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
 from ghostssm.files.outputs import destination
 
@@ -31,7 +34,10 @@ class HeldRun:
 
     Attributes:
         folder: where the state of the run is.
+        kept_work: what the folder keeps, for a message.
     """
+
+    kept_work: ClassVar[str] = "What is done"
 
     def __init__(
         self, output: Path | str, identity: Mapping[str, Any], from_first: Callable[[Callable[[], None]], None]
@@ -68,6 +74,21 @@ class HeldRun:
     def remove(self) -> None:
         """Remove the run's folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def how_to_go_on(self) -> str:
+        """A sentence for a person whose run ended."""
+        return f"{self.kept_work} is in {self.folder}: give the same command with --resume to go on."
+
+    @contextmanager
+    def told_faults(self) -> Iterator[None]:
+        """Within the context the system's errors become one message with the next step."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            place, reason = self.folder, str(error)
+            if isinstance(error, OSError):
+                place, reason = error.filename or place, error.strerror or reason
+            raise StorageError(f"{place} could not be written: {reason}. {self.how_to_go_on()}") from error
 
     def _open(self) -> None:
         self._is_new = not (self.folder / RUN_FILE).exists()

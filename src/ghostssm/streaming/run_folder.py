@@ -39,7 +39,7 @@ from ghostssm.checkpoint.naming import has_tied_head
 from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
-from ghostssm.errors import NumericalError, OutputError, StorageError
+from ghostssm.errors import NumericalError, OutputError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
 from ghostssm.files.held_run import RUN_FILE, HeldRun, run_folder_of
@@ -104,8 +104,8 @@ class RunFolder(HeldRun, Journal):
         self.output = self.folder / "output"
         self._dialect, self._untie = dialect, untie
         self._blocks: StreamedBlocks | None = None
-        self._records = FindingsOnDisk(self.folder, "records", self._processes, self._told_faults)
-        self.curves: FindingsOnDisk = FindingsOnDisk(self.folder, "curves", self._processes, self._told_faults)
+        self._records = FindingsOnDisk(self.folder, "records", self._processes, self.told_faults)
+        self.curves: FindingsOnDisk = FindingsOnDisk(self.folder, "curves", self._processes, self.told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
     def has_work(self) -> bool:
@@ -122,7 +122,7 @@ class RunFolder(HeldRun, Journal):
         """
 
         def tried() -> None:
-            with self._told_faults():
+            with self.told_faults():
                 if not is_in_place(self.folder):
                     dry_run_streamed(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
 
@@ -136,7 +136,7 @@ class RunFolder(HeldRun, Journal):
         self._records.read(len(blocks.modules), self._take_over)
 
     def _write_outside(self) -> None:
-        with self._told_faults():
+        with self.told_faults():
             for part in ("outside", "blocks", "carried"):
                 (self.folder / part).mkdir(exist_ok=True)
             for number, (name, source) in enumerate(self._outside().items()):
@@ -175,7 +175,7 @@ class RunFolder(HeldRun, Journal):
         hidden: Tensor | None = None,
     ) -> None:
         record: dict[str, Any] | None = None
-        with self._told_faults():
+        with self.told_faults():
             if name is not None and decision is not None and score is not None:
                 self._apply(block, decision)
                 record = {
@@ -195,10 +195,13 @@ class RunFolder(HeldRun, Journal):
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
         file = self.folder / f"{name}.json"
-        numbers: list[float] | None = self._processes.from_first(lambda: _read_json(file))
-        if numbers is None:
+
+        def read() -> list[float] | None:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+        if (numbers := self._processes.from_first(read)) is None:
             numbers = compute()
-            with self._told_faults():
+            with self.told_faults():
                 self._processes.from_first(lambda: durable.write_json(file, numbers))
         return numbers
 
@@ -219,7 +222,7 @@ class RunFolder(HeldRun, Journal):
             *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
             *((name, self._shard("blocks", number)) for number, name in enumerate(names)),
         ]
-        with self._told_faults(), self._pruned(blocks.model, plan) as (model, _):
+        with self.told_faults(), self._pruned(blocks.model, plan) as (model, _):
             carried = self._carried(model) if dialect.keeps_unread else []
             place = self.output if dialect.has_shards else self.folder / "shards"
             place.mkdir(exist_ok=True)
@@ -269,7 +272,7 @@ class RunFolder(HeldRun, Journal):
         def finished() -> None:
             files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
             if not is_in_place(self.folder):
-                with self._told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
+                with self.told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
                     smaller = Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
                     write_beside_weights(
                         files, smaller, plan, self._dialect, measured, fingerprint, untied, request=request
@@ -281,21 +284,6 @@ class RunFolder(HeldRun, Journal):
             files.raise_missing(self.path)
 
         self._processes.from_first(finished)
-
-    def how_to_go_on(self) -> str:
-        """A sentence for a person whose run ended."""
-        return f"What is done is in {self.folder}: give the same command with --resume to go on."
-
-    @contextmanager
-    def _told_faults(self) -> Iterator[None]:
-        """Within the context the system's errors become one message with the next step."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            place, reason = self.folder, str(error)
-            if isinstance(error, OSError):
-                place, reason = error.filename or place, error.strerror or reason
-            raise StorageError(f"{place} could not be written: {reason}. {self.how_to_go_on()}") from error
 
     @property
     def _streamed(self) -> StreamedBlocks:
@@ -314,26 +302,16 @@ class RunFolder(HeldRun, Journal):
 
 
 def _read_record(record: dict[str, Any]) -> tuple[str, tuple[Decision, Tensor]]:
-    """The name of a mixer, the decision on it, and the scores behind it."""
-    kept, size = Selection(tuple(tuple(channels) for channels in record["kept"])), record["projected"]
-    projection = None if size is None else _shapes_only(len(kept.kept), kept.width, size)
-    decision = Decision(kept, projection, _names_only(record["changed"]))
+    """The name of a mixer, the decision on it, and the scores behind it.
+
+    Values of projections and of changed parameters are in the weights; the decision has their shapes and names only.
+    """
+    kept = Selection(tuple(tuple(channels) for channels in record["kept"]))
+    projection = None
+    if record["projected"] is not None:
+        projection = Projection(*torch.empty(2, len(kept.kept), kept.width, record["projected"], device="meta"))
+    decision = Decision(kept, projection, {name: torch.empty(0, device="meta") for name in record["changed"]})
     return record["name"], (decision, torch.tensor(record["scores"], dtype=torch.float64))
-
-
-def _shapes_only(groups: int, width: int, size: int) -> Projection:
-    """A projection whose values are in the weights already."""
-    return Projection(*torch.empty(2, groups, width, size, device="meta"))
-
-
-def _names_only(changed: Any) -> dict[str, Tensor]:
-    """Changed parameters by name; their values are in the weights already."""
-    return {name: torch.empty(0, device="meta") for name in changed}
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def is_in_place(folder: Path) -> bool:

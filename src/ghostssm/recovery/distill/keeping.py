@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ghostssm.calibration.processes import Processes
-from ghostssm.errors import OutputError, StorageError
+from ghostssm.errors import OutputError
 from ghostssm.files import durable
 from ghostssm.files.held_run import RUN_FILE, HeldRun
 
@@ -38,6 +38,8 @@ class RunState(HeldRun):
     Attributes:
         folder: where the state is.
     """
+
+    kept_work = "What was kept last"
 
     def __init__(
         self, output: Path | str, identity: Mapping[str, Any], minutes: float, resume: bool, processes: Processes
@@ -91,10 +93,8 @@ class RunState(HeldRun):
 
         def written() -> None:
             noted = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-            try:
+            with self.told_faults():
                 durable.write_tensors(self.folder / _STATE_FILE, tensors | {_FACTS: noted})
-            except (OSError, SafetensorError) as error:
-                raise StorageError(f"{self.folder} could not be written: {error}. {self.how_to_go_on()}") from error
 
         self._processes.from_first(written)
         self._written = time.monotonic()
@@ -103,7 +103,3 @@ class RunState(HeldRun):
         """Forget the run."""
         if self._processes.rank == 0:
             super().remove()
-
-    def how_to_go_on(self) -> str:
-        """A sentence for a person whose run ended."""
-        return f"What was kept last is in {self.folder}: give the same command with --resume to go on."
