@@ -15,8 +15,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 import ghostssm
 from ghostssm.engines import advice, rules
 from ghostssm.methods import base as methods
-from ghostssm.models.families import base as families
-from ghostssm.models.families.stock import MAMBA2, StockFamily
+from ghostssm.models.families import Family
+from ghostssm.models.families import registry as families
+from ghostssm.models.families.stock import MAMBA2
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.recovery import base as recovery
@@ -90,7 +91,7 @@ def test_a_family() -> None:
     class OtherModel(Mamba2ForCausalLM):  # type: ignore[misc]
         config_class = OtherConfig
 
-    families.register(StockFamily(**vars(MAMBA2) | {"model_type": "mamba2_by_others"}))
+    families.register(Family(**vars(MAMBA2) | {"model_type": "mamba2_by_others"}))
     torch.manual_seed(0)
     sizes = {"vocab_size": 288, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, "head_dim": 8}
     model = OtherModel(OtherConfig(**sizes, num_heads=8, n_groups=1))

@@ -1,23 +1,22 @@
 """Every public name and where it lives: written here once, for the package, completion and type checkers."""
 
 from ghostssm._version import __version__ as __version__
-from ghostssm.checkpoint import Checkpoint as Checkpoint
-from ghostssm.checkpoint import Description as Description
-from ghostssm.checkpoint import OutputFolder as OutputFolder
-from ghostssm.checkpoint import Source as Source
-from ghostssm.checkpoint import Verification as Verification
-from ghostssm.checkpoint import describe as describe
-from ghostssm.checkpoint import find_source as find_source
-from ghostssm.checkpoint import load as load
-from ghostssm.checkpoint import save as save
-from ghostssm.checkpoint import verify as verify
+from ghostssm.checkpoint.description import Description as Description
+from ghostssm.checkpoint.description import describe as describe
 from ghostssm.checkpoint.exporting import export_checkpoint as export_checkpoint
 from ghostssm.checkpoint.gguf import ExportedGGUF as ExportedGGUF
 from ghostssm.checkpoint.gguf import export_gguf as export_gguf
 from ghostssm.checkpoint.hub import push_to_hub as push_to_hub
+from ghostssm.checkpoint.loading import Checkpoint as Checkpoint
+from ghostssm.checkpoint.loading import load as load
 from ghostssm.checkpoint.manifest import Manifest as Manifest
+from ghostssm.checkpoint.saving import save as save
+from ghostssm.checkpoint.source import Source as Source
+from ghostssm.checkpoint.source import find_source as find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint as StreamedCheckpoint
 from ghostssm.checkpoint.streamed import stream as stream
+from ghostssm.checkpoint.verification import Verification as Verification
+from ghostssm.checkpoint.verification import verify as verify
 from ghostssm.engines import Advice as Advice
 from ghostssm.engines import advise as advise
 from ghostssm.engines import engine_names as engine_names
@@ -37,6 +36,7 @@ from ghostssm.errors import ProcessError as ProcessError
 from ghostssm.errors import StorageError as StorageError
 from ghostssm.errors import TextError as TextError
 from ghostssm.evaluation import Evaluation as Evaluation
+from ghostssm.files.outputs import OutputFolder as OutputFolder
 from ghostssm.methods import Evidence as Evidence
 from ghostssm.methods import Method as Method
 from ghostssm.methods import method_named as method_named

@@ -17,6 +17,17 @@ def text_name(name: str) -> str:
     return PurePath(name).name or name
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch dtype's name, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first ``most`` items for a message, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
+
+
 def one_or_all(sizes: Sequence[int]) -> int | list[int]:
     """State sizes for a program to read: one number where all layers have the same."""
     return sizes[0] if len(set(sizes)) == 1 else list(sizes)

@@ -44,7 +44,7 @@ def generate(
 
     import ghostssm
     from ghostssm.checkpoint.description import chosen_state_dtype
-    from ghostssm.checkpoint.probing import FiniteLogits
+    from ghostssm.checkpoint.generation import FiniteLogits
     from ghostssm.errors import InputError
     from ghostssm.ops.state_format import StateStorage
 

@@ -61,7 +61,7 @@ def prune(
 def _page(folder: Path) -> Path:
     """Draw what the run measured."""
     from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.outputs import OutputFile
     from ghostssm.report.building import checkpoint_report
     from ghostssm.report.page import write_page
 

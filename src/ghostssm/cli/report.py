@@ -13,7 +13,7 @@ from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import STATE_DTYPE
 
 if TYPE_CHECKING:
-    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.outputs import OutputFile
 
 
 @verb
@@ -38,7 +38,7 @@ def report(
         as_json: print the result as JSON.
     """
     from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.outputs import OutputFile
     from ghostssm.plan.file import PLAN_FILE
 
     where = Path(folder)
@@ -71,7 +71,7 @@ def report(
 
 def page_to_write(page: str | None, overwrite: bool) -> OutputFile | None:
     """Where ``--report FILE`` is to go, if a page is wanted; checked before the work, as is whether it can be drawn."""
-    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.outputs import OutputFile
 
     if page is not None:
         check_drawable()

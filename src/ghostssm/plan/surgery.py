@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
-from ghostssm.models.families import check_plain, family_of, mixers_of
-from ghostssm.models.families.base import Family
+from ghostssm.models.families import Family, check_plain, family_of, mixers_of
 from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.layout import SSDLayout

@@ -13,8 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ghostssm._version import __version__
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
+from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.progress import stage
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghostssm.errors import InputError
-from ghostssm.files.output_file import OutputFile
+from ghostssm.files.outputs import OutputFile
 from ghostssm.plan.plan import Plan
 from ghostssm.values import short
 from ghostssm.workflows.comparison import Comparison

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint, GivenModel, GivenTokenizer, given_checkpoint
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import InputError
 from ghostssm.evaluation import perplexity
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_folder import OutputFolder
+from ghostssm.files.outputs import OutputFolder
 from ghostssm.progress import Notify, Progress, listening, on_screen, unheard
 from ghostssm.pruning.smallest import held_out_rows
-from ghostssm.text.given import GivenText, given_windows
+from ghostssm.text.coercion import GivenText, given_windows
 from ghostssm.text.sources import is_corpus
 from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning

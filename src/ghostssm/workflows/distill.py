@@ -22,7 +22,7 @@ from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.interrupts import Terminated
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFolder, check_apart
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.surgery import change_parameters

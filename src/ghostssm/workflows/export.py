@@ -14,8 +14,7 @@ from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import load
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import InputError
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFile, OutputFolder, check_apart
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.surgery import pad_state
 from ghostssm.workflows.requests import ExportRequest

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from ghostssm.checkpoint.description import Description, described
-from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint, GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
 from ghostssm.errors import unknown_name
-from ghostssm.text.given import GivenText, given_windows, is_name
+from ghostssm.text.coercion import GivenText, given_windows, is_name
 from ghostssm.text.windows import Windows
 from ghostssm.values import short
 from ghostssm.workflows.options import called_with

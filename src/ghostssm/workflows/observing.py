@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.samples import sample_outputs
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds

@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from ghostssm.calibration.processes import Processes, own_device
+from ghostssm.checkpoint.dry_run import dry_run
 from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.checkpoint.rehearsal import rehearse_save
 from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFolder, check_apart
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
@@ -24,9 +24,8 @@ from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.smallest import smallest_plan
-from ghostssm.streaming.finished import finished_run, may_be_finished
-from ghostssm.streaming.run import prune_streamed
-from ghostssm.streaming.run_places import check_run_folder
+from ghostssm.streaming.run import finished_run, may_be_finished, prune_streamed
+from ghostssm.streaming.run_folder import check_run_folder
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.observing import decode_speeds, observe, sample
@@ -83,7 +82,7 @@ def prune_on(
     asked = job.request
     checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     if folder is not None:
-        rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
+        dry_run(checkpoint, folder, asked.dialect, asked.untie)
     job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
     plan = _plan(job, checkpoint, windows, progress)

@@ -18,8 +18,7 @@ from torch import Tensor
 from ghostssm.checkpoint.manifest import RECORD_FILE
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
+from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name

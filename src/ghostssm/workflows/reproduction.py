@@ -18,7 +18,7 @@ from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
-from ghostssm.files.output_file import OutputFile
+from ghostssm.files.outputs import OutputFile
 from ghostssm.progress import Progress, silent
 from ghostssm.pruning.run import Calibration
 from ghostssm.text.sources import Text
