@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ def architecture_of(config: Any) -> Architecture:
             f"The model type is {config.model_type!r}, which can't be written as GGUF; "
             f"expected one of: {', '.join(sorted(ARCHITECTURES))}."
         )
+    if "moe" in (getattr(config, "layers_block_type", None) or ()):
+        architecture = _NEMOTRON_MOE
     low, high = map(float, getattr(config, "time_step_limit", None) or (0.0, math.inf))
     faults = architecture.faults(config)
     if low > 0 or high != math.inf:
@@ -229,10 +231,29 @@ def _nemotron_h_keys(writer: Any, config: Any) -> None:
     writer.add_feed_forward_length(_per_layer(config, "mlp", config.intermediate_size))
 
 
+def _nemotron_h_moe_keys(writer: Any, config: Any) -> None:
+    _transformer_keys(writer, config, config.max_position_embeddings, config.layer_norm_epsilon)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_head_count_kv(_per_layer(config, "full_attention", config.num_key_value_heads))
+    writer.add_feed_forward_length(_per_layer(config, "moe", config.moe_intermediate_size))
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.moe_shared_expert_intermediate_size)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    if config.topk_group < config.n_group:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if config.moe_latent_size is not None:
+        writer.add_moe_latent_size(config.moe_latent_size)
+
+
 def _nemotron_h_faults(config: Any) -> list[str]:
     faults = _transformer_faults(config)
-    if "moe" in config.layers_block_type:
-        faults.append("it has layers of experts, which ghostssm does not write yet")
+    if {"mlp", "moe"} <= set(config.layers_block_type):
+        faults.append("some layers have experts and some are plain MLPs, and all are of one kind there")
     if config.mlp_hidden_act != "relu2":
         faults.append(f"mlp_hidden_act is {config.mlp_hidden_act!r}, expected 'relu2'")
     return faults
@@ -250,12 +271,21 @@ _GRANITE = Architecture(
     tensors=_granite_tensors,
     faults=_granite_faults,
 )
+_NEMOTRON = Architecture("nemotron_h", _nemotron_h_keys, prefix=("model.", "backbone."), faults=_nemotron_h_faults)
+_NEMOTRON_MOE = replace(
+    _NEMOTRON,
+    name="nemotron_h_moe",
+    write_keys=_nemotron_h_moe_keys,
+    names={
+        "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mixer.experts.up_proj": "ffn_up_exps.weight",
+        "mixer.experts.down_proj": "ffn_down_exps.weight",
+    },
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba2": Architecture("mamba2", _mamba2_keys),
     "falcon_h1": Architecture("falcon-h1", _falcon_h1_keys, tensors=_falcon_h1_tensors, faults=_falcon_h1_faults),
     "bamba": _GRANITE,
     "granitemoehybrid": _GRANITE,
-    "nemotron_h": Architecture(
-        "nemotron_h", _nemotron_h_keys, prefix=("model.", "backbone."), faults=_nemotron_h_faults
-    ),
+    "nemotron_h": _NEMOTRON,
 }

@@ -15,6 +15,9 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.units import listed
 
 
+_BIASES = ("ssm_conv1d.bias", "ssm_dt.bias", "exp_probs_b.bias")
+
+
 def gguf_tensors(architecture: Architecture, config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model under its GGUF name, in the shape and meaning that llama.cpp expects.
 
@@ -56,11 +59,11 @@ def _gguf_names(architecture: Architecture, blocks: int, tensors: Iterable[str])
 
 
 def _check_places(architecture: Architecture, names: Mapping[str, str | None]) -> None:
-    """llama.cpp's graphs add the biases of the convolution and of dt, and no others."""
+    """llama.cpp's graphs add the biases of the convolution, of dt and of an expert's score, and no others."""
     without_place = [
         name
         for name, theirs in names.items()
-        if theirs is None or (theirs.endswith(".bias") and not theirs.endswith(("ssm_conv1d.bias", "ssm_dt.bias")))
+        if theirs is None or (theirs.endswith(".bias") and not theirs.endswith(_BIASES))
     ]
     if without_place:
         raise ModelError(
