@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import ghostssm
 from ghostssm.cli.main import app
-from ghostssm.cli.requesting import requested
+from ghostssm.cli.parsing import requested
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.workflows.options import Option, options_of
 from ghostssm.workflows.requests import (

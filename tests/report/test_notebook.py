@@ -11,11 +11,11 @@ import pytest
 
 from ghostssm.plan.plan import Plan
 from ghostssm.report.notebook import comparison_html, plan_html
-from ghostssm.workflows.comparison import Comparison, Row
+from ghostssm.workflows.compare_result import Comparison, Row
 
 _CELLS = """
 import ghostssm
-from ghostssm.workflows.comparison import Comparison, Row
+from ghostssm.workflows.compare_result import Comparison, Row
 plan = ghostssm.Plan.read(__import__("pathlib").Path({folder!r}))
 plan
 ---

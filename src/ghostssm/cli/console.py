@@ -1,4 +1,4 @@
-"""What the command prints: results on standard output, progress and errors on standard error."""
+"""What the command prints: results on standard output, errors and warnings on standard error."""
 
 from __future__ import annotations
 
@@ -16,23 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ghostssm.cli.screen import is_first_process, progress_reporter, say, watched
+from ghostssm.cli.screen import is_first_process, note
 from ghostssm.errors import GhostWarning
-from ghostssm.units import bytes_text
-
-__all__ = [
-    "bytes_text",
-    "is_first_process",
-    "note",
-    "print_error",
-    "print_facts",
-    "print_json",
-    "print_table",
-    "print_text",
-    "progress_reporter",
-    "warnings_told",
-    "watched",
-]
 
 _PLAIN_WIDTH = 100
 _GAP = "  "
@@ -48,7 +33,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def warnings_told() -> Iterator[None]:
-    """Within the context each of our own warnings is a line for the person at the terminal, told once."""
+    """Within the context each of our own warnings is a line for the person at the terminal, once."""
     told: set[str] = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -137,8 +122,3 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     if is_first_process():
         for name, value in facts:
             print(f"{name.ljust(width)}  {_spelled_out(value)}")
-
-
-def note(message: str) -> None:
-    """A line for the person at the terminal, kept out of standard output; above the bars, while there are some."""
-    say(message)

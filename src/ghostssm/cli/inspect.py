@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ghostssm.cli import serving
-from ghostssm.cli.console import bytes_text, print_facts, print_json, print_table, print_text
-from ghostssm.cli.requesting import AsJson, verb
+from ghostssm.cli.console import print_facts, print_json, print_table, print_text
+from ghostssm.cli.parsing import AsJson, verb
+from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import MODEL
 
@@ -43,7 +44,6 @@ def inspect(
         context: with --memory: tokens of a sequence; 8192 if not given.
         predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
         engines: engines, such as vllm or llama.cpp-cuda. 'ghostssm inspect reference' lists all of them.
-        as_json: print the result as JSON.
     """
     from ghostssm import advise, describe
     from ghostssm.engines.capacity import DEFAULT_CONTEXT
@@ -153,8 +153,8 @@ def inspect(
 
 def _forecast(found: Description, state_size: int) -> Forecast:
     """The prediction for a prune with GHOST and the default options."""
-    from ghostssm.pruning.feasibility import check_original
     from ghostssm.pruning.forecast import forecast, product_rate
+    from ghostssm.pruning.run import check_original
     from ghostssm.workflows.requests import CalibratingRequest
 
     check_original(found.is_stock)

@@ -14,9 +14,10 @@ from typer.core import TyperGroup
 
 from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
-from ghostssm.cli.arguments import SpacedListCommand, plain_in_help, usage_message
-from ghostssm.cli.console import print_error, warnings_told, watched
+from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
+from ghostssm.cli.parsing import SpacedListCommand, plain_in_help, usage_message
+from ghostssm.cli.screen import watched
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers

@@ -9,21 +9,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from ghostssm.progress import Audience, Progress, heard_by, stage
+from ghostssm.progress import Progress, heard_by
+from ghostssm.units import duration_text
 
 _FIRST_LINE, _INTERVAL, _TICK = 0.4, 4.5, 0.2
-"""Seconds: what is over sooner is not told; between lines; between looks at the clock. A line comes a tick late."""
+"""Seconds before a stage is told, between two lines, and between two looks at the clock. A line comes a tick late."""
 _UNNAMED = "working"
 _RECENT = 0.7
 """The share of the time so far after which steps are recent."""
+Outcome = TypeVar("Outcome")
 
 
 class Count:
@@ -50,7 +53,7 @@ class Count:
     def text(self) -> str:
         """Such as "3/24, about 40 s left"."""
         seconds = self.seconds_left()
-        left = "" if seconds is None else f", about {span_text(seconds)} left"
+        left = "" if seconds is None else f", about {duration_text(seconds)} left"
         return f"{self._marks[-1][1]}/{self.total}{left}"
 
     def seconds_left(self) -> float | None:
@@ -67,28 +70,8 @@ class Count:
         return max(rates) * sum(self._costs[done:])
 
 
-def span_text(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-class Screen(Audience, Protocol):
-    """Where it is shown."""
-
-    def say(self, message: str) -> None:
-        """Show a line that stays."""
-        ...
-
-    def progress(self, what: str, done: int, total: int) -> None: ...
-
-    def shown(self) -> AbstractContextManager[None]:
-        """Within the context there may be progress."""
-        ...
-
-
-_screens: list[Screen] = []
+_screens: list[Bars | Lines] = []
+"""The screen of the command that runs; empty outside of one."""
 
 
 def is_first_process() -> bool:
@@ -99,20 +82,18 @@ def is_first_process() -> bool:
 @contextmanager
 def watched() -> Iterator[None]:
     """Within the context, which is that of a command, whoever waits is told what is going on."""
-    screen: Screen
     if sys.stderr.isatty() and is_first_process():
-        screen = Bars()
-        with _in_front(screen):
+        with _in_front(Bars()):
             yield
         return
-    screen, ended = Lines(), threading.Event()
+    lines, ended = Lines(), threading.Event()
 
     def look() -> None:
         while not ended.wait(_TICK):
-            screen.look()
+            lines.look()
 
     looking = threading.Thread(target=look, daemon=True)
-    with _in_front(screen):
+    with _in_front(lines):
         looking.start()
         try:
             yield
@@ -122,7 +103,7 @@ def watched() -> Iterator[None]:
 
 
 @contextmanager
-def _in_front(screen: Screen) -> Iterator[None]:
+def _in_front(screen: Bars | Lines) -> Iterator[None]:
     _screens.append(screen)
     try:
         with heard_by(screen):
@@ -133,13 +114,19 @@ def _in_front(screen: Screen) -> Iterator[None]:
 
 @contextmanager
 def progress_reporter() -> Iterator[Progress]:
-    """A progress listener for what is counted."""
-    with watched() if not _screens else stage(""), _screens[-1].shown():
+    """Within the context a progress listener for what is counted."""
+    with nullcontext() if _screens else watched(), _screens[-1].shown():
         yield _screens[-1].progress
 
 
-def say(message: str) -> None:
-    """A line on standard error, above the bars while there are some."""
+def carried_out(use_case: Callable[..., Outcome], request: object) -> Outcome:
+    """The outcome of a request; the person at the terminal sees the progress and what there is to know."""
+    with progress_reporter() as progress:
+        return use_case(request, progress=progress, notify=note)
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal, on standard error; above the bars while there are some."""
     if is_first_process():
         (_screens[-1] if _screens else Lines()).say(message)
 
@@ -174,9 +161,6 @@ class Bars:
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        if not what:
-            yield
-            return
         with self.shown():
             assert self._bars is not None
             task = self._bars.add_task(what, total=None, told="")
@@ -261,7 +245,7 @@ class Lines:
                 current.told = True
                 self.say(f"{current.what} ...")
             elif now - self._said >= _INTERVAL:
-                self.say(current.what if current.in_steps else f"{current.what}, {span_text(lasted)} so far")
+                self.say(current.what if current.in_steps else f"{current.what}, {duration_text(lasted)} so far")
 
     def say(self, message: str) -> None:
         with self._lock:
@@ -270,9 +254,11 @@ class Lines:
                 print(message, file=sys.stderr, flush=True)
 
 
+@dataclass
 class _Stage:
     """What is going on since when, whether it was told, and whether it says how much is left."""
 
-    def __init__(self, what: str, told: bool = False, begun: float | None = None, in_steps: bool = False):
-        self.what, self.told, self.in_steps = what, told, in_steps
-        self.begun = time.monotonic() if begun is None else begun
+    what: str
+    told: bool = False
+    begun: float = field(default_factory=lambda: time.monotonic())  # noqa: PLW0108  (tests put a clock of theirs there)
+    in_steps: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ghostssm.cli.console import bytes_text, print_table, print_text
+from ghostssm.cli.console import print_table, print_text
+from ghostssm.units import bytes_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from ghostssm.errors import NumericalError
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward, rounded_forward
 from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
-from ghostssm.plan.measurement import Difference
+from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
-from ghostssm.units import plus_minus
+from ghostssm.units import plus_minus, text_name
 from ghostssm.values import Value
 
 _TOKENS_OF_LOGITS = 512
@@ -111,6 +112,28 @@ def evaluate(
     """
     by_token = token_losses(model, windows, progress, scratch, storage)
     return Evaluation(by_token.double().mean(1), windows.bytes_per_token, windows.seed is None)
+
+
+def evaluate_in_float32(
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent, state_dtype: str = "float32"
+) -> Evaluation:
+    """The model's loss in float32; a model in half precision is copied for it, and stays as it is.
+
+    Args:
+        state_dtype: of the recurrent state alone, rounded after every token.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
+    whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
+    return evaluate(whole, windows, progress, storage=StateStorage.of(state_dtype))
+
+
+def measurement_of(windows: Windows, dense: Evaluation, pruned: Evaluation) -> Measurement:
+    """The losses of a dense and a pruned model on the same windows, as one value."""
+    excess = pruned.excess_over(dense)
+    text = text_name(windows.text_name)
+    return Measurement(text, len(windows), windows.length, dense.loss, pruned.loss, excess)
 
 
 def token_losses(

@@ -97,10 +97,12 @@ class Plan(Value):
 
     def kept_in(self, state_dtype: str | None) -> Plan:
         """The plan of a model whose state is to be kept in a dtype; this one for None."""
-        if state_dtype is None:
-            return self
+        return self if state_dtype is None else self.with_provenance(asked_state_dtype=state_dtype)
+
+    def with_provenance(self, **known: Any) -> Plan:
+        """The same plan with other values of some fields of its provenance."""
         assert self.provenance is not None
-        return replace(self, provenance=replace(self.provenance, asked_state_dtype=state_dtype))
+        return replace(self, provenance=replace(self.provenance, **known))
 
     @property
     def mean_state_size(self) -> float:

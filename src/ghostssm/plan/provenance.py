@@ -65,7 +65,7 @@ class Provenance(Value):
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; of the measured, what there is."""
-        measured = {name: found.as_json() for name in ("search", "choice") if (found := getattr(self, name))}
+        measured = {name: part.as_json() for name in ("search", "choice") if (part := getattr(self, name))}
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _IF_GIVEN}
         asked = {} if self.asked_state_dtype is None else {"asked_state_dtype": self.asked_state_dtype}
         return values | {"calibration": asdict(self.calibration)} | measured | asked

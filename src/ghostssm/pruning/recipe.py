@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ghostssm.errors import InputError
-from ghostssm.methods import Method, method_named
+from ghostssm.methods import Method, method_named, method_names
 from ghostssm.recovery import Step, step_names
 
 _PER_LAYER = "per-layer"
@@ -57,6 +57,21 @@ class Recipe:
     @property
     def registered(self) -> Method:
         return method_named(self.method)
+
+    def check_streamable(self) -> None:
+        """Raise InputError unless it can be carried out with one block in memory at a time."""
+        unable = [step for step in self.steps if not step.registered.streamable]
+        if not self.registered.streamable:
+            fault = f"{self.method} needs the whole model at once"
+        elif unable:
+            fault = f"{unable[0]} changes the whole model at once"
+        else:
+            return
+        able = [name for name in method_names() if method_named(name).streamable]
+        raise InputError(
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, without a step "
+            "that trains the whole model."
+        )
 
     @property
     def cost(self) -> float:

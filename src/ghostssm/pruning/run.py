@@ -20,7 +20,7 @@ from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.walk import LayerWalk
 from ghostssm.choices import DEFAULT_SEED, Groups
-from ghostssm.errors import NumericalError
+from ghostssm.errors import ModelError, NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource
 from ghostssm.methods.selection import Cut, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
@@ -32,7 +32,6 @@ from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable, with_changes_of
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.sources import Asked, Measured, Unpruned, Walked
@@ -346,3 +345,9 @@ class _Run:
                 "evaluate the unpruned model on the same text first."
             )
         return score
+
+
+def check_original(is_stock: bool) -> None:
+    """Raise ModelError for a model whose state is projected, or of a size of its own in some layer."""
+    if not is_stock:
+        raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")

@@ -34,9 +34,9 @@ from ghostssm.report.telling import (
     running,
 )
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.comparison import Comparison, Row, comparison_cells, labelled
-from ghostssm.workflows.observing import predicted_speed
-from ghostssm.workflows.record import DecodeSpeed, Record, Samples, WindowLosses
+from ghostssm.workflows.compare_result import Comparison, Row, comparison_cells, labelled
+from ghostssm.workflows.report_measuring import predicted_speed
+from ghostssm.workflows.report_record import DecodeSpeed, Record, Samples, WindowLosses
 
 _NO_LOSS = 700.0
 """No loss is so large: its perplexity would be no number."""

@@ -10,7 +10,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table, table_html
 from ghostssm.report.showing import figure_of
 from ghostssm.units import sizes_text, text_name
-from ghostssm.workflows.comparison import Comparison, comparison_cells
+from ghostssm.workflows.compare_result import Comparison, comparison_cells
 
 
 def register_with_ipython() -> None:

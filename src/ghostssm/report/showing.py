@@ -13,7 +13,7 @@ from ghostssm.errors import InputError
 from ghostssm.files.output_file import OutputFile
 from ghostssm.plan.plan import Plan
 from ghostssm.values import short
-from ghostssm.workflows.comparison import Comparison
+from ghostssm.workflows.compare_result import Comparison
 
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure

@@ -19,8 +19,7 @@ from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source
-from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
-from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
 from ghostssm.files.interrupts import Terminated
 from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.plan.distillation import Distillation
@@ -35,7 +34,7 @@ from ghostssm.text.sources import read_text
 from ghostssm.text.streams import StreamedText
 from ghostssm.text.windows import Windows, evaluation_windows
 from ghostssm.workflows.distill_checks import check_room, check_tokenizers, checked, settings
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.inputs import tell_idle_gpu
 from ghostssm.workflows.requests import DistillRequest
 
 _TOLD_OVERLAP = 0.02
@@ -71,8 +70,7 @@ def distill(request: DistillRequest, *, progress: Progress = silent, notify: Not
     for model in (request.student, request.teacher):
         check_apart(request.output, model)
     described = checked(request)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
+    tell_idle_gpu(notify, request.device)
     request = dataclasses.replace(request, device=own_device(request.device))
     processes = Processes.join(request.device)
     check_room(request, *described, processes.size)
@@ -93,11 +91,11 @@ class _Job:
         output = Path(self.asked.output)
         if not self.asked.resume or not Manifest.is_in(output):
             return None
-        found = Manifest.read(output)
-        if found.request != self.asked.as_json() or not found.distillations:
+        manifest = Manifest.read(output)
+        if manifest.request != self.asked.as_json() or not manifest.distillations:
             return None
         self.notify(f"{output} is finished: this run wrote it before")
-        return DistillOutcome(output, found.distillations[-1])
+        return DistillOutcome(output, manifest.distillations[-1])
 
     def run(self) -> DistillOutcome:
         asked, processes = self.asked, self.processes
@@ -128,8 +126,8 @@ class _Job:
         with keeper, self._told_how_to_go_on(keeper):
             wanted = [evaluate_in_float32(dense.model, text, self.progress) for text in texts]
             before = self._measured(checkpoint, texts, wanted)
-            found = self._trained(checkpoint, dense, batches, keeper)
-            outcome = processes.from_first(lambda: self._written(found, texts, wanted, before, folder))
+            distilled = self._trained(checkpoint, dense, batches, keeper)
+            outcome = processes.from_first(lambda: self._written(distilled, texts, wanted, before, folder))
             keeper.remove()
         return outcome
 
@@ -149,7 +147,7 @@ class _Job:
 
     def _written(
         self,
-        found: Distilled,
+        distilled: Distilled,
         texts: Sequence[Windows],
         wanted: Sequence[Evaluation],
         before: Sequence[Measurement],
@@ -158,15 +156,14 @@ class _Job:
         """Write the student, as it is stored, with its new parameters."""
         asked = self.asked
         checkpoint = load(asked.student, tokenizer=asked.tokenizer)
-        change_parameters(checkpoint.model, found.changes)
+        change_parameters(checkpoint.model, distilled.changes)
         checkpoint.model.tie_weights()
         after = self._measured(checkpoint, texts, wanted)
-        if found.record.overlap is not None and found.record.overlap > _TOLD_OVERLAP:
+        if (overlap := distilled.record.overlap) is not None and overlap > _TOLD_OVERLAP:
             self.notify(
-                f"{found.record.overlap:.0%} of the text to measure on was also trained on; the loss on other text "
-                "may be larger"
+                f"{overlap:.0%} of the text to measure on was also trained on; the loss on other text may be larger"
             )
-        record = dataclasses.replace(found.record, before=tuple(before), after=tuple(after))
+        record = dataclasses.replace(distilled.record, before=tuple(before), after=tuple(after))
         written = export_checkpoint(
             checkpoint,
             folder,
@@ -181,17 +178,15 @@ class _Job:
         self, checkpoint: Checkpoint, texts: Sequence[Windows], wanted: Sequence[Evaluation]
     ) -> list[Measurement]:
         state_dtype = chosen_state_dtype(checkpoint.source)
-        found = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
-        return [measurement_of(*each) for each in zip(texts, wanted, found, strict=True)]
+        losses = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
+        return [measurement_of(*each) for each in zip(texts, wanted, losses, strict=True)]
 
     @contextmanager
     def _told_how_to_go_on(self, keeper: RunState) -> Iterator[None]:
         try:
             yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(keeper.how_to_go_on()) from None
-        except Terminated:
-            raise Terminated(keeper.how_to_go_on()) from None
+        except (KeyboardInterrupt, Terminated) as stop:
+            raise type(stop)(keeper.how_to_go_on()) from None
 
 
 def _identity(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.loading import empty_model
 from ghostssm.choices import Trained
 from ghostssm.errors import InputError
+from ghostssm.recovery.distill.pair import choose_trained
 from ghostssm.recovery.distill.training import Settings
 from ghostssm.text.sources import text_title
 from ghostssm.units import bytes_text
@@ -50,8 +53,6 @@ def checked(request: DistillRequest) -> tuple[Description, Description]:
 
 
 def _check_tracker(name: str) -> None:
-    from importlib.util import find_spec
-
     missing = [package for package in ("accelerate", name) if find_spec(package) is None]
     if missing:
         raise InputError(
@@ -126,9 +127,6 @@ def _needed_bytes(request: DistillRequest, student: Description, teacher: Descri
 
 def parameters_that_move(student: Description, trained: Trained) -> int:
     """How many parameters are trained."""
-    from ghostssm.checkpoint.loading import empty_model
-    from ghostssm.recovery.distill.pair import choose_trained
-
     model = empty_model(student.config)
     choose_trained(model, trained)
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
@@ -142,5 +140,5 @@ def _free_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(found["MemAvailable"].split()[0]) if "MemAvailable" in found else None
+    counts: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(counts["MemAvailable"].split()[0]) if "MemAvailable" in counts else None

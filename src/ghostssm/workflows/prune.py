@@ -14,25 +14,22 @@ from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
-from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
-from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
 from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.smallest import smallest_plan
+from ghostssm.pruning.search import Fitting, smallest_plan
 from ghostssm.streaming.finished import finished_run, may_be_finished
 from ghostssm.streaming.run import prune_streamed
 from ghostssm.streaming.run_places import check_run_folder
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.observing import decode_speeds, observe, sample
-from ghostssm.workflows.prune_job import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
-from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.inputs import Inputs, tell_idle_gpu
+from ghostssm.workflows.prune_checks import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
+from ghostssm.workflows.report_measuring import decode_speeds, observe, sample
+from ghostssm.workflows.report_record import Record, WindowLosses
 from ghostssm.workflows.requests import PruneRequest
 
 
@@ -54,7 +51,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         check_apart(request.output, request.model)
         folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    tell(notify, idle_gpu_remark(request.device))
+    tell_idle_gpu(notify, request.device)
     if request.stream:
         outcome, is_first = _streamed(job, progress, notify)
         return _uploaded(outcome, request) if is_first else outcome

@@ -20,7 +20,7 @@ from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
 from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
-from ghostssm.units import duration_text, plus_minus, text_name
+from ghostssm.units import duration_text, text_name
 
 _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
@@ -321,7 +321,7 @@ def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
 def _tell(training: Training, point: Point, listener: Listener, loss: float, seconds_per_step: float) -> None:
     """Say how the training goes."""
     numbers = {"held_out_divergence": point.divergence, "held_out_excess_loss": point.excess.mean}
-    told = f"excess loss {plus_minus(point.excess.mean, point.excess.standard_error)} on held-out windows"
+    told = f"excess loss {point.excess_text} on held-out windows"
     if point.step:
         settings = training.settings
         speed = settings.batch * training.batches.held_out.shape[1] / seconds_per_step

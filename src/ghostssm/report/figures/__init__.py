@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from ghostssm.errors import InputError
-from ghostssm.workflows.record import as_json
+from ghostssm.workflows.report_record import as_json
 
 try:
     import altair as alt

@@ -25,8 +25,8 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.comparison import Row
-from ghostssm.workflows.record import DecodeSpeed, WindowLosses
+from ghostssm.workflows.compare_result import Row
+from ghostssm.workflows.report_record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03

@@ -28,7 +28,7 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.record import Observations
+from ghostssm.workflows.report_record import Observations
 
 _LEAST_LEVEL = -4.0
 """Saliency below 10^-4 of a layer's largest is drawn like that."""

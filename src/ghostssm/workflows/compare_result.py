@@ -15,7 +15,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
 from ghostssm.values import Value
-from ghostssm.workflows.record import Observations, Samples
+from ghostssm.workflows.report_record import Observations, Samples
 from ghostssm.workflows.requests import CompareRequest
 
 Cell = tuple[str, int]

@@ -148,40 +148,39 @@ class Record:
             ) from None
 
 
-def _observations(found: dict[str, Any], mixers: Sequence[str], channels: tuple[int, int]) -> Observations:
+def _observations(entry: dict[str, Any], mixers: Sequence[str], channels: tuple[int, int]) -> Observations:
     def tensors(field: str) -> dict[str, Tensor]:
-        values = {str(name): torch.tensor(value, dtype=torch.float64) for name, value in found[field].items()}
+        values = {str(name): torch.tensor(value, dtype=torch.float64) for name, value in entry[field].items()}
         if list(values) != list(mixers) or any(tuple(value.shape) != channels for value in values.values()):
             raise ValueError(f"its {field} are of other mixers")
         return values
 
-    return Observations(
-        tensors("weight_norms"), tensors("energies"), tensors("hankel"), str(found["text"]), int(found["tokens"])
-    )
+    norms, energies, hankel = map(tensors, ("weight_norms", "energies", "hankel"))
+    return Observations(norms, energies, hankel, str(entry["text"]), int(entry["tokens"]))
 
 
-def _losses(found: dict[str, Any]) -> WindowLosses:
-    dense = [float(loss) for loss in found["dense"]]
-    pruned = {str(name): [float(loss) for loss in losses] for name, losses in found["pruned"].items()}
+def _losses(entry: dict[str, Any]) -> WindowLosses:
+    dense = [float(loss) for loss in entry["dense"]]
+    pruned = {str(name): [float(loss) for loss in losses] for name, losses in entry["pruned"].items()}
     if not dense or not pruned or any(len(losses) != len(dense) for losses in pruned.values()):
         raise ValueError("its losses are of different windows, or of none")
-    return WindowLosses(str(found["text"]), int(found["window_length"]), dense, pruned)
+    return WindowLosses(str(entry["text"]), int(entry["window_length"]), dense, pruned)
 
 
-def _speed(found: dict[str, Any]) -> DecodeSpeed:
-    predicted, spread = found["predicted_tokens_per_second"], found.get("spread")
+def _speed(entry: dict[str, Any]) -> DecodeSpeed:
+    predicted, spread = entry["predicted_tokens_per_second"], entry.get("spread")
     return DecodeSpeed(
-        str(found["model"]),
-        int(found["batch"]),
-        float(found["tokens_per_second"]),
+        str(entry["model"]),
+        int(entry["batch"]),
+        float(entry["tokens_per_second"]),
         None if predicted is None else float(predicted),
         None if spread is None else (float(spread[0]), float(spread[1])),
     )
 
 
-def _samples(found: dict[str, Any]) -> Samples:
-    texts = {str(name): str(text) for name, text in found["continuations"].items()}
-    return Samples(str(found["text"]), str(found["prompt"]), texts)
+def _samples(entry: dict[str, Any]) -> Samples:
+    texts = {str(name): str(text) for name, text in entry["continuations"].items()}
+    return Samples(str(entry["text"]), str(entry["prompt"]), texts)
 
 
 def as_json(value: Any, digits: int) -> Any:
