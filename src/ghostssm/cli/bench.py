@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
-"""A state size pays from the batch on at which decoding is at least so many times faster."""
+"""Decoding has to be so many times as fast for a smaller state to be worth it."""
 
 
 @asks_for(BenchRequest)
@@ -69,7 +69,7 @@ def _cells(row: BenchRow, is_dense: bool) -> list[str]:
 
 
 def _verdict(speedups: Mapping[int, Speedup]) -> str:
-    """What to make of the measured speedups of one state size, by batch size; only what the rounds agree on."""
+    """At which batch sizes a state size pays; undecided where the rounds disagree."""
     undecided = [batch for batch, speedup in speedups.items() if not speedup.decided(_WORTH_IT)]
     faster = [batch for batch, speedup in speedups.items() if speedup.low > _WORTH_IT]
     told = []

@@ -1,6 +1,6 @@
 """What the shell offers for a half-typed value, and which names there are.
 
-Names are written out here, because the registries import PyTorch. Only where these are imported can there be others.
+Names are written out here, because the registries import PyTorch. There can be other names once these are imported.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def _paths(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
     """Folders, and files with one of the suffixes, that go on from what is typed; hidden ones only if asked for."""
     head, slash, tail = incomplete.rpartition("/")
     try:
-        found = sorted(Path(head + slash or ".").iterdir())
+        paths = sorted(Path(head + slash or ".").iterdir())
     except OSError:
         return []
     return [
         f"{head}{slash}{path.name}"
-        for path in found
+        for path in paths
         if path.name.startswith(tail or "")
         and (tail.startswith(".") or not path.name.startswith("."))
         and (path.is_dir() or path.suffix in suffixes)

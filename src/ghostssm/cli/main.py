@@ -41,7 +41,7 @@ _ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 class _Verbs(TyperGroup):
-    """The verbs; what is wrong with a command line is told as any other input that is wrong."""
+    """The verbs. A fault of the command line is told in the same form as any other fault of the input."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return plain_in_help(super().get_params(ctx))

@@ -31,7 +31,7 @@ _LAST_OPTION = "ghostssm.last_option"
 
 
 def verb(function: Verb) -> Verb:
-    """A verb whose arguments are all its own."""
+    """Make a verb whose arguments are all its own."""
 
     @wraps(function)
     def called(**given: Any) -> None:
@@ -41,7 +41,7 @@ def verb(function: Verb) -> Verb:
 
 
 def asks_for(kind: type[DataclassInstance]) -> Callable[[Verb], Verb]:
-    """A verb that takes the fields of a request beside its own arguments, and is called with the request made of them.
+    """Make a verb that takes the fields of a request beside its own arguments, and is called with the request.
 
     The verb's first parameter is the request; in the help, its own options come before those of the request.
     """
@@ -127,7 +127,7 @@ def _check_of(described: Described) -> Callable[[Any], Any]:
 
 
 def plain_in_help(parameters: list[Any]) -> list[Any]:
-    """Parameters that help shows without the name of a Python type."""
+    """Keep the name of the Python type out of the help of flags and arguments."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument":
             parameter.display_type_rich = lambda ctx: None
@@ -175,7 +175,7 @@ def _repeat(args: list[str], repeatable: set[str]) -> list[str]:
 
 
 def usage_message(error: Any) -> str:
-    """What the parser found wrong, in the form of the other messages; with the name that may have been meant."""
+    """What is wrong with a command line, in the form of all other messages; with the name that was probably meant."""
     message = error.format_message().strip().replace("Value error, ", "")
     message = re.sub("Input should be a valid integer.*", "expected a whole number", message)
     message = re.sub("Input should be a valid number.*", "expected a number", message)

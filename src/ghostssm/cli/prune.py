@@ -140,7 +140,8 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
 
 def _print_serving(state_dtype: str, described: Description) -> None:
     """How engines are told the dtype that the state was chosen to be kept in."""
-    from ghostssm.cli.serving import engines_told, print_states
+    from ghostssm.cli.serving import print_states
+    from ghostssm.workflows.inspect import serving_engines
 
     print()
-    print_states(engines_told(None, described), described.config, [state_dtype])
+    print_states(serving_engines((), described), described.config, [state_dtype])

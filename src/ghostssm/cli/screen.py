@@ -32,8 +32,8 @@ Outcome = TypeVar("Outcome")
 class Count:
     """How far something is that is done step by step, and how long the rest will take.
 
-    The steps may differ in cost. What a cost takes is learnt twice, from all steps and from the recent ones, and the
-    slower of the two is believed: a machine that others load as well is slower later on.
+    The steps may differ in cost. The time per cost is learnt from all steps and from the recent ones, and the slower of
+    the two is taken: a machine may become slower, when others load it as well.
     """
 
     def __init__(self, total: int, costs: Sequence[float] = ()):
@@ -193,8 +193,8 @@ class Bars:
 class Lines:
     """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between.
 
-    What is done again and again, such as the windows of every cell of a table, gets these lines once and then one now
-    and then.
+    What is counted again and again, such as the windows of every cell of a table, has all these lines the first time
+    only.
     """
 
     def __init__(self) -> None:

@@ -186,7 +186,7 @@ def logits_of(blocks: Blocks, windows: Windows) -> Iterator[tuple[slice, Tensor]
 def _by_batch(
     blocks: Blocks, windows: Windows, progress: Progress, storage: StateStorage
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each batch's windows, and the hidden states after the last block."""
+    """For each batch its windows, and the hidden states after the last block."""
     mixers = mixers_of(blocks.model)
     for span in windows.batches():
         progress("windows", span.start, len(windows))
@@ -198,7 +198,7 @@ def _by_batch(
 def _by_block(
     blocks: Blocks, windows: Windows, progress: Progress, scratch: Scratch | None, storage: StateStorage
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The same from a walk over the blocks."""
+    """The same as `_by_batch`, from a walk over the blocks."""
     walk = LayerWalk(blocks, windows, scratch)
     for block in walk.blocks():
         progress("layers", block.index, len(walk))
@@ -210,7 +210,7 @@ def _by_block(
 
 
 def _stretches(ids: Tensor) -> Iterator[slice]:
-    """Positions of a batch whose logits are computed together, all but the last position, which predicts nothing."""
+    """Positions of a batch whose logits are computed together; the last position predicts nothing and is left out."""
     step = max(1, _TOKENS_OF_LOGITS // len(ids))
     end = ids.shape[1] - 1
     return (slice(start, min(start + step, end)) for start in range(0, end, step))

@@ -212,7 +212,10 @@ class Plan(Value):
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
-            decisions={name: Decision(kept, projection(name)) for name, kept in selections_of(document).items()},
+            decisions={
+                name: Decision(Selection(tuple(map(tuple, kept))), projection(name))
+                for name, kept in document["selections"].items()
+            },
             changes={name: _named(tensors, f"change:{name}", place) for name in document.get("changed", []) if changes},
             scores={key.removeprefix("scores:"): value for key, value in tensors.items() if key.startswith("scores:")},
             provenance=Provenance.from_json(document.get("provenance")),
@@ -225,13 +228,6 @@ class Plan(Value):
                 f"{plan.kept_state_size}."
             )
         return plan
-
-
-def selections_of(document: Mapping[str, Any]) -> dict[str, Selection]:
-    """The selections in a checked plan document."""
-    return {
-        name: Selection(tuple(tuple(channels) for channels in kept)) for name, kept in document["selections"].items()
-    }
 
 
 def _named(tensors: Mapping[str, Tensor], key: str, place: Path) -> Tensor:

@@ -64,7 +64,7 @@ class Provenance(Value):
         return self.asked_state_dtype if self.choice is None else self.choice.chosen.state_dtype
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; of the measured, what there is."""
+        """JSON values; what was not measured or asked for is left out."""
         measured = {name: part.as_json() for name in ("search", "choice") if (part := getattr(self, name))}
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _IF_GIVEN}
         asked = {} if self.asked_state_dtype is None else {"asked_state_dtype": self.asked_state_dtype}

@@ -1,4 +1,4 @@
-"""What is known so far, while a plan is made."""
+"""What a run knows so far, while it makes a plan; here in memory, in a streamed run on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ghostssm.plan.decision import Decision
 
 
 class Findings:
-    """What a walk finds at the blocks, in memory.
+    """What a walk learns about each block, in memory.
 
     Attributes:
         found: a JSON value for every block that is finished with, front to back.
@@ -27,7 +27,7 @@ class Findings:
         """
 
     def add(self, found: Any, hidden: Tensor | None = None) -> None:
-        """Note what is found at the next block.
+        """Note what was learnt about the next block.
 
         Args:
             hidden: what leaves it, if that was computed.

@@ -10,7 +10,7 @@ from ghostssm.recovery import Step, step_names
 
 _PER_LAYER = "per-layer"
 _STEP_COST, _COST_PER_AMOUNT = 0.5, 0.05
-"""Of a recovery step without a number, and of one with, for each of that number."""
+"""The cost of a recovery step without a number; and for each of its number, of a step with one."""
 
 
 @dataclass(frozen=True)

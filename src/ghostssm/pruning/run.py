@@ -44,7 +44,7 @@ T = TypeVar("T")
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
 _CURVE_TOKENS = 4096
-"""Tokens that they are measured on: a budget needs the order of layers, not the choice between two decisions."""
+"""Tokens that this is measured on. A budget compares layers, which takes fewer than to compare decisions."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -189,12 +189,12 @@ class _Run:
                 dense = self.calibration.model
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
-                found = registered.recover(
+                training = registered.recover(
                     pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress
                 )
                 plan = with_changes_of(plan, pruned, before)
-                if found is not None:
-                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, found))
+                if training is not None:
+                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, training))
         return plan
 
     def curves(self) -> list[Tensor]:
@@ -205,11 +205,13 @@ class _Run:
         """
         key = (self.recipe.method, self.groups, self.seed)
         if key not in self.calibration._curves:
-            found = [torch.tensor(curve, dtype=torch.float64) for curve in self._found_curves() if curve is not None]
-            self.calibration._curves[key] = found
+            curves = [
+                torch.tensor(curve, dtype=torch.float64) for curve in self._curves_by_block() if curve is not None
+            ]
+            self.calibration._curves[key] = curves
         return self.calibration._curves[key]
 
-    def _found_curves(self) -> list[list[float] | None]:
+    def _curves_by_block(self) -> list[list[float] | None]:
         """For each block its mixer's curve, if it has one."""
         findings, processes = self.journal.curves, self.calibration.processes
         if len(findings.found) == len(self.calibration.blocks.modules):
@@ -252,7 +254,7 @@ class _Run:
                 yield block, family.mixer(block, index)
 
     def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
-        """Decisions and scores for all mixers at once, by a method that looks at the unpruned model."""
+        """Decisions and scores on all mixers, by a method that looks at the unpruned model."""
         method, layout, names = self.recipe.registered, layout_of(self.calibration.model.config), list[str]()
         # Room for all of them before the first block is read: small tensors between blocks, if kept, leave holes.
         scores = torch.empty(len(sizes), layout.n_groups, layout.state_size, dtype=torch.float64)
@@ -314,7 +316,7 @@ class _Run:
     def _decided_once(
         self, block: OpenBlock, index: int, decide: Callable[[EvidenceSource], T], tokens: int = MEASURED_TOKENS
     ) -> T:
-        """What process 0 decides by evidence on a block that all work out, the same on all processes.
+        """A decision of process 0, which all processes take over; they work out the evidence on a block together.
 
         Args:
             tokens: on which the changes of decisions are measured.

@@ -68,7 +68,7 @@ class Walked:
 
 
 class Measured:
-    """Evidence that measures no decision twice."""
+    """Evidence that remembers the changes that were measured."""
 
     def __init__(self, source: EvidenceSource):
         self.statistics, self.samples = source.statistics, source.samples

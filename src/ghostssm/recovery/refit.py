@@ -36,7 +36,7 @@ _HELD_OUT_ONE_IN = 8
 
 @dataclass(frozen=True)
 class RefitData:
-    """Windows of a mixer, and what it should make of them.
+    """Inputs of a mixer, and the outputs that it should give.
 
     Attributes:
         hidden: (b, l, hidden_size), the mixer's input. target: the same shape, its wanted output.
@@ -76,7 +76,7 @@ class RefitData:
 
 
 def joined(parts: Sequence[RefitData]) -> RefitData:
-    """All windows in one."""
+    """The windows of all parts together."""
     return RefitData(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(RefitData)))
 
 

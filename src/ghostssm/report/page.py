@@ -35,7 +35,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; without headers each is a name and what there is to say of it."""
+    """Rows of text; without headers a row is a name and its value."""
 
     title: str
     headers: Sequence[str]
@@ -127,7 +127,7 @@ def table_html(table: Table) -> str:
 
 
 def _kind(column: Sequence[str]) -> str:
-    """How a column is set: sentences may be broken, and only numbers are aligned right."""
+    """The CSS class of a column: sentences may be broken into lines, and only numbers are aligned right."""
     if any(len(cell) > _LONGEST_NAME for cell in column):
         return _WORDS
     return _NUMBERS if any(cell[:1].isdigit() for cell in column) else _NAMES

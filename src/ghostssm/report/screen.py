@@ -1,4 +1,4 @@
-"""How far a long call is, in one line that is drawn again and again, where a terminal or a notebook shows it."""
+"""The progress of a long call from Python: one line that is drawn again and again, on a terminal or in a notebook."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTERVAL = 0.2
 
 @contextmanager
 def progress_line() -> Iterator[Progress]:
-    """Within the context a listener that draws on standard error; nobody, where no one would see the line."""
+    """Within the context a listener that draws on standard error, if somebody can see it; else a silent one."""
     if not _is_watched(sys.stderr) or os.environ.get("RANK", "0") != "0":  # of several processes the first one draws
         yield silent
         return
@@ -34,7 +34,7 @@ def _is_watched(stream: TextIO) -> bool:
 
 
 class _Line:
-    """Such as ``models 1/5, layers 3/24, about 40 s left``: what is under way, and of the innermost the time left."""
+    """A line such as ``models 1/5, layers 3/24, about 40 s left``; the time left is that of the last count."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

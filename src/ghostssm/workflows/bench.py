@@ -1,4 +1,4 @@
-"""What a smaller state buys on this machine: prefill and decode, measured beside what should be."""
+"""Measure how fast a model prefills and decodes with smaller states on this machine, beside what is predicted."""
 
 from __future__ import annotations
 

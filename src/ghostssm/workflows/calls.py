@@ -1,4 +1,4 @@
-"""The use cases in one call each, of whatever a caller has: names, or models, texts and token ids in memory."""
+"""Use cases in one call each; the caller gives names, or models, texts and token ids in memory."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def prune(
 
 
 def _pruned(given: _Given, request: PruneRequest, progress: Progress, notify: Notify) -> PruneOutcome:
-    """Carry a request out on what is at hand."""
+    """Carry a request out on what the caller gave."""
     if request.stream:
         raise InputError("A streamed run reads model and texts from files; give their names, or leave out stream.")
     folder = None if request.output is None else OutputFolder(request.output, request.overwrite)
@@ -168,7 +168,7 @@ def compare(
 
 
 def _compared(given: _Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
-    """Carry a request out on what is at hand."""
+    """Carry a request out on what the caller gave."""
     request, description = comparing.checked(request, given.described())
     checkpoint = given.opened()
     windows = given.calibration(checkpoint, request)
@@ -258,18 +258,18 @@ class _Given:
 
     @property
     def is_named(self) -> bool:
-        """Whether a request can say it all."""
+        """Whether all of it has names, so that a request can say it."""
         texts = all(text is None or is_name(text) for text in (self.text, self.evaluate))
         own = self.tokenizer is None or isinstance(self.tokenizer, str | PathLike)
         return texts and own and not self.is_at_hand and self.column is None
 
-    def name(self, part: str) -> str | None:
-        """What a request calls a part: its name, or what stands for it until it is known."""
-        value = getattr(self, part)
+    def name(self, field: str) -> str | None:
+        """What a request calls a field: its name; of a value in memory a few words, until it is opened."""
+        value = getattr(self, field)
         return None if value is None else str(value) if isinstance(value, str | PathLike) else short(value)
 
     def described(self) -> Description | None:
-        """The model, if it is in memory."""
+        """The description of the model, if it is in memory."""
         if not self.is_at_hand:
             return None
         checkpoint = self.opened()
@@ -299,7 +299,7 @@ class _Given:
 
 
 def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
-    """A request with a caller's options; raises InputError for one that it does not have."""
+    """The request that a caller's options make; raises InputError for an option that it does not have."""
     own = [each.name for each in fields(kind)]
     free = [name for name in own if name not in named]
     for name in options:
@@ -317,7 +317,7 @@ def _check_alone(request: Request, text: GivenText, **others: Any) -> None:
 
 
 def _names_of(checkpoint: Checkpoint, windows: Windows) -> dict[str, Any]:
-    """What a request says of a model and of the windows to calibrate on, once they are at hand."""
+    """The fields of a request that name a model and the windows to calibrate on."""
     return {
         "model": checkpoint.source.published_name,
         "calibration": windows.text_name,

@@ -1,4 +1,4 @@
-"""Methods side by side: one row per method and state size, on one model and one text."""
+"""Compare methods: one row per method and state size, on one model and one text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ghostssm.workflows.requests import CompareRequest, check_heeded
 from ghostssm.workflows.state_size import bound_on_bytes
 
 _CALIBRATION_COST = 3.0
-"""Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
+"""What GHOST takes for a token; the loss on one is the unit. For estimates of the time left."""
 Measured = TypeVar("Measured")
 
 
@@ -83,7 +83,7 @@ def _storages(request: CompareRequest) -> list[StateStorage]:
 
 @dataclass(frozen=True)
 class Outcome(Generic[Measured]):
-    """A cell's plan, what was measured of the model that it prunes, and the seconds to calibrate and decide."""
+    """A cell's plan, what was measured of the pruned model, and the seconds to calibrate and decide."""
 
     plan: Plan
     measured: Measured
@@ -133,7 +133,7 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
 def compare_at_hand(
     inputs: Inputs[Checkpoint], request: CompareRequest, described: Description, progress: Progress, notify: Notify
 ) -> Comparison:
-    """Carry a checked request out, and keep with the comparison what it was made from; otherwise as `compare_on`."""
+    """As `compare_on`; the comparison also keeps what it was made from, and what a report needs."""
     checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     assert held_out is not None
     tell_same_text(notify, windows, held_out)
@@ -159,7 +159,9 @@ def compare_at_hand(
 
 
 def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Progress = silent) -> Comparison:
-    """Carry a checked request out on a loaded model and windows, whatever it says of these; the model stays as it was.
+    """Carry a checked request out on a loaded model and windows, in place of those that it names.
+
+    The model stays as it was.
 
     Args:
         inputs: with windows to measure the losses on.
@@ -222,11 +224,11 @@ class _Cells:
         self.bounds: dict[tuple[Cell, str], list[str]] = {}
 
     def __len__(self) -> int:
-        """The dense model is one as well."""
+        """How many models are measured, the dense one included."""
         return 1 + len(self.recipes) * len(self.request.state_sizes or self.request.state_bytes)
 
     def costs(self) -> list[float]:
-        """About what each takes, beside the loss on one token."""
+        """About how long each of them takes; the loss on one token is the unit. The dense model is left out."""
         tokens, calibrated = self.windows.ids.numel(), _CALIBRATION_COST * self.calibration.ids.numel()
         plans = [len(set(self._fits(bound).values())) for bound in self.request.state_bytes]
         return [
@@ -252,7 +254,7 @@ class _Cells:
         return outcomes
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
-        """As ``prune --state-bytes`` chooses; bounds within which one method takes one size share its plan."""
+        """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size."""
         fitting, request = Fitting.of(self.model, self.calibration), self.request
         outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
@@ -294,21 +296,15 @@ def _speeds(
 
     Which channels a stock model keeps has no influence on its speed: each size is timed once.
     """
-    shapes: dict[Cell, Cell | int] = {
-        cell: cell if outcome.plan.needs_own_class else outcome.plan.kept_state_size
-        for cell, outcome in outcomes.items()
-    }
-    timed = {
-        (shapes[cell], dtype): outcome.plan
-        if outcome.plan.needs_own_class
-        else first_channels(model, outcome.plan.kept_state_size)
-        for cell, outcome in outcomes.items()
-        for dtype in outcome.measured
-    }
-    storages = {(shape, dtype): _storage(request, dtype) for shape, dtype in timed}
-    timings = measure(model, timed, request.batches, prompt=8, progress=progress, storages=storages)
+    keys: dict[tuple[Cell, str], tuple[Cell | int, str]] = {}
+    plans, storages = {}, {}
+    for cell, outcome in outcomes.items():
+        own_class, size = outcome.plan.needs_own_class, outcome.plan.kept_state_size
+        for dtype in outcome.measured:
+            key = keys[cell, dtype] = (cell if own_class else size, dtype)
+            plans[key] = outcome.plan if own_class else first_channels(model, size)
+            storages[key] = _storage(request, dtype)
+    timings = measure(model, plans, request.batches, prompt=8, progress=progress, storages=storages)
     return {
-        (cell, dtype): {batch: timings[(shapes[cell], dtype), batch].decode(batch) for batch in request.batches}
-        for cell, outcome in outcomes.items()
-        for dtype in outcome.measured
+        place: {batch: timings[key, batch].decode(batch) for batch in request.batches} for place, key in keys.items()
     }

@@ -55,7 +55,7 @@ class DistillOutcome:
 
 
 def distill(request: DistillRequest, *, progress: Progress = silent, notify: Notify = unheard) -> DistillOutcome:
-    """Carry a request out: what ``ghostssm distill`` does, in one call; of several processes, in each of them.
+    """Carry a request out: what ``ghostssm distill`` does, in one call. Several processes each make this call.
 
     Args:
         request: student, teacher, text and output.
@@ -87,7 +87,7 @@ class _Job:
         self.asked, self.processes, self.progress, self.notify = request, processes, progress, notify
 
     def finished(self) -> DistillOutcome | None:
-        """What this run wrote before, if it is to be resumed and had come to its end."""
+        """The outcome of a run that is to be resumed and has come to its end; None of any other."""
         output = Path(self.asked.output)
         if not self.asked.resume or not Manifest.is_in(output):
             return None
@@ -206,7 +206,7 @@ def _identity(
 
 @contextmanager
 def _tracked(asked: DistillRequest, is_first: bool) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Within the context numbers go to the tracker that was asked for, from the first process."""
+    """Within the context the first process sends numbers to the tracker that was asked for."""
     if asked.log_to is None or not is_first:
         yield lambda numbers, step: None
         return

@@ -94,9 +94,9 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def check_room(request: DistillRequest, student: Description, teacher: Description, processes: int) -> None:
-    """Raise InputError, with what lowers it, unless the device has room for weights, gradients and Adam's moments.
+    """Raise InputError unless the device has room for weights, gradients and Adam's moments; it says what takes less.
 
-    What the activations take comes on top, and shows in the first step.
+    Activations are not counted; whether they fit shows in the first step.
     """
     device = torch.device(request.device)
     free = _free_bytes(device)
@@ -119,7 +119,7 @@ def check_room(request: DistillRequest, student: Description, teacher: Descripti
 
 
 def _needed_bytes(request: DistillRequest, student: Description, teacher: Description, trained: Trained) -> int:
-    """Float32 weights; of those that move gradients, two moments and the best so far; and the teacher."""
+    """Bytes of float32 weights; of gradient, two moments and best value of those that move; of the teacher."""
     moving = parameters_that_move(student, trained)
     same = request.teacher_device in (None, request.device)
     return 4 * student.parameters + 16 * moving + (2 if request.bfloat16 else 4) * teacher.parameters * same
@@ -133,7 +133,7 @@ def parameters_that_move(student: Description, trained: Trained) -> int:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Of memory that can be had; None where the system does not tell."""
+    """Free bytes of a device's memory; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

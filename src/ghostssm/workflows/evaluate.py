@@ -120,7 +120,7 @@ class Copied:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What the harness found."""
+    """The scores that the harness gives."""
 
     scores: tuple[Score, ...]
 
@@ -201,7 +201,7 @@ def _loaded(request: EvaluateRequest, model: str) -> Checkpoint:
 
 
 def _opened(request: EvaluateRequest, model: str) -> Checkpoint | StreamedCheckpoint:
-    """In memory, or one block at a time."""
+    """The model in memory, or streamed."""
     if not request.stream:
         return _loaded(request, model)
     return stream(model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)

@@ -1,4 +1,4 @@
-"""What a request is carried out on: an opened model and windows of token ids; and what a person should know of them."""
+"""What a request is carried out on: an opened model and windows of token ids. And what to tell a person of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def windows_of(request: Request, text: str | Text, vocabulary: PreTrainedTokeniz
 def calibration_windows(
     request: CalibratingRequest, vocabulary: PreTrainedTokenizerBase, text: Text | None = None
 ) -> Windows:
-    """The windows to calibrate on, of the text if it is read already."""
+    """The windows to calibrate on, from the request's text, or from one that is read already."""
     text = text or read_text(request.calibration, "calibration")
     return cut_windows(text, vocabulary, request.window_length, request.windows, request.seed)
 

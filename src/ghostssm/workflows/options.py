@@ -104,12 +104,12 @@ def _texts(source: Any) -> dict[str, str]:
 
 
 def flag(kind: type[DataclassInstance], name: str) -> str:
-    """How a request's field is called on the command line; as it would be, if it is no option there."""
+    """A field's name on the command line, such as ``--state-size``; made of its own name if it is no option there."""
     known = {each.name: each.flag.split("/")[0] for each in options_of(kind)}
     return known.get(name, "--" + name.replace("_", "-"))
 
 
 def called_with(kind: Callable[..., Made], values: Mapping[str, Any]) -> Made:
-    """A request of some of its fields, or a call; None is a value that was not given, and lists become tuples."""
+    """Call a function, or make a request, with named values. None stands for none given; lists become tuples."""
     given = {name: value for name, value in values.items() if value is not None}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What tells the published checkpoints apart."""
+    """The sizes by which the published checkpoints are told apart."""
 
     layers: int
     hidden_size: int
@@ -70,7 +70,7 @@ def source() -> str:
 
 
 def published_sizes(model: str) -> Sizes:
-    """Of a published checkpoint, by its hub id."""
+    """The sizes of a published checkpoint, by its hub id."""
     return Sizes(**_document()["models"][model])
 
 
@@ -181,7 +181,7 @@ def _published_text(cell: Wanted) -> str:
 
 
 def perplexity_text(value: float) -> str:
-    """With as many digits as the paper gives."""
+    """A perplexity with as many digits as the paper gives."""
     if not math.isfinite(value):
         return "inf"
     if value >= 1e6:

@@ -60,7 +60,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
 
 
 def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
-    """With the address that it was uploaded to, if that was asked for."""
+    """Upload the checkpoint, if that was asked for; the outcome then has its address."""
     if request.push_to_hub is None or outcome.written is None:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
@@ -70,9 +70,9 @@ def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
 def prune_on(
     job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder | None, progress: Progress, notify: Notify
 ) -> PruneOutcome:
-    """With the whole model in memory, whatever the request says of model and texts.
+    """Prune a model in memory; what the request says of model and texts is not read.
 
-    The model is changed, where the stock class can express the result.
+    The given model is changed, where the stock class can express the result.
 
     Args:
         folder: to write the result into, if it is to be written.
@@ -143,7 +143,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
 def _observed(
     job: PruneJob, checkpoint: Checkpoint, windows: Windows, held_out: Windows | None, plan: Plan, progress: Progress
 ) -> Record:
-    """What a report shows besides the plan, of the model before the plan is applied to it."""
+    """What a report shows besides the plan, measured before the plan is applied to the model."""
     observations = observe(checkpoint.model, windows, progress)
     batches = job.request.batches or DEFAULT_BATCHES
     speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
@@ -160,7 +160,7 @@ def _keep_observed(
     after: Evaluation | None,
     folder: Path,
 ) -> None:
-    """Write into a folder what a report shows, as far as one block in memory at a time tells it."""
+    """Write into a folder what a report shows, as far as it can be measured with one block in memory at a time."""
     losses = None
     if inputs.held_out is not None and dense is not None and after is not None:
         losses = WindowLosses.of(inputs.held_out, dense, {"pruned": after})
@@ -174,13 +174,13 @@ def _keep(record: Record, folder: Path) -> None:
 
 
 def _tell_renamed_class(checkpoint: Checkpoint | StreamedCheckpoint, written: Path, notify: Notify) -> None:
-    """Tell where the written tokenizer_config.json names another class than the base model's."""
+    """Tell it if the written tokenizer_config.json names another class than the base model's does."""
     if renamed := renamed_class(checkpoint.tokenizer, written):
         notify(f"note: {renamed}")
 
 
 def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneOutcome, bool]:
-    """In this process's share of a run; what is done is in OUTPUT.run until the end.
+    """Carry out this process's share of a streamed run; what is done is kept in OUTPUT.run until the end.
 
     Returns:
         the outcome, and whether this is the first of the processes that share the run.

@@ -1,4 +1,4 @@
-"""Every check of a pruning run that needs no weights, and what comes of it."""
+"""Every check of a pruning run that needs no weights; the checked request, and the outcome of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ghostssm.workflows.state_size import Target, check_engines, check_smaller, 
 
 DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
-"""On fewer, the standard error of an excess loss is itself a guess."""
+"""On fewer held-out windows, the standard error of an excess loss is a guess itself."""
 _BELONGS_TO = {
     "text_windows": ("evaluate",),
     "batches": ("report",),
@@ -81,7 +81,7 @@ class PruneJob:
         return Inputs(checkpoint, calibration_windows(asked, vocabulary), held_out)
 
     def announce(self, inputs: Inputs[Any], notify: Notify) -> None:
-        """Tell what is about to be done with the windows to calibrate on, and what to think of those to measure on."""
+        """Tell what the windows are used for, and what makes a measured loss doubtful."""
         windows, held_out = inputs.calibration, inputs.held_out
         count, wanted = len(windows), self.request.windows
         fewer = "" if count == wanted else f" (not {wanted}: the text has no more)"

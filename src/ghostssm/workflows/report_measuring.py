@@ -33,7 +33,7 @@ from ghostssm.units import text_name
 from ghostssm.workflows.report_record import DecodeSpeed, Observations, Samples
 
 _OBSERVED_TOKENS = 16384
-"""A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
+"""Figures of the state need fewer tokens than a decision: nobody sees an error of a few percent."""
 _SAMPLES = 2048
 _PROMPT = 8
 _SAMPLE_PROMPT = 64

@@ -56,7 +56,7 @@ class WindowLosses:
 
     @classmethod
     def of(cls, windows: Windows, dense: Evaluation, pruned: Mapping[str, Evaluation]) -> WindowLosses:
-        """Of evaluations on these windows."""
+        """The losses of evaluations on these windows."""
         losses = {name: tuple(evaluation.losses.tolist()) for name, evaluation in pruned.items()}
         return cls(text_name(windows.text_name), windows.length, tuple(dense.losses.tolist()), losses)
 
@@ -100,7 +100,7 @@ class Record:
     state_dtype: str = FLOAT32.name
 
     def kept_in(self, state_dtype: str) -> Record:
-        """What holds of a pruned model whose state is kept in a dtype."""
+        """The record of a pruned model whose state is kept in a dtype: what was measured in another one is left out."""
         return self if state_dtype == self.state_dtype else Record(self.observations, state_dtype=state_dtype)
 
     def write(self, folder: Path) -> None:
@@ -184,7 +184,7 @@ def _samples(entry: dict[str, Any]) -> Samples:
 
 
 def as_json(value: Any, digits: int) -> Any:
-    """A value with floats cut to so many digits; those that are not finite become None."""
+    """JSON values, with floats rounded to so many digits; a float that is not finite becomes None."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Tensor):

@@ -187,6 +187,31 @@ class CompareRequest(Value, CalibratingRequest):
 
 
 @dataclass(frozen=True)
+class InspectRequest:
+    """Everything that can be asked about a checkpoint.
+
+    Attributes:
+        model: hub id, local folder, or 'reference'.
+        state_sizes: also say what a cut to state sizes N' saves.
+        batches: also predict the decode speed on this machine, at these batch sizes.
+        state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.
+        memories: also say how many sequences engines take in 80GiB, say.
+        context: with --memory: tokens of a sequence; 8192 if not given.
+        predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
+        engines: engines, such as vllm or llama.cpp-cuda. 'ghostssm inspect reference' lists all of them.
+    """
+
+    model: Annotated[str, MODEL]
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
+    batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = ()
+    state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = ()
+    memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = ()
+    context: Annotated[int | None, Option("TOKENS", least=1)] = None
+    predict: Annotated[bool, Option()] = False
+    engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = ()
+
+
+@dataclass(frozen=True)
 class DistillRequest(Request):
     """Everything that can be asked of a distillation.
 

@@ -94,7 +94,7 @@ def bound_on_bytes(text: str, dense: int) -> int:
 
 
 def check_smaller(target: Target, limit: int) -> None:
-    """Raise InputError for a state size that is the model's own, ``limit``: the result would be a copy."""
+    """Raise InputError for a state size that is the model's own, ``limit``: nothing would change."""
     if target.size == limit:
         raise InputError(
             f"The state size would be {limit}, which is the model's own N: nothing would change. Expected a smaller "

@@ -24,15 +24,15 @@ from ghostssm.units import duration_text, text_name
 
 _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
-"""Of the gradient; longer ones are cut."""
+"""The largest norm of the gradient; a longer gradient is scaled down to it."""
 _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
 _PATIENCE = 15
-"""The training ends after so many looks without a gain. They are many because most is gained late, at a low rate."""
+"""The training ends after so many looks without a gain. Most is gained late, at a low rate, so they are many."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
-"""A divergence on the held-out windows of so many times the first one ends the training."""
+"""The training ends when the divergence on the held-out windows is so many times the first one."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Training:
 
     @property
     def kept(self) -> Point:
-        """The look at the parameters that are kept."""
+        """The look that was best so far, whose parameters are kept."""
         return min(self.curve, key=lambda point: point.divergence if math.isfinite(point.divergence) else math.inf)
 
     def take_step(self) -> float:
@@ -155,14 +155,14 @@ class Training:
             total += loss.detach().double().cpu() / processes.size
         processes.add(total)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), _MOST_NORM))
-        found = total.item() if norm.isfinite() else math.nan
-        if math.isfinite(found):
+        value = total.item() if norm.isfinite() else math.nan
+        if math.isfinite(value):
             self.optimizer.step()
             self.step += 1
         else:
             self.ended = f"the loss of step {self.step + 1} was not finite"
         self.optimizer.zero_grad()
-        return found
+        return value
 
     def look(self) -> Point:
         """Measure on the held-out windows; the parameters are kept if they do best so far."""
@@ -223,8 +223,8 @@ class Training:
             own = self.batches.held_out[shared[processes.rank :: processes.size]].to(self.student.model.device)
             per_part = max(1, self.settings.batch // (self.settings.accumulate * processes.size))
             self._lessons = [(ids, self.teacher(ids)) for ids in own.split(per_part)]
-        found = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
-        shares = processes.gather([torch.cat(found, dim=1)])
+        losses = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
+        shares = processes.gather([torch.cat(losses, dim=1)])
         return torch.stack(shares, dim=-1).flatten(1)[:, :count]
 
 
@@ -277,8 +277,8 @@ def distill(
     with prepared(own, dense, processes, settings.checkpointing, settings.bfloat16):
         parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
         training = Training(own, dense, batches, settings, parameters, processes)
-        if keeper is not None and (found := keeper.read()) is not None:
-            training.restore(*found)
+        if keeper is not None and (state := keeper.read()) is not None:
+            training.restore(*state)
         _run(training, listener, keeper)
         changes = {name: whole(value) for name, value in training.best.items()}
     record = Distillation(

@@ -91,7 +91,7 @@ def speed_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
-    """A row's loss; where the axis is logarithmic, its bar ends there."""
+    """A row's loss; its error bar ends above zero where the axis is logarithmic."""
     error = 0.0 if math.isnan(row.standard_error) else row.standard_error
     least = min(row.excess for row in others)
     low = max(row.excess - error, least / 2) if least > 0 else row.excess - error
@@ -232,11 +232,11 @@ def window_figure(losses: WindowLosses) -> Figure:
     """Loss difference to the dense model by window, of one model or of several to choose from."""
     rows: list[dict[str, Any]] = []
     worse = []
-    for model, found in losses.pruned.items():
-        excess = [loss - dense for loss, dense in zip(found, losses.dense, strict=True)]
+    for model, pruned in losses.pruned.items():
+        excess = [loss - dense for loss, dense in zip(pruned, losses.dense, strict=True)]
         worse.append(f"{model}: {sum(value > 0 for value in excess)}, mean {statistics.fmean(excess):.4f}")
         for window, value in enumerate(excess):
-            row = {"model": model, "window": window, "dense": losses.dense[window], "loss": found[window]}
+            row = {"model": model, "window": window, "dense": losses.dense[window], "loss": pruned[window]}
             rows.append({**row, "excess": value, "sign": "worse" if value > 0 else "better"})
     bars = (
         table("windows")

@@ -129,9 +129,9 @@ def hankel_figure(seen: Observations, plan: Plan | None = None) -> Figure:
     layers, n_groups, n = values.shape
     groups = shown_groups(layers, n_groups, n)
     rows: list[dict[str, Any]] = []
-    for layer, found in enumerate(values):
-        relative = _above_zero(found / (found.max().item() or 1.0))
-        rows += _rows(layer, groups, {"value": found, "relative": relative}, place="index", first=1)
+    for layer, value in enumerate(values):
+        relative = _above_zero(value / (value.max().item() or 1.0))
+        rows += _rows(layer, groups, {"value": value, "relative": relative}, place="index", first=1)
     energy = values.square()
     half = (energy.cumsum(-1) / energy.sum(-1, keepdim=True).clamp_min(1e-300) < 0.99).sum(-1).double().mean() + 1
     caption = (
@@ -260,7 +260,7 @@ def _rows(
 
 
 def _above_zero(value: Tensor) -> Tensor:
-    """What has no place on a logarithmic axis as NaN, which a page leaves out."""
+    """NaN in place of numbers that have no place on a logarithmic axis; a page leaves these out."""
     return value.masked_fill(value <= 0, math.nan)
 
 
