@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ghostssm.plan.plan import Plan
-from ghostssm.report.notebook import comparison_html, plan_html
+from ghostssm.report.showing import comparison_html, plan_html
 from ghostssm.workflows.compare_result import Comparison, Row
 
 _CELLS = """

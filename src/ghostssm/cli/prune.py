@@ -45,6 +45,8 @@ def prune(
         distill: steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.
         per_layer: let every layer have a state size of its own: larger where a cut costs more.
     """
+    import ghostssm
+    from ghostssm.checkpoint.manifest import PAGE_FILE
     from ghostssm.workflows.prune import prune as use_case
 
     begun = time.perf_counter()
@@ -54,20 +56,8 @@ def prune(
     request = dataclasses.replace(request, recipe=recipe)
     outcome = carried_out(use_case, request)
     assert outcome.written is not None
-    page = _page(outcome.written) if request.report else None
+    page = ghostssm.write_report(outcome.written, outcome.written / PAGE_FILE) if request.report else None
     _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
-
-
-def _page(folder: Path) -> Path:
-    """Draw what the run measured."""
-    from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.output_file import OutputFile
-    from ghostssm.report.building import checkpoint_report
-    from ghostssm.report.page import write_page
-
-    page = folder / PAGE_FILE
-    write_page(OutputFile(page), checkpoint_report(folder))
-    return page
 
 
 def _recipe(method: str, repair: bool | None, refit: int | None, distill: int | None, per_layer: bool) -> Recipe:

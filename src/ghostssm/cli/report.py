@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, verb
@@ -13,9 +13,6 @@ from ghostssm.errors import InputError
 from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import STATE_DTYPE
-
-if TYPE_CHECKING:
-    from ghostssm.files.output_file import OutputFile
 
 
 @verb
@@ -70,16 +67,15 @@ def report(
         note(f"not shown: {what}; it comes with: {command}")
 
 
-def page_to_write(page: str | None, overwrite: bool) -> OutputFile | None:
-    """Where ``--report FILE`` is to go, if a page is wanted; checked before the work, as is whether it can be drawn."""
+def check_page(page: str | None, overwrite: bool) -> None:
+    """Raise InputError at once, rather than after the work, if ``--report FILE`` can't be drawn or written."""
     from ghostssm.files.output_file import OutputFile
 
     if page is not None:
         check_drawable()
-        return OutputFile(page, overwrite)
-    if overwrite:
+        OutputFile(page, overwrite)  # raises
+    elif overwrite:
         raise InputError("--overwrite works with --report only; add that, or leave out --overwrite.")
-    return None
 
 
 def check_drawable() -> None:

@@ -307,8 +307,8 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def _sliced_tensors(mixer: Mixer) -> _Sliced:
-    parts = {"in_proj": mixer.in_proj, "conv1d": mixer.conv1d}
-    return {(part, name): getattr(module, name) for part, module in parts.items() for name in ("weight", "bias")}
+    keys = ((part, name) for part in ("in_proj", "conv1d") for name in ("weight", "bias"))
+    return {(part, name): getattr(getattr(mixer, part), name) for part, name in keys}
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -332,9 +332,8 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 def _install(family: Family, mixer: Mixer, state_size: int, tensors: _Sliced) -> None:
     """Put tensors of a given state size into a mixer's module, and the sizes that go with them."""
     layout = mixer.layout.with_state_size(state_size)
-    in_proj, conv1d = mixer.in_proj, mixer.conv1d
     for (part, name), tensor in tensors.items():
-        {"in_proj": in_proj, "conv1d": conv1d}[part].register_parameter(name, _parameter(tensor))
-    in_proj.out_features = layout.in_proj_rows
+        getattr(mixer, part).register_parameter(name, _parameter(tensor))
+    conv1d, mixer.in_proj.out_features = mixer.conv1d, layout.in_proj_rows
     conv1d.in_channels = conv1d.out_channels = conv1d.groups = layout.conv_dim
     family.resize(mixer.module, layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ghostssm.calibration.processes import Processes, own_device
 from ghostssm.checkpoint.hub import push_to_hub
@@ -100,44 +101,31 @@ def prune_on(
             smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
         )
     except IncompleteError as error:
-        _keep(record, error.folder)
+        record.write(error.folder)
         raise
     _tell_renamed_class(checkpoint, written, notify)
-    _keep(record, written)
+    record.write(written)
     return _uploaded(dataclasses.replace(outcome, written=written), asked)
 
 
 def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
-    asked, target = job.request, job.target
-    if target.size is not None:
-        calibration = Calibration(checkpoint.model, windows)
-        plan = calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
-        return plan.kept_in(asked.state_dtype)
+    asked, target, model = job.request, job.target, checkpoint.model
+    how: dict[str, Any] = {
+        "groups": asked.groups,
+        "seed": asked.seed,
+        "multiple": job.multiple,
+        "progress": progress,
+    }
     if target.state_bytes is not None:
-        return Fitting.of(checkpoint.model, windows).plan(
-            job.recipe,
-            target.state_bytes,
-            dtypes=target.dtypes,
-            multiple=job.multiple,
-            state_sizes=target.sizes,
-            groups=asked.groups,
-            seed=asked.seed,
-            progress=progress,
-        )
-    assert target.max_excess_loss is not None
-    smallest = smallest_plan(
-        checkpoint.model,
-        windows,
-        job.recipe,
-        target.max_excess_loss,
-        multiple=job.multiple,
-        state_sizes=target.sizes,
-        groups=asked.groups,
-        seed=asked.seed,
-        state_dtype=asked.state_dtype or FLOAT32.name,
-        progress=progress,
-    )
-    return smallest.kept_in(asked.state_dtype)
+        fitting = Fitting.of(model, windows)
+        return fitting.plan(job.recipe, target.state_bytes, dtypes=target.dtypes, state_sizes=target.sizes, **how)
+    if target.size is not None:
+        plan = Calibration(model, windows).plan(job.recipe, target.size, **how)
+    else:
+        assert target.max_excess_loss is not None
+        how |= {"state_sizes": target.sizes, "state_dtype": asked.state_dtype or FLOAT32.name}
+        plan = smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
+    return plan.kept_in(asked.state_dtype)
 
 
 def _observed(
@@ -165,12 +153,7 @@ def _keep_observed(
     if inputs.held_out is not None and dense is not None and after is not None:
         losses = WindowLosses.of(inputs.held_out, dense, {"pruned": after})
     observations = observe(checkpoint.blocks, inputs.calibration, progress)
-    _keep(Record(observations, losses, state_dtype=state_dtype or FLOAT32.name), folder)
-
-
-def _keep(record: Record, folder: Path) -> None:
-    if record != Record():
-        record.write(folder)
+    Record(observations, losses, state_dtype=state_dtype or FLOAT32.name).write(folder)
 
 
 def _tell_renamed_class(checkpoint: Checkpoint | StreamedCheckpoint, written: Path, notify: Notify) -> None:

@@ -104,12 +104,14 @@ class Record:
         return self if state_dtype == self.state_dtype else Record(self.observations, state_dtype=state_dtype)
 
     def write(self, folder: Path) -> None:
-        """Write ``report.json`` into a folder; an old one is replaced.
+        """Write ``report.json`` into a folder; an old one is replaced. Of an empty record nothing is written.
 
         Raises:
             OutputError: the folder can't be written.
             StorageError: writing failed, for example on a full disk.
         """
+        if self == Record():
+            return
         measured = {name: part for name, part in vars(self).items() if part is not None}
         document = as_json({"format": _FORMAT, "version": _VERSION, **measured}, digits=6)
         with OutputFile(folder / RECORD_FILE, overwrite=True) as file, storing(file.path):
