@@ -1,4 +1,4 @@
-"""The command's entry: its verbs, and what becomes of errors."""
+"""The command's entry: its verbs, and how errors end."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _options(
 
 
 def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in one message and code 2, a fault of the machine in code 1, never in a traceback."""
+    """A verb that ends in one message and an exit code, if it is interrupted or memory or disk fail."""
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:

@@ -61,7 +61,7 @@ def prune(
 
 
 def _recipe(method: str, repair: bool | None, refit: int | None, distill: int | None, per_layer: bool) -> Recipe:
-    """The recipe that a method's name and the options beside it make together."""
+    """The recipe of ``--method``, changed by the options beside it."""
     from ghostssm.pruning.recipe import Recipe
     from ghostssm.recovery import Step
 
@@ -74,7 +74,7 @@ def _recipe(method: str, repair: bool | None, refit: int | None, distill: int | 
 
 
 def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
-    """Tell where the result is and what it is."""
+    """Print where the result is and what it is."""
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
     from ghostssm.checkpoint.manifest import Manifest
@@ -129,7 +129,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
 
 
 def _print_serving(state_dtype: str, described: Description) -> None:
-    """How engines are told the dtype that the state was chosen to be kept in."""
+    """Print how engines are told the dtype that the state is to be kept in."""
     from ghostssm.cli.serving import print_states
     from ghostssm.workflows.inspect import serving_engines
 

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while they wait, on standard error: what is done, how far it is, what is left.
+"""What is shown on standard error while a command works: what it does, how far it is, how long the rest takes.
 
 On a terminal these are bars. Elsewhere they are lines: one within a second, and one at least every five seconds after.
 """
@@ -30,7 +30,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Count:
-    """How far something is that is done step by step, and how long the rest will take.
+    """How many steps are done, and how long the rest will take.
 
     The steps may differ in cost. The time per cost is learnt from all steps and from the recent ones, and the slower of
     the two is taken: a machine may become slower, when others load it as well.
@@ -46,18 +46,18 @@ class Count:
         return self._marks[0][0]
 
     def reach(self, done: int) -> None:
-        """So many steps are done by now."""
+        """Note that so many steps are done by now."""
         self._marks.append((time.monotonic(), done))
 
     @property
     def text(self) -> str:
-        """Such as "3/24, about 40 s left"."""
+        """The count in words, such as "3/24, about 40 s left"."""
         seconds = self.seconds_left()
         left = "" if seconds is None else f", about {duration_text(seconds)} left"
         return f"{self._marks[-1][1]}/{self.total}{left}"
 
     def seconds_left(self) -> float | None:
-        """None before the first step and after the last."""
+        """How long the rest will take; None before the first step and after the last."""
         (begun, _), (now, done) = self._marks[0], self._marks[-1]
         if not 0 < done < self.total:
             return None
@@ -81,7 +81,7 @@ def is_first_process() -> bool:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Within the context, which is that of a command, whoever waits is told what is going on."""
+    """Within the context of a command, the person at the terminal is told what is going on."""
     if sys.stderr.isatty() and is_first_process():
         with _in_front(Bars()):
             yield

@@ -1,4 +1,4 @@
-"""Perplexity by the usual protocol: non-overlapping windows, each on its own, mean negative log likelihood."""
+"""Losses by the usual protocol: non-overlapping windows, each on its own, mean negative log likelihood."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOKENS_OF_LOGITS = 512
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a loss in nats per token; infinite where that exceeds a double."""
+    """The exponential of a loss in nats per token; infinite where a double can't hold it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -64,7 +64,7 @@ class Evaluation(Value):
 
     @property
     def standard_error(self) -> float:
-        """Of the loss, over windows; NaN when there is one window only."""
+        """The loss's standard error over windows; NaN when there is one window only."""
         return _standard_error(self.losses, self.consecutive)
 
     @property
@@ -82,7 +82,7 @@ class Evaluation(Value):
 
 
 def _standard_error(values: Tensor, consecutive: bool) -> float:
-    """Of the mean of values (count,); NaN for one value.
+    """The standard error of the mean of values (count,); NaN for one value.
 
     Neighbours in a text are alike, so that what follows one another is first averaged over about sqrt(count) blocks
     (batch means: Glynn & Whitt 1991); values drawn at random are independent.

@@ -1,4 +1,4 @@
-"""Which state size and dtype was taken for so many bytes, and what each choice lost."""
+"""The state size and dtype that were chosen for so many bytes, and what every candidate lost."""
 
 from __future__ import annotations
 

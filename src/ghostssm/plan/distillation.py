@@ -16,7 +16,7 @@ MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "
 
 @dataclass(frozen=True)
 class Point:
-    """A look at the held-out windows.
+    """What was measured on the held-out windows at one step.
 
     Attributes:
         step: of the student, 0 before the first. tokens: trained on so far.

@@ -1,4 +1,4 @@
-"""A plan: what becomes of every mixer's state. A frozen value; making, saving, reading and applying it are separate."""
+"""A plan: what happens to every mixer's state. It is a frozen value; it is made and applied elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ghostssm.values import Value
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Plan(Value):
-    """Decisions for every mixer of a model, and what else becomes of its parameters.
+    """The decisions on every mixer of a model, and the other parameters that change.
 
     Attributes:
         method: the recipe that decided.
@@ -55,12 +55,12 @@ class Plan(Value):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Mixer name to the channels that stay, front to back."""
+        """The channels that stay, by mixer name, front to back."""
         return {name: decision.selection for name, decision in self.decisions.items()}
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """Mixer name to its projection, for every mixer or for none."""
+        """The projections by mixer name, of every mixer or of none."""
         return {name: d.projection for name, d in self.decisions.items() if d.projection is not None}
 
     @property
@@ -96,7 +96,7 @@ class Plan(Value):
         return None if self.provenance is None else self.provenance.state_dtype
 
     def kept_in(self, state_dtype: str | None) -> Plan:
-        """The plan of a model whose state is to be kept in a dtype; this one for None."""
+        """The same plan for a state that is to be kept in a dtype; for None this plan."""
         return self if state_dtype is None else self.with_provenance(asked_state_dtype=state_dtype)
 
     def with_provenance(self, **known: Any) -> Plan:

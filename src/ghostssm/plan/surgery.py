@@ -324,13 +324,13 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter under a dotted name."""
+    """Replace the parameter with a dotted name."""
     owner, _, last = name.rpartition(".")
     module.get_submodule(owner).register_parameter(last, parameter)
 
 
 def _install(family: Family, mixer: Mixer, state_size: int, tensors: _Sliced) -> None:
-    """Put tensors of a given state size into a mixer's module, and the sizes that go with them."""
+    """Put tensors of a given state size into a mixer's module, and set the sizes that the module notes."""
     layout = mixer.layout.with_state_size(state_size)
     for (part, name), tensor in tensors.items():
         getattr(mixer, part).register_parameter(name, _parameter(tensor))

@@ -20,7 +20,7 @@ class Findings:
         self.found: list[Any] = []
 
     def restore(self, hidden: Tensor) -> None:
-        """Replace the hidden states that reach the first block by those that reach the first block without findings.
+        """Replace the hidden states before the first block by those before the first block that has no findings yet.
 
         Args:
             hidden: of this process's windows; overwritten in place.
@@ -53,7 +53,7 @@ class Journal:
         return self._decisions
 
     def restore(self, hidden: Tensor) -> None:
-        """Replace the hidden states that reach the first block by those that reach block number ``done``."""
+        """Replace the hidden states before the first block by those before block number ``done``."""
 
     def record(
         self,

@@ -1,4 +1,4 @@
-"""What to do to a model, in one word: a method, and the recovery steps that follow its choice."""
+"""A recipe: a method, and the recovery steps that follow its decisions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Recipe:
 
     @property
     def cost(self) -> float:
-        """About how long it takes beside GHOST on the same windows, for estimates of the time left."""
+        """About how long it takes on the same windows; GHOST is the unit. For estimates of the time left."""
         cost = 0.2 if self.registered.one_shot else 1.0 if self.registered.decide is None else 3.0
         cost += sum(_STEP_COST if step.amount is None else step.amount * _COST_PER_AMOUNT for step in self.steps)
         return cost * (2.0 if self.per_layer else 1.0)

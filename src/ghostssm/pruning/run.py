@@ -198,8 +198,10 @@ class _Run:
         return plan
 
     def curves(self) -> list[Tensor]:
-        """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
-        the energy of the hidden states after it, which is what the next layers' norms divide by.
+        """What a smaller state costs each mixer of the unpruned model: (n + 1,), by how many channels are left.
+
+        The cost is the error of the mixer's output as a share of the energy of the hidden states after it, by which the
+        next layers' norms divide.
 
         Measured at a few sizes, with what the method would keep there, and interpolated between them.
         """
@@ -212,7 +214,7 @@ class _Run:
         return self.calibration._curves[key]
 
     def _curves_by_block(self) -> list[list[float] | None]:
-        """For each block its mixer's curve, if it has one."""
+        """The curve of each block's mixer; None for a block without one."""
         findings, processes = self.journal.curves, self.calibration.processes
         if len(findings.found) == len(self.calibration.blocks.modules):
             return findings.found
@@ -270,7 +272,7 @@ class _Run:
         return {name: (Decision(part), score.clone()) for name, part, score in zip(names, kept, scores, strict=True)}
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
-        """Record decisions without a walk: with nothing to recover, no activations are needed."""
+        """Record decisions without a walk, since no activations are needed where nothing is to recover."""
         for index, (block, mixer) in enumerate(self._mixers()):
             if index >= self.journal.done:
                 self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))

@@ -98,7 +98,7 @@ def smallest_plan(
 
 @dataclass(frozen=True)
 class Fitting:
-    """What recipes and bounds share: evidence from the windows that calibrate, and the others, to measure on.
+    """What searches for several recipes and bounds share: windows to calibrate and to measure on, and what they gave.
 
     Attributes:
         calibration: of three windows of four.
@@ -220,7 +220,7 @@ def fits_in(
 
 
 def check_shrinks(recipe: Recipe) -> None:
-    """Raise InputError for a recipe whose method has no state sizes to choose from."""
+    """Raise InputError for a recipe whose method leaves the state whole."""
     if not recipe.registered.shrinks:
         raise InputError(f"{recipe} leaves the state whole, so no size can be chosen for it; take another method.")
 
@@ -228,7 +228,7 @@ def check_shrinks(recipe: Recipe) -> None:
 def excess_loss(
     model: PreTrainedModel, windows: Windows, dense: Evaluation, state_dtype: str = "float32"
 ) -> Difference:
-    """Over the dense loss; infinite where the model overflows, which a state that is too small may cause."""
+    """The loss minus the dense one; infinite where the model overflows, which a state that is too small may cause."""
     try:
         return evaluate_in_float32(model, windows, state_dtype=state_dtype).excess_over(dense)
     except NumericalError:

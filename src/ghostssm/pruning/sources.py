@@ -1,4 +1,4 @@
-"""Where the evidence on a mixer comes from: a walk, what process 0 asks of all, or what was measured before."""
+"""Sources of the evidence on a mixer: a walk, all processes, or what was measured before."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Texts:
-    """Longer texts as they are, such as commands, each under its label."""
+    """Longer texts, such as commands, each under its label."""
 
     title: str
     texts: Mapping[str, str]
@@ -78,13 +78,13 @@ class Report:
 
     @property
     def figures(self) -> list[Figure]:
-        """Of all sections."""
+        """The figures of all sections."""
         parts = (part for section in self.sections for part in section.parts)
         return [part for part in parts if not isinstance(part, Table | Texts)]
 
 
 def html_page(report: Report) -> str:
-    """The page.
+    """A report's page.
 
     Raises:
         InputError: the libraries that draw are not installed.

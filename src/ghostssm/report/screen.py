@@ -54,7 +54,7 @@ class _Line:
             self._draw(", ".join(f"{name} {at}/{end}" for name, (at, end, _) in self._open.items()) + left)
 
     def clear(self) -> None:
-        """Leave the line as empty as it was."""
+        """Remove what was drawn."""
         if self._width:
             self._draw("")
             self._stream.write("\r")

@@ -88,7 +88,7 @@ def write_report(shown: Comparison | str | PathLike[str], output: str | PathLike
 
 
 def register_with_ipython() -> None:
-    """Have IPython, if it runs us, show plans and comparisons with the functions below."""
+    """Show plans and comparisons by the functions below, if the code runs in IPython."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None:
         formatter = shell.display_formatter.formatters["text/html"]
@@ -97,7 +97,7 @@ def register_with_ipython() -> None:
 
 
 def plan_html(plan: Plan) -> str:
-    """What was decided, in a table, and the scores as a heat map."""
+    """A plan in a notebook: a table of what was decided, and the scores as a heat map."""
     rows = [
         ["method", plan.method],
         ["model type", plan.model_type],
@@ -113,7 +113,7 @@ def plan_html(plan: Plan) -> str:
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """All rows as a table, and perplexity against state size."""
+    """A comparison in a notebook: the table of all rows, and loss against bytes of state."""
     table = table_html(Table("", *comparison_cells(comparison.rows)))
     return table + (_figure_html(comparison) if len(comparison.rows) > 1 else "")
 

@@ -44,7 +44,7 @@ def is_distilled(manifest: Manifest) -> bool:
 
 
 def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
-    """The command that repeats a run: as it was asked for, or, of older checkpoints, as far as the plan tells it.
+    """The command that repeats a run: its request, or what the plan tells of it in older checkpoints.
 
     Args:
         more: fields of the request that are to be others.
@@ -102,7 +102,7 @@ def manifest_table(manifest: Manifest) -> Table:
 
 
 def advice_of(described: Description, plan: Plan | None, *, written: bool = False) -> tuple[Advice, ...]:
-    """What engines make of a model as it is, or under a plan.
+    """Which engines run a model as it is, or under a plan.
 
     Args:
         written: whether the description is of files that engines would read as they are.

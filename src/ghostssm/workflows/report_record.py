@@ -29,7 +29,7 @@ _FORMAT, _VERSION = "ghostssm-report", 1
 
 @dataclass(frozen=True)
 class Observations:
-    """What the unpruned model does with its state, by mixer, front to back; each (g, n), float64.
+    """What the unpruned model does with its state: (g, n), float64, for each mixer, front to back.
 
     Attributes:
         weight_norms: norm of a channel's B row times norm of its C row.
@@ -78,7 +78,7 @@ class DecodeSpeed:
 
 @dataclass(frozen=True)
 class Samples:
-    """How models go on from a prompt, each taking the likeliest token; what the prompt was taken from."""
+    """How models go on from a prompt, each taking the likeliest token; ``text`` is where the prompt is from."""
 
     text: str
     prompt: str
@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured while a checkpoint was made; None or empty for what was not.
+    """What was measured while a checkpoint was made; what was not measured is None or empty.
 
     Attributes:
         state_dtype: in which the pruned model's state was kept.

@@ -138,7 +138,7 @@ def reproduce(request: ReproduceRequest, *, progress: Progress = silent, notify:
 
 
 def _checked(request: ReproduceRequest) -> tuple[dict[str, str], list[Wanted]]:
-    """MODEL by published hub id, and the cells to measure.
+    """The models by published hub id, and the cells to measure.
 
     Raises:
         InputError: an unknown table or method, or a model or size that does not belong in the tables.
@@ -159,7 +159,7 @@ def _checked(request: ReproduceRequest) -> tuple[dict[str, str], list[Wanted]]:
 
 
 def _markdown_page(tables: Sequence[PrintedTable], request: ReproduceRequest) -> str:
-    """The tables with where they are from and how they were measured."""
+    """The tables in Markdown, with their source and how they were measured."""
     amount = "all windows" if request.text_windows is None else f"{request.text_windows} windows"
     lines = [
         "# Published and measured perplexities\n",
@@ -173,7 +173,7 @@ def _markdown_page(tables: Sequence[PrintedTable], request: ReproduceRequest) ->
 
 
 class Results:
-    """The finished cells of a folder, in ``results.json``; each is there, whole, as soon as it is added.
+    """The finished cells of a folder, in ``results.json``. A cell is on the disk as soon as it is added.
 
     Raises:
         OutputError: the folder is a file, holds something else under that name, or results with other settings.
@@ -182,7 +182,7 @@ class Results:
     def __init__(self, request: ReproduceRequest, texts: Mapping[str, Text]):
         folder = Path(request.output)
         self.path = folder / RESULTS_FILE
-        # A text is the same by its characters, whatever it is called.
+        # Texts are compared by their characters, not by their names.
         self._settings = request.numbers | {f"{role}_sha256": text.fingerprint for role, text in texts.items()}
         self._names = {f"{role}_text": text.name for role, text in texts.items()}
         self.models: dict[str, str] = {}
@@ -192,7 +192,7 @@ class Results:
         self._read()
 
     def check_model(self, model: str, fingerprint: str) -> None:
-        """Raise OutputError if the cells of a model were measured on other weights; remember these otherwise."""
+        """Raise OutputError if the model's finished cells were measured on other weights."""
         if self.models.setdefault(model, fingerprint) != fingerprint:
             raise OutputError(
                 f"{self.path} holds results of {model} with other weights; name another --output, or the same model."
@@ -239,7 +239,7 @@ class Results:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a text file at one stroke, so that whoever reads it, even after a power cut, finds the old or the new one.
+    """Write a text file at one stroke: a reader gets the old one or the new one, even after a power cut.
 
     Raises:
         OutputError: it can't be written; the old one stays.
@@ -253,8 +253,11 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def find_models(specs: Iterable[str]) -> dict[str, str]:
-    """MODEL by published hub id, for ``state-spaces/mamba2-130m``, ``mamba2-130m=FOLDER``, a folder of one of these
-    names, or a folder that holds folders of these names.
+    """The models that are named, by published hub id.
+
+    Args:
+        specs: each is a hub id or its last part, ``mamba2-130m=FOLDER``, a folder with such a name, or a folder that
+            holds folders with such names.
 
     Raises:
         ModelError: something else; says what was expected.
@@ -282,7 +285,7 @@ def find_models(specs: Iterable[str]) -> dict[str, str]:
 
 
 def check_models(models: Mapping[str, str]) -> None:
-    """Check that each model has the sizes of the published one whose row it is to fill; reads configs only.
+    """Check that each model has the sizes of the published one in whose place it is; only configs are read.
 
     Raises:
         ModelError: a model that is not there, was pruned before, or is another one.
@@ -311,7 +314,7 @@ def _measure_missing(
     texts: Mapping[str, Text],
     progress: Progress = silent,
 ) -> dict[Key, str]:
-    """Measure what is wanted of the models at hand and not yet among the results; return why cells failed.
+    """Measure the wanted cells of the given models that are not among the results; return why cells failed.
 
     A cell that fails, for lack of memory or because a loss is not finite, is left out; the others go on.
 
@@ -351,7 +354,7 @@ def _measured(
     texts: Mapping[str, Text],
     progress: Progress,
 ) -> Iterator[tuple[Key, Measured | str]]:
-    """Cells of one model, each measured or the reason why it is not."""
+    """The cells of one model, each measured, or with the reason why it could not be."""
     model, vocabulary = checkpoint.model, checkpoint.require_tokenizer()
     held_out = windows_of(request, texts["evaluation"], vocabulary)
     calibration = Calibration(model, calibration_windows(request, vocabulary, texts["calibration"]))

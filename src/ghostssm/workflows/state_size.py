@@ -41,7 +41,7 @@ class Target:
 
 
 def wanted_target(request: PruneRequest, described: Description) -> Target:
-    """What one of the request's four options says of a model.
+    """How much of a model's state one of the request's four options keeps.
 
     Raises:
         InputError: none of them is given, or several, or one out of range.
@@ -69,7 +69,7 @@ def wanted_target(request: PruneRequest, described: Description) -> Target:
 
 
 def bound_on_bytes(text: str, dense: int) -> int:
-    """Bytes of a share of the dense float32 state, such as ``1/8``, or of a size with its unit.
+    """The bytes that a text says: a share of the dense float32 state, such as ``1/8``, or a size with its unit.
 
     Raises:
         InputError: it is neither, or not below the dense state's bytes.

@@ -110,7 +110,7 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
 def _loss_chart(
     others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
 ) -> alt.LayerChart:
-    """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
+    """A chart of the tables "rows" and "dense"; with a choice among batches it has bars of the speed too."""
     methods = list(dict.fromkeys(row.series for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)

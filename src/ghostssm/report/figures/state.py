@@ -234,13 +234,13 @@ def saliency_figure(plans: Mapping[str, Plan]) -> Figure:
 
 
 def quadrants(norm: Tensor, energy: Tensor) -> Tensor:
-    """0 phantom, 1 corporeal, 2 both small, 3 both large: above or not above the layer's medians; (g, n), int64."""
+    """For each channel 0 phantom, 1 corporeal, 2 both small or 3 both large, by the layer's medians; (g, n), int64."""
     heavy, loud = norm > norm.median(), energy > energy.median()
     return torch.where(heavy, torch.where(loud, 3, 1), torch.where(loud, 0, 2))
 
 
 def correlation(norm: Tensor, energy: Tensor) -> float:
-    """Pearson's, of the logarithms; of the channels where both are above 0. NaN where one of them is constant."""
+    """Pearson's correlation of the logarithms, over channels where both are above 0; NaN where one is constant."""
     both = (norm > 0) & (energy > 0)
     if both.sum() < 2:
         return float("nan")
