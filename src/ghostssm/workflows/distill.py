@@ -20,7 +20,6 @@ from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
-from ghostssm.files.interrupts import Terminated
 from ghostssm.files.output_folder import OutputFolder, check_apart
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
@@ -123,7 +122,7 @@ class _Job:
             f"distilling on {batches.source.name}: {asked.steps} steps of {asked.batch} windows of "
             f"{asked.window_length} tokens; {len(batches.held_out)} windows are held out"
         )
-        with keeper, self._told_how_to_go_on(keeper):
+        with keeper:
             wanted = [evaluate_in_float32(dense.model, text, self.progress) for text in texts]
             before = self._measured(checkpoint, texts, wanted)
             distilled = self._trained(checkpoint, dense, batches, keeper)
@@ -180,13 +179,6 @@ class _Job:
         state_dtype = chosen_state_dtype(checkpoint.source)
         losses = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
         return [measurement_of(*each) for each in zip(texts, wanted, losses, strict=True)]
-
-    @contextmanager
-    def _told_how_to_go_on(self, keeper: RunState) -> Iterator[None]:
-        try:
-            yield
-        except (KeyboardInterrupt, Terminated) as stop:
-            raise type(stop)(keeper.how_to_go_on()) from None
 
 
 def _identity(

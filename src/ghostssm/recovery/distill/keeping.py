@@ -24,6 +24,7 @@ from torch import Tensor
 from ghostssm.calibration.processes import Processes
 from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
+from ghostssm.files.interrupts import Terminated
 from ghostssm.files.kept_run import RUN_FILE, open_run
 from ghostssm.files.output_folder import destination
 
@@ -82,6 +83,8 @@ class RunState:
             self._lock.close()
         if self._is_new and isinstance(error, InputError) and not (self.folder / _STATE_FILE).exists():
             self.remove()  # a mistake that showed before any work leaves nothing to go on with
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            raise type(error)(self.how_to_go_on()) from None
 
     def is_due(self) -> bool:
         """Whether so many minutes have gone since a state was kept."""

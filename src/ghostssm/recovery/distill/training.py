@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
+from ghostssm.recovery.distill.keeping import RunState
 from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
 from ghostssm.units import duration_text, text_name
 
@@ -88,22 +89,6 @@ class Listener:
     progress: Progress = silent
     notify: Notify = unheard
     log: Callable[[dict[str, float], int], None] = field(default=lambda numbers, step: None)
-
-
-class Keeper(Protocol):
-    """Where the state of a training survives the process."""
-
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What was written last: JSON values and tensors; None if nothing was."""
-        ...
-
-    def is_due(self) -> bool:
-        """Whether it is time to write."""
-        ...
-
-    def write(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep a state, in place of the one before."""
-        ...
 
 
 class Training:
@@ -251,7 +236,7 @@ def distill(
     teacher_name: str | None = None,
     processes: Processes | None = None,
     listener: Listener | None = None,
-    keeper: Keeper | None = None,
+    keeper: RunState | None = None,
 ) -> Distilled:
     """Train a pruned model on the next-token distributions of the dense one.
 
@@ -300,7 +285,7 @@ def distill(
     return Distilled(changes, record)
 
 
-def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
+def _run(training: Training, listener: Listener, keeper: RunState | None) -> None:
     steps, between = training.settings.steps, max(1, training.settings.steps // _CHECKS)
     begun, first = time.monotonic(), training.step
     listener.progress("distillation", training.step, steps)
