@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostssm.cli import console, screen
+from ghostssm.cli import console
 from ghostssm.progress import expect, stage
+from ghostssm.report import screen
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ghostssm.cli.console import print_json, print_table, print_text
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.screen import carried_out
+from ghostssm.report.screen import carried_out
 from ghostssm.units import bytes_text
 from ghostssm.workflows.requests import BenchRequest
 

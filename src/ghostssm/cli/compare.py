@@ -8,7 +8,7 @@ from typing import Annotated
 from ghostssm.cli.console import print_json, print_table
 from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.cli.report import check_page
-from ghostssm.cli.screen import carried_out, note
+from ghostssm.report.screen import carried_out, note
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import CompareRequest
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ghostssm.cli.screen import is_first_process, note
 from ghostssm.errors import GhostWarning
+from ghostssm.report.screen import is_first_process, note
 
 _PLAIN_WIDTH = 100
 _GAP = "  "

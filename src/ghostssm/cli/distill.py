@@ -6,7 +6,7 @@ import time
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.screen import carried_out
+from ghostssm.report.screen import carried_out
 from ghostssm.workflows.requests import DistillRequest
 
 

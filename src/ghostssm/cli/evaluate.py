@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ghostssm.cli.console import print_facts, print_json, print_table
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.screen import note, progress_reporter
 from ghostssm.progress import silent
+from ghostssm.report.screen import note, progress_reporter
 from ghostssm.units import plus_minus
 from ghostssm.workflows.requests import EvaluateRequest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.screen import note
+from ghostssm.report.screen import note
 from ghostssm.units import bytes_text
 from ghostssm.workflows.requests import ExportRequest
 

@@ -17,11 +17,11 @@ from ghostssm.cli import bench, compare, distill, evaluate, export, generate, in
 from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
 from ghostssm.cli.parsing import SpacedListCommand, plain_in_help, usage_message
-from ghostssm.cli.screen import watched
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers
 from ghostssm.progress import stage
+from ghostssm.report.screen import watched
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from ghostssm.cli.console import print_facts, print_json, print_table
 from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.cli.report import check_drawable
-from ghostssm.cli.screen import carried_out, note
+from ghostssm.report.screen import carried_out, note
 from ghostssm.units import bytes_text, one_or_all
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import PruneRequest

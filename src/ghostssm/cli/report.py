@@ -8,8 +8,8 @@ from typing import Annotated
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, verb
-from ghostssm.cli.screen import note
 from ghostssm.errors import InputError
+from ghostssm.report.screen import note
 from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import STATE_DTYPE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ghostssm.cli.console import print_json, print_table
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.screen import carried_out
 from ghostssm.errors import GhostError
+from ghostssm.report.screen import carried_out
 from ghostssm.workflows.requests import ReproduceRequest
 
 

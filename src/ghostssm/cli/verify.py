@@ -9,7 +9,7 @@ import typer
 
 from ghostssm.cli.console import print_json, print_table
 from ghostssm.cli.parsing import AsJson, verb
-from ghostssm.cli.screen import note
+from ghostssm.report.screen import note
 from ghostssm.workflows.options import Option
 
 

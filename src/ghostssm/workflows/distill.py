@@ -26,7 +26,7 @@ from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
-from ghostssm.recovery.distill.keeping import RunState
+from ghostssm.recovery.distill.run_state import RunState
 from ghostssm.recovery.distill.training import Distilled, Listener
 from ghostssm.recovery.distill.training import distill as train
 from ghostssm.text.sources import read_text

@@ -19,8 +19,8 @@ from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
-from ghostssm.recovery.distill.keeping import RunState
 from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
+from ghostssm.recovery.distill.run_state import RunState
 from ghostssm.units import duration_text, text_name
 
 _BETAS = (0.9, 0.95)
