@@ -138,13 +138,32 @@ def note(message: str) -> None:
         (_screens[-1] if _screens else Lines()).say(message)
 
 
-class Bars:
+class _Counting:
+    """What is counted, by name."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Count] = {}
+        self._costs: dict[str, Sequence[float]] = {}
+
+    def expect(self, what: str, costs: Sequence[float]) -> None:
+        """The steps of a count are going to cost this."""
+        self._costs[what] = costs
+
+    def _reached(self, what: str, done: int, total: int) -> Count:
+        """The count with so many steps done; it begins anew when none are."""
+        if not done or what not in self._counts:
+            self._counts[what] = Count(total, self._costs.get(what, ()))
+        self._counts[what].reach(done)
+        return self._counts[what]
+
+
+class Bars(_Counting):
     """Bars with the time left, which are gone when the work is done."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._bars: RichProgress | None = None
-        self._tasks: dict[str, tuple[TaskID, Count]] = {}
-        self._costs: dict[str, Sequence[float]] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -160,7 +179,7 @@ class Bars:
         )
         console = Console(stderr=True)
         with RichProgress(*columns, console=console, transient=True, redirect_stdout=False) as bars:
-            self._bars, self._tasks = bars, {}
+            self._bars, self._tasks, self._counts = bars, {}, {}
             try:
                 yield
             finally:
@@ -176,19 +195,14 @@ class Bars:
             finally:
                 self._bars.remove_task(task)
 
-    def expect(self, what: str, costs: Sequence[float]) -> None:
-        self._costs[what] = costs
-
     def progress(self, what: str, done: int, total: int) -> None:
         assert self._bars is not None
-        if what not in self._tasks or not done:  # the time left is that of this round
-            if what in self._tasks:
-                self._bars.remove_task(self._tasks[what][0])
-            made = self._bars.add_task(what, total=total, told="")
-            self._tasks[what] = (made, Count(total, self._costs.get(what, ())))
-        task, count = self._tasks[what]
-        count.reach(done)
-        self._bars.update(task, completed=done, total=total, told=count.text, visible=done < total)
+        count = self._reached(what, done, total)
+        if not done and what in self._tasks:  # a new round has a new bar
+            self._bars.remove_task(self._tasks.pop(what))
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, told="")
+        self._bars.update(self._tasks[what], completed=done, total=total, told=count.text, visible=done < total)
 
     def say(self, message: str) -> None:
         if self._bars is None:
@@ -197,7 +211,7 @@ class Bars:
             self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-class Lines:
+class Lines(_Counting):
     """Lines such as ``layers 3/24, about 40 s left``: at the start, at the end, and every few seconds between.
 
     What is counted again and again, such as the windows of every cell of a table, has all these lines the first time
@@ -205,10 +219,9 @@ class Lines:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.RLock()
         self._stages: list[_Stage] = [_Stage(_UNNAMED)]
-        self._counts: dict[str, Count] = {}
-        self._costs: dict[str, Sequence[float]] = {}
         self._finished: set[str] = set()
         self._said = time.monotonic()
 
@@ -226,15 +239,9 @@ class Lines:
             with self._lock:
                 del self._stages[depth:]
 
-    def expect(self, what: str, costs: Sequence[float]) -> None:
-        self._costs[what] = costs
-
     def progress(self, what: str, done: int, total: int) -> None:
         with self._lock:
-            if not done or what not in self._counts:
-                self._counts[what] = Count(total, self._costs.get(what, ()))
-            count = self._counts[what]
-            count.reach(done)
+            count = self._reached(what, done, total)
             between = 0 < done < total or what in self._finished
             counted = _Stage(f"{what} {count.text}", told=True, begun=count.begun, in_steps=done > 0)
             self._stages[-1] = counted if done < total else _Stage(_UNNAMED)
@@ -285,19 +292,17 @@ def progress_line() -> Iterator[Progress]:
         line.clear()
 
 
-class _Line:
+class _Line(_Counting):
     """A line such as ``models 1/5, layers 3/24, about 40 s left``; the time left is that of the last count."""
 
     def __init__(self, stream: TextIO):
+        super().__init__()
         self._stream = stream
-        self._counts: dict[str, Count] = {}
         self._drawn = time.monotonic() + _PATIENCE - _REDRAWN
         self._width = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if not done or what not in self._counts:
-            self._counts[what] = Count(total)
-        self._counts[what].reach(done)
+        self._reached(what, done, total)
         now = time.monotonic()
         if done >= total:
             del self._counts[what]
