@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.description import describe
-from ghostssm.checkpoint.loading import Checkpoint, check_device, load
+from ghostssm.checkpoint.loading import check_device, load
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, InputError, ModelError, OutputError
 from ghostssm.evaluation.perplexity import evaluate, perplexity_of
@@ -26,6 +26,7 @@ from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
 from ghostssm.text.sources import Text, read_text
+from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare import measure_cell
 from ghostssm.workflows.compare_result import DENSE
 from ghostssm.workflows.inputs import calibration_windows, windows_of
@@ -335,50 +336,42 @@ def _measure_missing(
     for name, spec in models.items():
         if missing[name] or Path(spec).is_dir():  # a finished model of the hub is not fetched again to be compared
             results.check_model(name, find_source(spec).fingerprint())
-        if missing[name]:
-            checkpoint = load(spec, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
-            for key, outcome in _measured(request, checkpoint, missing[name], texts, progress):
-                if isinstance(outcome, Measured):
-                    results.add(outcome)
-                else:
-                    failures[key] = outcome
-                done += 1
-                progress("cells", done, total)
+        if not missing[name]:
+            continue
+        checkpoint = load(spec, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
+        vocabulary = checkpoint.require_tokenizer()
+        held_out = windows_of(request, texts["evaluation"], vocabulary)
+        windows = calibration_windows(request, vocabulary, texts["calibration"])
+        calibration = Calibration(checkpoint.model, windows)
+        for key in missing[name]:
+            try:
+                cell = _measured(key, calibration, held_out, request.seed, progress)
+            except (GhostError, torch.OutOfMemoryError) as error:
+                failures[key] = str(error).splitlines()[0]
+            else:
+                results.add(cell)
+            done += 1
+            progress("cells", done, total)
     return failures
 
 
-def _measured(
-    request: ReproduceRequest,
-    checkpoint: Checkpoint,
-    keys: Sequence[Key],
-    texts: Mapping[str, Text],
-    progress: Progress,
-) -> Iterator[tuple[Key, Measured | str]]:
-    """The cells of one model, each measured, or with the reason why it could not be."""
-    model, vocabulary = checkpoint.model, checkpoint.require_tokenizer()
-    held_out = windows_of(request, texts["evaluation"], vocabulary)
-    calibration = Calibration(model, calibration_windows(request, vocabulary, texts["calibration"]))
-    made_with = {
-        "ghostssm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-    }
+def _measured(key: Key, calibration: Calibration, held_out: Windows, seed: int, progress: Progress) -> Measured:
+    """Prune a model, and measure its loss on the held-out windows."""
+    begun = time.perf_counter()
+    (_, method, state_size), device = key, calibration.model.device
 
     def loss_of(model: PreTrainedModel) -> float:
         return evaluate(model, held_out, progress).loss
 
-    def loss(method: str, state_size: int) -> float:
-        if method == DENSE:
-            return loss_of(model)
-        cell, seed = (method, state_size), request.seed
-        return measure_cell(calibration, cell, loss_of, groups="pooled", seed=seed, progress=progress).measured
-
-    for key in keys:
-        begun = time.perf_counter()
-        try:
-            value = loss(*key[1:])
-        except (GhostError, torch.OutOfMemoryError) as error:
-            yield key, str(error).splitlines()[0]
-        else:
-            yield key, Measured(*key, value, len(held_out), round(time.perf_counter() - begun, 1), made_with)
+    if method == DENSE:
+        loss = loss_of(calibration.model)
+    else:
+        cell = (method, state_size)
+        loss = measure_cell(calibration, cell, loss_of, groups="pooled", seed=seed, progress=progress).measured
+    made_with = {
+        "ghostssm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+    return Measured(*key, loss, len(held_out), round(time.perf_counter() - begun, 1), made_with)
