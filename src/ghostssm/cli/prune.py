@@ -80,8 +80,8 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     from ghostssm.checkpoint.manifest import Manifest
 
     plan, measured = outcome.plan, outcome.measured
-    assert plan.provenance is not None
-    searched, choice = plan.provenance.search, plan.provenance.choice
+    made = plan.provenance
+    searched, choice = (None, None) if made is None else (made.search, made.choice)
     described = ghostssm.describe(str(written))
     missing = Manifest.read(written).left_out or LeftOut()
     before = described.state_bytes(plan.state_size)

@@ -373,11 +373,7 @@ class ReproduceRequest(CalibratingRequest):
 
 
 def check_belonging(request: Request, owners: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise InputError for an option without any of the options that it works with.
-
-    Args:
-        owners: an option's name to the names of those.
-    """
+    """Raise InputError for an option without any of its ``owners``, the options that it works with."""
     for name, others in owners.items():
         if request.differs(name) and not any(getattr(request, other) for other in others):
             mine, needed = flag(type(request), name), " or ".join(flag(type(request), other) for other in others)
