@@ -19,7 +19,6 @@ from ghostssm.models.families import Family
 from ghostssm.models.families import registry as families
 from ghostssm.models.families.stock import MAMBA2
 from ghostssm.plan.surgery import apply_plan, pruned
-from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.recovery import base as recovery
 from tests.conftest import random_windows, tiny_model
 
@@ -81,7 +80,7 @@ def test_a_step_of_model_scope() -> None:
     assert torch.equal(model.backbone.norm_f.weight, 2 * before)
     recipe = ghostssm.Recipe.parse("ghost+louder")
     with pytest.raises(ghostssm.InputError, match="louder changes the whole model at once, so it can't be streamed"):
-        check_streamable(recipe)
+        recipe.check_streamable()
 
 
 def test_a_family() -> None:

@@ -14,9 +14,9 @@ from ghostssm.evaluation import evaluate
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.pruning import smallest
+from ghostssm.pruning import search
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.smallest import smallest_plan
+from ghostssm.pruning.search import smallest_plan
 from tests.conftest import random_windows, tiny_model
 
 
@@ -41,7 +41,7 @@ def _losses_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
         return MadeUp(16.0 - model.config.state_size)
 
-    monkeypatch.setattr(smallest, "evaluate_in_float32", made_up)
+    monkeypatch.setattr(search, "evaluate_in_float32", made_up)
 
 
 @pytest.mark.usefixtures("_losses_by_size")
@@ -102,7 +102,7 @@ def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatc
             raise NumericalError("overflow")
         return evaluate(model, windows)
 
-    monkeypatch.setattr(smallest, "evaluate_in_float32", measured)
+    monkeypatch.setattr(search, "evaluate_in_float32", measured)
     plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, multiple=4)
     assert plan.kept_state_size == 12
 

@@ -60,7 +60,7 @@ from ghostssm.plan.surgery import pad_state as pad_state
 from ghostssm.plan.surgery import pruned as pruned
 from ghostssm.pruning.recipe import Recipe as Recipe
 from ghostssm.pruning.run import Calibration as Calibration
-from ghostssm.pruning.smallest import smallest_plan as smallest_plan
+from ghostssm.pruning.search import smallest_plan as smallest_plan
 from ghostssm.recovery.base import MixerStep as MixerStep
 from ghostssm.recovery.base import ModelStep as ModelStep
 from ghostssm.recovery.base import Step as Step
@@ -80,13 +80,13 @@ from ghostssm.workflows.bench import bench as bench
 from ghostssm.workflows.calls import compare as compare
 from ghostssm.workflows.calls import evaluate as evaluate
 from ghostssm.workflows.calls import prune as prune
-from ghostssm.workflows.comparison import Comparison as Comparison
-from ghostssm.workflows.comparison import Row as Row
+from ghostssm.workflows.compare_result import Comparison as Comparison
+from ghostssm.workflows.compare_result import Row as Row
 from ghostssm.workflows.distill import DistillOutcome as DistillOutcome
 from ghostssm.workflows.distill import distill as distill
 from ghostssm.workflows.export import ExportOutcome as ExportOutcome
 from ghostssm.workflows.export import export as export
-from ghostssm.workflows.prune_job import PruneOutcome as PruneOutcome
+from ghostssm.workflows.prune_checks import PruneOutcome as PruneOutcome
 from ghostssm.workflows.reproduce import ReproduceOutcome as ReproduceOutcome
 from ghostssm.workflows.reproduce import reproduce as reproduce
 from ghostssm.workflows.requests import BenchRequest as BenchRequest

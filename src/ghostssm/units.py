@@ -45,9 +45,9 @@ def plus_minus(mean: float, error: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """A time to wait, in the unit that suits it."""
-    if seconds < 120:
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def bytes_text(count: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ghostssm.cli.arguments import _repeat
+from ghostssm.cli.parsing import _repeat
 from ghostssm.units import plus_minus
 from tests.conftest import Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ghostssm.choices import DEFAULT_SEED
-from ghostssm.cli.requesting import verb
+from ghostssm.cli.parsing import verb
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import DEVICE, MODEL, ROUNDING, SEED, STATE_DTYPE, TOKENIZER
 

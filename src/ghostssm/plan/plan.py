@@ -1,4 +1,4 @@
-"""A plan: what becomes of every mixer's state. A frozen value; making, saving, reading and applying it are separate."""
+"""A plan: what happens to every mixer's state. It is a frozen value; it is made and applied elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ghostssm.values import Value
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Plan(Value):
-    """Decisions for every mixer of a model, and what else becomes of its parameters.
+    """The decisions on every mixer of a model, and the other parameters that change.
 
     Attributes:
         method: the recipe that decided.
@@ -55,12 +55,12 @@ class Plan(Value):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Mixer name to the channels that stay, front to back."""
+        """The channels that stay, by mixer name, front to back."""
         return {name: decision.selection for name, decision in self.decisions.items()}
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """Mixer name to its projection, for every mixer or for none."""
+        """The projections by mixer name, of every mixer or of none."""
         return {name: d.projection for name, d in self.decisions.items() if d.projection is not None}
 
     @property
@@ -96,11 +96,13 @@ class Plan(Value):
         return None if self.provenance is None else self.provenance.state_dtype
 
     def kept_in(self, state_dtype: str | None) -> Plan:
-        """The plan of a model whose state is to be kept in a dtype; this one for None."""
-        if state_dtype is None:
-            return self
+        """The same plan for a state that is to be kept in a dtype; for None this plan."""
+        return self if state_dtype is None else self.with_provenance(asked_state_dtype=state_dtype)
+
+    def with_provenance(self, **known: Any) -> Plan:
+        """The same plan with other values of some fields of its provenance."""
         assert self.provenance is not None
-        return replace(self, provenance=replace(self.provenance, asked_state_dtype=state_dtype))
+        return replace(self, provenance=replace(self.provenance, **known))
 
     @property
     def mean_state_size(self) -> float:
@@ -210,7 +212,10 @@ class Plan(Value):
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
-            decisions={name: Decision(kept, projection(name)) for name, kept in selections_of(document).items()},
+            decisions={
+                name: Decision(Selection(tuple(map(tuple, kept))), projection(name))
+                for name, kept in document["selections"].items()
+            },
             changes={name: _named(tensors, f"change:{name}", place) for name in document.get("changed", []) if changes},
             scores={key.removeprefix("scores:"): value for key, value in tensors.items() if key.startswith("scores:")},
             provenance=Provenance.from_json(document.get("provenance")),
@@ -223,13 +228,6 @@ class Plan(Value):
                 f"{plan.kept_state_size}."
             )
         return plan
-
-
-def selections_of(document: Mapping[str, Any]) -> dict[str, Selection]:
-    """The selections in a checked plan document."""
-    return {
-        name: Selection(tuple(tuple(channels) for channels in kept)) for name, kept in document["selections"].items()
-    }
 
 
 def _named(tensors: Mapping[str, Tensor], key: str, place: Path) -> Tensor:

@@ -24,15 +24,13 @@ from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
 from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import GhostError, ProcessError
-from ghostssm.evaluation.measurement import measurement_of
-from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.evaluation.perplexity import Evaluation, evaluate, measurement_of
 from ghostssm.files.held_run import run_folder_of
 from ghostssm.files.interrupts import Terminated
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
-from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.streaming.run_folder import RunFolder
@@ -116,7 +114,7 @@ def prune_streamed(
         ProcessError: another process is gone; what is done can be resumed.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_streamable(recipe)
+    recipe.check_streamable()
     check_dialect(dialect, checkpoint.model.config.model_type, not recipe.stock, untie)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)

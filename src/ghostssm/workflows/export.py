@@ -84,7 +84,7 @@ def export(request: ExportRequest) -> ExportOutcome:
 
 
 def _checked(request: ExportRequest) -> OutputFile | OutputFolder:
-    """Where the result is to go; raises InputError for options that contradict."""
+    """Where the result is to go; raises InputError for options that contradict each other."""
     if request.dtype == "q8_0" and request.format != "gguf":
         raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {request.format}.")
     if request.untie and request.format == "gguf":

@@ -14,7 +14,6 @@ from ghostssm.models.families import layout_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.units import listed
 
-
 _BIASES = ("ssm_conv1d.bias", "ssm_dt.bias", "exp_probs_b.bias")
 
 
