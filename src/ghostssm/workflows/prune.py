@@ -125,19 +125,18 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
             progress=progress,
         )
     assert target.max_excess_loss is not None
-    smallest = smallest_plan(
+    return smallest_plan(
         checkpoint.model,
         windows,
         job.recipe,
         target.max_excess_loss,
+        dtypes=target.dtypes,
         multiple=job.multiple,
         state_sizes=target.sizes,
         groups=asked.groups,
         seed=asked.seed,
-        state_dtype=asked.state_dtype or FLOAT32.name,
         progress=progress,
     )
-    return smallest.kept_in(asked.state_dtype)
 
 
 def _observed(
