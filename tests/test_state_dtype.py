@@ -112,7 +112,7 @@ def test_a_record_of_the_folder_that_is_broken_is_refused(
 def test_the_smallest_state_is_searched_in_the_dtype() -> None:
     model, windows = tiny_model(), random_windows(8, 40)
     _, held_out = split(windows)
-    plan = smallest_plan(model, windows, "magnitude", 10.0, multiple=4, state_dtype="int4")
+    plan = smallest_plan(model, windows, "magnitude", 10.0, multiple=4, dtypes=["int4"])
     assert plan.provenance is not None
     assert plan.provenance.search is not None
     dense = evaluate(model, held_out)

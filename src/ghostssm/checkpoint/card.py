@@ -199,8 +199,8 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
     choice = None if plan.provenance is None else plan.provenance.choice
     if searched is not None:
         parts.append(
-            f"The smallest state that a search found within an excess loss of {searched.max_excess_loss:g} nats per "
-            f"token. Its excess loss: {searched.text}."
+            f"The fewest bytes of state that a search over sizes and dtypes found within an excess loss of "
+            f"{searched.max_excess_loss:g} nats per token. Its excess loss: {searched.text}."
         )
     if choice is not None:
         headers, lines = choice.cells()

@@ -90,11 +90,13 @@ class Searched:
 
     Attributes:
         max_excess_loss: the bound, nats per token. windows: those held out of the calibration windows.
+        state_dtype: that the state was kept in.
         excess: the mean difference on them, and its standard error (NaN for one window).
     """
 
     max_excess_loss: float
     windows: int
+    state_dtype: str
     excess: Difference
 
     @classmethod
@@ -102,16 +104,17 @@ class Searched:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
             bound, windows = float(document["max_excess_loss"]), int(document["held_out_windows"])
-            return cls(bound, windows, Difference.from_json(document))
+            return cls(bound, windows, str(document["state_dtype"]), Difference.from_json(document))
         except (KeyError, TypeError, ValueError):
             return None
 
     @property
     def text(self) -> str:
         """The excess with its standard error, and what it was measured on."""
-        return f"{self.excess.text} nats per token, on {self.windows} held-out calibration windows"
+        kept = f"with the state in {self.state_dtype}"
+        return f"{self.excess.text} nats per token {kept}, on {self.windows} held-out calibration windows"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""
         bound = {"max_excess_loss": self.max_excess_loss, "held_out_windows": self.windows}
-        return bound | self.excess.as_json()
+        return bound | {"state_dtype": self.state_dtype} | self.excess.as_json()

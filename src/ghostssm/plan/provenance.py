@@ -64,7 +64,8 @@ class Provenance(Value):
     @property
     def state_dtype(self) -> str | None:
         """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
-        return self.asked_state_dtype if self.choice is None else self.choice.chosen.state_dtype
+        decided = self.search if self.choice is None else self.choice.chosen
+        return self.asked_state_dtype if decided is None else decided.state_dtype
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; what was not measured or asked for is left out."""

@@ -1,4 +1,4 @@
-"""Searches over state sizes: the smallest state within a bound on the loss, the least loss within so many bytes."""
+"""Searches over size and dtype of the state: the fewest bytes within a bound on the loss, and the other way round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.state_format import FORMATS, StateFormat
+from ghostssm.ops.state_format import FLOAT32, FORMATS, StateFormat
 from ghostssm.plan.choice import Candidate, Choice
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
@@ -34,66 +34,75 @@ def smallest_plan(
     recipe: str | Recipe,
     max_excess_loss: float,
     *,
+    dtypes: Sequence[str] | None = None,
     multiple: int = DEFAULT_MULTIPLE,
     state_sizes: Sequence[int] | None = None,
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
-    state_dtype: str = "float32",
     progress: Progress | None = on_screen,
 ) -> Plan:
-    """The plan of the smallest state whose excess loss on held-out windows stays within a bound, found by bisection.
+    """The plan of the fewest bytes of state whose excess loss on held-out windows stays within a bound.
 
-    Every fourth window is held out, where the loss is measured in float32; the others calibrate. The plan's provenance
-    has the excess loss that was measured, with its standard error, as ``search``.
+    Every fourth window is held out, where the loss is measured in float32, with a state that is rounded to its dtype
+    after every token; the others calibrate. For each dtype a bisection finds the smallest size that stays within the
+    bound, the narrowest dtype first: of the wider ones only sizes of fewer bytes than the best so far are tried. The
+    plan's provenance has the dtype, and the excess loss that was measured with its standard error, as ``search``.
 
     Args:
         model: in memory; it stays as it is.
         windows: four at least: every fourth is held out, the others calibrate.
         recipe: a method's name, or what `Recipe` says.
         max_excess_loss: over the dense model's loss, nats per token.
-        multiple: of the sizes that are tried.
-        state_sizes: the sizes to try instead, ascending.
+        dtypes: names of dtypes of the state; all if not given.
+        multiple: of the sizes that are tried, beside the model's own.
+        state_sizes: the sizes to try instead, ascending; the model's own may be among them.
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
             ``pooled``, where they compete.
         seed: of everything that is drawn at random.
-        state_dtype: in which the pruned model's state is kept, rounded after every token.
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
-        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no size
-            below the model's own stays within the bound.
+        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no state
+            smaller than the model's own stays within the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_shrinks(recipe)
     windows, held_out = split(windows)
     limit = layout_of(model.config).state_size
-    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
-    if not sizes:
+    sizes = [*range(multiple, limit, multiple), limit] if state_sizes is None else state_sizes
+    forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
+    least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
+    if not any(form.state_bytes(1, size) < least for form in forms for size in sizes):
         raise InputError(
             f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
         )
     calibration = Calibration(model, windows)
     dense = evaluate_in_float32(model, held_out)
-    low, high = -1, len(sizes)  # places in sizes: low is too small or -1, high is large enough
-    best: tuple[Plan, Difference] | None = None
+    plans: dict[int, Plan] = {}
+    best: Plan | None = None
     with listening(progress) as tell:
-        while high - low > 1:
-            middle = (low + high) // 2
-            plan = calibration.plan(recipe, sizes[middle], groups, seed, tell, multiple)
-            with pruned(model, plan) as smaller:
-                excess = excess_loss(smaller, held_out, dense, state_dtype)
-            if excess.mean <= max_excess_loss:
-                high, best = middle, (plan, excess)
-            else:
-                low = middle
+        for form in sorted(forms, key=lambda each: each.state_bytes(1, limit)):
+            trials = [size for size in sizes if form.state_bytes(1, size) < least]
+            low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
+            while high - low > 1:
+                size = trials[middle := (low + high) // 2]
+                if size not in plans:
+                    plans[size] = calibration.plan(recipe, size, groups, seed, tell, multiple)
+                with pruned(model, plans[size]) as smaller:
+                    excess = excess_loss(smaller, held_out, dense, form.name)
+                if excess.mean <= max_excess_loss:
+                    high, least = middle, form.state_bytes(1, size)
+                    searched = Searched(max_excess_loss, len(held_out), form.name, excess)
+                    best = plans[size].with_provenance(search=searched)
+                else:
+                    low = middle
     if best is None:
         among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
         raise InputError(
-            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} "
-            "nats per token; allow more, or try another method."
+            f"No state size below {limit} {among} keeps the excess loss within {max_excess_loss:g} nats per token in "
+            f"{' or '.join(form.name for form in forms)}; allow more, or try another method."
         )
-    plan, excess = best
-    return plan.with_provenance(search=Searched(max_excess_loss, len(held_out), excess))
+    return best
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,14 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         "multiple": job.multiple,
         "progress": progress,
     }
-    if target.state_bytes is not None:
-        fitting = Fitting.of(model, windows)
-        return fitting.plan(job.recipe, target.state_bytes, dtypes=target.dtypes, state_sizes=target.sizes, **how)
     if target.size is not None:
         plan = Calibration(model, windows).plan(job.recipe, target.size, **how)
-    else:
-        assert target.max_excess_loss is not None
-        how |= {"state_sizes": target.sizes, "state_dtype": asked.state_dtype or FLOAT32.name}
-        plan = smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
-    return plan.kept_in(asked.state_dtype)
+        return plan.kept_in(asked.state_dtype)
+    how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
+    if target.state_bytes is not None:
+        return Fitting.of(model, windows).plan(job.recipe, target.state_bytes, **how)
+    assert target.max_excess_loss is not None
+    return smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
 
 
 def _observed(

@@ -97,15 +97,15 @@ class PruneRequest(Value, CalibratingRequest):
         output: folder for the checkpoint and the plan.
         state_size: prune to this state size, from 1 to below the model's own size N.
         budget: or: keep this share of the state, such as 0.5.
-        max_excess_loss: or: find the smallest state that raises the loss by at most so many nats per token. Some of the
-            calibration windows are kept apart to measure that.
+        max_excess_loss: or: find the state size and dtype of the fewest bytes that raise the loss by at most so many
+            nats per token. Some of the calibration windows are kept apart to measure that.
         state_bytes: or: find the state size and dtype that lose least within so many bytes per sequence: 1/8 of the
             dense float32 state, say, or 6MiB. Measured as with --max-excess-loss.
         recipe: the method that decides what stays, such as ghost, or a recipe: a method with recovery steps, such as
             ghost+repair, output+refit100+repair or balanced+per-layer. The default loses least among those whose
             result loads in the model's own class.
         state_dtype: measure the pruned model with its state kept in this dtype, in which it is to be served: float32,
-            bfloat16, float16, int8, fp8 or int4. Later verbs keep to it.
+            bfloat16, float16, int8, fp8 or int4. Later verbs keep to it, and --max-excess-loss tries no other.
         multiple: with --per-layer, --max-excess-loss or --state-bytes: try multiples of this number as sizes; 8 if not
             given.
         engines: engines that are to run the result, such as vllm or llama.cpp-cuda; the nearest size that suits them

@@ -30,7 +30,7 @@ class Target:
         size: the state size, on average over layers; None where a bound decides.
         max_excess_loss: on the loss, nats per token. state_bytes: on the bytes of one sequence's state.
         sizes: those that the wanted engines run, ascending, where a bound decides; None for all.
-        dtypes: of the state, that they offer, where a bound on the bytes decides; None for all.
+        dtypes: of the state, that they offer or that was asked for, where a bound decides; None for all.
     """
 
     size: int | None = None
@@ -55,7 +55,7 @@ def wanted_target(request: PruneRequest, described: Description) -> Target:
     if (most := request.max_excess_loss) is not None:
         if not most >= 0:
             raise InputError(f"--max-excess-loss is {most:g}; expected 0 or more nats per token.")
-        return Target(max_excess_loss=most)
+        return Target(max_excess_loss=most, dtypes=request.state_dtype and (request.state_dtype,))
     if request.state_bytes is not None:
         return Target(state_bytes=bound_on_bytes(request.state_bytes, described.state_bytes()))
     size, limit = request.state_size, described.layout.state_size
@@ -124,7 +124,7 @@ def suited_target(
     """
     layout, family, engines, groups = described.layout, described.family, request.engines, request.groups
     tied_head = described.tied_head and not request.untie
-    if target.state_bytes is not None:
+    if target.size is None and target.dtypes is None:
         target = replace(target, dtypes=_offered_dtypes(engines))
     if recipe.per_layer or not recipe.registered.stock:
         for advice in advise(layout, family, engines=engines, own_class=True):
@@ -142,9 +142,7 @@ def suited_target(
     if target.size is None:
         good = good_state_sizes(layout, family, engines, tied_head=tied_head, config=described.config)
         sizes = [size for size in good if size % (request.multiple or DEFAULT_MULTIPLE) == 0]
-        if target.state_bytes is not None:  # a narrower dtype alone may do
-            sizes.append(layout.state_size)
-        return replace(target, sizes=sizes)
+        return replace(target, sizes=[*sizes, layout.state_size])  # a narrower dtype alone may do
     chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head, config=described.config)
     if chosen != target.size:
         advices = advise(layout.with_state_size(target.size), family, engines=engines)
