@@ -69,13 +69,15 @@ def smallest_plan(
     check_shrinks(recipe)
     windows, held_out = split(windows)
     limit = layout_of(model.config).state_size
-    sizes = [*range(multiple, limit, multiple), limit] if state_sizes is None else state_sizes
-    forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
-    least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
-    if not any(form.state_bytes(1, size) < least for form in forms for size in sizes):
+    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    if not sizes:
         raise InputError(
             f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
         )
+    if state_sizes is None:
+        sizes = [*sizes, limit]  # a narrower dtype alone may do
+    forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
+    least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
     calibration = Calibration(model, windows)
     dense = evaluate_in_float32(model, held_out)
     plans: dict[int, Plan] = {}
