@@ -30,8 +30,8 @@ def run_folder_of(output: Path | str) -> Path:
 class HeldRun:
     """The folder of a run. Within the context it is there, with run.json, and other processes are refused.
 
-    At the end of the context it stays, so that the run can go on; a signal's exception then says how. But a new run that
-    ends in an InputError before any work leaves no folder.
+    At the end of the context it stays, so that the run can go on; a signal's exception then says how. But a new run
+    that ends in an InputError before any work leaves no folder.
 
     Attributes:
         folder: where the state of the run is.
