@@ -16,6 +16,7 @@ Shape letters as in `ghostssm.ops.ssd`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -30,6 +31,9 @@ _LEAST_PEAK = 1e-30
 """Rows whose largest magnitude is smaller are stored as zeros; the inverse of their scale would overflow."""
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B1
+
+Tiers = tuple[tuple[int, int], ...]
+"""For every head of a mixer how many of its state's first channels are stored in 8 bits, and of the next in 4."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,17 @@ class StateFormat:
         """Of a head's numbers in a stored scaled state, padding included: its scales begin there."""
         return _padded(p * self.row_bytes(n))
 
+    def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
+        """Of one sequence over all mixers of a model, scales included and padding left out.
+
+        Args:
+            rows: of each of them. sizes: of their states. tiers: of the mixers; empty if the model says nothing of it.
+
+        Raises:
+            InputError: this is the format of tiers, and there are none.
+        """
+        return sum(self.state_bytes(rows, size) for size in sizes)
+
     @classmethod
     def of(cls, given: str | torch.dtype | StateFormat) -> StateFormat:
         """By name or torch dtype.
@@ -87,10 +102,6 @@ class StateFormat:
         raise InputError(f"The state dtype is {given}; expected one of {', '.join(FORMATS)}.")
 
 
-Tiers = tuple[tuple[int, int], ...]
-"""For every head of a mixer how many of its state's first channels are stored in 8 bits, and of the next in 4."""
-
-
 @dataclass(frozen=True)
 class TieredFormat(StateFormat):
     """The states of one mixer in tiers.
@@ -100,6 +111,23 @@ class TieredFormat(StateFormat):
     """
 
     tiers: Tiers | None = None
+
+    def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
+        forms = [self.for_tiers(each) for each in tiers or [None]]
+        return sum(form.state_bytes(rows, size) for form, size in zip(forms, sizes, strict=True))
+
+    def for_tiers(self, tiers: Tiers | None) -> TieredFormat:
+        """Of one mixer.
+
+        Raises:
+            InputError: it has none.
+        """
+        if tiers is None:
+            raise InputError(
+                "The state dtype is tiers, but the model does not say how many channels it keeps in how many bits; "
+                f"expected a model of `ghostssm prune --method balanced --state-bytes`, or one of {', '.join(FORMATS)}."
+            )
+        return replace(self, tiers=tiers)
 
     def state_bytes(self, rows: int, n: int) -> int:
         """Of a mixer's rows, head by head as many, however many channels they had; scales included."""
@@ -188,12 +216,7 @@ class StateStorage:
         """
         if not isinstance(self.format, TieredFormat):
             return self
-        if tiers is None:
-            raise InputError(
-                "The state dtype is tiers, but the model does not say how many channels it keeps in how many bits; "
-                f"expected a model of `ghostssm prune --method balanced --state-bytes`, or one of {', '.join(FORMATS)}."
-            )
-        return replace(self, format=replace(self.format, tiers=tiers))
+        return replace(self, format=self.format.for_tiers(tiers))
 
 
 FLOAT32_STORAGE = StateStorage()

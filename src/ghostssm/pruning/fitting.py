@@ -14,7 +14,7 @@ from ghostssm.evaluation import Evaluation
 from ghostssm.evaluation.measurement import evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.state_format import FORMATS, StateFormat
+from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.plan.choice import Candidate, Choice
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
@@ -22,6 +22,7 @@ from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.pruning.smallest import excess_loss, split
+from ghostssm.pruning.tiers import in_tiers, widest_tiered
 from ghostssm.text.windows import Windows
 
 
@@ -62,7 +63,7 @@ def fits_in(
         InputError: not one of them fits.
     """
     limit, rows = layout.state_size, layers * layout.intermediate_size
-    sizes = [*range(multiple, limit, multiple), limit] if sizes is None else sizes
+    sizes = sizes or _sizes(limit, multiple)
     fitting = widest_fit(state_bytes / rows, sizes, dtypes)
     fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
     if not fitting:
@@ -71,6 +72,10 @@ def fits_in(
             f"the dtypes {', '.join(dtypes or FORMATS)}; the model's own takes {rows * 4 * limit:,} in float32."
         )
     return fitting
+
+
+def _sizes(limit: int, multiple: int) -> list[int]:
+    return [*range(multiple, limit, multiple), limit]
 
 
 def check_shrinks(recipe: Recipe) -> None:
@@ -119,13 +124,14 @@ class Fitting:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
         For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan. The plan's provenance has what was chosen and what all candidates lost as
+        that fit the same size share one plan. A projected state is tried in tiers too
+        (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and what all candidates lost as
         ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
             state_bytes: of one sequence over all layers, scales included.
-            dtypes: names of dtypes of the state; all if not given.
+            dtypes: names of dtypes of the state; all, and tiers, if not given.
             multiple: of the sizes that are considered.
             state_sizes: the sizes to consider instead; the model's own may be among them.
             groups: how the groups of a layer share the state.
@@ -140,17 +146,39 @@ class Fitting:
         model = self.calibration.model
         layout = layout_of(model.config)
         fitting = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
+        tiered = None if recipe.registered.stock else self._tiered_size(state_bytes, state_sizes, dtypes, multiple)
         found: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
-            for size in sorted(set(fitting.values()), reverse=True):
+            for size in sorted({*fitting.values(), *[tiered] * (tiered is not None)}, reverse=True):
                 plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
-                with pruned(model, plan) as smaller:
-                    for form in (StateFormat.of(dtype) for dtype, fits in fitting.items() if fits == size):
-                        taken = sum(form.state_bytes(layout.intermediate_size, each) for each in plan.state_sizes)
-                        excess = excess_loss(smaller, self.held_out, self.dense, form.name)
-                        found.append((Candidate(plan.mean_state_size, form.name, taken, excess), plan))
+                names = [dtype for dtype, fits in fitting.items() if fits == size]
+                found += self._measured(plan, names)
+                if size == tiered:
+                    plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
+                    found += self._measured(plan, [TIERS.name])
         found.sort(key=lambda each: each[0].excess.mean)
         plan = found[0][1]
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in found))
         assert plan.provenance is not None
         return dataclasses.replace(plan, provenance=dataclasses.replace(plan.provenance, choice=choice))
+
+    def _measured(self, plan: Plan, dtypes: Sequence[str]) -> list[tuple[Candidate, Plan]]:
+        """What a plan loses with its state in some dtypes."""
+        model, size, found = self.calibration.model, plan.mean_state_size, []
+        with pruned(model, plan) as smaller:
+            for dtype in dtypes:
+                taken = plan.state_bytes(layout_of(model.config), dtype)
+                excess = excess_loss(smaller, self.held_out, self.dense, dtype)
+                found.append((Candidate(size, dtype, taken, excess), plan))
+        return found
+
+    def _tiered_size(
+        self, state_bytes: int, sizes: Sequence[int] | None, dtypes: Sequence[str] | None, multiple: int
+    ) -> int | None:
+        """Of the state that is divided into tiers, if it may be."""
+        model = self.calibration.model
+        if dtypes is not None and TIERS.name not in dtypes:
+            return None
+        layout = layout_of(model.config)
+        rows = len(mixers_of(model)) * layout.intermediate_size
+        return widest_tiered(state_bytes / rows, sizes or _sizes(layout.state_size, multiple))

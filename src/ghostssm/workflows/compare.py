@@ -19,7 +19,7 @@ from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
 from ghostssm.models.families import layout_of, mixers_of
-from ghostssm.ops.state_format import FLOAT32, StateFormat, StateStorage
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
@@ -136,21 +136,20 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
     outcomes = {(DENSE, layout.state_size): Outcome(first_channels(model, layout.state_size), measured, 0.0)} | outcomes
     speeds = _speeds(model, outcomes, request, progress)
-    rows_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
     def row(cell: Cell, outcome: Outcome[dict[str, Evaluation]], dtype: str) -> Row:
-        evaluation, form, size = outcome.measured[dtype], StateFormat.of(dtype), outcome.plan.mean_state_size
+        evaluation = outcome.measured[dtype]
         excess = evaluation.excess_over(dense)
         by_batch = speeds[cell, dtype]
         return Row(
             method=cell[0],
             state_size=cell[1],
-            stored_state_size=size,
+            stored_state_size=outcome.plan.mean_state_size,
             perplexity=evaluation.perplexity,
             bits_per_byte=evaluation.bits_per_byte,
             excess=excess.mean,
             standard_error=excess.standard_error,
-            state_bytes=round(rows_per_channel * (size * form.bits / 8 + form.scale_bytes)),
+            state_bytes=outcome.plan.state_bytes(layout, dtype),
             tokens_per_second={batch: speed.median for batch, speed in by_batch.items()},
             seconds=outcome.seconds,
             speed_range={batch: (speed.low, speed.high) for batch, speed in by_batch.items()},

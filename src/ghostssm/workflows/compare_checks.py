@@ -13,7 +13,7 @@ from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.fitting import check_shrinks, fits_in
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.workflows.requests import CompareRequest, check_heeded
-from ghostssm.workflows.state_size import bound_on_bytes
+from ghostssm.workflows.state_size import bound_on_bytes, check_dtypes
 
 
 def storage_of(request: CompareRequest, state_dtype: str) -> StateStorage:
@@ -47,6 +47,7 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
         check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
         _check_bounds(request, described)
         recipes = recipes or [name for name in method_names() if Recipe.parse(name).registered.shrinks]
+    check_dtypes(request.state_dtypes)
     StateStorage.of("bfloat16", request.state_rounding)  # raises, as the next line does
     assert all(storages(request))
     return replace(request, methods=tuple(recipes) or method_names()), described

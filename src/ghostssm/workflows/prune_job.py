@@ -12,7 +12,6 @@ from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
-from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
@@ -27,6 +26,7 @@ from ghostssm.workflows.remarks import same_text_remark, tell
 from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
 from ghostssm.workflows.state_size import (
     Target,
+    check_dtypes,
     check_engine_dialects,
     check_smaller,
     check_stored,
@@ -121,7 +121,7 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     check_belonging(request, _BELONGS_TO)
     check_heeded(request, "state_bytes", "state_dtype")
     if request.state_dtype is not None:
-        StateFormat.of(request.state_dtype)  # raises
+        check_dtypes([request.state_dtype])
         check_stored(request.engines, request.state_dtype)
     if request.stream:
         _check_streamed(request)
