@@ -197,7 +197,7 @@ def distilled_card(own: str, base: Base, distilled: Distillation) -> str:
 def _kept_in(state_dtype: str) -> str:
     if state_dtype == TIERS.name:
         return (
-            "**The state is meant to be kept in tiers**: of every head the first channels in 8 bits, the next in 4, the "
+            "**The state is meant to be kept in tiers**: of a head the first channels in 8 bits, the next in 4, the "
             "rest not at all; `state_tiers` in config.json says how many. `ghostssm.accelerate(model, "
             'state_dtype="tiers")` keeps it so. No engine does yet: they keep all channels, in more bytes.'
         )

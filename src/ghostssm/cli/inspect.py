@@ -56,8 +56,8 @@ def inspect(
         raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
     context = DEFAULT_CONTEXT if context is None else context
     rooms = [memory_bytes(size) for size in memories or ()]
-    forms = [StateFormat.of(name) for name in state_dtypes or ["float32"]]
     found = describe(model)
+    forms = [StateFormat.of(name) for name in state_dtypes or ["float32", *["tiers"] * bool(found.tiers)]]
     told = serving.engines_told(engines, found)
     layout = found.layout
     if state_sizes and not found.is_stock:

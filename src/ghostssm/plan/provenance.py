@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ghostssm.ops.state_format import FORMATS
+from ghostssm.ops.state_format import FORMATS, TIERS
 from ghostssm.plan.choice import Choice
 from ghostssm.plan.measurement import Searched
 from ghostssm.values import Value
@@ -93,5 +93,5 @@ class Provenance(Value):
             CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
             Searched.from_json(document.get("search")),
             Choice.from_json(document.get("choice")),
-            dtype if isinstance(dtype := document.get("asked_state_dtype"), str) and dtype in FORMATS else None,
+            dtype if (dtype := document.get("asked_state_dtype")) in (*FORMATS, TIERS.name) else None,
         )
