@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import ghostssm
 from ghostssm.errors import InputError, PlanError
 from ghostssm.evaluation import evaluate
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.forward import replaced_forward, rounded_forward
-from ghostssm.models.mixer import Streams
 from ghostssm.ops.state_format import TIERS, StateStorage, tier_bytes
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.tiers import Costs, channel_costs, divide, in_tiers
+from ghostssm.pruning.tiers import Costs, divide, in_tiers
 from tests.conftest import Run, random_windows, tiny_model
 from tests.test_fitting import choice_of
 
@@ -42,33 +40,6 @@ def whole() -> Plan:
 @pytest.fixture(scope="module")
 def tiered(whole: Plan) -> Plan:
     return in_tiers(tiny_model(), whole, WINDOWS, DENSE // 8)
-
-
-def test_the_costs_are_those_of_their_definition(fresh_seed: int) -> None:
-    """By brute force in float64: a channel left out of y, and one rounding error at a time, carried to the end."""
-    b, length, h, p, g, n = 2, 5, 4, 3, 2, 6
-    x, dt = torch.randn(b, length, h, p, dtype=torch.float64), torch.rand(b, length, h, dtype=torch.float64)
-    B, C = torch.randn(2, b, length, g, n, dtype=torch.float64)
-    A, weight = -torch.rand(h, dtype=torch.float64), torch.rand(b, length, h, p, dtype=torch.float64)
-    left_out, rounded = channel_costs(Streams(x, B, C, dt, x), A, weight)
-    wrote, read = (part.repeat_interleave(h // g, dim=2) for part in (B, C))
-    states, state = [], torch.zeros(b, h, p, n, dtype=torch.float64)
-    for t in range(length):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * wrote[:, t, :, None]
-        states.append(state)
-
-    def changed(errors: Tensor, t: int) -> Tensor:
-        return ((errors * read[:, t, :, None]).square() * weight[:, t, ..., None]).sum((0, 2))
-
-    torch.testing.assert_close(left_out, sum(changed(states[t], t) for t in range(length)))
-    expected = torch.zeros(h, n, dtype=torch.float64)
-    for start in range(length):
-        error = states[start].abs().amax(-1, keepdim=True).expand(b, h, p, n)
-        for t in range(start + 1, length):
-            error = error * torch.exp(dt[:, t] * A)[..., None, None]
-            expected += changed(error, t) / 12
-    torch.testing.assert_close(rounded, expected)
 
 
 @pytest.mark.parametrize("state_bytes", [30, 47, 64, 100])

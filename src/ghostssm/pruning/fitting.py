@@ -153,7 +153,7 @@ class Fitting:
                 plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
                 names = [dtype for dtype, fits in fitting.items() if fits == size]
                 found += self._measured(plan, names)
-                if size == tiered:
+                if size == tiered and plan.is_projected:
                     plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
                     found += self._measured(plan, [TIERS.name])
         found.sort(key=lambda each: each[0].excess.mean)

@@ -1,13 +1,8 @@
 """Bits per channel: which channels of each head are stored in 8 bits, which in 4 and which not at all.
 
-Two costs are known of every channel of a head, both mean squared changes of the block's output. Without the channel
-it is what the channel adds. With it, rounded, it is what the rounding of all earlier tokens adds: an error of variance
-d^2 / 12 in a state after token s, for levels d apart, decays as the state does and is read by all later tokens,
-
-    sum over s of d_s^2 / 12 * L_s,      L_s = a_{s+1}^2 (L_{s+1} + C_{s+1}^2),
-
-L being the observability Gramian of the channel proper, weighted by how y reaches the output. d is the row's largest
-magnitude over 127 or 7. So a head that forgets slowly needs more bits for the same loss.
+Two costs are known of every channel of a head (`ghostssm.ops.rounding_costs`), both mean squared changes of the block's
+output: of leaving it out, and of rounding it after every token, in levels of its row's largest magnitude over 127 or 7.
+The second adds up over the tokens that a head remembers, so that a head that forgets slowly needs more bits.
 
 Bits go where they buy most, over all channels of all heads and layers: at the end no channel would gain more from a bit
 than another, which is reverse water-filling (Cover & Thomas, ch. 10) where each bit divides an error by four, as there.
@@ -28,7 +23,8 @@ from ghostssm.calibration.open_block import OpenBlock
 from ghostssm.calibration.samples import output_factors
 from ghostssm.calibration.walk import LayerWalk
 from ghostssm.methods.balanced import balanced_maps
-from ghostssm.models.mixer import Mixer, Projection, Streams
+from ghostssm.models.mixer import Mixer, Projection
+from ghostssm.ops.rounding_costs import rounding_costs
 from ghostssm.ops.state_format import INT4, INT8, Tiers, tier_bytes
 from ghostssm.ops.step import at_least_float32
 from ghostssm.plan.plan import Plan
@@ -162,38 +158,12 @@ def _costs_in(block: OpenBlock, mixer: Mixer, basis: Projection) -> tuple[Tensor
     columns = at_least_float32(mixer.out_proj.weight.detach()).square().sum(0)
     if norm is not None:
         columns = columns * at_least_float32(norm.weight.detach()).square()
-    left_out = rounded = columns.new_zeros(())
+    left_out = rounded = columns.new_zeros((), dtype=torch.float64)
     for streams, y in block.scanned_streams():
         with torch.inference_mode():
             factor = output_factors(mixer, y, streams.z)[-1]
             weight = factor.square() * columns.view(layout.num_heads, layout.head_dim)
-            found = channel_costs(streams.project(basis), mixer.A, weight)
+            s = streams.project(basis)
+            found = rounding_costs(s.x, s.dt, mixer.A, s.B, s.C, weight)
             left_out, rounded = left_out + found[0], rounded + found[1]
-    return left_out.double(), rounded.double()
-
-
-def channel_costs(streams: Streams, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaving a channel out changes, and what storing it in levels of its row's largest magnitude does.
-
-    Args:
-        streams: of a mixer, over whole sequences.
-        weight: (b, l, h, p), of the square of a change of y.
-
-    Returns:
-        two tensors (h, n), summed over sequences, tokens and rows.
-    """
-    (_, length, h, _), g = streams.x.shape, streams.B.shape[2]
-    B, C = (part.repeat_interleave(h // g, dim=2) for part in (streams.B, streams.C.square()))
-    decay = torch.exp(streams.dt * A)[..., None, None]
-    added = streams.x * streams.dt[..., None]
-    state = torch.zeros_like(added[:, 0, ..., None] * B[:, 0, :, None])
-    left_out, peaks = state.new_zeros(h, B.shape[-1]), []
-    for t in range(length):
-        state = state * decay[:, t] + added[:, t, ..., None] * B[:, t, :, None]
-        peaks.append(state.abs().amax(-1).square())
-        left_out += torch.einsum("bhpn,bhp,bhn->hn", state.square(), weight[:, t], C[:, t])
-    read, rounded = torch.zeros_like(state), torch.zeros_like(left_out)
-    for t in reversed(range(1, length)):
-        read = decay[:, t].square() * (read + weight[:, t, ..., None] * C[:, t, :, None])
-        rounded += torch.einsum("bhpn,bhp->hn", read, peaks[t - 1])
-    return left_out, rounded / 12
+    return left_out, rounded

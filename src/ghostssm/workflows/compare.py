@@ -210,7 +210,10 @@ class _Cells:
         return found
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
-        """As ``prune --state-bytes`` chooses; bounds within which one method takes one size share its plan."""
+        """As ``prune --state-bytes`` chooses; bounds within which one method takes one size share its plan.
+
+        But not its tiers, which fill the bytes of one bound: such a plan is named after its bound.
+        """
         fitting, request = Fitting.of(self.model, self.calibration), self.request
         found: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
@@ -219,7 +222,8 @@ class _Cells:
             plan = fitting.plan(recipe, self._bytes_of(bound), groups=request.groups, seed=request.seed, progress=None)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
-            cell, dtype = (str(recipe), plan.provenance.requested_state_size), plan.provenance.state_dtype
+            name = f"{recipe} in {bound}" if plan.tiers else str(recipe)
+            cell, dtype = (name, plan.provenance.requested_state_size), plan.provenance.state_dtype
             assert dtype is not None
             with pruned(self.model, plan) as smaller:
                 measured = _losses(smaller, self.windows, [StateStorage.of(dtype)])
