@@ -29,16 +29,16 @@ from ghostssm.pruning.fitting import widest_fit
 from ghostssm.pruning.run import Calibration
 from ghostssm.units import plus_minus
 
-TIERED = "balanced+per-layer"
+RECIPE = "balanced+per-layer"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to keep the state within a bound: a plan, its dtype and what the table calls it."""
+    """One way to keep the state within a bound."""
 
-    name: str
+    size: int
     plan: Plan
-    dtype: str
+    storage: StateStorage
 
 
 class Bounds:
@@ -59,26 +59,29 @@ class Bounds:
         self.dense = evaluate(self.model, self.text)
 
     @cache  # noqa: B019  (there is one of these per run)
-    def plan(self, recipe: str, size: int) -> Plan:
-        return self.calibration.plan(recipe, size, progress=None)
+    def plan(self, size: int) -> Plan:
+        return self.calibration.plan(RECIPE, size, progress=None)
 
     def choices(self, share: Fraction) -> Iterator[Choice]:
-        bound, sizes = int(self.bytes * share), range(1, self.layout.state_size + 1)
-        for dtype, size in widest_fit(bound / self.rows, sizes, self.dtypes).items():
-            for recipe in ("balanced", TIERED):
-                yield Choice(f"`{recipe}` {size}, {dtype}", self.plan(recipe, size), dtype)
-        size = tiers.widest_tiered(bound / self.rows, [*range(8, self.layout.state_size, 8), self.layout.state_size])
+        bound, limit = int(self.bytes * share), self.layout.state_size
+        for dtype, size in widest_fit(bound / self.rows, range(1, limit + 1), self.dtypes).items():
+            yield Choice(size, self.plan(size), StateStorage.of(dtype))
+        size = tiers.widest_tiered(bound / self.rows, [*range(8, limit, 8), limit])
         if size is not None:
-            whole, few = self.plan(TIERED, size), self.calibration.windows
-            yield Choice(f"`{TIERED}` {size}, tiers", tiers.in_tiers(self.model, whole, few, bound), TIERS.name)
+            divided = tiers.in_tiers(self.model, self.plan(size), self.calibration.windows, bound)
+            for rounding in ("nearest", "stochastic"):
+                yield Choice(size, divided, StateStorage.of(TIERS, rounding))
 
     def line(self, share: Fraction, choice: Choice) -> str:
-        cells = [str(share), choice.name, f"{choice.plan.state_bytes(self.layout, choice.dtype):,}"]
+        storage = choice.storage
         with pruned(self.model, choice.plan) as smaller:
-            for rounding in ("nearest", "stochastic"):
-                found = evaluate(smaller, self.text, storage=StateStorage.of(choice.dtype, rounding))
-                excess = found.excess_over(self.dense)
-                cells.append(plus_minus(excess.mean, excess.standard_error))
+            excess = evaluate(smaller, self.text, storage=storage).excess_over(self.dense)
+        cells = [
+            str(share),
+            f"{choice.size}, {storage.format.name}, {'stochastic' if storage.stochastic else 'nearest'}",
+            f"{choice.plan.state_bytes(self.layout, storage.format.name):,}",
+            plus_minus(excess.mean, excess.standard_error),
+        ]
         return f"| {' | '.join(cells)} |"
 
 
@@ -98,7 +101,9 @@ def main() -> None:
     print_machine()
     bounds = Bounds(args)
     print(f"{len(bounds.text)} windows of {bounds.text.length} tokens, dense loss {bounds.dense.loss:.5f}\n")
-    print("| share | state | bytes | nearest | stochastic |\n|---|---|---:|---:|---:|")
+    print(
+        "| bytes per sequence | N', dtype, rounding | of these taken | excess loss |\n|---|---|---:|---:|", flush=True
+    )
     for share in args.shares:
         for choice in bounds.choices(Fraction(1, share)):
             print(bounds.line(Fraction(1, share), choice), flush=True)
