@@ -22,6 +22,7 @@ CASES = [
     (8, 70, 6, 3, True),
     (2, 64, 16, 33, False),
     (1, 20, 34, 140, True),
+    (2, 9, 70, 70, True),
 ]
 
 
@@ -74,10 +75,13 @@ def test_one_of_the_two_results_is_enough(of: str) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-11)
 
 
-def test_without_a_skip_and_of_some_arguments_only() -> None:
-    s = streams(2, 70, 5, False) | {"D": None}
-    leaf = s["C"].clone().requires_grad_()
-    results = [torch.autograd.grad(scan(**s | {"C": leaf})[0].sin().sum(), leaf)[0] for scan in (ssd_chunked, ssd)]
+@pytest.mark.parametrize("wanted", [("C",), ("dt", "A", "B", "C", "D", "initial_state")])
+def test_without_a_skip_and_of_some_arguments_only(wanted: tuple[str, ...]) -> None:
+    s = streams(2, 70, 5, True) | ({} if "D" in wanted else {"D": None})
+    leaves = {name: s[name].clone().requires_grad_() for name in wanted}
+    results = [
+        torch.autograd.grad(scan(**s | leaves)[0].sin().sum(), list(leaves.values())) for scan in (ssd_chunked, ssd)
+    ]
     torch.testing.assert_close(results[1], results[0])
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
+from ghostssm.ops.conv_norm import causal_conv, multiplied_rms_norm
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.state_format import Tiers
 from ghostssm.ops.step import at_least_float32, project_streams
@@ -178,10 +178,15 @@ def split_streams(mixer: Mixer, xBC: Tensor, dt: Tensor, z: Tensor, mask: Tensor
 
 def gated_norm(norm: Norm | None, y: Tensor, z: Tensor, groups: int) -> Tensor:
     """Gate and norm, (b, l, h * p). ``y``: (b, l, h, p), with the D term."""
-    y, z = y.flatten(-2), at_least_float32(z)
+    return multiplied_norm(norm, y, F.silu(at_least_float32(z)), groups)
+
+
+def multiplied_norm(norm: Norm | None, y: Tensor, gate: Tensor, groups: int) -> Tensor:
+    """`gated_norm` of a gate that SiLU has been applied to already, (b, l, h * p)."""
+    y = y.flatten(-2)
     if norm is None:
-        return y * F.silu(z)
-    return gated_rms_norm(y, z, norm.weight, norm.eps, groups, gate_first=norm.gate_first)
+        return y * gate
+    return multiplied_rms_norm(y, gate, norm.weight, norm.eps, groups, gate_first=norm.gate_first)
 
 
 def mixer_output(mixer: Mixer, y: Tensor, z: Tensor) -> Tensor:

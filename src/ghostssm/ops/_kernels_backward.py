@@ -1,66 +1,71 @@
-"""The scan's backward pass as compiled loops; conventions as in `_kernels`."""
+"""Backward passes as compiled loops, of the scan and of what stands around it; conventions as in `_kernels`."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 
-from ghostssm.ops._kernels import ROWS as _ROWS
-
-# The backward pass works on a block: 32 rows and up to 128 columns of a head's state and, as further rows, sums over
-# these, B_t and C_t. The number of rows and the distance between them are constant: a compiler sees that none overlap.
-_COLUMNS = 128
-_SUMS, _WRITE, _READ = _ROWS * _COLUMNS, (_ROWS + 1) * _COLUMNS, (_ROWS + 2) * _COLUMNS
+# A walk works on a block: up to 64 rows and 64 columns of a head's state or of its gradient and, as further rows, sums
+# over these, B_t and C_t. The distance between rows is constant: a compiler sees that none overlap.
+_ROWS = _COLUMNS = 64
+_SUMS, _WRITE, _OTHER = _ROWS * _COLUMNS, (_ROWS + 1) * _COLUMNS, (_ROWS + 2) * _COLUMNS
 
 
 @numba.njit(fastmath=True, cache=True)
-def _advance(H, columns, decay, u, dy):  # type: ignore[no-untyped-def]
-    """A block of states over one token, four rows at a time; its sums += dy^T (decay H). u and dy (rows,)."""
+def _step(H, size, decay, written, read):  # type: ignore[no-untyped-def]
+    """A block over one token, four rows at a time: its sums = read^T (decay H), then H = decay H + written write^T.
+
+    size: how many rows and columns it has. written and read: (rows,), zeros after the last.
+    """
+    for k in range(size[1]):
+        H[_SUMS + k] = 0
     for j in range(0, _ROWS, 4):
+        if j >= size[0]:
+            break
         row = j * _COLUMNS
-        u0, u1, u2, u3 = u[j], u[j + 1], u[j + 2], u[j + 3]
-        dy0, dy1, dy2, dy3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
-        for k in range(columns):
+        w0, w1, w2, w3 = written[j], written[j + 1], written[j + 2], written[j + 3]
+        r0, r1, r2, r3 = read[j], read[j + 1], read[j + 2], read[j + 3]
+        for k in range(size[1]):
             write = H[_WRITE + k]
             kept0 = H[row + k] * decay
             kept1 = H[row + _COLUMNS + k] * decay
             kept2 = H[row + 2 * _COLUMNS + k] * decay
             kept3 = H[row + 3 * _COLUMNS + k] * decay
-            H[_SUMS + k] += dy0 * kept0 + dy1 * kept1 + dy2 * kept2 + dy3 * kept3
-            H[row + k] = kept0 + u0 * write
-            H[row + _COLUMNS + k] = kept1 + u1 * write
-            H[row + 2 * _COLUMNS + k] = kept2 + u2 * write
-            H[row + 3 * _COLUMNS + k] = kept3 + u3 * write
+            H[_SUMS + k] += r0 * kept0 + r1 * kept1 + r2 * kept2 + r3 * kept3
+            H[row + k] = kept0 + w0 * write
+            H[row + _COLUMNS + k] = kept1 + w1 * write
+            H[row + 2 * _COLUMNS + k] = kept2 + w2 * write
+            H[row + 3 * _COLUMNS + k] = kept3 + w3 * write
 
 
 @numba.njit(fastmath=True, cache=True)
-def _retreat(G, columns, decay, u, dy, du):  # type: ignore[no-untyped-def]
-    """A block of gradients of states over one token backwards; its sums += u^T G, and du (rows,) = (decay G) B."""
+def _step_and_product(H, size, decay, written, read, product):  # type: ignore[no-untyped-def]
+    """As `_step`; and product (rows,) = (decay H) other."""
+    for k in range(size[1]):
+        H[_SUMS + k] = 0
     for j in range(0, _ROWS, 4):
+        if j >= size[0]:
+            break
         row = j * _COLUMNS
-        u0, u1, u2, u3 = u[j], u[j + 1], u[j + 2], u[j + 3]
-        dy0, dy1, dy2, dy3 = dy[j], dy[j + 1], dy[j + 2], dy[j + 3]
-        du0 = du1 = du2 = du3 = G.dtype.type(0)
-        for k in range(columns):
-            write, read = G[_WRITE + k], G[_READ + k]
-            kept0 = G[row + k] * decay
-            kept1 = G[row + _COLUMNS + k] * decay
-            kept2 = G[row + 2 * _COLUMNS + k] * decay
-            kept3 = G[row + 3 * _COLUMNS + k] * decay
-            du0 += kept0 * write
-            du1 += kept1 * write
-            du2 += kept2 * write
-            du3 += kept3 * write
-            kept0 += dy0 * read
-            kept1 += dy1 * read
-            kept2 += dy2 * read
-            kept3 += dy3 * read
-            G[_SUMS + k] += u0 * kept0 + u1 * kept1 + u2 * kept2 + u3 * kept3
-            G[row + k] = kept0
-            G[row + _COLUMNS + k] = kept1
-            G[row + 2 * _COLUMNS + k] = kept2
-            G[row + 3 * _COLUMNS + k] = kept3
-        du[j], du[j + 1], du[j + 2], du[j + 3] = du0, du1, du2, du3
+        w0, w1, w2, w3 = written[j], written[j + 1], written[j + 2], written[j + 3]
+        r0, r1, r2, r3 = read[j], read[j + 1], read[j + 2], read[j + 3]
+        p0 = p1 = p2 = p3 = H.dtype.type(0)
+        for k in range(size[1]):
+            write, other = H[_WRITE + k], H[_OTHER + k]
+            kept0 = H[row + k] * decay
+            kept1 = H[row + _COLUMNS + k] * decay
+            kept2 = H[row + 2 * _COLUMNS + k] * decay
+            kept3 = H[row + 3 * _COLUMNS + k] * decay
+            p0 += kept0 * other
+            p1 += kept1 * other
+            p2 += kept2 * other
+            p3 += kept3 * other
+            H[_SUMS + k] += r0 * kept0 + r1 * kept1 + r2 * kept2 + r3 * kept3
+            H[row + k] = kept0 + w0 * write
+            H[row + _COLUMNS + k] = kept1 + w1 * write
+            H[row + 2 * _COLUMNS + k] = kept2 + w2 * write
+            H[row + 3 * _COLUMNS + k] = kept3 + w3 * write
+        product[j], product[j + 1], product[j + 2], product[j + 3] = p0, p1, p2, p3
 
 
 @numba.njit(fastmath=True, cache=True)
@@ -73,126 +78,117 @@ def _fill(block, state, place):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(fastmath=True, cache=True)
-def _token(block, B, C, t, place):  # type: ignore[no-untyped-def]
-    """B_t and C_t into a block, and zeros for its sums."""
-    _, group, _, column, _, columns = place
-    write, read = B[t, group, column : column + columns], C[t, group, column : column + columns]
-    for k in range(columns):
-        block[_SUMS + k] = 0
-        block[_WRITE + k] = write[k]
-        block[_READ + k] = read[k]
+def _walk(block, place, backwards, x, dt, B, C, dy, dx, sums, decays, skipped, dots, work):  # type: ignore[no-untyped-def]
+    """A block of states over a sequence, or, backwards, one of gradients; which leaves of x and dy, B and C, and of the
+    two what is scaled by dt, change roles.
 
-
-@numba.njit(fastmath=True, cache=True)
-def _states(H, place, x, dt, A, B, C, dy, sums_C, flow, work):  # type: ignore[no-untyped-def]
-    """A block of states over a sequence: adds to dC (l, n) and to flow (l + 1,), and returns the sum of dy x.
+    Adds to sums (l, n), which are dC or backwards dB; to dots (l,), the products of a block's sums with C or backwards
+    B, before dt; and backwards to dx, if there is one.
 
     place: the head, its group, the block's first row and column, how many rows and columns it has.
+    decays: (l + 1,), of the tokens, then 1. skipped: (l,), the sums of x dy.
     """
-    head, _, row, column, rows, columns = place
-    u, out, _ = work
-    zero = H.dtype.type(0)  # sums that begin with the literal 0 would be float64
-    skip = 0.0
-    for t in range(dt.shape[0]):
-        step, skipped, carried = dt[t, head], zero, zero
-        _token(H, B, C, t, place)
-        values, outputs = x[t, head, row : row + rows], dy[t, head, row : row + rows]
+    head, group, row, column, rows, columns = place
+    written, read, product = work
+    entering, leaving = (dy, x) if backwards else (x, dy)
+    write, other = (C, B) if backwards else (B, C)
+    length, size = dt.shape[0], (rows, columns)
+    zero, one = x.dtype.type(0), x.dtype.type(1)  # literals would make float64 of what they meet
+    products = backwards and dx.shape[0] > 0
+    # Unsigned indices can't count from an array's end, and slices in their place would be counted as references.
+    row, column, rows, columns = np.uint64(row), np.uint64(column), np.uint64(rows), np.uint64(columns)
+    of_sums, of_write, of_other = np.uint64(_SUMS), np.uint64(_WRITE), np.uint64(_OTHER)
+    for index in range(length):
+        t = length - 1 - index if backwards else index
+        step = dt[t, head]
+        before, after = (one, step) if backwards else (step, one)
         for j in range(rows):
-            out[j] = outputs[j]
-            u[j] = step * values[j]
-            skipped += values[j] * outputs[j]
-        _advance(H, columns, np.exp(step * A[head]), u, out)
-        own, sums = step * skipped, sums_C[t, column : column + columns]
+            written[j] = before * entering[t, head, row + j]
+            read[j] = leaving[t, head, row + j]
         for k in range(columns):
-            sums[k] += H[_SUMS + k] + own * H[_WRITE + k]
-            carried += H[_SUMS + k] * H[_READ + k]
-        flow[t] += carried
-        skip += skipped
-    return skip
+            block[of_write + k] = write[t, group, column + k]
+            block[of_other + k] = other[t, group, column + k]
+        if products:
+            _step_and_product(block, size, decays[t + 1], written, read, product)
+            for j in range(rows):
+                dx[t, head, row + j] += step * product[j]
+        else:
+            _step(block, size, decays[t + backwards], written, read)
+        own, carried = step * skipped[t] if row == 0 else zero, zero
+        for k in range(columns):
+            sums[t, column + k] += after * block[of_sums + k] + own * block[of_write + k]
+            carried += block[of_sums + k] * block[of_other + k]
+        dots[t] += carried
 
 
 @numba.njit(fastmath=True, cache=True)
-def _state_gradients(G, place, x, dt, A, B, C, dy, dx, sums_B, flow, written, work):  # type: ignore[no-untyped-def]
-    """A block of gradients over a sequence backwards: adds to dx, dB (l, n), flow (l + 1,) and, in x du, written (l,).
-
-    Returns the decay of the first token.
-    """
-    head, _, row, column, rows, columns = place
-    u, out, du = work
-    zero = G.dtype.type(0)
-    decay = G.dtype.type(1)
-    for t in range(dt.shape[0] - 1, -1, -1):
-        step = dt[t, head]
-        _token(G, B, C, t, place)
-        values, outputs, of_x = (
-            x[t, head, row : row + rows],
-            dy[t, head, row : row + rows],
-            dx[t, head, row : row + rows],
-        )
-        for j in range(rows):
-            out[j] = outputs[j]
-            u[j] = step * values[j]
-        _retreat(G, columns, decay, u, out, du)
-        alike, carried, own, sums = zero, zero, zero, sums_B[t, column : column + columns]
-        for k in range(columns):
-            sums[k] += G[_SUMS + k]
-            alike += G[_WRITE + k] * G[_READ + k]
-        for j in range(rows):
-            whole = du[j] + alike * out[j]
-            carried += u[j] * du[j]
-            own += values[j] * whole
-            of_x[j] += step * whole
-        flow[t] -= carried
-        written[t] += own
-        decay = np.exp(step * A[head])
-    return decay
+def _tokens(head, x, dt, A, D, dy, alike, decays, skipped, dx):  # type: ignore[no-untyped-def]
+    """What a head's tokens are by themselves: decays, skipped and what they add to dx; returns the sum of x dy."""
+    whole = 0.0
+    for t in range(dt.shape[0]):
+        total = x.dtype.type(0)
+        for j in range(x.shape[2]):
+            total += x[t, head, j] * dy[t, head, j]
+        decays[t] = np.exp(dt[t, head] * A[head])
+        skipped[t] = total
+        whole += total
+        if dx.shape[0]:
+            factor = D[head] + dt[t, head] * alike[t]
+            for j in range(x.shape[2]):
+                dx[t, head, j] = factor * dy[t, head, j]
+    return whole
 
 
 @numba.njit(fastmath=True, cache=True)
 def _backward_of_heads(  # type: ignore[no-untyped-def]
-    heads, group, state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, sums_B, sums_C, dD
+    heads, group, state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, sums_B, sums_C, dD
 ):
     """`ssd_scan_backward` for some heads of one group of one sequence; no argument has an axis for sequences."""
     (length, _, p), n = x.shape, B.shape[2]
     block, of_rows = np.empty((_ROWS + 3) * _COLUMNS, x.dtype), np.empty((3, _ROWS), x.dtype)
     work = of_rows[0], of_rows[1], of_rows[2]
+    alike, decays, skipped = np.empty(length, x.dtype), np.ones(length + 1, x.dtype), np.empty(length, x.dtype)
+    for t in range(length):
+        total = x.dtype.type(0)
+        for k in range(n):
+            total += B[t, group, k] * C[t, group, k]
+        alike[t] = total
     for head in range(heads[0], heads[1]):
-        flow, written = np.zeros(length + 1), np.zeros(length)
+        read_C, written_B, log_decay = np.zeros(length), np.zeros(length), 0.0
+        dD[head] += _tokens(head, x, dt, A, D, dy, alike, decays, skipped, dx)
         for row in range(0, p, _ROWS):
             for column in range(0, n, _COLUMNS):
                 rows, columns = min(_ROWS, p - row), min(_COLUMNS, n - column)
                 place = head, group, row, column, rows, columns
                 of_rows[:] = 0
                 _fill(block, state, place)
-                skip = _states(block, place, x, dt, A, B, C, dy, sums_C, flow, work)
-                dD[head] += skip if column == 0 else 0
+                _walk(block, place, False, x, dt, B, C, dy, dx, sums_C, decays, skipped, read_C, work)
                 for j in range(rows):
                     for k in range(columns):
-                        flow[length] += dstate[head, row + j, column + k] * block[j * _COLUMNS + k]
+                        log_decay += dstate[head, row + j, column + k] * block[j * _COLUMNS + k]
                 _fill(block, dstate, place)
-                decay = _state_gradients(block, place, x, dt, A, B, C, dy, dx, sums_B, flow, written, work)
+                _walk(block, place, True, x, dt, B, C, dy, dx, sums_B, decays, skipped, written_B, work)
                 for j in range(rows):
                     for k in range(columns):
-                        dstate[head, row + j, column + k] = decay * block[j * _COLUMNS + k]
-        log_decay = flow[length]
+                        dstate[head, row + j, column + k] = decays[0] * block[j * _COLUMNS + k]
         for t in range(length - 1, -1, -1):
-            log_decay += flow[t]
-            ddt[t, head] = written[t] + A[head] * log_decay
+            log_decay += read_C[t] - dt[t, head] * written_B[t]
+            ddt[t, head] = written_B[t] + alike[t] * skipped[t] + A[head] * log_decay
             dA[head] += dt[t, head] * log_decay
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def ssd_scan_backward(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
-    """The gradients of `ssd_scan` without D, whose arguments stand first; and dD, the sum of dy x.
+def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
+    """The gradients of `ssd_scan`, whose arguments stand first.
 
     state (b, h, p, n), before the first token. dy as y. dstate (b, h, p, n): the gradient of the state, from after to
-    before. ddt as dt. What begins as zeros: dx as x; dA and dD (b, h), float64; dB and dC (b, g, parts, l, n), each
-    part a sum over some heads.
+    before. dx as x, or with no positions where it is not wanted. ddt as dt. What begins as zeros: dA and dD (b, h),
+    float64; dB and dC (b, g, parts, l, n), each part a sum over some heads.
 
     With u_t = dt_t x_t, H the state and G its gradient, each walks over the sequence once, in opposite directions:
 
         H_t = a_t H_{t-1} + u_t B_t^T           dC_t = H_t^T dy_t               du_t = G_t B_t
-        G_t = a_{t+1} G_{t+1} + dy_t C_t^T      dB_t = G_t^T u_t                dx_t = dt_t du_t
+        G_t = a_{t+1} G_{t+1} + dy_t C_t^T      dB_t = G_t^T u_t                dx_t = dt_t du_t + D dy_t
 
     so that no state is kept. The gradient of log a_t is q_t = a_t <G_t, H_{t-1}>, and needs no product of the two:
 
@@ -208,6 +204,83 @@ def ssd_scan_backward(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD
         first = group * heads_per_group + part * heads_per_part
         heads = first, min(first + heads_per_part, (group + 1) * heads_per_group)
         _backward_of_heads(
-            heads, group, state[i], x[i], dt[i], A, B[i], C[i], dy[i],
+            heads, group, state[i], x[i], dt[i], A, B[i], C[i], D, dy[i],
             dstate[i], dx[i], ddt[i], dA[i], dB[i, group, part], dC[i, group, part], dD[i],
         )  # fmt: skip
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-def]
+    """The gradients of `causal_conv` but the bias's: x, dout and dx (b, l, c), taps (width, c).
+
+    dtaps (parts, width, c) begins as zeros; each part is a sum over some tokens.
+    """
+    b, length, c = x.shape
+    parts, width = dtaps.shape[0], taps.shape[0]
+    tokens = (b * length + parts - 1) // parts
+    for part in numba.prange(parts):
+        for index in range(part * tokens, min((part + 1) * tokens, b * length)):
+            i, t = index // length, index % length
+            for j in range(c):
+                dx[i, t, j] = 0
+            for back in range(min(width, length - t)):
+                tap = width - 1 - back
+                for j in range(c):
+                    dx[i, t, j] += dout[i, t + back, j] * taps[tap, j]
+            for back in range(min(width, t + 1)):
+                tap = width - 1 - back
+                for j in range(c):
+                    dtaps[part, tap, j] += dout[i, t, j] * x[i, t - back, j]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def gated_norm(y, gate, weight, eps, gate_first, out):  # type: ignore[no-untyped-def]
+    """y, gate and out (m, g, c), weight (g, c): the RMS norm of y, times weight; y is gated before it or after."""
+    m, groups, c = y.shape
+    zero, one, count, small = y.dtype.type(0), y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
+    for i in numba.prange(m):
+        for group in range(groups):
+            square = zero
+            for j in range(c):
+                value = y[i, group, j] * (gate[i, group, j] if gate_first else one)
+                square += value * value
+            scale = one / np.sqrt(square / count + small)
+            for j in range(c):
+                out[i, group, j] = y[i, group, j] * gate[i, group, j] * (scale * weight[group, j])
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def gated_norm_backward(y, gate, dout, weight, eps, gate_first, dy, dgate, dweight):  # type: ignore[no-untyped-def]
+    """The gradients of `gated_norm`. dgate has no rows where it is not wanted. dweight (parts, g, c) begins as zeros;
+    each part is a sum over some rows.
+
+    With v what is normalised, s = 1 / sqrt(mean(v^2) + eps) and e the gradient of v s: dv = s e - s^3 v mean(e v).
+    """
+    m, groups, c = y.shape
+    zero, one, count, small = y.dtype.type(0), y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
+    parts = dweight.shape[0]
+    rows = (m + parts - 1) // parts
+    for part in numba.prange(parts):
+        for i in range(part * rows, min((part + 1) * rows, m)):
+            for group in range(groups):
+                square = along = zero
+                for j in range(c):
+                    value = y[i, group, j] * (gate[i, group, j] if gate_first else one)
+                    square += value * value
+                    along += dout[i, group, j] * weight[group, j] * y[i, group, j] * gate[i, group, j]
+                scale = one / np.sqrt(square / count + small)
+                pull = scale * scale * scale * along / count
+                for j in range(c):
+                    value, factor, gradient = y[i, group, j], gate[i, group, j], dout[i, group, j]
+                    dweight[part, group, j] += gradient * value * factor * scale
+                    of_out = gradient * weight[group, j] * scale
+                    if gate_first:
+                        dy[i, group, j] = (of_out - pull * value * factor) * factor
+                    else:
+                        dy[i, group, j] = of_out * factor - pull * value
+                if dgate.shape[0]:
+                    for j in range(c):
+                        value, of_out = y[i, group, j], dout[i, group, j] * weight[group, j] * scale
+                        if gate_first:
+                            of_out -= pull * value * gate[i, group, j]
+                        dgate[i, group, j] = of_out * value

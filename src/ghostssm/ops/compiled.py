@@ -5,25 +5,31 @@ They need numba (extra ``cpu``) and float32 tensors on the CPU; most of them hav
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-kernels: Any
-"""The module of compiled loops, or None."""
-backward_kernels: Any
-"""That of the backward pass."""
-rounding_kernels: Any
-"""That of states in fewer bits."""
-try:
-    from ghostssm.ops import _kernels, _kernels_backward, _rounding_kernels
 
-    kernels, backward_kernels, rounding_kernels = _kernels, _kernels_backward, _rounding_kernels
-except ImportError:  # numba is an extra
-    kernels = backward_kernels = rounding_kernels = None
+class _Loops:
+    """A module of compiled loops, imported with the first one that is called: numba takes half a second."""
 
-HAS_KERNELS = kernels is not None
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
+HAS_KERNELS = importlib.util.find_spec("numba") is not None
+kernels: Any = _Loops("ghostssm.ops._kernels") if HAS_KERNELS else None
+"""The compiled loops, or None: numba is an extra."""
+backward_kernels = _Loops("ghostssm.ops._kernels_backward")
+"""Those of the backward pass, if there are kernels."""
+rounding_kernels = _Loops("ghostssm.ops._rounding_kernels")
+"""Those of states in fewer bits, if there are kernels."""
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ghostssm.ops import compiled
+
+_PARTS = 16
+"""Pieces that a sum over tokens is cut into: not by threads, so that it stays the same."""
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,17 +29,36 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (b, l, c); positions before the start count as zero.
     """
-    if compiled.usable(x, weight, bias):
-        out = torch.empty(x.shape, dtype=x.dtype)
-        offset = torch.zeros(x.shape[2], dtype=x.dtype) if bias is None else bias.clone()
-        compiled.kernels.causal_conv(*compiled.arrays(x, weight.t().contiguous(), offset, out))
-        return out
+    if compiled.differentiable(x, weight, bias):
+        offset = torch.zeros(x.shape[2], dtype=x.dtype) if bias is None else bias
+        convolved: Tensor = CompiledConv.apply(x, weight, offset)  # type: ignore[no-untyped-call]
+        return convolved
     width, length = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     out = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
     for tap in range(width - 1):
         out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, tap])
     return out
+
+
+class CompiledConv(torch.autograd.Function):
+    """`causal_conv` with both passes as one loop each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        compiled.kernels.causal_conv(*compiled.arrays(x, weight.t().contiguous(), bias.clone(), out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        dtaps = torch.zeros(_PARTS, *weight.t().shape, dtype=x.dtype)
+        compiled.backward_kernels.causal_conv_backward(*compiled.arrays(x, weight.t().contiguous(), dout, dx, dtaps))
+        return dx, dtaps.sum(0).t(), dout.sum((0, 1))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,7 +78,47 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
         y, z: (b, l, c). weight: (c,).
         gate_first: what is normalised is the gated y; otherwise y itself, which is gated afterwards.
     """
-    gate = F.silu(z)
+    return multiplied_rms_norm(y, F.silu(z), weight, eps, groups, gate_first=gate_first)
+
+
+def multiplied_rms_norm(
+    y: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int, *, gate_first: bool = True
+) -> Tensor:
+    """`gated_rms_norm` of a gate that SiLU has been applied to already."""
+    if torch.is_grad_enabled() and compiled.differentiable(y, gate) and any(t.requires_grad for t in (y, gate, weight)):
+        normed: Tensor = CompiledNorm.apply(y, gate, weight.to(y.dtype), eps, groups, gate_first)  # type: ignore[no-untyped-call]
+        return normed
     if gate_first:
         return group_rms_norm(y * gate, weight, eps, groups)
     return group_rms_norm(y, weight, eps, groups) * gate
+
+
+class CompiledNorm(torch.autograd.Function):
+    """`multiplied_rms_norm` with both passes as one loop each; autograd's own take a dozen, and keep five tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int, gate_first: bool) -> Tensor:
+        ctx.save_for_backward(y, gate, weight)
+        ctx.constants = eps, groups, gate_first
+        out = torch.empty(y.shape, dtype=y.dtype)
+        rows = [part.reshape(-1, groups, y.shape[-1] // groups) for part in (y, gate, out)]
+        by_group = weight.reshape(groups, -1).clone()
+        compiled.backward_kernels.gated_norm(
+            *compiled.arrays(*rows[:2], by_group), eps, gate_first, *compiled.arrays(rows[2])
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        y, gate, weight = ctx.saved_tensors
+        eps, groups, gate_first = ctx.constants
+        dy = torch.empty(y.shape, dtype=y.dtype)
+        dgate = torch.empty(y.shape if ctx.needs_input_grad[1] else (0, y.shape[-1]), dtype=y.dtype)
+        rows = [part.reshape(-1, groups, y.shape[-1] // groups) for part in (y, gate, dout, dy, dgate)]
+        dweight = torch.zeros(_PARTS, groups, y.shape[-1] // groups, dtype=y.dtype)
+        by_group = weight.reshape(groups, -1).clone()
+        compiled.backward_kernels.gated_norm_backward(
+            *compiled.arrays(*rows[:3], by_group), eps, gate_first, *compiled.arrays(*rows[3:], dweight)
+        )
+        return dy, dgate if ctx.needs_input_grad[1] else None, dweight.sum(0).view_as(weight), None, None, None

@@ -157,19 +157,20 @@ class CompiledScan(torch.autograd.Function):
         state = _initial_state(x, B, initial_state)
         dy = torch.zeros_like(x) if dy is None else dy
         dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
-        dx, ddt = torch.zeros(x.shape, dtype=x.dtype), torch.empty(dt.shape, dtype=x.dtype)
+        # What nothing asks for has no positions, by which the loop knows.
+        dx = torch.empty((b, length if ctx.needs_input_grad[0] else 0, *x.shape[2:]), dtype=x.dtype)
+        ddt, skip = torch.empty(dt.shape, dtype=x.dtype), torch.zeros_like(A) if D is None else D
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         heads_per_part = min(h // groups, -(-b * h // _PARTS))
         parts = -(-(h // groups) // heads_per_part)
         dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
         compiled.backward_kernels.ssd_scan_backward(
-            *compiled.arrays(state, x, dt, A, B, C, dy, dstate, dx, ddt, dA, dB, dC, dD)
+            *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
         )
         dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
-        if D is not None:
-            dx.addcmul_(dy, D[:, None])
         dD = None if D is None else dD.sum(0).to(D.dtype)
-        return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
+        found = ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
+        return (dx if ctx.needs_input_grad[0] else None), *found
 
 
 class ChunkedScan(torch.autograd.Function):

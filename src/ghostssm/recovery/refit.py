@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.calibration.open_block import PrunedBlock
-from ghostssm.models.mixer import Mixer, gated_norm
+from ghostssm.models.mixer import Mixer, multiplied_norm
 from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
@@ -40,13 +40,13 @@ class RefitData:
 
     Attributes:
         hidden: (b, l, hidden_size), the mixer's input. target: the same shape, its wanted output.
-        x: (b, l, h, p). z: (b, l, h * p). dt: (b, l, h), before bias and softplus.
+        x: (b, l, h, p). gate: (b, l, h * p), SiLU(z). dt: (b, l, h), before bias and softplus.
     """
 
     hidden: Tensor
     target: Tensor
     x: Tensor
-    z: Tensor
+    gate: Tensor
     dt: Tensor
 
     @classmethod
@@ -64,7 +64,7 @@ class RefitData:
             hidden,
             target.to(hidden, copy=True),
             x.unflatten(-1, (layout.num_heads, layout.head_dim)),
-            z.clone(),
+            F.silu(at_least_float32(z)),
             dt.clone(),
         )
 
@@ -96,7 +96,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
         return 1.0
     trial = _Trial(mixer)
     scales = [max(leaf.detach().square().mean().sqrt().item(), 1e-3) for leaf in trial.leaves.values()]
-    optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=(0.9, 0.98), fused=True)
     generator = torch.Generator().manual_seed(seed)
     count = max(1, _TOKENS_PER_STEP // data.hidden.shape[1])
     energy = data.target.square().mean()
@@ -108,7 +108,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
         chosen = torch.randint(len(windows), (count,), generator=generator)
         batch = windows[chosen if count > 1 else slice(int(chosen), int(chosen) + 1)]  # one window needs no copy
         with torch.enable_grad():
-            loss = (trial.output(batch) - batch.target).square().mean() / energy
+            loss = F.mse_loss(trial.output(batch), batch.target) / energy
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,7 +188,7 @@ class _Trial:
         dt = F.softplus(at_least_float32(data.dt + leaf["dt_bias"])).clamp(*mixer.dt_limit)
         y, _ = ssd(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
         norm = None if mixer.norm is None else replace(mixer.norm, weight=leaf["norm"])
-        normed = gated_norm(norm, y, data.z, layout.n_groups)
+        normed = multiplied_norm(norm, y, data.gate, layout.n_groups)
         bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
         return F.linear(normed, mixer.out_proj.weight.detach(), bias)
 
