@@ -113,7 +113,7 @@ class TieredFormat(StateFormat):
     tiers: Tiers | None = None
 
     def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
-        forms = [self.for_tiers(each) for each in tiers or [None]]
+        forms = [self.for_tiers(each) for each in tiers] or [self.for_tiers(None)]
         return sum(form.state_bytes(rows, size) for form, size in zip(forms, sizes, strict=True))
 
     def for_tiers(self, tiers: Tiers | None) -> TieredFormat:

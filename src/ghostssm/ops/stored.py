@@ -62,8 +62,8 @@ def stored_scan_(
     drawn = storage.stochastic, storage.key, storage.sequence, storage.token
     streams = compiled.arrays(x, dt, A, B, C, D, y)
     if isinstance(form, TieredFormat):
-        codes, scales, _ = form.places(x.shape[3])
-        places = (np.array(codes), np.array(scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
+        first_codes, first_scales, _ = form.places(x.shape[3])
+        places = (np.array(first_codes), np.array(first_scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
         memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
         compiled.rounding_kernels.tiered_scan(*memory, *places, *drawn, *streams)
         return y

@@ -147,9 +147,10 @@ class Fitting:
         layout = layout_of(model.config)
         fitting = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
         tiered = None if recipe.registered.stock else self._tiered_size(state_bytes, state_sizes, dtypes, multiple)
+        sizes = set(fitting.values()) | (set() if tiered is None else {tiered})
         found: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
-            for size in sorted({*fitting.values(), *[tiered] * (tiered is not None)}, reverse=True):
+            for size in sorted(sizes, reverse=True):
                 plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
                 names = [dtype for dtype, fits in fitting.items() if fits == size]
                 found += self._measured(plan, names)
