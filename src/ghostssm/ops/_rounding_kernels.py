@@ -161,6 +161,19 @@ def _write_int8(codes, inverse, values):  # type: ignore[no-untyped-def]
         codes[k] = np.int8(_nearest_integer(np.float32(values[k] * inverse)))
 
 
+@numba.njit
+def _write_int4(codes, inverse, values):  # type: ignore[no-untyped-def]
+    """`_write` to the nearest int4, for the same reason."""
+    half, n = codes.shape[0], values.shape[0]
+    lower, upper = values[:half], values[half:]
+    for k in range(upper.shape[0]):
+        low = _nearest_integer(np.float32(lower[k] * inverse))
+        high = _nearest_integer(np.float32(upper[k] * inverse))
+        codes[k] = np.int8((low & np.int32(15)) | (high << np.int32(4)))
+    if 2 * half > n:
+        codes[half - 1] = np.int8(_nearest_integer(np.float32(lower[half - 1] * inverse)) & np.int32(15))
+
+
 @numba.njit(fastmath=True)
 def _update(values, decay, added, write, read):  # type: ignore[no-untyped-def]
     """One row's token: what is read of it, and its largest magnitude."""
@@ -284,7 +297,7 @@ def tiered_scan(  # type: ignore[no-untyped-def]
         group, eights = head // heads_per_group, wide[head]
         n, width = eights + narrow[head], eights + (narrow[head] + 1) // 2
         own, own_peaks = codes[i, first_code[head] :], peaks[i, first_peak[head] :]
-        values = np.empty(n, np.float32)
+        first_values, next_values = np.empty(eights, np.float32), np.empty(narrow[head], np.float32)
         first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
         own_key = _next(np.uint32(key), first_sequence + i)
         for t in range(length):
@@ -294,16 +307,22 @@ def tiered_scan(  # type: ignore[no-untyped-def]
             decay = np.exp(step * A[head])
             token_key = _next(own_key, first_token + t)
             for j in range(first, last):
-                row = own[j * width : (j + 1) * width]
+                eight, four = own[j * width : j * width + eights], own[j * width + eights : (j + 1) * width]
+                added = step * inputs[j]
                 _, eighth = _scale(own_peaks[j], np.float32(127))
                 _, fourth = _scale(own_peaks[j], np.float32(7))
-                _read(_INT8, row[:eights], none, eighth, values[:eights])
-                _read(_INT4, row[eights:], none, fourth, values[eights:])
-                total, peak = _update(values, decay, step * inputs[j], write, read)
-                outputs[j] = total + D[head] * inputs[j]
+                high, peak = _update_int8(eight, first_values, eighth * decay, added, write[:eights], read[:eights])
+                _read(_INT4, four, none, fourth, next_values)
+                low, other = _update(next_values, decay, added, write[eights:], read[eights:])
+                peak = max(peak, other)
+                outputs[j] = high + low + D[head] * inputs[j]
                 own_peaks[j] = peak if peak >= _LEAST_PEAK else np.float32(0)
-                row_key = _next(token_key, head * p + j)
                 eighth, _ = _scale(peak, np.float32(127))
                 fourth, _ = _scale(peak, np.float32(7))
-                _write(_INT8, row[:eights], none, eighth, values[:eights], row_key, stochastic)
-                _write(_INT4, row[eights:], none, fourth, values[eights:], row_key, stochastic)
+                if stochastic:
+                    row_key = _next(token_key, head * p + j)
+                    _write(_INT8, eight, none, eighth, first_values, row_key, stochastic)
+                    _write(_INT4, four, none, fourth, next_values, row_key, stochastic)
+                else:
+                    _write_int8(eight, eighth, first_values)
+                    _write_int4(four, fourth, next_values)
