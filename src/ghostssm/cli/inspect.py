@@ -177,6 +177,8 @@ def _predicted_speeds(
 
 def _state_facts(found: Description) -> list[tuple[str, str]]:
     """The state size, and how it came about in a pruned checkpoint."""
+    from ghostssm.ops.state_format import TIERS
+
     stored, pruning = _sizes_text(found.state_sizes), found.pruning
     if pruning is None:
         return [("state size N", stored)]
@@ -186,7 +188,8 @@ def _state_facts(found: Description) -> list[tuple[str, str]]:
         ("pruned by", pruning.method),
     ]
     if pruning.state_dtype is not None:
-        facts.append(("state chosen for", pruning.state_dtype))
+        size = f", {bytes_text(found.state_bytes(form=TIERS))} per sequence" if found.tiers else ""
+        facts.append(("state chosen for", pruning.state_dtype + size))
     if pruning.measured is not None:
         facts.append(("excess loss", f"{pruning.measured.excess_text} nats per token, on {pruning.measured.text}"))
     return facts
