@@ -29,8 +29,8 @@ from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.ops.state_format import FLOAT32, FORMATS, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.pruning.fitting import widest_fit
 from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.search import widest_fit
 from ghostssm.report.figures import COLOURS
 from ghostssm.units import bytes_text, plus_minus
 

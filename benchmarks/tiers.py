@@ -25,8 +25,8 @@ from ghostssm.ops.state_format import FLOAT32, TIERS, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.pruning import tiers
-from ghostssm.pruning.fitting import widest_fit
 from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.search import widest_fit
 from ghostssm.units import plus_minus
 
 RECIPE = "balanced+per-layer"

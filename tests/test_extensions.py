@@ -15,10 +15,10 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 import ghostssm
 from ghostssm.engines import advice, rules
 from ghostssm.methods import base as methods
-from ghostssm.models.families import base as families
-from ghostssm.models.families.stock import MAMBA2, StockFamily
+from ghostssm.models.families import Family
+from ghostssm.models.families import registry as families
+from ghostssm.models.families.stock import MAMBA2
 from ghostssm.plan.surgery import apply_plan, pruned
-from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.recovery import base as recovery
 from tests.conftest import random_windows, tiny_model
 
@@ -80,7 +80,7 @@ def test_a_step_of_model_scope() -> None:
     assert torch.equal(model.backbone.norm_f.weight, 2 * before)
     recipe = ghostssm.Recipe.parse("ghost+louder")
     with pytest.raises(ghostssm.InputError, match="louder changes the whole model at once, so it can't be streamed"):
-        check_streamable(recipe)
+        recipe.check_streamable()
 
 
 def test_a_family() -> None:
@@ -90,7 +90,7 @@ def test_a_family() -> None:
     class OtherModel(Mamba2ForCausalLM):  # type: ignore[misc]
         config_class = OtherConfig
 
-    families.register(StockFamily(**vars(MAMBA2) | {"model_type": "mamba2_by_others"}))
+    families.register(Family(**vars(MAMBA2) | {"model_type": "mamba2_by_others"}))
     torch.manual_seed(0)
     sizes = {"vocab_size": 288, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, "head_dim": 8}
     model = OtherModel(OtherConfig(**sizes, num_heads=8, n_groups=1))

@@ -378,7 +378,7 @@ class TestHarness:
     @pytest.fixture
     def harness(self) -> Any:
         pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
-        from ghostssm.evaluation import harness
+        from ghostssm.workflows import harness
 
         return harness
 

@@ -18,11 +18,11 @@ from ghostssm.ops.state_format import FORMATS, StateStorage
 from ghostssm.plan.choice import Choice
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
-from ghostssm.pruning.fitting import Fitting, widest_fit
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.search import Fitting, widest_fit
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.comparison import comparison_cells
+from ghostssm.workflows.compare_result import comparison_cells
 from tests.conftest import Run, random_windows, tiny_model
 from tests.families.tiny import tiny_hybrid
 

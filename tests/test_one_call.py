@@ -254,3 +254,11 @@ def test_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = found.to_pandas()
     assert list(frame["perplexity"]) == [row.perplexity for row in found.rows]
     assert list(frame["tokens_per_second_1"]) == [row.tokens_per_second[1] for row in found.rows]
+
+
+def test_arguments_beside_a_request_are_refused() -> None:
+    request = ghostssm.PruneRequest("reference", state_size=4)
+    with pytest.raises(ghostssm.InputError, match="A PruneRequest says everything; leave evaluate, recipe, text out"):
+        ghostssm.prune(request, IDS, recipe="ghost", evaluate="stdlib")
+    with pytest.raises(ghostssm.InputError, match="A CompareRequest says everything; leave state_sizes out"):
+        ghostssm.compare(ghostssm.CompareRequest("reference", (4,)), state_sizes=8)

@@ -17,10 +17,10 @@ import torch
 
 import ghostssm
 from ghostssm.files import durable
+from ghostssm.files.held_run import run_folder_of
 from ghostssm.streaming import run_folder
-from ghostssm.streaming.kept_findings import KeptFindings
+from ghostssm.streaming.findings import FindingsOnDisk
 from ghostssm.streaming.run_folder import RunFolder
-from ghostssm.streaming.run_places import run_folder_of
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model
@@ -109,7 +109,7 @@ def test_died_here_and_there(
     options = {"recipe": recipe, "groups": "equal", **options}
     expected, output = prune(spec, tmp_path / "whole", **options), tmp_path / "out"
     for owner, name, last in (
-        (KeptFindings, "add", 2),
+        (FindingsOnDisk, "add", 2),
         (run_folder, "gather_shards", 1),
         (run_folder, "write_beside_weights", 1),
     ):

@@ -11,12 +11,13 @@ import torch
 
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation import evaluate
+from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.pruning import smallest
+from ghostssm.pruning import search
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.smallest import smallest_plan
+from ghostssm.pruning.search import smallest_plan
 from tests.conftest import random_windows, tiny_model
 
 
@@ -41,7 +42,7 @@ def _losses_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
         return MadeUp(16.0 - model.config.state_size)
 
-    monkeypatch.setattr(smallest, "evaluate_in_float32", made_up)
+    monkeypatch.setattr(search, "evaluate_in_float32", made_up)
 
 
 @pytest.mark.usefixtures("_losses_by_size")
@@ -52,16 +53,47 @@ def test_the_smallest_size_within_every_bound_is_found(multiple: int, state_size
     """Also where the bound is met exactly, and none where no size meets it."""
     model, windows = tiny_model(num_hidden_layers=1), random_windows(4, 10)
     sizes = range(multiple, 16, multiple) if state_sizes is None else state_sizes
+    options: dict[str, Any] = {"dtypes": ["float32"], "multiple": multiple, "state_sizes": state_sizes}
     for bound in torch.arange(0, 17, 0.5).tolist():
         enough = [size for size in sizes if 16 - size <= bound]
         if enough:
-            plan = smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
+            plan = smallest_plan(model, windows, "magnitude", bound, **options)
             assert plan.kept_state_size == enough[0]
             assert search_of(plan).max_excess_loss == bound
         else:
             with pytest.raises(InputError, match="allow more"):
-                smallest_plan(model, windows, "magnitude", bound, multiple=multiple, state_sizes=state_sizes)
+                smallest_plan(model, windows, "magnitude", bound, **options)
     assert model.config.state_size == 16
+
+
+@pytest.mark.parametrize("dtypes", [None, ["float32", "int4"], ["bfloat16", "int8", "fp8"], ["int8"]])
+def test_the_fewest_bytes_within_every_bound_are_found(
+    monkeypatch: pytest.MonkeyPatch, dtypes: list[str] | None
+) -> None:
+    """Over size and dtype, as trying all of them does; no pair of the two is measured that takes more than the best."""
+    lost = {"float32": 0.0, "bfloat16": 0.5, "float16": 0.25, "int8": 2.0, "fp8": 3.0, "int4": 6.0}
+
+    def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
+        return MadeUp(16.0 - model.config.state_size + lost[state_dtype])
+
+    monkeypatch.setattr(search, "evaluate_in_float32", made_up)
+    model, windows = tiny_model(num_hidden_layers=1), random_windows(4, 10)
+    every = [
+        (StateFormat.of(name).state_bytes(1, size), 16 - size + lost[name])
+        for name in dtypes or lost
+        for size in (4, 8, 12, 16)
+        if (name, size) != ("float32", 16)
+    ]
+    for bound in range(17):
+        within = [taken for taken, loss in every if loss <= bound]
+        if not within:
+            with pytest.raises(InputError, match="allow more"):
+                smallest_plan(model, windows, "magnitude", bound, dtypes=dtypes, multiple=4)
+            continue
+        plan = smallest_plan(model, windows, "magnitude", bound, dtypes=dtypes, multiple=4)
+        assert plan.state_dtype == search_of(plan).state_dtype
+        assert StateFormat.of(plan.state_dtype).state_bytes(1, plan.kept_state_size) == min(within)
+        assert search_of(plan).excess.mean == 16 - plan.kept_state_size + lost[plan.state_dtype]
 
 
 def test_the_bound_holds_on_windows_that_calibrated_nothing() -> None:
@@ -75,7 +107,7 @@ def test_the_bound_holds_on_windows_that_calibrated_nothing() -> None:
             return evaluate(smaller, held_out).excess_over(dense).mean
 
     bound = excess(8) + 1e-6
-    plan = smallest_plan(model, windows, "ghost", bound, multiple=4)
+    plan = smallest_plan(model, windows, "ghost", bound, dtypes=["float32"], multiple=4)
     size = plan.kept_state_size
     assert size % 4 == 0
     assert excess(size) <= bound
@@ -102,8 +134,8 @@ def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatc
             raise NumericalError("overflow")
         return evaluate(model, windows)
 
-    monkeypatch.setattr(smallest, "evaluate_in_float32", measured)
-    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, multiple=4)
+    monkeypatch.setattr(search, "evaluate_in_float32", measured)
+    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 10.0, dtypes=["float32"], multiple=4)
     assert plan.kept_state_size == 12
 
 

@@ -17,9 +17,9 @@ from ghostssm.ops.state_format import INT8, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.provenance import Provenance
 from ghostssm.plan.surgery import pruned
-from ghostssm.pruning.smallest import smallest_plan, split
-from ghostssm.workflows import observing
-from ghostssm.workflows.record import Record
+from ghostssm.pruning.search import smallest_plan, split
+from ghostssm.workflows import report_measuring
+from ghostssm.workflows.report_record import Record
 from tests.conftest import Run, random_windows, tiny_model
 
 _INT4 = StateStorage.of("int4")
@@ -68,7 +68,7 @@ def test_pages_show_what_was_measured_in_their_dtype(
         timed.update(storages)
         return speed.measure(*arguments, storages=storages, **options)
 
-    monkeypatch.setattr(observing, "measure", measure)
+    monkeypatch.setattr(report_measuring, "measure", measure)
     output = tmp_path / "out"
     code, _, err = run(*asked(small, text_file, output, "--report", "--batch", 1))
     assert code == 0, err
@@ -112,7 +112,7 @@ def test_a_record_of_the_folder_that_is_broken_is_refused(
 def test_the_smallest_state_is_searched_in_the_dtype() -> None:
     model, windows = tiny_model(), random_windows(8, 40)
     _, held_out = split(windows)
-    plan = smallest_plan(model, windows, "magnitude", 10.0, multiple=4, state_dtype="int4")
+    plan = smallest_plan(model, windows, "magnitude", 10.0, multiple=4, dtypes=["int4"])
     assert plan.provenance is not None
     assert plan.provenance.search is not None
     dense = evaluate(model, held_out)
@@ -126,7 +126,7 @@ def test_bandwidth_predicts_the_speed_of_a_narrow_state(small: Path) -> None:
     rows, batch = 3 * 64, 64
     state = rows * (16 + 4)
     seconds = (4 * described.parameters + 2 * batch * state) / 1e6
-    assert observing.predicted_speed(described, machine, batch, None, INT8) == pytest.approx(batch / seconds)
+    assert report_measuring.predicted_speed(described, machine, batch, None, INT8) == pytest.approx(batch / seconds)
 
 
 def test_foreign_dtypes_in_a_plan_are_none(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:

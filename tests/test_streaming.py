@@ -24,9 +24,9 @@ import ghostssm
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE
 from ghostssm.checkpoint.weights import stored_tensors
-from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.evaluation.perplexity import measurement_of
+from ghostssm.files.held_run import run_folder_of
 from ghostssm.streaming.run_folder import RunFolder
-from ghostssm.streaming.run_places import run_folder_of
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 

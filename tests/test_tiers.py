@@ -19,9 +19,9 @@ from ghostssm.models.forward import replaced_forward, rounded_forward
 from ghostssm.ops.state_format import TIERS, StateStorage, tier_bytes
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
-from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.search import Fitting
 from ghostssm.pruning.tiers import Costs, divide, in_tiers
 from tests.conftest import Run, random_windows, tiny_model
 from tests.test_fitting import choice_of

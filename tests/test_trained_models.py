@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.models.mamba2 import modeling_mamba2
 
 import ghostssm
-from ghostssm.calibration import LayerWalk
-from ghostssm.checkpoint import Checkpoint
+from ghostssm.calibration.walk import LayerWalk
+from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.ops.ssd import ssd_chunked
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare import compare_on

@@ -114,7 +114,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "_PATIENCE", 0.0)
-    monkeypatch.setattr(screen, "_INTERVAL", 0.0)
+    monkeypatch.setattr(screen, "_REDRAWN", 0.0)
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     value = globals()[name] = getattr(import_module(module), own_name)
     import_module("ghostssm.progress").register_screen(import_module("ghostssm.report.screen").progress_line)
     if "IPython" in sys.modules:
-        import_module("ghostssm.report.notebook").register_with_ipython()
+        import_module("ghostssm.report.showing").register_with_ipython()
     return value
 
 

@@ -1,23 +1,22 @@
 """Every public name and where it lives: written here once, for the package, completion and type checkers."""
 
 from ghostssm._version import __version__ as __version__
-from ghostssm.checkpoint import Checkpoint as Checkpoint
-from ghostssm.checkpoint import Description as Description
-from ghostssm.checkpoint import OutputFolder as OutputFolder
-from ghostssm.checkpoint import Source as Source
-from ghostssm.checkpoint import Verification as Verification
-from ghostssm.checkpoint import describe as describe
-from ghostssm.checkpoint import find_source as find_source
-from ghostssm.checkpoint import load as load
-from ghostssm.checkpoint import save as save
-from ghostssm.checkpoint import verify as verify
+from ghostssm.checkpoint.description import Description as Description
+from ghostssm.checkpoint.description import describe as describe
 from ghostssm.checkpoint.exporting import export_checkpoint as export_checkpoint
 from ghostssm.checkpoint.gguf import ExportedGGUF as ExportedGGUF
 from ghostssm.checkpoint.gguf import export_gguf as export_gguf
 from ghostssm.checkpoint.hub import push_to_hub as push_to_hub
+from ghostssm.checkpoint.loading import Checkpoint as Checkpoint
+from ghostssm.checkpoint.loading import load as load
 from ghostssm.checkpoint.manifest import Manifest as Manifest
+from ghostssm.checkpoint.saving import save as save
+from ghostssm.checkpoint.source import Source as Source
+from ghostssm.checkpoint.source import find_source as find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint as StreamedCheckpoint
 from ghostssm.checkpoint.streamed import stream as stream
+from ghostssm.checkpoint.verification import Verification as Verification
+from ghostssm.checkpoint.verification import verify as verify
 from ghostssm.engines import Advice as Advice
 from ghostssm.engines import advise as advise
 from ghostssm.engines import engine_names as engine_names
@@ -37,6 +36,7 @@ from ghostssm.errors import ProcessError as ProcessError
 from ghostssm.errors import StorageError as StorageError
 from ghostssm.errors import TextError as TextError
 from ghostssm.evaluation import Evaluation as Evaluation
+from ghostssm.files.outputs import OutputFolder as OutputFolder
 from ghostssm.methods import Evidence as Evidence
 from ghostssm.methods import Method as Method
 from ghostssm.methods import method_named as method_named
@@ -60,7 +60,7 @@ from ghostssm.plan.surgery import pad_state as pad_state
 from ghostssm.plan.surgery import pruned as pruned
 from ghostssm.pruning.recipe import Recipe as Recipe
 from ghostssm.pruning.run import Calibration as Calibration
-from ghostssm.pruning.smallest import smallest_plan as smallest_plan
+from ghostssm.pruning.search import smallest_plan as smallest_plan
 from ghostssm.recovery.base import MixerStep as MixerStep
 from ghostssm.recovery.base import ModelStep as ModelStep
 from ghostssm.recovery.base import Step as Step
@@ -80,13 +80,13 @@ from ghostssm.workflows.bench import bench as bench
 from ghostssm.workflows.calls import compare as compare
 from ghostssm.workflows.calls import evaluate as evaluate
 from ghostssm.workflows.calls import prune as prune
-from ghostssm.workflows.comparison import Comparison as Comparison
-from ghostssm.workflows.comparison import Row as Row
+from ghostssm.workflows.compare_result import Comparison as Comparison
+from ghostssm.workflows.compare_result import Row as Row
 from ghostssm.workflows.distill import DistillOutcome as DistillOutcome
 from ghostssm.workflows.distill import distill as distill
 from ghostssm.workflows.export import ExportOutcome as ExportOutcome
 from ghostssm.workflows.export import export as export
-from ghostssm.workflows.prune_job import PruneOutcome as PruneOutcome
+from ghostssm.workflows.prune_checks import PruneOutcome as PruneOutcome
 from ghostssm.workflows.reproduce import ReproduceOutcome as ReproduceOutcome
 from ghostssm.workflows.reproduce import reproduce as reproduce
 from ghostssm.workflows.requests import BenchRequest as BenchRequest

@@ -87,6 +87,11 @@ class PrecisionWarning(GhostWarning):
     """A model that was written overflows in the dtype of its weights, and not in float32; names the layer."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
     """What to raise for a name that is not among those known; it asks for the nearest one.
 

@@ -17,6 +17,17 @@ def text_name(name: str) -> str:
     return PurePath(name).name or name
 
 
+def dtype_name(dtype: object) -> str:
+    """A torch dtype's name, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first ``most`` items for a message, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
+
+
 def one_or_all(sizes: Sequence[int]) -> int | list[int]:
     """State sizes for a program to read: one number where all layers have the same."""
     return sizes[0] if len(set(sizes)) == 1 else list(sizes)
@@ -34,9 +45,9 @@ def plus_minus(mean: float, error: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """A time to wait, in the unit that suits it."""
-    if seconds < 120:
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def bytes_text(count: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghostssm.calibration import gate_saliency
+from ghostssm.calibration.gradients import gate_saliency
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward
 from ghostssm.models.mixer import mixer_forward

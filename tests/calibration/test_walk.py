@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2
 
-from ghostssm.calibration import LayerWalk, open_block
+from ghostssm.calibration import open_block
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.errors import NumericalError
 from ghostssm.models.mixer import Projection, mixer_streams
 from ghostssm.plan.decision import Decision, Selection

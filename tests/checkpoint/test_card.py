@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import ghostssm
 from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation import Evaluation
-from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
+from ghostssm.evaluation.perplexity import evaluate_in_float32, measurement_of
 from ghostssm.plan.measurement import Difference
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.conftest import VOCABULARY, random_windows, tiny_model

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 
 import ghostssm
-from ghostssm.checkpoint import description, headers
+from ghostssm.checkpoint import description
 from ghostssm.checkpoint.loading import model_config
 from ghostssm.checkpoint.source import find_source
 from ghostssm.models.families import family_of
@@ -20,11 +20,11 @@ from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
 
 
-def check_facts(folder: Path, plain: bool = True) -> headers.Facts | None:
+def check_facts(folder: Path, plain: bool = True) -> description.Facts | None:
     """What the headers tell is what the model has."""
     source = find_source(str(folder))
     config = model_config(source)
-    found = headers.facts_from_files(source, config, family_of(config))
+    found = description.facts_from_files(source, config, family_of(config))
     assert (found is not None) == plain
     if found is not None:
         assert found == description._facts_of(description._built(source, config))

@@ -18,7 +18,7 @@ import ghostssm
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.errors import InputError, OutputError, PlanError
 from ghostssm.evaluation import Evaluation
-from ghostssm.evaluation.measurement import measurement_of
+from ghostssm.evaluation.perplexity import measurement_of
 from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows, tiny_model
 

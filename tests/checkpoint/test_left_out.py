@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.checkpoint import unread
+from ghostssm.checkpoint import carried
 from ghostssm.checkpoint.left_out import LeftOut
 from ghostssm.checkpoint.weights import stored_tensors
 from tests.conftest import Run, random_windows
@@ -71,7 +71,7 @@ def pruned(folder: Path, output: Path, road: str) -> Path:
 def test_layers_that_transformers_does_not_load_are_carried_over(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unread, "_SHARD_BYTES", 1 << 12)  # more than one shard
+    monkeypatch.setattr(carried, "_SHARD_BYTES", 1 << 12)  # more than one shard
     folder = predicting(tmp_path / "model", tokenizer)
     written = pruned(folder, tmp_path / "out", road)
     found = tensors_of(written)

@@ -13,7 +13,8 @@ import pytest
 
 import ghostssm
 from ghostssm.checkpoint.left_out import LeftOut
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, Overflow, Probe
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest
+from ghostssm.checkpoint.probe import Overflow, Probe
 from ghostssm.errors import ModelError
 from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference, Measurement

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ghostssm.checkpoint import OutputFolder
 from ghostssm.errors import OutputError
 from ghostssm.files.durable import adding, write_durably
-from ghostssm.files.output_file import OutputFile
+from ghostssm.files.outputs import OutputFile, OutputFolder
 
 
 def test_refused_before_any_work(tmp_path: Path) -> None:

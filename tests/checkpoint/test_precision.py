@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.checkpoint.manifest import probe_tokens
-from ghostssm.checkpoint.probing import probe_in, probed
+from ghostssm.checkpoint.probe import probe_in, probe_tokens, probed
 from ghostssm.errors import GhostWarning, NumericalError, PrecisionWarning
 from ghostssm.models.mixer import Mixer
 from ghostssm.recovery import repair

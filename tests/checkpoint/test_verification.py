@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import ghostssm
-from ghostssm.checkpoint.manifest import Probe
+from ghostssm.checkpoint.probe import Probe
 from tests.checkpoint.test_round_trip import IDS, logits_of, pruned_checkpoint
 from tests.conftest import random_windows, tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ghostssm.cli.arguments import _repeat
+from ghostssm.cli.parsing import _repeat
 from ghostssm.units import plus_minus
 from tests.conftest import Run
 
@@ -86,14 +86,18 @@ def test_prune_to_a_bound_on_the_loss(run: Run, small: Path, text_file: Path, tm
     found = json.loads(out)
     assert found["state_size"]["after"] == 8
     searched = found["searched"]
-    assert (searched["max_excess_loss"], searched["held_out_windows"]) == (100, 2)
+    assert (searched["max_excess_loss"], searched["held_out_windows"], searched["state_dtype"]) == (100, 2, "int4")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["state_size"] == 8
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["method"] == "ghost"
     assert plan["provenance"]["search"] == searched
-    told = f"{plus_minus(searched['excess_loss'], searched['standard_error'])} nats per token, on 2 held-out"
+    lost = plus_minus(searched["excess_loss"], searched["standard_error"])
+    told = f"{lost} nats per token with the state in int4, on 2 held-out"
     assert told in (tmp_path / "out" / "README.md").read_text()
     _, out, _ = run("prune", small, *options, *common, "--overwrite")
     assert f"excess loss               {told} calibration windows" in out
+    _, out, _ = run("prune", small, *options, *common, "--overwrite", "--state-dtype", "float32", "--json")
+    assert json.loads(out)["searched"]["state_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(("windows", "few"), [(29, True), (30, False)])
@@ -125,7 +129,9 @@ def test_a_bound_on_the_loss_is_met_among_the_sizes_that_suit(
     options = ["--max-excess-loss", 100, "--method", "magnitude", "--engine", "llama.cpp-cpu", "--json"]
     code, out, _ = run("prune", folder_of(state_size=96), *options, *common)
     assert code == 0
-    assert json.loads(out)["state_size"]["after"] == 32
+    told = json.loads(out)
+    assert told["state_size"]["after"] == 32
+    assert told["searched"]["state_dtype"] == "float32"  # the only one that llama.cpp keeps a state in
 
 
 def test_prune_measures_for_the_card(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:

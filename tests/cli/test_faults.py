@@ -22,12 +22,12 @@ import torch
 
 import ghostssm
 from ghostssm.calibration.open_block import OpenBlock
-from ghostssm.checkpoint import OutputFolder
 from ghostssm.checkpoint.saving import save
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.files.interrupts import Terminated, end_at_once, raise_again, terminable, uninterrupted
+from ghostssm.files.outputs import OutputFolder
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.cli.test_cli import prune_arguments
 from tests.conftest import Run

@@ -19,7 +19,7 @@ from ghostssm.cli import completion, console
 from ghostssm.cli.main import _VERBS, app
 from ghostssm.ops.state_format import FORMATS
 from ghostssm.recovery import step_names
-from ghostssm.workflows import published
+from ghostssm.workflows import paper_tables
 
 GROUP: Any = get_command(app)
 VERBS = list(GROUP.commands)
@@ -85,8 +85,8 @@ def test_names_for_completion_are_the_registered_ones() -> None:
     assert step_names() == completion.STEPS
     assert ghostssm.engine_names() == completion.ENGINES
     assert tuple(FORMATS) == completion.STATE_DTYPES
-    assert published.table_names() == completion.TABLES
-    assert published.published_models() == completion.PUBLISHED_MODELS
+    assert paper_tables.table_names() == completion.TABLES
+    assert paper_tables.published_models() == completion.PUBLISHED_MODELS
 
 
 def completed(*words: str) -> list[str]:

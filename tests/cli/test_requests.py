@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import ghostssm
 from ghostssm.cli.main import app
-from ghostssm.cli.requesting import requested
+from ghostssm.cli.parsing import requested
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.workflows.options import Option, options_of
 from ghostssm.workflows.requests import (
@@ -23,6 +23,7 @@ from ghostssm.workflows.requests import (
     DistillRequest,
     EvaluateRequest,
     ExportRequest,
+    InspectRequest,
     PruneRequest,
     ReproduceRequest,
 )
@@ -47,6 +48,11 @@ def asked(kind: type[Any], line: str) -> Any:
         ("evaluate m", EvaluateRequest("m")),
         ("bench m", BenchRequest("m")),
         ("export m --output o", ExportRequest("m", "o")),
+        ("inspect m", InspectRequest("m")),
+        (
+            "inspect m --state-size 4 2 --memory 80GiB --engine vllm --predict",
+            InspectRequest("m", (4, 2), memories=("80GiB",), engines=("vllm",), predict=True),
+        ),
         ("reproduce --output o", ReproduceRequest("o")),
         (
             "prune m --output o --state-size 4 --method ghost --engine vllm llama.cpp-cpu --report --batch 1 2 2 "
@@ -100,6 +106,7 @@ def test_every_field_is_an_option_but_what_a_verb_decides() -> None:
         EvaluateRequest,
         BenchRequest,
         ExportRequest,
+        InspectRequest,
         ReproduceRequest,
     )
     without = {

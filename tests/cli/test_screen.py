@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostssm.cli import console, screen
+from ghostssm.cli import console
 from ghostssm.progress import expect, stage
+from ghostssm.report import screen
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_command_that_works_is_seen_within_a_second(capsys: pytest.CaptureFixt
 def test_the_time_left_weighs_steps_by_their_cost(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with screen._in_front(screen.Lines()):
         expect("models", [1, 1, 10, 20])
-        with console.progress_reporter() as progress:
+        with screen.progress_reporter() as progress:
             for done, seconds in enumerate((5, 5, 50, 100)):
                 progress("models", done, 4)
                 clock[0] += seconds
@@ -112,7 +113,7 @@ def test_bars_on_a_terminal_start_anew_each_round(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(screen.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(screen, "RichProgress", Kept)
-    with console.progress_reporter() as progress:
+    with screen.progress_reporter() as progress:
         progress("windows", 0, 4)
         progress("windows", 4, 4)
         assert made[0].tasks[0].finished

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.text.given import given_windows
+from ghostssm.text.coercion import given_windows
 
 STRINGS = tuple(f"{n} men went to mow\nwent to mow meadow {n * n}" for n in range(60))
 

@@ -14,6 +14,15 @@ GRANITE = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "shared_intermediate_size": 80},
     **{"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
 }
+NEMOTRON: dict[str, Any] = {
+    **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 12, "n_groups": 2, "head_dim": 16},
+    "num_hidden_layers": None,
+}
+EXPERTS: dict[str, Any] = {
+    **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "n_routed_experts": 6},
+    **{"num_experts_per_tok": 3, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80},
+    **{"routed_scaling_factor": 2.5, "norm_topk_prob": True},
+}
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": (
         "FalconH1",
@@ -34,12 +43,13 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybrid",
         GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope", "tie_word_embeddings": True},
     ),
-    "nemotron_h": (
+    "nemotron_h": ("NemotronH", NEMOTRON | {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}),
+    "nemotron_h, experts": ("NemotronH", NEMOTRON | EXPERTS),
+    "nemotron_h, latent experts in groups, untied": (
         "NemotronH",
-        {
-            **{"layers_block_type": ["linear_attention", "full_attention", "mlp"], "mamba_num_heads": 8},
-            **{"mamba_head_dim": 16, "ssm_state_size": 12, "n_groups": 2, "head_dim": 16, "num_hidden_layers": None},
-        },
+        NEMOTRON
+        | EXPERTS
+        | {"moe_latent_size": 24, "n_group": 3, "topk_group": 2, "norm_topk_prob": False, "tie_word_embeddings": False},
     ),
 }
 
@@ -60,4 +70,7 @@ def hybrid_model(name: str) -> Any:
                 parameter.uniform_(0.5, 1.5)
             elif key.endswith(("A_log", "dt_bias")):
                 parameter.uniform_(-2, 1)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.5, 0.5)
     return model

@@ -14,8 +14,7 @@ from transformers import FalconH1Config, GraniteMoeHybridConfig, NemotronHConfig
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.engines import engines_named
-from ghostssm.engines.admission import in_sglang, in_vllm
-from ghostssm.engines.capacity import Footprint
+from ghostssm.engines.capacity import Footprint, in_sglang, in_vllm
 from ghostssm.engines.rules import ENGINES
 from ghostssm.ops.state_format import FORMATS, StateFormat
 from tests.conftest import Run

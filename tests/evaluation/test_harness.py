@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostssm
-import ghostssm.evaluation
+import ghostssm.workflows
 from tests.conftest import Run, random_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
@@ -268,7 +268,7 @@ def test_a_model_that_is_not_there(run: Run) -> None:
 
 
 def test_without_the_package(run: Run, folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(ghostssm.evaluation, "harness", raising=False)
+    monkeypatch.delattr(ghostssm.workflows, "harness", raising=False)
     monkeypatch.delitem(sys.modules, "ghostssm.workflows.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, err = run("evaluate", folder_of(), "--tasks", "lambada_openai")

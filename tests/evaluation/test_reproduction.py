@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import ghostssm
 from ghostssm.text.sources import read_text
 from ghostssm.text.windows import evaluation_windows
-from ghostssm.workflows import published, reproduction
-from ghostssm.workflows.reproduction_table import perplexity_text
+from ghostssm.workflows import paper_tables, reproduce
+from ghostssm.workflows.paper_tables import perplexity_text
 from tests.checkpoint.test_round_trip import mamba_ssm_folder
 from tests.conftest import Run
 
@@ -36,9 +36,9 @@ ROWS_OF_PAPER = {
 @pytest.fixture
 def models(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that holds two of the five, as the hub's cache or a mirror would; of the stand-ins' sizes."""
-    document = published._document()
+    document = paper_tables._document()
     sizes = {model: {"layers": 3, "hidden_size": 32, "state_size": 16} for model in document["models"]}
-    monkeypatch.setattr(published, "_document", lambda: {**document, "models": sizes})
+    monkeypatch.setattr(paper_tables, "_document", lambda: {**document, "models": sizes})
     folder = tmp_path / "models"
     for place in ("state-spaces/mamba2-1.3b", "mamba2-130m"):
         scratch = tmp_path / "scratch"
@@ -57,7 +57,7 @@ def options(text_file: Path, tmp_path: Path) -> list[object]:
 
 @pytest.mark.parametrize(("table", "method"), ROWS_OF_PAPER)
 def test_published_numbers(table: Any, method: str) -> None:
-    row = [cell for cell in published.cells(table) if cell.method == method]
+    row = [cell for cell in paper_tables.cells(table) if cell.method == method]
     assert " ".join(perplexity_text(cell.published or 0) for cell in row) == ROWS_OF_PAPER[table, method]
     assert [cell.sparsity for cell in row if table == "sparsity"] in ([], [0.1, 0.3, 0.5, 0.7, 0.9])
     if table == "sparsity":
@@ -66,15 +66,15 @@ def test_published_numbers(table: Any, method: str) -> None:
 
 def test_the_documentation_has_the_published_numbers() -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "reproduce.md").read_text(encoding="utf-8")
-    for table in published.table_names():
-        pruned = [cell for cell in published.cells(table) if cell.method != "dense"]
+    for table in paper_tables.table_names():
+        pruned = [cell for cell in paper_tables.cells(table) if cell.method != "dense"]
         for method in dict.fromkeys(cell.method for cell in pruned):
             row = [perplexity_text(cell.published or 0) for cell in pruned if cell.method == method]
             assert f"| published | {' | '.join(row)} |" in page
 
 
 def test_stated_sizes_keep_the_published_number_where_there_is_one() -> None:
-    found = published.cells("size", ["ghost", "output"], [64, 32])
+    found = paper_tables.cells("size", ["ghost", "output"], [64, 32])
     assert len(found) == 5 * (1 + 2 * 2)
     by_key = {cell.key: cell.published for cell in found}
     assert by_key["state-spaces/mamba2-2.7b", "ghost", 64] == 12.14
@@ -141,7 +141,7 @@ def test_interrupted_runs_go_on(
     chosen = ["--models", f"mamba2-1.3b={models / 'state-spaces' / 'mamba2-1.3b'}", "--table", "sparsity"]
     chosen += ["--methods", "magnitude", "random"]
     stored = tmp_path / "out" / "results.json"
-    real, calls = reproduction.evaluate, [0]
+    real, calls = reproduce.evaluate, [0]
 
     def interrupted(*arguments: Any) -> Any:
         calls[0] += 1
@@ -149,7 +149,7 @@ def test_interrupted_runs_go_on(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(reproduction, "evaluate", interrupted)
+    monkeypatch.setattr(reproduce, "evaluate", interrupted)
     code, _, err = run(*options, *chosen)
     assert code == 130
     assert "error: interrupted. 3 finished cells are in" in " ".join(err.split())
@@ -178,7 +178,7 @@ def test_a_table_without_any_of_the_models_is_left_out(run: Run, models: Path, o
 def test_a_cell_that_fails_does_not_stop_the_others(
     run: Run, models: Path, options: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reproduction.evaluate
+    real = reproduce.evaluate
 
     def too_large(model: Any, *arguments: Any) -> Any:
         if model.config.state_size == 8:
@@ -187,7 +187,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 
     chosen = ["--models", models, "--table", "sparsity", "--methods", "random", "--state-size", 8, 4]
     with monkeypatch.context() as patch:
-        patch.setattr(reproduction, "evaluate", too_large)
+        patch.setattr(reproduce, "evaluate", too_large)
         code, out, err = run(*options, *chosen)
     assert code == 1
     assert "mamba2-1.3b random 8: no memory left" in err
@@ -247,7 +247,7 @@ def test_what_can_not_be_is_said_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", published.published_models())
+@pytest.mark.parametrize("name", paper_tables.published_models())
 def test_another_model_under_a_published_name(run: Run, small: Path, options: list[object], name: str) -> None:
     code, out, err = run(*options, "--models", f"{name}={small}")
     assert (code, out) == (2, "")
@@ -263,19 +263,19 @@ def test_another_model_under_a_published_name(run: Run, small: Path, options: li
 
 @pytest.mark.parametrize("field", ["layers", "hidden_size", "state_size"])
 def test_each_size_tells_another_model(models: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = reproduction.find_models([str(models / "mamba2-130m")])
-    reproduction.check_models(chosen)
-    document = published._document()
+    chosen = reproduce.find_models([str(models / "mamba2-130m")])
+    reproduce.check_models(chosen)
+    document = paper_tables._document()
     sizes = {model: {**own, field: own[field] + 1} for model, own in document["models"].items()}
-    monkeypatch.setattr(published, "_document", lambda: {**document, "models": sizes})
+    monkeypatch.setattr(paper_tables, "_document", lambda: {**document, "models": sizes})
     with pytest.raises(ghostssm.ModelError, match="as state-spaces/mamba2-130m has"):
-        reproduction.check_models(chosen)
+        reproduce.check_models(chosen)
 
 
 def test_a_model_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any) -> Any:
         raise ghostssm.ModelError("state-spaces/mamba2-130m could not be fetched.")
 
-    monkeypatch.setattr(reproduction, "describe", unreachable)
+    monkeypatch.setattr(reproduce, "describe", unreachable)
     with pytest.raises(ghostssm.ModelError, match="--models state-spaces/mamba2-130m=FOLDER"):
-        reproduction.check_models(reproduction.find_models(["mamba2-130m"]))
+        reproduce.check_models(reproduce.find_models(["mamba2-130m"]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostssm
-from ghostssm.calibration import LayerWalk
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.methods import method_names
 from ghostssm.models.families import mixers_of

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ghostssm import accelerate, restore
-from ghostssm.calibration import LayerWalk, gate_saliency
+from ghostssm.calibration.gradients import gate_saliency
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.models.forward import fast_forward
 from ghostssm.models.mixer import mixer_forward

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.methods import Evidence, balanced, joint
 from ghostssm.methods.base import Known
 from ghostssm.methods.selection import Cut

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostssm.calibration import gate_saliency, gather_statistics
+from ghostssm.calibration.gradients import gate_saliency
 from ghostssm.calibration.samples import sample_outputs
+from ghostssm.calibration.statistics import gather_statistics
 from ghostssm.methods import Evidence, method_named, method_names
 from ghostssm.methods.base import Known
 from ghostssm.methods.selection import Cut

@@ -17,8 +17,8 @@ from ghostssm.plan.plan import Plan
 from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import hankel_figure
 from ghostssm.report.page import Report, Section, html_page
-from ghostssm.workflows.comparison import Row
-from ghostssm.workflows.record import Observations
+from ghostssm.workflows.compare_result import Row
+from ghostssm.workflows.report_record import Observations
 
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),

@@ -14,7 +14,7 @@ from tests.conftest import Run
 _IMPORTS = """
 import sys
 sys.modules["altair"] = sys.modules["vl_convert"] = None
-import ghostssm.cli.compare, ghostssm.cli.main, ghostssm.workflows.prune, ghostssm.report.notebook
+import ghostssm.cli.compare, ghostssm.cli.main, ghostssm.workflows.prune, ghostssm.report.showing
 """
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from ghostssm.plan.plan import Plan
-from ghostssm.report.notebook import comparison_html, plan_html
-from ghostssm.workflows.comparison import Comparison, Row
+from ghostssm.report.showing import comparison_html, plan_html
+from ghostssm.workflows.compare_result import Comparison, Row
 
 _CELLS = """
 import ghostssm
-from ghostssm.workflows.comparison import Comparison, Row
+from ghostssm.workflows.compare_result import Comparison, Row
 plan = ghostssm.Plan.read(__import__("pathlib").Path({folder!r}))
 plan
 ---

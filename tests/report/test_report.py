@@ -38,9 +38,9 @@ from ghostssm.report.figures.state import correlation, hankel_figure, phantom_fi
 from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Report, Section, Table, Texts, html_page
 from ghostssm.report.telling import prune_command, repeating_command
-from ghostssm.workflows.comparison import Row
-from ghostssm.workflows.observing import observe
-from ghostssm.workflows.record import Observations, Record
+from ghostssm.workflows.compare_result import Row
+from ghostssm.workflows.report_measuring import observe
+from ghostssm.workflows.report_record import Observations, Record
 from ghostssm.workflows.requests import DistillRequest, PruneRequest
 from tests.conftest import random_windows, tiny_model
 

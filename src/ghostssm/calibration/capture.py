@@ -176,7 +176,7 @@ def _replaced_blocks(
 
 
 class _Kept:
-    """The tensor to keep for each that a block got: itself, or an equal one of an earlier batch; known by identity."""
+    """Gives the tensor to keep for one that a block got: itself, or an equal one of an earlier batch."""
 
     def __init__(self, dtype: torch.dtype, before: Sequence[Tensor], store: Callable[[int, Tensor], Tensor]):
         self._dtype, self._before, self._store = dtype, before, store

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ghostssm.calibration.walk import LayerWalk
 
 KEPT_STREAM_BYTES = 256 << 20
-"""Bytes of streams, and of y for as many tokens, that are kept from scoring until the hidden states are carried on;
-others are computed again."""
+"""So many bytes of streams, and of y for as many tokens, are kept from scoring until the hidden states are carried
+on; the others are computed again."""
 
 MEASURED_TOKENS = 8192
 """Tokens of the windows that are scanned to measure the effect of a decision."""
@@ -255,7 +255,7 @@ class PrunedBlock(_WalkedBlock):
         self.dense_outputs = dense_outputs
         self._decision = decision
         self._kept = {number: _decided(streams, decision) for number, streams in kept.items()}
-        self._behind_kept = _Versions(mixer)
+        self._behind_kept = _behind_streams(mixer)
         self._before = {
             name: value.detach().clone() for name, value in mixer.module.named_parameters() if dense_outputs
         }
@@ -282,7 +282,8 @@ class PrunedBlock(_WalkedBlock):
         return replace(self._decision, projection=self.present_mixer.projection, changes=changes)
 
     def _streams_of(self, number: int, hidden: Tensor) -> Streams:
-        if not self._behind_kept.unchanged(self.present_mixer):
+        pairs = zip(_behind_streams(self.present_mixer), self._behind_kept, strict=True)
+        if not all(now is before and version == seen for (now, version), (before, seen) in pairs):
             self._kept.clear()
         kept = self._kept.get(number)
         return mixer_streams(self.present_mixer, hidden) if kept is None else kept
@@ -293,30 +294,15 @@ class PrunedBlock(_WalkedBlock):
         return output_of_streams(self.present_mixer, streams)
 
 
-class _Versions:
-    """A record of the parameters behind a mixer's streams: kept streams are good until one of these changes."""
+def _behind_streams(mixer: Mixer) -> list[tuple[Tensor, int]]:
+    """The parameters behind a mixer's streams, each with the number of times that PyTorch saw it written.
 
-    def __init__(self, mixer: Mixer):
-        self._tensors = self._behind_streams(mixer)
-        self._versions = [_version(tensor) for tensor in self._tensors]
-
-    def unchanged(self, mixer: Mixer) -> bool:
-        """Whether these are still the mixer's parameters, and nothing has written into them."""
-        now = self._behind_streams(mixer)
-        same = all(tensor is known for tensor, known in zip(now, self._tensors, strict=True))
-        return same and [_version(tensor) for tensor in now] == self._versions
-
-    @staticmethod
-    def _behind_streams(mixer: Mixer) -> list[Tensor]:
-        parts = [mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias]
-        if mixer.projection is not None:
-            parts += [mixer.projection.B, mixer.projection.C]
-        return [part for part in parts if part is not None]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often PyTorch saw the tensor written; tensors made in inference mode can't be written outside it."""
-    return -1 if tensor.is_inference() else tensor._version
+    Kept streams are good until one of these changes. Tensors made in inference mode can't be written outside it.
+    """
+    parts = [mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias]
+    if mixer.projection is not None:
+        parts += [mixer.projection.B, mixer.projection.C]
+    return [(part, -1 if part.is_inference() else part._version) for part in parts if part is not None]
 
 
 def _decided(streams: Streams, decision: Decision) -> Streams:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ghostssm.errors import GhostError, InputError, ProcessError
+from ghostssm.errors import GhostError, InputError, ProcessError, first_line
 from ghostssm.text.windows import Windows
 
 T = TypeVar("T")
@@ -196,4 +196,4 @@ def _finished(start: Callable[[], Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return first_line(error)[:200].rstrip(".")

@@ -37,7 +37,7 @@ class Base:
     Attributes:
         name: for people to read: not where on somebody's disk it lay.
         hub_id: its name on the hub, if it came from there.
-        inherited: what of its metadata holds for the pruned model too.
+        inherited: entries of its metadata that hold for the pruned model too.
     """
 
     name: str
@@ -69,16 +69,16 @@ def _metadata(source: Source) -> dict[str, Any]:
     path = source.folder / CARD_FILE
     try:
         content = path.read_text(encoding="utf-8") if path.is_file() else ""
-        found = ModelCard(content, ignore_metadata_errors=True).data.to_dict() if content.startswith("---") else {}
-        return dict(found)
+        has_metadata = content.startswith("---")
+        return dict(ModelCard(content, ignore_metadata_errors=True).data.to_dict()) if has_metadata else {}
     except Exception:  # a broken card, whose faults share no class, is no reason to fail
         return {}
 
 
 def _inherited(source: Source, metadata: Mapping[str, Any]) -> dict[str, Any]:
     licence = source.config.get("license")
-    found = ({"license": licence} if isinstance(licence, str) else {}) | dict(metadata)
-    return {key: found[key] for key in _INHERITED if found.get(key)}
+    entries = ({"license": licence} if isinstance(licence, str) else {}) | dict(metadata)
+    return {key: entries[key] for key in _INHERITED if entries.get(key)}
 
 
 def model_card(
@@ -213,8 +213,8 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
     choice = None if plan.provenance is None else plan.provenance.choice
     if searched is not None:
         parts.append(
-            f"The smallest state that a search found within an excess loss of {searched.max_excess_loss:g} nats per "
-            f"token. Its excess loss: {searched.text}."
+            f"The fewest bytes of state that a search over sizes and dtypes found within an excess loss of "
+            f"{searched.max_excess_loss:g} nats per token. Its excess loss: {searched.text}."
         )
     if choice is not None:
         headers, lines = choice.cells()

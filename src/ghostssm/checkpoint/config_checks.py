@@ -116,9 +116,9 @@ def _decoded(value: Any) -> Any:
 
 @contextmanager
 def bounded_modules(most: int) -> Iterator[None]:
-    """Within the context, ModelError once a model takes more modules than ``most``.
+    """Within the context, raise ModelError as soon as a model has more than ``most`` modules.
 
-    Whatever count in a config a model class turns into modules, building then ends soon.
+    So building ends soon, whichever count in a config is too large.
     """
     count = 0
 

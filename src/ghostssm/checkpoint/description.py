@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedConfig
 
-from ghostssm.checkpoint.headers import Facts, facts_from_files
+from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.loading import checked_tensors, empty_model, model_config, stored_dtype
 from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.naming import has_tied_head, settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.ties import has_tied_head, settle_ties, with_values_of_their_own
+from ghostssm.checkpoint.weights import stored_tensors
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, footprint
 from ghostssm.errors import ModelError
-from ghostssm.models.families import family_of, mixers_of
+from ghostssm.files.tensors import StoredTensor
+from ghostssm.models.families import Family, family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.ops.state_format import FLOAT32, StateFormat, Tiers
@@ -24,6 +30,16 @@ from ghostssm.values import Value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = re.compile(r"(.*\.)?(embeddings|embed_tokens)\.weight")
+_MIXER = re.compile(r"(.*\blayers\.(\d+)\..*)A_log")
+_UNREAD = "mtp."
+"""Prefix of the names of layers that predict further tokens; transformers' classes leave these in the files."""
+_RECURRENT = frozenset({"linear_attention", "hybrid"})
+"""What transformers calls a layer that has a mixer, alone or beside attention."""
+_NO_PARAMETERS = re.compile(r".*(inv_freq|e_score_correction_bias|mup_vector)")
+"""Buffers, which files may hold."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Description(Value):
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
         config: as transformers reads it.
-        channel_biases: what biases have for every channel of B and of C: 0, 1 or 2 numbers.
+        channel_biases: how many numbers biases have for each channel of B and of C: 0, 1 or 2.
         pruning: of a checkpoint that ghostssm pruned; None for others.
         tiers: of every mixer, how many channels each head is to keep in how many bits; empty if the model does not say.
     """
@@ -143,7 +159,7 @@ def chosen_state_dtype(source: Source) -> str:
     """The dtype in which a model's state is to be kept, if its manifest says one; float32 otherwise."""
     try:
         return Manifest.read(source.folder).state_dtype or FLOAT32.name
-    except ModelError:  # no manifest, or a broken one, of which whoever needs it is told
+    except ModelError:  # no manifest, or a broken one: reading it elsewhere tells
         return FLOAT32.name
 
 
@@ -190,13 +206,13 @@ def _facts_of(model: PreTrainedModel) -> Facts:
 
 
 def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
-    """Whether the weight files hold a head with values of its own, which the config ties; it then says so no more."""
+    """Whether the weight files hold other values for a head that the config ties; the config is then corrected."""
     ties = tied_weights(model)
     if not ties:
         return False
     try:
         stored = checked_tensors(source, model.config)
-    except ModelError:  # no weights at hand, or broken ones, of which whoever loads them is told
+    except ModelError:  # no weights at hand, or broken ones: loading them tells
         return False
     for name in with_values_of_their_own(model, stored, stored_dtype(stored)):
         ties.pop(name)
@@ -205,13 +221,90 @@ def _settled_by_files(source: Source, model: PreTrainedModel) -> bool:
 
 
 def _pruning(folder: Path, layers: int) -> Pruning | None:
-    """What a folder's manifest says; None if there is none, or one that does not: it may be anybody's."""
+    """What a folder's manifest says of its pruning; None if it says nothing, or there is none."""
     try:
-        found = Manifest.read(folder)
+        manifest = Manifest.read(folder)
     except ModelError:
         return None
-    before, after = found.state_size_before, found.state_size_after
-    if found.method is None or before is None or after is None:
+    before, after = manifest.state_size_before, manifest.state_size_after
+    if manifest.method is None or before is None or after is None:
         return None
     kept = (after,) * layers if isinstance(after, int) else after
-    return Pruning(found.method, before, kept, found.measured, found.state_dtype) if len(kept) == layers else None
+    return (
+        Pruning(manifest.method, before, kept, manifest.measured, manifest.state_dtype) if len(kept) == layers else None
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Some fields of a `ghostssm.Description`, under the same names."""
+
+    state_sizes: tuple[int, ...]
+    parameters: int
+    tied_head: bool
+    channel_biases: int
+
+
+def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -> Facts | None:
+    """The facts of a model whose files are at hand, with mixers of the sizes that its config has.
+
+    Returns:
+        None where the files are not that plain. Building the model then gives the facts, or shows the fault.
+    """
+    if family.shares_blocks:
+        return None
+    try:
+        tensors = stored_tensors(source.folder)
+    except ModelError:
+        return None
+    dialect = dialect_named(source.dialect)
+    stored = {dialect.to_transformers_name(name): value for name, value in tensors.items()}
+    mixers = {int(match[2]): match[1] for name in stored if (match := _MIXER.fullmatch(name))}
+    names = [mixers[index] for index in sorted(mixers)]
+    embeddings = [name for name in stored if _EMBEDDINGS.fullmatch(name)]
+    has_all_mixers = bool(names) and sorted(mixers) == _recurrent_layers(config, family)
+    has_unread = any(name.startswith(_UNREAD) for name in stored)
+    has_head = _HEAD in stored or config.tie_word_embeddings
+    if not has_all_mixers or has_unread or not has_head or len(embeddings) != 1:
+        return None
+    layouts = [family.layout(config)] * len(names)
+    if family.is_own_class:
+        sizes = [config.state_size_of(layer) for layer in sorted(mixers)]
+        layouts = [layout.with_state_size(size) for layout, size in zip(layouts, sizes, strict=True)]
+    if not all(_fits(stored, name, layout) for name, layout in zip(names, layouts, strict=True)):
+        return None
+    tied = config.tie_word_embeddings and _is_tied(stored, embeddings[0])
+    counted = [name for name in stored if not _NO_PARAMETERS.fullmatch(name) and not (tied and name == _HEAD)]
+    return Facts(
+        state_sizes=tuple(
+            config.recurrent_state_size_of(layer) if family.is_own_class else layout.state_size
+            for layer, layout in zip(sorted(mixers), layouts, strict=True)
+        ),
+        parameters=sum(math.prod(stored[name].shape) for name in counted),
+        tied_head=tied,
+        channel_biases=sum(f"{names[0]}{part}.bias" in stored for part in ("in_proj", "conv1d")),
+    )
+
+
+def _recurrent_layers(config: PreTrainedConfig, family: Family) -> list[int]:
+    """The layers that have a mixer, by what a config says."""
+    if not family.is_hybrid:
+        return list(range(config.num_hidden_layers))
+    return [layer for layer, kind in enumerate(config.layer_types or ()) if kind in _RECURRENT]
+
+
+def _fits(stored: Mapping[str, StoredTensor], mixer: str, layout: SSDLayout) -> bool:
+    """Whether a stored mixer has the sizes of a layout."""
+    expected = {
+        "in_proj.weight": (layout.in_proj_rows, layout.hidden_size),
+        "conv1d.weight": (layout.conv_dim, 1, layout.conv_kernel),
+        "out_proj.weight": (layout.hidden_size, layout.intermediate_size),
+    }
+    shapes = {part: stored[f"{mixer}{part}"].shape for part in expected if f"{mixer}{part}" in stored}
+    return shapes == expected
+
+
+def _is_tied(stored: Mapping[str, StoredTensor], embeddings: str) -> bool:
+    """Whether a head that the config ties is stored with the values of the embeddings, or not at all."""
+    head = stored.get(_HEAD)
+    return head is None or torch.equal(head.read(), stored[embeddings].read())

@@ -14,23 +14,22 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.card import CARD_FILE, Base, distilled_card, model_card, write_card
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, left_out
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.loading import Checkpoint, in_memory
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.probing import overflow_in, probed
+from ghostssm.checkpoint.probe import overflow_in, probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
 from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
-from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.outputs import OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.units import text_name
+from ghostssm.units import dtype_name, text_name
 
 
 def export_checkpoint(
@@ -63,7 +62,7 @@ def export_checkpoint(
         request: what was asked for, in JSON values that name no place on this machine.
 
     Raises:
-        InputError: the dialect has no class for the model, or a choice where the head is stored; nothing was written.
+        InputError: the dialect has no class for the model, or can't store the head as asked; nothing was written.
         PlanError: the folder's ``plan.json`` is broken; nothing was written.
         OutputError: the folder must not or can't be written.
         StorageError: writing failed, for example on a full disk; nothing is left behind.
@@ -113,7 +112,7 @@ def require_stock(checkpoint: Checkpoint, who: str) -> None:
 
 
 def _carry_plan(folder: Path, place: Path, distilled: Distillation | None) -> None:
-    """Copy a folder's plan, which holds of a pruned model however it is written, and note a distillation in it."""
+    """Copy a folder's plan, which holds in every dialect, and add a distillation to it."""
     for name in (PLAN_FILE, TENSORS_FILE):
         if (folder / name).is_file():
             copy_file(folder / name, place)
@@ -128,7 +127,7 @@ def _carry_plan(folder: Path, place: Path, distilled: Distillation | None) -> No
 
 
 def _forget_place(provenance: Any) -> bool:
-    """Put a name where earlier releases wrote where a text lay on a machine; gives whether there was one."""
+    """Replace the path of a text, which earlier releases wrote, by its name; returns whether there was one."""
     made = provenance.get("calibration") if isinstance(provenance, dict) else None
     text = made.get("text") if isinstance(made, dict) else None
     if not isinstance(text, str) or text == text_name(text):
@@ -141,14 +140,14 @@ def _manifest(checkpoint: Checkpoint, dialect: str, untied: bool) -> Manifest | 
     """The manifest of a pruned checkpoint, brought up to date; others have none."""
     if not Manifest.is_in(checkpoint.source.folder):
         return None
-    found = Manifest.read(checkpoint.source.folder).published()
+    manifest = Manifest.read(checkpoint.source.folder).published()
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
     return replace(
-        found,
+        manifest,
         dialect=dialect,
-        untied_head=untied or found.untied_head,
+        untied_head=untied or manifest.untied_head,
         stored_state_size=sizes[0] if len(sizes) == 1 else tuple(sizes),
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.model.dtype),
     )
 
 
@@ -165,17 +164,17 @@ def _distilled(
     request: Mapping[str, Any] | None,
 ) -> Manifest:
     """A manifest with a distillation; a new one of a model that others pruned."""
-    found = manifest or Manifest(
+    before = manifest or Manifest(
         ghostssm=__version__,
         base_model=checkpoint.source.published_name,
         base_model_sha256=checkpoint.source.fingerprint(),
         dialect=checkpoint.source.dialect,
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.model.dtype),
     )
     return replace(
-        found,
-        method=_with_distillation(found.method, distilled),
-        distillations=(*found.distillations, distilled),
+        before,
+        method=_with_distillation(before.method, distilled),
+        distillations=(*before.distillations, distilled),
         device=str(checkpoint.model.device),
         measured=measured,
         request=request,

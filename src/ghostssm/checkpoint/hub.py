@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ghostssm.errors import HubError, InputError
+from ghostssm.errors import HubError, InputError, first_line
 
 
 def check_hub_target(repository: str) -> None:
@@ -29,7 +29,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     Args:
         folder: to upload, all of it.
         repository: ORG/NAME.
-        private: of a repository that is made; one that is there stays as visible as it is.
+        private: whether a new repository is private; an existing one stays as visible as it is.
 
     Returns:
         the repository's address.
@@ -44,9 +44,8 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
         url = str(api.create_repo(repository, private=private, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with ghostssm")
     except Exception as error:  # the hub client's faults share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(
-            f"The upload to {repository} failed ({reason}). The checkpoint is whole in {folder}; "
+            f"The upload to {repository} failed ({first_line(error)}). The checkpoint is whole in {folder}; "
             f"`hf upload {repository} {folder}` tries again."
         ) from error
     return url

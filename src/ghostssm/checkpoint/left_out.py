@@ -1,22 +1,23 @@
-"""What a checkpoint holds and what is written of it does not: nothing is dropped without a word."""
+"""What a checkpoint holds and the output does not: nothing is dropped without a word."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from ghostssm.checkpoint.carried import stored_names, unread_names
 from ghostssm.checkpoint.dialects import Dialect, dialect_named, dialect_of, translated_keys
 from ghostssm.checkpoint.loading import model_config
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
-from ghostssm.checkpoint.unread import stored_names, unread_names
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import tied_weights, without_weights
+from ghostssm.units import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ _OLDER_KEYS = {
     "mamba_chunk_size": "chunk_size",
 }
 _IN_EVERY_FILE = frozenset({"model_type", "architectures", "dtype", "transformers_version"})
-"""What every format says in words of its own: the class and the dtype; and the version is that of whoever writes."""
+"""Every format has its own words for the class and the dtype, and the version is the writer's."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,11 @@ class LeftOut:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person, with the first few of many names."""
-        found = []
-        if self.tensors:
-            found.append(f"left out of the weights: {_some(self.tensors)}")
-        if self.config_keys:
-            found.append(f"left out of the config: {_some(self.config_keys)}")
-        found += [f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed]
-        return tuple(found)
+        places = {"weights": self.tensors, "config": self.config_keys}
+        return (
+            *(f"left out of the {place}: {listed(names, _LISTED)}" for place, names in places.items() if names),
+            *(f"{key} is 0 in what is written, which has no such layers" for key in self.zeroed),
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items()}
@@ -82,8 +81,11 @@ class LeftOut:
     @classmethod
     def from_json(cls, value: Any) -> LeftOut:
         """From a manifest, which may be another version's; what is not understood is empty."""
-        lists = value if isinstance(value, dict) else {}
-        return cls(*(tuple(map(str, _list(lists.get(name)))) for name in cls().as_json()))
+        entries = value.items() if isinstance(value, dict) else ()
+        known = cls().as_json()
+        return cls(
+            **{key: tuple(map(str, names)) for key, names in entries if key in known and isinstance(names, list)}
+        )
 
 
 def left_out(source: Source, model: PreTrainedModel, folder: Path) -> LeftOut:
@@ -126,11 +128,9 @@ def keys_left_out(source: Source, config: PreTrainedConfig, written: Iterable[st
 
 def unread_tensors(source: Source, model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors in a source's files that are not in a model's memory."""
-    return (
-        ()
-        if not source.has_files
-        else tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
-    )
+    if not source.has_files:
+        return ()
+    return tuple(unread_names(model, stored_names(source.folder, dialect_named(source.dialect))))
 
 
 def _tensors_left_out(source: Source, model: PreTrainedModel, folder: Path, dialect: Dialect) -> tuple[str, ...]:
@@ -154,12 +154,3 @@ def _flat(config: Mapping[str, Any]) -> list[str]:
     objects = {key.partition(".")[0] for key in translated_keys() if "." in key}
     nested = [f"{key}.{inner}" for key in objects if isinstance(config.get(key), dict) for inner in config[key]]
     return [*(key for key in config if key not in objects), *nested]
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,15 +15,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from ghostssm.checkpoint.config_checks import MOST_MODULES, bounded_modules, checked_config
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.generation import read_generation_config
-from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of
+from ghostssm.checkpoint.naming import ignored_names, naming_faults, places_of, settle_ties
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.ties import settle_ties
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor, stored_tensors
-from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError
+from ghostssm.checkpoint.weights import stored_tensors
+from ghostssm.errors import CONVERT, GhostWarning, InputError, ModelError, NumericalError, first_line
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import check_model, family_named, mixers_of
 from ghostssm.models.transformers_private import is_kept_wide, quiet_transformers
 from ghostssm.progress import stage
+from ghostssm.units import dtype_name
 from ghostssm.values import short
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config
 _WIDEN = f"Convert the model to a dtype with a wider range first, `{CONVERT}` (or f32), and take that."
 _MODULES_PER_TENSOR = 16
 """Generous: most modules have a weight, shared ones are built several times, and a few hold none."""
+GivenModel: TypeAlias = "str | PathLike[str] | PreTrainedModel | Checkpoint"
+"""A hub id, a folder, ``reference``, a transformers model in memory, or a loaded checkpoint."""
+GivenTokenizer: TypeAlias = str | PathLike[str] | PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -68,7 +73,7 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         model, tokenizer = self.model, "a" if self.tokenizer is not None else "no"
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         size = f"{model.num_parameters():,} parameters, {dtype} on {model.device}"
         return f"<Checkpoint {self.source.name!r}: {model.config.model_type}, {size}, with {tokenizer} tokenizer>"
 
@@ -110,6 +115,59 @@ def load(
     return Checkpoint(model.to(device).eval(), load_tokenizer(source, config, tokenizer), source)
 
 
+def is_in_memory(given: GivenModel) -> bool:
+    """Whether a model is in memory already; otherwise it is the name of one to load."""
+    return not isinstance(given, str | PathLike)
+
+
+def in_memory(given: PreTrainedModel | Checkpoint) -> Checkpoint:
+    """A model in memory as a checkpoint without a tokenizer; a checkpoint is returned as it is.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(given, Checkpoint):
+        return given
+    check_model(given)
+    return Checkpoint(given)
+
+
+def given_checkpoint(
+    given: GivenModel,
+    tokenizer: GivenTokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> Checkpoint:
+    """What a caller gave, as a checkpoint; a name is loaded.
+
+    Args:
+        tokenizer: to take instead of the model's own: in memory, or a folder or hub id.
+        dtype, device: as `load`. A model in memory stays as and where it is.
+
+    Raises:
+        InputError: something else, or a device for a model that is in memory already. Others as `load`.
+    """
+    named = None if isinstance(tokenizer, PreTrainedTokenizerBase | None) else str(tokenizer)
+    if not is_in_memory(given):
+        checkpoint = load(str(given), dtype=dtype, device=device or "cpu", tokenizer=named)
+    else:
+        checkpoint = in_memory(given)
+        here = checkpoint.model.device
+        if device is not None and torch.device(device).type != here.type:
+            raise InputError(
+                f"The model is on {here} already, the device is {device!r}; leave that out, or move the model: "
+                "model.to(...)."
+            )
+        if named is not None:
+            raise InputError(
+                f"The model is in memory, its tokenizer is {named!r}; expected one in memory too: "
+                "tokenizer=AutoTokenizer.from_pretrained(...)."
+            )
+    own = isinstance(tokenizer, PreTrainedTokenizerBase)
+    return Checkpoint(checkpoint.model, tokenizer, checkpoint.source) if own else checkpoint
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[str, StoredTensor]) -> None:
     """Raise NumericalError for the first tensor of a loaded model with NaN or Inf in it.
 
@@ -122,7 +180,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[
         if all(torch.isfinite(tensor.read()).all() for tensor in stored.values()):
             raise NumericalError(
                 f"{name} in {source.folder} has numbers beyond {torch.finfo(value.dtype).max:g}, the largest of "
-                f"{str(value.dtype).removeprefix('torch.')}, in which the model is loaded. {_WIDEN}"
+                f"{dtype_name(value.dtype)}, in which the model is loaded. {_WIDEN}"
             )
         raise NumericalError(
             f"{name} in {source.folder} holds NaN or Inf; the checkpoint is broken. Download it again."
@@ -134,8 +192,7 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise NumericalError(
-                f"{name} would be written with NaN or Inf in {str(value.dtype).removeprefix('torch.')}, which was not "
-                f"done. {_WIDEN}"
+                f"{name} would be written with NaN or Inf in {dtype_name(value.dtype)}, which was not done. {_WIDEN}"
             )
 
 
@@ -144,9 +201,8 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.empty(1, device=device).item()  # a meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"The device {str(device)!r} can't be used ({reason}); expected 'cpu' or a device at hand."
+            f"The device {str(device)!r} can't be used ({first_line(error)}); expected 'cpu' or a device at hand."
         ) from None
 
 
@@ -248,7 +304,7 @@ def tell_narrowed(model: PreTrainedModel, stored: dict[str, StoredTensor], sourc
         if tensor.dtype.itemsize > model.dtype.itemsize and not is_kept_wide(model, name)
     ]
     if wider:
-        here, there = (str(each).removeprefix("torch.") for each in (model.dtype, stored[wider[0]].dtype))
+        here, there = (dtype_name(each) for each in (model.dtype, stored[wider[0]].dtype))
         more = f" and {len(wider) - 1} more" if len(wider) > 1 else ""
         warnings.warn(
             f"{wider[0]}{more} of {source.name} {'are' if more else 'is'} stored as {there} in a {here} checkpoint; "
@@ -269,7 +325,7 @@ def _build(
     model, report = type(empty_model(config)).from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
-    if left := {what: sorted(map(str, found)) for what, found in report.items() if found}:
+    if left := {what: sorted(map(str, names)) for what, names in report.items() if names}:
         raise ModelError(f"transformers can't load {source.folder} as it is, and would fill in random numbers: {left}.")
     settle_ties(model)
     if (generation := read_generation_config(source.folder)) is not None:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import pickletools
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +21,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ghostssm.errors import ModelError
+from ghostssm.errors import ModelError, first_line
 from ghostssm.files.reading import confined
-from ghostssm.files.tensors import read_at
+from ghostssm.files.tensors import StoredTensor, read_at
 
 _STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _NAMES = frozenset(
@@ -43,16 +42,7 @@ _LOCAL_HEADER_BYTES = 30
 """Of a zip archive's member, before its name and its extra field."""
 
 
-@dataclass(frozen=True)
-class PickledTensor:
-    """One tensor of a .bin file; ``read`` gives it in memory of its own."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-def read_weight_pickle(file: Path) -> dict[str, PickledTensor]:
+def read_weight_pickle(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a .bin file by name, none of them read yet.
 
     Files from before PyTorch 1.6, of another byte order, or packed anew by something else, are read as a whole.
@@ -73,18 +63,18 @@ def read_weight_pickle(file: Path) -> dict[str, PickledTensor]:
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # zip, pickle and torch faults share no base class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{file} is truncated or not a plain PyTorch weight file ({reason}). Download it again."
+            f"{file} is truncated or not a plain PyTorch weight file ({first_line(error)}). Download it again."
         ) from None
     named = isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)
     if not named or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ModelError(f"{file} does not hold a dictionary of tensors; expected a model's state_dict.")
     _check_storage(file, loaded, members)
     return {
-        name: PickledTensor(
+        name: StoredTensor(
             tuple(value.shape),
             value.dtype,
+            file,
             # A copy, since tied tensors share their numbers.
             partial(torch.clone, value, memory_format=torch.contiguous_format)
             if members is None
@@ -128,15 +118,15 @@ def _extent(tensor: Tensor) -> int:
 def _members(file: Path) -> dict[int, int] | None:
     """Where the data of an archive's members begin, and how many bytes they have; None for another byte order."""
     with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        found = {}
+        sizes = {}
         for member in archive.infolist():
             if member.filename.endswith("/byteorder") and archive.read(member).decode() != sys.byteorder:
                 return None
             stream.seek(member.header_offset)
             header = stream.read(_LOCAL_HEADER_BYTES)
             names = sum(int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-            found[member.header_offset + _LOCAL_HEADER_BYTES + names] = member.file_size
-        return found
+            sizes[member.header_offset + _LOCAL_HEADER_BYTES + names] = member.file_size
+        return sizes
 
 
 def _check_names(file: Path, archive: bool) -> None:

@@ -12,25 +12,25 @@ import torch
 
 from ghostssm._version import __version__
 from ghostssm.checkpoint.card import Base, model_card, write_card
+from ghostssm.checkpoint.carried import add_carried, carried_tensors
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import left_out
-from ghostssm.checkpoint.loading import Checkpoint, check_writable
+from ghostssm.checkpoint.loading import Checkpoint, check_writable, in_memory
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.probing import probed
+from ghostssm.checkpoint.naming import has_tied_head
+from ghostssm.checkpoint.probe import probed
 from ghostssm.checkpoint.side_files import SideFiles, carry_over
 from ghostssm.checkpoint.source import Source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
-from ghostssm.checkpoint.ties import has_tied_head
-from ghostssm.checkpoint.unread import add_carried, carried_tensors
 from ghostssm.engines import config_keys
 from ghostssm.errors import InputError, NumericalError
-from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.outputs import OutputFolder, storing
 from ghostssm.models.families import family_named, mixers_of
 from ghostssm.models.transformers_private import tied_weights
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import stage
+from ghostssm.units import dtype_name
 from ghostssm.values import short
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def write_beside_weights(
     untied: bool,
     *,
     request: Mapping[str, Any] | None = None,
-    rehearsal: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Write tokenizer and the like, the plan, the card and, last, the manifest.
 
     Args:
         fingerprint: of the base model's files, if it has any. untied: whether the config's head is tied no more.
         request: as `save`.
-        rehearsal: there are no weights in the folder; what needs them is left out.
+        dry_run: there are no weights in the folder; what needs them is left out.
 
     Raises:
         NumericalError: what the model in the folder makes of the probe's tokens is not finite.
@@ -125,7 +125,7 @@ def write_beside_weights(
         ),
     )
     probe, overflow, lost = None, None, None
-    if not rehearsal:
+    if not dry_run:
         probe, overflow = files.make("the probe", lambda: probed(files.folder)) or (None, None)
         lost = files.make("the list of what is left out", lambda: left_out(source, model, files.folder))
     manifest = Manifest(
@@ -139,7 +139,7 @@ def write_beside_weights(
         state_size_after=plan.state_sizes[0] if len(set(plan.state_sizes)) == 1 else plan.state_sizes,
         options=plan.provenance,
         request=request,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=str(model.device),
         distillations=plan.distillations,
         measured=measured,
@@ -161,7 +161,7 @@ def write_config(
     """Write config.json in a dialect.
 
     Args:
-        source: that the model came from, if what transformers' class does not load is carried over.
+        source: of the model; None if nothing of its files is carried over.
         state_dtype: to tell to engines that read it there.
     """
     base = source.config if source is not None and source.dialect == dialect else None
@@ -174,7 +174,7 @@ def write_config(
 
 
 def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: bool = False) -> None:
-    """Raise InputError unless there is such a dialect, with a model class for the result, and a choice of the head."""
+    """Raise InputError unless the dialect exists, has a class for the result, and can untie the head if asked to."""
     written = dialect_named(dialect)
     if not written.holds_hybrids and family_named(model_type).is_hybrid:
         raise InputError(f"The {dialect} dialect has no {model_type} models; expected the transformers dialect.")
@@ -191,11 +191,10 @@ def check_dialect(dialect: str, model_type: str, needs_own_class: bool, untie: b
 
 def _check_applied(model: PreTrainedModel, plan: Plan) -> None:
     """Raise InputError unless a model has the state sizes that a plan leaves."""
-    found = [mixer.state_size for mixer in mixers_of(model)]
-    expected = list(plan.state_sizes)
-    if found != expected:
+    sizes, planned = [mixer.state_size for mixer in mixers_of(model)], list(plan.state_sizes)
+    if sizes != planned:
         raise InputError(
-            f"The model's state sizes are {found}, the plan leaves {expected}; expected the model that "
+            f"The model's state sizes are {sizes}, the plan leaves {planned}; expected the model that "
             "ghostssm.apply_plan returns, which is a new one where the stock class can't express the plan."
         )
 

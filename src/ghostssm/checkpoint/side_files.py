@@ -1,6 +1,6 @@
 """What stands beside a model's weights: tokenizer, generation config, licence, plan, model card and manifest.
 
-Before the work a fault in any of them is told at once (`ghostssm.checkpoint.rehearsal`). After the work, which may have
+Before the work a fault in any of them is told at once (`ghostssm.checkpoint.dry_run`). After the work, which may have
 taken hours, it must not cost the weights: all else is written, and what is missing is told at the end.
 """
 
@@ -37,7 +37,7 @@ class SideFiles:
     def __init__(self, folder: Path, *, fatal: type[Exception] | tuple[type[Exception], ...] = Exception):
         """
         Args:
-            fatal: faults that are raised; after others the rest is written, and they are in ``missing``.
+            fatal: faults of these classes are raised. Others are noted in ``missing``, and the rest is written.
         """
         self.folder, self.missing = folder, dict[str, str]()
         self._fatal = fatal
@@ -126,7 +126,7 @@ def _write_tokenizer(
 
 
 def _forget_place(file: Path) -> None:
-    """Take out of a tokenizer's config where it lay; transformers never reads that."""
+    """Remove the place that a tokenizer was read from out of its config; transformers never reads that entry."""
     if not file.is_file():
         return
     config = json.loads(file.read_text(encoding="utf-8"))

@@ -58,9 +58,9 @@ class Source(Value):
 
     @classmethod
     def in_memory(cls, config: PreTrainedConfig) -> Source:
-        """Of a model that is at hand without its files: all that is known of these is a name, if the config has one.
+        """Of a model in memory. Of its files only a name is known, if the config has one.
 
-        What lies at that name now need not be what the model was made from.
+        What has that name now need not be what the model was made from.
         """
         name = getattr(config, "name_or_path", None) or config.model_type
         hub_id = name if is_hub_id(name) and not Path(name).exists() else None
@@ -72,7 +72,7 @@ class Source(Value):
 
     @property
     def published_name(self) -> str:
-        """What others may know it by: its id on the hub or its folder's name, never where it lies on this machine."""
+        """The name that others may read: its id on the hub or its folder's name, never its path on this machine."""
         if self.name == REFERENCE or self.hub_id or not self.has_files:
             return self.hub_id or self.name
         folder = Path(os.path.abspath(self.folder))
@@ -96,11 +96,8 @@ class Source(Value):
         for pattern in ("config.json", "*.safetensors", "*.bin"):
             for path in sorted(self.folder.glob(pattern)):
                 confined(path, ModelError)
-                content = hashlib.sha256()
                 with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        content.update(block)
-                total.update(path.name.encode() + content.digest())
+                    total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
 
 

@@ -27,11 +27,10 @@ from ghostssm.checkpoint.loading import (
     stored_dtype,
     tell_narrowed,
 )
-from ghostssm.checkpoint.naming import places_of_parameters
+from ghostssm.checkpoint.naming import places_of_parameters, settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.source import Source, find_source
-from ghostssm.checkpoint.ties import settle_ties, with_values_of_their_own
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.checkpoint.weights import StoredTensor
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import load_tensors, note_layout, tied_weights, without_weights
 
@@ -191,24 +190,24 @@ class StreamedBlocks:
         return [name for name in self._expected if name.startswith(f"{block}.")]
 
     def _resolved_ties(self) -> dict[str, str]:
-        """A tied parameter that is not stored to the one that is stored for it.
+        """From a tied parameter that is not stored to the one that is stored in its place.
 
         As in transformers, two that are both stored with different values are not tied.
         """
         ties = tied_weights(self.model)
-        found: dict[str, str] = {}
+        stored_for: dict[str, str] = {}
         for name in with_values_of_their_own(self.model, self._stored, self._dtype):
             ties.pop(name)
         settle_ties(self.model)
         for name, source in ties.items():
             if name in self._places and source not in self._places:
-                found[source] = name
+                stored_for[source] = name
             elif source in self._places and name not in self._places:
-                found[name] = source
+                stored_for[name] = source
         for name, source in ties.items():
-            if name not in self._places and source in found:
-                found[name] = found[source]
-        return found
+            if name not in self._places and source in stored_for:
+                stored_for[name] = stored_for[source]
+        return stored_for
 
     def _read(self, name: str) -> Tensor:
         """The stored tensor of a parameter that has one of its own."""

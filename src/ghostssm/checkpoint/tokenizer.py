@@ -102,7 +102,7 @@ def carry_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, folder: 
 
 
 def renamed_class(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str | None:
-    """What to tell of a tokenizer_config.json that `carry_tokenizer` had to write otherwise than it was read."""
+    """A note that `carry_tokenizer` had to name another class in tokenizer_config.json; None if it had not."""
     if tokenizer is None or not (folder / _CONFIG_FILE).is_file() or not tokenizer.name_or_path:
         return None
     origin = Path(tokenizer.name_or_path)
@@ -198,9 +198,9 @@ def _check_against_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path)
 
 def _class_of(folder: Path) -> str | None:
     """The class that a folder names for its tokenizer, where no code of its own has to define it."""
-    found = [_entries(folder / name) for name in (_CONFIG_FILE, "config.json")]
-    name = found[0].get("tokenizer_class") or found[1].get("tokenizer_class")
-    return name if isinstance(name, str) and "auto_map" not in found[0] else None
+    own, model = (_entries(folder / name) for name in (_CONFIG_FILE, "config.json"))
+    name = own.get("tokenizer_class") or model.get("tokenizer_class")
+    return name if isinstance(name, str) and "auto_map" not in own else None
 
 
 def _entries(file: Path) -> dict[str, Any]:

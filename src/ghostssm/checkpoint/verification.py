@@ -8,11 +8,10 @@ from pathlib import Path
 from reprlib import repr as short
 
 import torch
-from torch import Tensor
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, Probe, file_hash
-from ghostssm.checkpoint.probing import probe_in
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, file_hash
+from ghostssm.checkpoint.probe import Probe, probe_in
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
 from ghostssm.files.reading import is_plain_name
@@ -21,10 +20,11 @@ from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Selection
 from ghostssm.plan.file import PLAN_FILE
 from ghostssm.plan.plan import Plan
+from ghostssm.units import listed
 from ghostssm.values import Value
 
 _CARD = "README.md"
-# What loaders read, so that a file more is not the same checkpoint.
+# Loaders read these: with one more of them it is another checkpoint.
 _LOADED_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".h5", ".msgpack"})
 _LOADED_NAMES = frozenset(
     {
@@ -163,8 +163,8 @@ def _check_logits(checkpoint: Checkpoint, probe: Probe | None) -> str:
     tokens, size = probe.token_ids, checkpoint.model.config.vocab_size
     if not 0 < len(tokens) <= 1024 or not all(0 <= token < size for token in tokens):
         raise ModelError("the probe's tokens are not of this vocabulary")
-    found = _computed_again(checkpoint, tokens, getattr(torch, probe.dtype))
-    difference = None if found is None else probe.difference(found)
+    again = _computed_again(checkpoint, tokens, getattr(torch, probe.dtype))
+    difference = None if again is None else probe.difference(again)
     if difference is None:
         raise NumericalError(f"NaN or Inf in the logits, computed in {probe.dtype}")
     if not difference <= probe.tolerance:
@@ -216,26 +216,20 @@ def _sizes_text(sizes: Iterable[int]) -> str:
 def _padding_is_zero(mixer: Mixer, selection: Selection) -> bool:
     """Whether the channels that fill a narrower group up write nothing into the state."""
     layout = mixer.layout
-    tensors: list[tuple[Tensor | None, tuple[slice, slice]]] = [
-        (tensor, places)
-        for places, parts in (
-            ((layout.in_proj_B, layout.in_proj_C), (mixer.in_proj.weight, mixer.in_proj.bias)),
-            ((layout.conv_B, layout.conv_C), (mixer.conv1d.weight, mixer.conv1d.bias)),
-        )
-        for tensor in parts
-    ]
-    return not any(
-        tensor is not None
-        and any(
-            torch.count_nonzero(by_group[group, len(kept) :])
-            for by_group in (tensor[place].unflatten(0, (layout.n_groups, layout.state_size)) for place in places)
-            for group, kept in enumerate(selection.kept)
-        )
-        for tensor, places in tensors
-    )
+    for part, places in (
+        (mixer.in_proj, (layout.in_proj_B, layout.in_proj_C)),
+        (mixer.conv1d, (layout.conv_B, layout.conv_C)),
+    ):
+        for tensor in (part.weight, part.bias):
+            for place in places:
+                if tensor is None:
+                    continue
+                by_group = tensor[place].unflatten(0, (layout.n_groups, layout.state_size))
+                if any(by_group[group, len(kept) :].any() for group, kept in enumerate(selection.kept)):
+                    return False
+    return True
 
 
 def _raise(faults: list[str]) -> None:
     if faults:
-        more = f" and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise ModelError("; ".join(faults[:_LISTED]) + more)
+        raise ModelError(listed(faults, _LISTED, "; "))

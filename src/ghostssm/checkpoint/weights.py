@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 
 import torch
-from torch import Tensor
 
 from ghostssm.checkpoint.pickles import read_weight_pickle
 from ghostssm.errors import ModelError
 from ghostssm.files import durable
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
-from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
+from ghostssm.files.tensors import FLOAT_DTYPES, StoredTensor, read_header, read_tensor
+from ghostssm.units import listed
 
 FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Stem and suffix of the weight files that are read, the first that is there: whole, or in shards with an index."""
 _LISTED_FAULTS = 3
 _QUANTISED_PARTS = frozenset({"qweight", "qzeros", "g_idx", "SCB", "absmax", "weight_scale", "weight_scale_inv"})
 """Last parts of the names that GPTQ, AWQ, bitsandbytes and FP8 give to what stands beside the numbers of a weight."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a weight file; ``read`` loads it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    read: Callable[[], Tensor]
 
 
 _Reader = Callable[[Path], dict[str, StoredTensor]]
@@ -65,17 +54,16 @@ def _read_shards(index: Path, suffix: str, reader: _Reader) -> dict[str, StoredT
     tensors: dict[str, StoredTensor] = {}
     faults = []
     for file in sorted(set(places.values())):
-        found = reader(index.parent / file)
-        faults += [f"{name} is in {file} and in {tensors[name].file.name}" for name in found if name in tensors]
-        tensors |= found
+        shard = reader(index.parent / file)
+        faults += [f"{name} is in {file} and in {tensors[name].file.name}" for name in shard if name in tensors]
+        tensors |= shard
     for name, file in places.items():
         if name not in tensors:
             faults.append(f"{name} is in no shard, expected in {file}")
         elif tensors[name].file.name != file:
             faults.append(f"{name} is in {tensors[name].file.name}, expected in {file}")
     if faults:
-        more = f" and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
-        raise ModelError(f"The shards contradict {index}: {'; '.join(faults[:_LISTED_FAULTS])}{more}.")
+        raise ModelError(f"The shards contradict {index}: {listed(faults, _LISTED_FAULTS, '; ')}.")
     return tensors
 
 
@@ -127,10 +115,10 @@ def header_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _pickled_tensors(file: Path) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(value.shape, _plain_dtype(name, value.dtype, str(value.dtype), file), file, value.read)
-        for name, value in read_weight_pickle(file).items()
-    }
+    tensors = read_weight_pickle(file)
+    for name, tensor in tensors.items():
+        _plain_dtype(name, tensor.dtype, str(tensor.dtype), file)
+    return tensors
 
 
 def _plain_dtype(name: str, dtype: torch.dtype | None, stored_as: str, file: Path) -> torch.dtype:

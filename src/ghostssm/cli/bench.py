@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ghostssm.cli.console import bytes_text, note, print_json, print_table, print_text, progress_reporter
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.cli.console import print_json, print_table, print_text
+from ghostssm.cli.parsing import AsJson, asks_for
+from ghostssm.report.screen import carried_out
+from ghostssm.units import bytes_text
 from ghostssm.workflows.requests import BenchRequest
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from ghostssm.workflows.bench import BenchOutcome, BenchRow
 
 _WORTH_IT = 1.1
-"""A state size pays from the batch on at which decoding is at least so many times faster."""
+"""Decoding has to be so many times as fast for a smaller state to be worth it."""
 
 
 @asks_for(BenchRequest)
@@ -23,15 +25,10 @@ def bench(request: BenchRequest, as_json: AsJson = False) -> None:
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
     ghostssm bench MODEL --device cuda --batch 1 64 256
-
-    Args:
-        as_json: print the result as JSON.
     """
-    from ghostssm.workflows.bench import ROUNDS
-    from ghostssm.workflows.bench import bench as carry_out
+    from ghostssm.workflows import bench as use_case
 
-    with progress_reporter() as progress:
-        outcome = carry_out(request, progress=progress, notify=note)
+    outcome = carried_out(use_case.bench, request)
     if as_json:
         print_json(outcome.as_json())
         return
@@ -40,8 +37,8 @@ def bench(request: BenchRequest, as_json: AsJson = False) -> None:
     print_table(headers, [_cells(row, _is_dense(row, outcome)) for row in outcome.rows], text_columns=0)
     bandwidth = f"{outcome.machine.bandwidth / 1e9:.1f} GB/s"
     print_text(
-        f"±, and in brackets: the range over {ROUNDS} rounds. Dense: N' = {outcome.state_size} in float32. Predicted: "
-        f"from {bandwidth} of this machine. Weights are in float32."
+        f"±, and in brackets: the range over {use_case.ROUNDS} rounds. Dense: N' = {outcome.state_size} in float32. "
+        f"Predicted: from {bandwidth} of this machine. Weights are in float32."
     )
     others: dict[tuple[int, str], dict[int, Speedup]] = {}
     for row in outcome.rows:
@@ -72,7 +69,7 @@ def _cells(row: BenchRow, is_dense: bool) -> list[str]:
 
 
 def _verdict(speedups: Mapping[int, Speedup]) -> str:
-    """What to make of the measured speedups of one state size, by batch size; only what the rounds agree on."""
+    """At which batch sizes a state size pays; undecided where the rounds disagree."""
     undecided = [batch for batch, speedup in speedups.items() if not speedup.decided(_WORTH_IT)]
     faster = [batch for batch, speedup in speedups.items() if speedup.low > _WORTH_IT]
     told = []

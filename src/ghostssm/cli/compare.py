@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from ghostssm.cli.console import note, print_json, print_table, progress_reporter
-from ghostssm.cli.report import page_to_write
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.cli.console import print_json, print_table
+from ghostssm.cli.parsing import AsJson, asks_for
+from ghostssm.cli.report import check_page
+from ghostssm.report.screen import carried_out, note
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import CompareRequest
 
@@ -27,21 +28,16 @@ def compare(
     Args:
         page: also write an HTML page; pip install 'ghostssm[report]' first.
         overwrite: replace FILE if it is there.
-        as_json: print the result as JSON.
     """
     import ghostssm
-    from ghostssm.workflows.comparison import comparison_cells
+    from ghostssm.workflows.compare import compare as use_case
+    from ghostssm.workflows.compare_result import comparison_cells
 
-    file = page_to_write(page, overwrite)
-    request = dataclasses.replace(request, report=file is not None)
-    with progress_reporter() as progress:
-        result = ghostssm.compare(request, progress=progress, notify=note)
-    if file is not None:
-        from ghostssm.report.building import comparison_report
-        from ghostssm.report.page import write_page
-
-        write_page(file, comparison_report(result))
-        note(f"report: {file.path}")
+    check_page(page, overwrite)
+    request = dataclasses.replace(request, report=page is not None)
+    result = carried_out(use_case, request)
+    if page is not None:
+        note(f"report: {ghostssm.write_report(result, page, overwrite)}")
     for row in result.rows:
         if row.distilled_tokens:
             note(

@@ -1,6 +1,6 @@
-"""What the shell offers for a half-typed value, and which names there are.
+"""What the shell offers for a half-typed value; the names of methods, engines and the like.
 
-Names are written out here, because the registries import PyTorch. Only where these are imported can there be others.
+Names are written out here, because the registries import PyTorch. There can be other names once these are imported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _starting(names: Iterable[str], incomplete: str) -> list[str]:
 
 
 def check_recipe(text: str) -> None:
-    """Raise InputError for a recipe with a method or a step that can't be known."""
+    """Raise InputError for a recipe with an unknown method or step."""
     method, *parts = text.split("+")
     _check("method", METHODS, method)
     for part in parts:
@@ -57,13 +57,13 @@ def _check(what: str, known: Iterable[str], name: str) -> None:
 
 
 def methods(incomplete: str) -> list[str]:
-    """Methods; and with their repairs, once a method is typed out."""
+    """Methods; once a method is typed out, also the method with recovery steps."""
     recipes = [f"{name}{repair}" for name in METHODS if incomplete.startswith(name) for repair in _REPAIRS]
     return _starting((*METHODS, *recipes), incomplete)
 
 
 def models(incomplete: str) -> list[str]:
-    """The built-in model, folders here, and the published checkpoints once something of their name is typed."""
+    """The built-in model and folders; once something is typed, also the published checkpoints that begin so."""
     hub = PUBLISHED_MODELS if incomplete else ()
     return [*_starting((REFERENCE, *hub), incomplete), *_paths(incomplete, ())]
 
@@ -78,15 +78,15 @@ def texts(incomplete: str) -> list[str]:
 
 
 def _paths(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Folders, and files with one of the suffixes, that go on from what is typed; hidden ones only if asked for."""
+    """Folders, and files with one of the suffixes, that begin with what is typed; hidden ones after a dot only."""
     head, slash, tail = incomplete.rpartition("/")
     try:
-        found = sorted(Path(head + slash or ".").iterdir())
+        paths = sorted(Path(head + slash or ".").iterdir())
     except OSError:
         return []
     return [
         f"{head}{slash}{path.name}"
-        for path in found
+        for path in paths
         if path.name.startswith(tail or "")
         and (tail.startswith(".") or not path.name.startswith("."))
         and (path.is_dir() or path.suffix in suffixes)

@@ -1,4 +1,4 @@
-"""What the command prints: results on standard output, progress and errors on standard error."""
+"""What the command prints: results on standard output, errors and warnings on standard error."""
 
 from __future__ import annotations
 
@@ -16,30 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from ghostssm.cli.screen import is_first_process, progress_reporter, say, watched
 from ghostssm.errors import GhostWarning
-from ghostssm.units import bytes_text
-
-__all__ = [
-    "bytes_text",
-    "is_first_process",
-    "note",
-    "print_error",
-    "print_facts",
-    "print_json",
-    "print_table",
-    "print_text",
-    "progress_reporter",
-    "warnings_told",
-    "watched",
-]
+from ghostssm.report.screen import is_first_process, note
 
 _PLAIN_WIDTH = 100
 _GAP = "  "
 
 
 def print_error(message: str) -> None:
-    """An error for the person at the terminal; control characters, which names in files may hold, are spelled out."""
+    """Print an error; control characters, which names in files may hold, are spelled out."""
     message = _spelled_out(message)
     Console(stderr=True, soft_wrap=True, highlight=False).print("error:", style="bold red", end=" ")
     told = message if is_first_process() else f"process {os.environ['RANK']}: {message}"
@@ -48,7 +33,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def warnings_told() -> Iterator[None]:
-    """Within the context each of our own warnings is a line for the person at the terminal, told once."""
+    """Within the context our own warnings are printed as lines, each once."""
     told: set[str] = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -70,7 +55,7 @@ def _spelled_out(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """JSON on standard output; NaN and infinity, for which JSON has no words, become null."""
+    """Print JSON on standard output; NaN and infinity, which JSON does not have, become null."""
     if is_first_process():
         print(json.dumps(_finite(value), indent=1, allow_nan=False))
 
@@ -84,7 +69,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
-    """A table on standard output that fits the terminal, or 100 columns elsewhere. Numbers align right.
+    """Print a table on standard output that fits the terminal, or 100 columns elsewhere. Numbers align right.
 
     Where it is too wide, headers and texts go on in another line; words and numbers are never broken.
     """
@@ -107,7 +92,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], text_colu
 
 
 def _narrowed(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
-    """Widths of columns that fit into the room, as far as their longest words let them: the widest give way first."""
+    """Widths of columns that fit into the room, if their longest words do; the widest columns are narrowed first."""
     widths = list(natural)
     while sum(widths) > room:
         able = [position for position, width in enumerate(widths) if width > least[position]]
@@ -126,19 +111,14 @@ def _width() -> int:
 
 
 def print_text(text: str) -> None:
-    """A sentence on standard output, wrapped by words as tables are."""
+    """Print a sentence on standard output, wrapped by words as tables are."""
     if is_first_process():
         print("\n".join(_wrapped(_spelled_out(text), _width())))
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Aligned lines of name and value; control characters, which files may hold, are spelled out."""
+    """Print aligned lines of name and value; control characters, which files may hold, are spelled out."""
     width = max(len(name) for name, _ in facts)
     if is_first_process():
         for name, value in facts:
             print(f"{name.ljust(width)}  {_spelled_out(value)}")
-
-
-def note(message: str) -> None:
-    """A line for the person at the terminal, kept out of standard output; above the bars, while there are some."""
-    say(message)

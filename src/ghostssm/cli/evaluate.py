@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ghostssm.cli.console import note, print_facts, print_json, print_table, progress_reporter
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.cli.console import print_facts, print_json, print_table
+from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.progress import silent
+from ghostssm.report.screen import note, progress_reporter
 from ghostssm.units import plus_minus
 from ghostssm.workflows.requests import EvaluateRequest
 
@@ -26,18 +27,15 @@ def evaluate(request: EvaluateRequest, as_json: AsJson = False) -> None:
 
     ghostssm evaluate mamba2-130m-n64 --against state-spaces/mamba2-130m
     ghostssm evaluate mamba2-130m-n64 --tasks lambada_openai piqa
-
-    Args:
-        as_json: print the result as JSON.
     """
-    from ghostssm.workflows.evaluate import evaluate as carry_out
+    from ghostssm.workflows.evaluate import evaluate as use_case
 
     for library in ("datasets", "huggingface_hub", "lm_eval") if request.tasks else ():
         logging.getLogger(library).setLevel(logging.ERROR)
     # What the harness and the tasks' own code print is not the result; the harness draws bars of its own.
     reporter = contextlib.nullcontext(silent) if request.tasks else progress_reporter()
     with contextlib.redirect_stdout(sys.stderr), reporter as progress:
-        outcome = carry_out(request, progress=progress, notify=note)
+        outcome = use_case(request, progress=progress, notify=note)
     if as_json:
         print_json(outcome.as_json())
     else:
@@ -49,12 +47,12 @@ def _print(outcome: EvaluateOutcome) -> None:
     from ghostssm.workflows.evaluate import Copied, ExcessLoss, LastWords, TextLoss
 
     match outcome:
-        case TextLoss(windows, found):
+        case TextLoss(windows, evaluation):
             facts = [
                 ("text", _windows_text(windows)),
-                ("loss", f"{plus_minus(found.loss, found.standard_error)} nats per token"),
-                ("perplexity", f"{found.perplexity:.3f}"),
-                ("bits per byte", f"{found.bits_per_byte:.4f}"),
+                ("loss", f"{plus_minus(evaluation.loss, evaluation.standard_error)} nats per token"),
+                ("perplexity", f"{evaluation.perplexity:.3f}"),
+                ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
             ]
         case ExcessLoss(windows, dense, pruned):
             facts = [
@@ -70,7 +68,7 @@ def _print(outcome: EvaluateOutcome) -> None:
                 ("accuracy", f"{recall.accuracy:.2%}"),
             ]
         case Copied(windows, seen):
-            gains = {part: plus_minus(gain.mean, gain.standard_error) for part, gain in outcome.gains.items()}
+            gains = {part: gain.text for part, gain in outcome.gains.items()}
             copied = f"the end of {CONTEXT + 1} tokens read {DISTANCE} or more before"
             facts = [
                 ("text", _windows_text(windows)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ghostssm.cli.console import bytes_text, note, print_facts, print_json
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.cli.console import print_facts, print_json
+from ghostssm.cli.parsing import AsJson, asks_for
+from ghostssm.report.screen import note
+from ghostssm.units import bytes_text
 from ghostssm.workflows.requests import ExportRequest
 
 
@@ -13,13 +15,10 @@ def export(request: ExportRequest, as_json: AsJson = False) -> None:
 
     ghostssm export mamba2-130m-n64 --dtype q8_0 --output mamba2-130m-n64.gguf
     ghostssm export mamba2-130m-n64 --format mamba_ssm --output for-mamba-ssm
-
-    Args:
-        as_json: print the result as JSON.
     """
-    from ghostssm.workflows.export import export as carry_out
+    from ghostssm.workflows.export import export as use_case
 
-    outcome = carry_out(request)
+    outcome = use_case(request)
     if as_json:
         print_json(outcome.as_json())
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ghostssm.choices import DEFAULT_SEED
-from ghostssm.cli.requesting import verb
+from ghostssm.cli.parsing import verb
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import DEVICE, MODEL, ROUNDING, SEED, STATE_DTYPE, TOKENIZER
 
@@ -44,7 +44,7 @@ def generate(
 
     import ghostssm
     from ghostssm.checkpoint.description import chosen_state_dtype
-    from ghostssm.checkpoint.probing import FiniteLogits
+    from ghostssm.checkpoint.generation import FiniteLogits
     from ghostssm.errors import InputError
     from ghostssm.ops.state_format import StateStorage
 

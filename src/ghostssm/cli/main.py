@@ -1,4 +1,4 @@
-"""The command's entry: its verbs, and what becomes of errors."""
+"""The command's entry: its verbs, and how errors end."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typer.core import TyperGroup
 
 from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
-from ghostssm.cli.arguments import SpacedListCommand, plain_in_help, usage_message
-from ghostssm.cli.console import print_error, warnings_told, watched
+from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
+from ghostssm.cli.parsing import SpacedListCommand, plain_in_help, usage_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers
 from ghostssm.progress import stage
+from ghostssm.report.screen import watched
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
 
@@ -40,7 +41,7 @@ _ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
 
 
 class _Verbs(TyperGroup):
-    """The verbs; what is wrong with a command line is told as any other input that is wrong."""
+    """The verbs. A fault of the command line is told in the same form as any other fault of the input."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return plain_in_help(super().get_params(ctx))
@@ -102,7 +103,7 @@ def _options(
 
 
 def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends in one message and code 2, a fault of the machine in code 1, never in a traceback."""
+    """A verb that ends in one message and an exit code, if it is interrupted or memory or disk fail."""
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Out of memory: how it shows, and which options of a verb lower what it takes."""
+"""Out of memory: how to recognise it, and which options of a verb take less."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -> str:
-    """One message; ``options`` are the verb's arguments."""
+    """The message for the person at the terminal; ``options`` are the verb's arguments."""
     reason = str(error).splitlines()[0] if str(error) else "allocation failed"
     ways = ", ".join(_ways_to_lower(options))
     advice = f"What lowers it: {ways}." if ways else "It takes a machine with more."
@@ -28,7 +28,7 @@ def out_of_memory_message(error: BaseException, options: Mapping[str, object]) -
 
 
 def _ways_to_lower(options: Mapping[str, object]) -> Iterator[str]:
-    """What the person at the terminal can change; an option that a verb does not have is not among its arguments."""
+    """Options of the verb that take less memory with another value."""
     if options.get("stream") is False:
         yield "--stream"
     if options.get("stream") and options["offload"] is None:
@@ -47,5 +47,5 @@ def _ways_to_lower(options: Mapping[str, object]) -> Iterator[str]:
 
 
 def _refits_by_itself(options: Mapping[str, object]) -> bool:
-    """Whether a recipe refits that --refit did not name."""
+    """Whether the recipe has a refit that --refit did not ask for."""
     return "refit" in options and options["refit"] is None and "+refit" in str(options["recipe"])

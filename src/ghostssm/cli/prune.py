@@ -7,16 +7,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ghostssm.cli.console import bytes_text, note, print_facts, print_json, print_table, progress_reporter
+from ghostssm.cli.console import print_facts, print_json, print_table
+from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.cli.report import check_drawable
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.report.screen import carried_out, note
+from ghostssm.units import bytes_text, one_or_all
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import PruneRequest
 
 if TYPE_CHECKING:
     from ghostssm import Description
     from ghostssm.pruning.recipe import Recipe
-    from ghostssm.workflows.prune_job import PruneOutcome
+    from ghostssm.workflows.prune_checks import PruneOutcome
 
 
 @asks_for(PruneRequest)
@@ -42,64 +44,47 @@ def prune(
         refit: add the step 'refit' to the recipe, with so many training steps per layer; 0 takes it out.
         distill: steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.
         per_layer: let every layer have a state size of its own: larger where a cut costs more.
-        as_json: print the result as JSON.
     """
-    from ghostssm.workflows.prune import prune as carry_out
+    import ghostssm
+    from ghostssm.checkpoint.manifest import PAGE_FILE
+    from ghostssm.workflows.prune import prune as use_case
 
     begun = time.perf_counter()
     if request.report:
         check_drawable()
     recipe = str(_recipe(request.recipe, repair, refit, distill, per_layer))
     request = dataclasses.replace(request, recipe=recipe)
-    with progress_reporter() as progress:
-        outcome = carry_out(request, progress=progress, notify=note)
+    outcome = carried_out(use_case, request)
     assert outcome.written is not None
-    page = _page(outcome.written) if request.report else None
+    page = ghostssm.write_report(outcome.written, outcome.written / PAGE_FILE) if request.report else None
     _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
 
 
-def _page(folder: Path) -> Path:
-    """Draw what the run measured."""
-    from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.output_file import OutputFile
-    from ghostssm.report.building import checkpoint_report
-    from ghostssm.report.page import write_page
-
-    page = folder / PAGE_FILE
-    write_page(OutputFile(page), checkpoint_report(folder))
-    return page
-
-
 def _recipe(method: str, repair: bool | None, refit: int | None, distill: int | None, per_layer: bool) -> Recipe:
-    """The recipe that a method's name and the options beside it make together."""
+    """The recipe of ``--method``, changed by the options beside it."""
     from ghostssm.pruning.recipe import Recipe
     from ghostssm.recovery import Step
 
-    base = Recipe.parse(method)
-    steps = list(base.steps)
-    if refit is not None:
-        steps = [step for step in steps if step.name != "refit"]
-        steps[:0] = [Step("refit", refit)] if refit else []
-    if repair is not None:
-        steps = [step for step in steps if step.name != "repair"] + [Step("repair")] * repair
-    if distill is not None:
-        steps = [step for step in steps if step.name != "distill"] + [Step("distill", distill)]
-    return Recipe(base.method, tuple(steps), base.per_layer or per_layer)
+    base, options = Recipe.parse(method), {"refit": refit, "repair": repair, "distill": distill}
+    kept = [step for step in base.steps if options.get(step.name) is None]
+    first = [Step("refit", refit)] if refit else []
+    last = [Step("repair")] if repair else []
+    last += [] if distill is None else [Step("distill", distill)]
+    return Recipe(base.method, (*first, *kept, *last), base.per_layer or per_layer)
 
 
 def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
-    """Tell where the result is and what it is."""
+    """Print where the result is and what it is."""
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
     from ghostssm.checkpoint.manifest import Manifest
-    from ghostssm.units import one_or_all
 
     plan, measured = outcome.plan, outcome.measured
-    searched = None if plan.provenance is None else plan.provenance.search
-    choice = None if plan.provenance is None else plan.provenance.choice
-    found = ghostssm.describe(str(written))
+    made = plan.provenance
+    searched, choice = (None, None) if made is None else (made.search, made.choice)
+    described = ghostssm.describe(str(written))
     missing = Manifest.read(written).left_out or LeftOut()
-    before = found.state_bytes(plan.state_size)
+    before = described.state_bytes(plan.state_size)
     after = one_or_all(plan.state_sizes)
     if as_json:
         print_json(
@@ -107,7 +92,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
                 "output": str(written),
                 "method": plan.method,
                 "state_size": {"before": plan.state_size, "after": after},
-                "state_bytes": {"before": before, "after": found.state_bytes()},
+                "state_bytes": {"before": before, "after": described.state_bytes()},
                 "measured": None if measured is None else measured.as_json(),
                 "searched": None if searched is None else searched.as_json(),
                 "choice": None if choice is None else choice.as_json(),
@@ -123,7 +108,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     facts = [
         ("written", str(written)),
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
-        ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(found.state_bytes())}"),
+        ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(described.state_bytes())}"),
     ]
     if searched is not None:
         facts.append(("excess loss", searched.text))
@@ -140,12 +125,13 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
         print()
         print_table(*choice.cells())
     if plan.state_dtype is not None:
-        _print_serving(plan.state_dtype, found)
+        _print_serving(plan.state_dtype, described)
 
 
-def _print_serving(state_dtype: str, found: Description) -> None:
-    """How engines are told the dtype that the state was chosen to be kept in."""
-    from ghostssm.cli.serving import engines_told, print_states
+def _print_serving(state_dtype: str, described: Description) -> None:
+    """Print how engines are told the dtype that the state is to be kept in."""
+    from ghostssm.cli.serving import print_states
+    from ghostssm.workflows.inspect import serving_engines
 
     print()
-    print_states(engines_told(None, found), found.config, [state_dtype])
+    print_states(serving_engines((), described), described.config, [state_dtype])

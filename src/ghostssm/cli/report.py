@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from ghostssm.cli.console import bytes_text, note, print_facts, print_json
-from ghostssm.cli.requesting import AsJson, verb
+from ghostssm.cli.console import print_facts, print_json
+from ghostssm.cli.parsing import AsJson, verb
 from ghostssm.errors import InputError
+from ghostssm.report.screen import note
+from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import STATE_DTYPE
-
-if TYPE_CHECKING:
-    from ghostssm.files.output_file import OutputFile
 
 
 @verb
@@ -35,10 +34,9 @@ def report(
         state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4.
             If not given, that which the checkpoint was pruned for, else float32.
         overwrite: replace the page if there is one.
-        as_json: print the result as JSON.
     """
     from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.output_file import OutputFile
+    from ghostssm.files.outputs import OutputFile
     from ghostssm.plan.file import PLAN_FILE
 
     where = Path(folder)
@@ -50,35 +48,34 @@ def report(
     from ghostssm.report.building import checkpoint_report
     from ghostssm.report.page import write_page
 
-    found = checkpoint_report(where, state_dtype)
-    write_page(file, found)
-    missing = [{"missing": what, "command": command} for what, command in found.missing]
+    shown = checkpoint_report(where, state_dtype)
+    write_page(file, shown)
+    size, missing = file.path.stat().st_size, shown.missing
     if as_json:
-        figures = [figure.name for figure in found.figures]
         print_json(
-            {"output": str(file.path), "bytes": file.path.stat().st_size, "figures": figures, "missing": missing}
+            {
+                "output": str(file.path),
+                "bytes": size,
+                "figures": [figure.name for figure in shown.figures],
+                "missing": [{"missing": what, "command": command} for what, command in missing],
+            }
         )
         return
-    print_facts(
-        [
-            ("written", f"{file.path} ({bytes_text(file.path.stat().st_size)})"),
-            ("figures", ", ".join(figure.title for figure in found.figures)),
-        ]
-    )
-    for what, command in found.missing:
+    titles = ", ".join(figure.title for figure in shown.figures)
+    print_facts([("written", f"{file.path} ({bytes_text(size)})"), ("figures", titles)])
+    for what, command in missing:
         note(f"not shown: {what}; it comes with: {command}")
 
 
-def page_to_write(page: str | None, overwrite: bool) -> OutputFile | None:
-    """Where ``--report FILE`` is to go, if a page is wanted; checked before the work, as is whether it can be drawn."""
-    from ghostssm.files.output_file import OutputFile
+def check_page(page: str | None, overwrite: bool) -> None:
+    """Raise InputError at once, rather than after the work, if ``--report FILE`` can't be drawn or written."""
+    from ghostssm.files.outputs import OutputFile
 
     if page is not None:
         check_drawable()
-        return OutputFile(page, overwrite)
-    if overwrite:
+        OutputFile(page, overwrite)  # raises
+    elif overwrite:
         raise InputError("--overwrite works with --report only; add that, or leave out --overwrite.")
-    return None
 
 
 def check_drawable() -> None:

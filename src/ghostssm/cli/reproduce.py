@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ghostssm.cli.console import note, print_json, print_table, progress_reporter
-from ghostssm.cli.requesting import AsJson, asks_for
+from ghostssm.cli.console import print_json, print_table
+from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.errors import GhostError
+from ghostssm.report.screen import carried_out
 from ghostssm.workflows.requests import ReproduceRequest
 
 
@@ -14,15 +15,11 @@ def reproduce(request: ReproduceRequest, as_json: AsJson = False) -> None:
 
     ghostssm reproduce --output reproduction --device cuda
     ghostssm reproduce --output quick --models mamba2-130m --windows 32
-
-    Args:
-        as_json: print the result as JSON.
     """
-    from ghostssm.workflows.published import source
-    from ghostssm.workflows.reproduce import reproduce as carry_out
+    from ghostssm.workflows.paper_tables import source
+    from ghostssm.workflows.reproduce import reproduce as use_case
 
-    with progress_reporter() as progress:
-        outcome = carry_out(request, progress=progress, notify=note)
+    outcome = carried_out(use_case, request)
     if as_json:
         print_json({"output": request.output, **outcome.as_json()})
     else:

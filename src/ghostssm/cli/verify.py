@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ghostssm.cli.console import note, print_json, print_table
-from ghostssm.cli.requesting import AsJson, verb
+from ghostssm.cli.console import print_json, print_table
+from ghostssm.cli.parsing import AsJson, verb
+from ghostssm.report.screen import note
 from ghostssm.workflows.options import Option
 
 
@@ -21,7 +22,6 @@ def verify(folder: Annotated[str, Option("DIR", positional=True)], as_json: AsJs
 
     Args:
         folder: a checkpoint that 'ghostssm prune' wrote.
-        as_json: print the result as JSON.
     """
     import ghostssm
 

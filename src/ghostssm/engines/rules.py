@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ghostssm.engines.admission import Admission, by_sum, in_llama_cpp, in_sglang, in_vllm
-from ghostssm.engines.capacity import Footprint
+from ghostssm.engines.capacity import Admission, Footprint, by_sum, in_llama_cpp, in_sglang, in_vllm
 from ghostssm.engines.states import FLOAT32_ONLY, IN_LLAMA_CPP, IN_MAMBA_SSM, IN_SGLANG, IN_VLLM, StateDtypes
 from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
 from ghostssm.errors import unknown_name
@@ -200,8 +199,21 @@ _TRITON_LANES = Rule(
     "N' is a power of two",
     "reads and writes N' = {layout.state_size}, computes as for {lanes}",
 )
-_LLAMA_CPP_TYPES = frozenset({"mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"})
-_LLAMA_CPP = "llama-cpp-python 0.3.36's llama.cpp"
+
+
+def _llama_cpp(backend: str, source: str, *rules: Rule) -> Engine:
+    """One backend of llama.cpp; ``source``: the file in its folder."""
+    return Engine(
+        name=f"llama.cpp-{backend}",
+        version="llama-cpp-python 0.3.36's llama.cpp",
+        rules=rules,
+        model_types=frozenset({"mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
+        dialect=None,
+        states=IN_LLAMA_CPP,
+        admits=in_llama_cpp,
+        source=f"ggml/src/ggml-{backend}/{source}",
+    )
+
 
 ENGINES: tuple[Engine, ...] = (
     Engine(
@@ -250,88 +262,40 @@ ENGINES: tuple[Engine, ...] = (
         source="srt/models/mamba2.py, srt/layers/attention/mamba/mamba.py",
         cannot_tie=frozenset({"mamba2"}),
     ),
-    Engine(
-        name="llama.cpp-cpu",
-        version=_LLAMA_CPP,
-        rules=(
-            Rule(
-                lambda layout, _: layout.state_size % 32 == 0,
-                "slow",
-                "N' is a multiple of 32",
-                "a vector step of the scan is 32 numbers on AVX2, 64 on AVX-512 and 16 on NEON; the rest of "
-                "N' = {layout.state_size} goes number by number",
-            ),
+    _llama_cpp(
+        "cpu",
+        "ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
+        Rule(
+            lambda layout, _: layout.state_size % 32 == 0,
+            "slow",
+            "N' is a multiple of 32",
+            "a vector step of the scan is 32 numbers on AVX2, 64 on AVX-512 and 16 on NEON; the rest of "
+            "N' = {layout.state_size} goes number by number",
         ),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-cpu/ops.cpp, ggml_compute_forward_ssm_scan_f32; run at N' = 1 to 128",
     ),
-    Engine(
-        name="llama.cpp-cuda",
-        version=_LLAMA_CPP,
-        rules=(
-            _scan_in(96, 128, 256, head_multiple=16),
-            Rule(
-                lambda layout, _: layout.conv_dim % 128 == 0,
-                "slow",
-                "the channels of conv1d (heads x head dim + 2 x groups x N') are a multiple of 128",
-                "conv1d would have {layout.conv_dim} channels, no multiple of 128, so it runs on the CPU",
-            ),
+    _llama_cpp(
+        "cuda",
+        "ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
+        _scan_in(96, 128, 256, head_multiple=16),
+        Rule(
+            lambda layout, _: layout.conv_dim % 128 == 0,
+            "slow",
+            "the channels of conv1d (heads x head dim + 2 x groups x N') are a multiple of 128",
+            "conv1d would have {layout.conv_dim} channels, no multiple of 128, so it runs on the CPU",
         ),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-cuda/ggml-cuda.cu, supports_op: SSM_SCAN, SSM_CONV",
     ),
-    Engine(
-        name="llama.cpp-vulkan",
-        version=_LLAMA_CPP,
-        rules=(_scan_in(128, 256, head_multiple=16),),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-vulkan/ggml-vulkan.cpp, supports_op: SSM_SCAN",
-    ),
-    Engine(
-        name="llama.cpp-sycl",
-        version=_LLAMA_CPP,
-        rules=(_scan_in(128, 256, head_multiple=16),),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-sycl/ggml-sycl.cpp, supports_op: SSM_SCAN",
-    ),
-    Engine(
-        name="llama.cpp-opencl",
-        version=_LLAMA_CPP,
-        rules=(_scan_in(*_POWERS_OF_TWO),),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-opencl/ggml-opencl.cpp, supports_op: SSM_SCAN",
-    ),
-    Engine(
-        name="llama.cpp-metal",
-        version=_LLAMA_CPP,
-        rules=(
-            Rule(
-                lambda layout, _: layout.state_size % 8 == 0 and layout.head_dim == 64,
-                "slow",
-                "N' is a multiple of 8, with heads of 64",
-                "prefill runs as matrix products only where N' is a multiple of 8 and heads are of 64",
-            ),
+    _llama_cpp("vulkan", "ggml-vulkan.cpp, supports_op: SSM_SCAN", _scan_in(128, 256, head_multiple=16)),
+    _llama_cpp("sycl", "ggml-sycl.cpp, supports_op: SSM_SCAN", _scan_in(128, 256, head_multiple=16)),
+    _llama_cpp("opencl", "ggml-opencl.cpp, supports_op: SSM_SCAN", _scan_in(*_POWERS_OF_TWO)),
+    _llama_cpp(
+        "metal",
+        "ggml-metal-ops.cpp, SSM_SCAN: use_mma",
+        Rule(
+            lambda layout, _: layout.state_size % 8 == 0 and layout.head_dim == 64,
+            "slow",
+            "N' is a multiple of 8, with heads of 64",
+            "prefill runs as matrix products only where N' is a multiple of 8 and heads are of 64",
         ),
-        model_types=_LLAMA_CPP_TYPES,
-        dialect=None,
-        states=IN_LLAMA_CPP,
-        admits=in_llama_cpp,
-        source="ggml/src/ggml-metal/ggml-metal-ops.cpp, SSM_SCAN: use_mma",
     ),
     Engine(
         name="mlx-lm",

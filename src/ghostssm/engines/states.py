@@ -19,7 +19,7 @@ class StateDtypes:
 
     Attributes:
         offered: dtypes that the version read can store.
-        untold: what it takes where neither flag nor config say. untold_for: the same by model type, where it differs.
+        untold: the dtype if neither flag nor config names one. untold_for: the same by model type, where it differs.
         flag: of its server, before the dtype; empty where there is none.
         rounding: flags for stochastic rounding, by dtype; it rounds to nearest without.
         key: in config.json, read where no flag is given. key_for: the model types for which it is read.

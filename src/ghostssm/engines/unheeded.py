@@ -1,4 +1,4 @@
-"""What engines do not heed in a config: where it matters, they load the model and answer wrongly, pruned or not."""
+"""Entries of a config that engines do not heed. Where one matters, the engine answers wrongly, pruned or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unheeded:
-    """Something in a family's config that an engine takes to be as it usually is.
+    """Something in a family's config that an engine takes to have its usual value.
 
     Attributes:
         is_usual: whether it is, in a config of that model type.

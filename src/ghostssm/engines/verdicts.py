@@ -1,4 +1,4 @@
-"""What engines make of one or several models, as a terminal and a page tell it."""
+"""The advice of engines on one or several models, as texts for a terminal and a page."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Verdicts:
                 # the last reason of an entry with a remedy is what its cell says
                 if reason := entry.reason.rpartition("; ")[0] if entry.remedy else entry.reason:
                     labels.setdefault(reason, []).append(label)
-            for reason, found in labels.items():
-                where = "" if len(found) == len(advice) else f" ({', '.join(found)})"
+            for reason, models in labels.items():
+                where = "" if len(models) == len(advice) else f" ({', '.join(models)})"
                 shared.setdefault((where, reason), []).append(entries[0].engine)
         notes = []
         told = list(chain.from_iterable(advice.values()))

@@ -1,4 +1,4 @@
-"""How good a model is: loss per window, and differences between models with their standard errors."""
+"""How good and how fast a model is: losses and their differences with standard errors, recall, copying, speed."""
 
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 

@@ -153,7 +153,7 @@ def copying_in_reach(
 
 
 def _copied_in(windows: Windows, context: int, distance: int) -> Tensor:
-    """(count, length - 1): of every token that is predicted, whether it is copied."""
+    """Whether each token that is predicted is copied: (count, length - 1), bool."""
     copied = copied_positions(windows.ids, context, distance)[:, 1:]
     if windows.length <= distance + context:
         raise InputError(

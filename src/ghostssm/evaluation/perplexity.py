@@ -1,7 +1,8 @@
-"""Perplexity by the usual protocol: non-overlapping windows, each on its own, mean negative log likelihood."""
+"""Losses by the usual protocol: non-overlapping windows, each on its own, mean negative log likelihood."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,17 @@ from ghostssm.errors import NumericalError
 from ghostssm.models.families import mixers_of
 from ghostssm.models.forward import replaced_forward, rounded_forward
 from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
-from ghostssm.plan.measurement import Difference
+from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
-from ghostssm.units import plus_minus
+from ghostssm.units import plus_minus, text_name
 from ghostssm.values import Value
 
 _TOKENS_OF_LOGITS = 512
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a loss in nats per token; infinite where that exceeds a double."""
+    """The exponential of a loss in nats per token; infinite where a double can't hold it."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -63,7 +64,7 @@ class Evaluation(Value):
 
     @property
     def standard_error(self) -> float:
-        """Of the loss, over windows; NaN when there is one window only."""
+        """The loss's standard error over windows; NaN when there is one window only."""
         return _standard_error(self.losses, self.consecutive)
 
     @property
@@ -81,7 +82,7 @@ class Evaluation(Value):
 
 
 def _standard_error(values: Tensor, consecutive: bool) -> float:
-    """Of the mean of values (count,); NaN for one value.
+    """The standard error of the mean of values (count,); NaN for one value.
 
     Neighbours in a text are alike, so that what follows one another is first averaged over about sqrt(count) blocks
     (batch means: Glynn & Whitt 1991); values drawn at random are independent.
@@ -111,6 +112,28 @@ def evaluate(
     """
     by_token = token_losses(model, windows, progress, scratch, storage)
     return Evaluation(by_token.double().mean(1), windows.bytes_per_token, windows.seed is None)
+
+
+def evaluate_in_float32(
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent, state_dtype: str = "float32"
+) -> Evaluation:
+    """The model's loss in float32; a model in half precision is copied for it, and stays as it is.
+
+    Args:
+        state_dtype: of the recurrent state alone, rounded after every token.
+
+    Raises:
+        NumericalError: a loss that is not finite.
+    """
+    whole = model if model.dtype.itemsize >= 4 else copy.deepcopy(model).float()
+    return evaluate(whole, windows, progress, storage=StateStorage.of(state_dtype))
+
+
+def measurement_of(windows: Windows, dense: Evaluation, pruned: Evaluation) -> Measurement:
+    """The losses of a dense and a pruned model on the same windows, as one value."""
+    excess = pruned.excess_over(dense)
+    text = text_name(windows.text_name)
+    return Measurement(text, len(windows), windows.length, dense.loss, pruned.loss, excess)
 
 
 def token_losses(
@@ -163,7 +186,7 @@ def logits_of(blocks: Blocks, windows: Windows) -> Iterator[tuple[slice, Tensor]
 def _by_batch(
     blocks: Blocks, windows: Windows, progress: Progress, storage: StateStorage
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each batch's windows, and the hidden states after the last block."""
+    """For each batch its windows, and the hidden states after the last block."""
     mixers = mixers_of(blocks.model)
     for span in windows.batches():
         progress("windows", span.start, len(windows))
@@ -175,7 +198,7 @@ def _by_batch(
 def _by_block(
     blocks: Blocks, windows: Windows, progress: Progress, scratch: Scratch | None, storage: StateStorage
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The same from a walk over the blocks."""
+    """The same as `_by_batch`, from a walk over the blocks."""
     walk = LayerWalk(blocks, windows, scratch)
     for block in walk.blocks():
         progress("layers", block.index, len(walk))
@@ -187,7 +210,7 @@ def _by_block(
 
 
 def _stretches(ids: Tensor) -> Iterator[slice]:
-    """Positions of a batch whose logits are computed together, all but the last position, which predicts nothing."""
+    """Positions of a batch whose logits are computed together; the last position predicts nothing and is left out."""
     step = max(1, _TOKENS_OF_LOGITS // len(ids))
     end = ids.shape[1] - 1
     return (slice(start, min(start + step, end)) for start in range(0, end, step))

@@ -26,8 +26,12 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does, as measured: bytes per second of an in-place scale, read and written bytes both counted,
-    and floating-point operations per second of float32 products with a weight matrix, by batch size."""
+    """How fast a machine is, as measured.
+
+    Attributes:
+        bandwidth: bytes per second, read or written, while a tensor is scaled in place.
+        rates: batch size to floating-point operations per second of float32 products with a weight matrix.
+    """
 
     bandwidth: float
     rates: dict[int, float]

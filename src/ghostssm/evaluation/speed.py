@@ -42,7 +42,7 @@ class Rate:
 
     @classmethod
     def of(cls, tokens: int, rounds: Sequence[Sequence[float]]) -> Rate:
-        """The speed of work on so many tokens, from the seconds of each round, in which it was timed once or more."""
+        """The speed of work on so many tokens, from the seconds that it took, once or more in each round."""
         speeds = [tokens / statistics.median(times) for times in rounds]
         return cls(tokens / statistics.median(chain.from_iterable(rounds)), min(speeds), max(speeds))
 
@@ -82,7 +82,7 @@ class Speedup:
 
     @classmethod
     def of(cls, slower: Timings, faster: Timings) -> Speedup:
-        """From timings that `measure` took in the same rounds."""
+        """The speedup from timings that `measure` took in the same rounds."""
         pairs = zip(slower.rounds, faster.rounds, strict=True)
         ratios = [statistics.median(before) / statistics.median(after) for before, after in pairs]
         return cls(statistics.median(ratios), min(ratios), max(ratios))
@@ -145,7 +145,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let the peak start again from what is in use now; in a processor's memory where the system can (Linux)."""
+    """Start to measure the peak anew, from what is in use now; for a CPU's memory only Linux can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -156,8 +156,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The largest memory since the last reset: of tensors on a GPU, else resident; since the start of the process where
-    there is no reset."""
+    """The largest memory since the last reset, or since the process began where there is none.
+
+    On a GPU it is that of tensors, elsewhere what is resident.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():

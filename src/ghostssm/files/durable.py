@@ -23,7 +23,7 @@ from ghostssm.files.interrupts import uninterrupted
 class Unfinished:
     """A file or folder beside its place: what its user writes into ``partial``, `commit` puts there.
 
-    At the end of the context nothing is left of what was not put there, nor the folders made for it.
+    At the end of the context whatever was not committed is removed, and so are folders that were made for it.
     """
 
     def __init__(self, path: Path):

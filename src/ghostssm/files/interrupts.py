@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: both end a run by an exception, so that what was begun is tidied up, and neither in its midst.
+"""SIGINT and SIGTERM end a run by an exception, so that it tidies up; both wait while files are put in their places.
 
 Before a run, while libraries are imported, SIGINT ends the process at once. There is nothing to tidy up yet, and an
 exception in the midst of an import comes out as a traceback, or aborts the process from within native code.

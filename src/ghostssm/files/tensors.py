@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,9 +35,23 @@ _LENGTH_BYTES = 8
 _MOST_NUMBER = 2**63
 
 
+class _BrokenError(Exception):
+    """A file that is no safetensors file; says why."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a weight file; ``read`` loads it into memory of its own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
+    """One tensor of a safetensors file, as its header has it.
 
     Attributes:
         dtype: as the format calls it. start, end: bytes from the beginning of the file.
@@ -59,19 +74,20 @@ def read_header(file: Path, fault: type[InputError]) -> dict[str, Entry]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-                raise _broken(file, "its header is longer than the file", fault)
+                raise _BrokenError("its header is longer than the file")
             if length > MOST_JSON_BYTES:
-                raise _broken(file, f"its header takes {length} bytes", fault)
+                raise _BrokenError(f"its header takes {length} bytes")
             raw = stream.read(length)
-    except OSError as error:
-        raise _broken(file, error.strerror or str(error), fault) from None
-    document = parse_json_object(raw, f"The header of {file}", fault)
-    data = _LENGTH_BYTES + length
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(file, "its metadata are not strings", fault)
-    entries = {name: _entry(name, value, data, file, fault) for name, value in document.items()}
-    _check_cover(entries, data, size, file, fault)
+        document = parse_json_object(raw, f"The header of {file}", fault)
+        data = _LENGTH_BYTES + length
+        metadata = document.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise _BrokenError("its metadata are not strings")
+        entries = {name: _entry(name, value, data) for name, value in document.items()}
+        _check_cover(entries, data, size)
+    except (OSError, _BrokenError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise fault(f"{file} is truncated or not a safetensors file ({reason}). Download it again.") from None
     return entries
 
 
@@ -123,37 +139,33 @@ def read_at(
     return tensor
 
 
-def _entry(name: str, value: Any, data: int, file: Path, fault: type[InputError]) -> Entry:
+def _entry(name: str, value: Any, data: int) -> Entry:
     keys = {"dtype", "shape", "data_offsets"}
     well_formed = isinstance(value, dict) and set(value) == keys and isinstance(value["dtype"], str)
     if not well_formed or not all(_are_counts(value[key]) for key in ("shape", "data_offsets")):
-        raise _broken(file, f"its entry {name!r} has no dtype, shape and data_offsets", fault)
+        raise _BrokenError(f"its entry {name!r} has no dtype, shape and data_offsets")
     if len(value["data_offsets"]) != 2:
-        raise _broken(file, f"its entry {name!r} has {len(value['data_offsets'])} data_offsets", fault)
+        raise _BrokenError(f"its entry {name!r} has {len(value['data_offsets'])} data_offsets")
     start, end = value["data_offsets"]
     if value["dtype"] in FLOAT_DTYPES:
         needed = math.prod(value["shape"]) * FLOAT_DTYPES[value["dtype"]].itemsize
         if end - start != needed:
-            raise _broken(file, f"{name!r} of shape {value['shape']} has {end - start} bytes, expected {needed}", fault)
+            raise _BrokenError(f"{name!r} of shape {value['shape']} has {end - start} bytes, expected {needed}")
     return Entry(value["dtype"], tuple(value["shape"]), data + start, data + end)
 
 
-def _check_cover(entries: dict[str, Entry], data: int, size: int, file: Path, fault: type[InputError]) -> None:
+def _check_cover(entries: dict[str, Entry], data: int, size: int) -> None:
     """The entries cover the data once."""
     ordered = sorted((entry.start, entry.end, name) for name, entry in entries.items())
     for before, after in pairwise([(data, data, ""), *ordered]):
         if after[0] != before[1] or after[1] < after[0]:
-            raise _broken(file, f"the data of {after[2]!r} overlap others or leave a gap", fault)
+            raise _BrokenError(f"the data of {after[2]!r} overlap others or leave a gap")
     end = ordered[-1][1] if ordered else data
     if end != size:
-        raise _broken(file, f"its tensors end at byte {end} of {size}", fault)
+        raise _BrokenError(f"its tensors end at byte {end} of {size}")
 
 
 def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(count, int) and not isinstance(count, bool) and 0 <= count < _MOST_NUMBER for count in value
     )
-
-
-def _broken(file: Path, reason: str, fault: type[InputError]) -> InputError:
-    return fault(f"{file} is truncated or not a safetensors file ({reason}). Download it again.")

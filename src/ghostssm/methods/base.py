@@ -54,7 +54,7 @@ class Evidence(Value):
     _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, what: Hashable, work: Callable[[], T]) -> T:
-        """What a method works out from this evidence whatever the cut: only for the first of several cuts."""
+        """What a method works out from this evidence for any cut; it is worked out for the first cut only."""
         if what not in self._known:
             self._known[what] = work()
         known: T = self._known[what]
@@ -159,11 +159,6 @@ def register_method(method: Method) -> None:
 
 def method_names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
-
-
-def stock_method_names() -> tuple[str, ...]:
-    """Those whose result stays in the stock model class."""
-    return tuple(name for name in method_names() if _METHODS[name].stock)
 
 
 def method_named(name: str) -> Method:

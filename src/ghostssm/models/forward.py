@@ -189,8 +189,7 @@ def fast_forward(
 
 
 def _counted_tokens(cache_params: Any, layer: int, length: int, *, fresh: bool) -> int:
-    """How many tokens a layer of a cache has seen before these, which are counted from now on; random numbers are
-    drawn by it."""
+    """How many tokens a cache's layer has seen before these, which it then counts too; random numbers depend on it."""
     if cache_params is None:
         return 0
     cached = cache_params.layers[layer]

@@ -1,9 +1,8 @@
-"""Make transformers' auto classes know our model class as soon as they exist, without importing them.
+"""Make transformers' auto classes know our model classes as soon as they exist, without importing them.
 
 ``import ghostssm`` alone must do, before or after transformers, and must not take the seconds that PyTorch needs. So
-where transformers' auto classes are not imported yet, `ghostssm.models.own_class.classes` is imported right after them;
-or after the Mamba-2 classes that it builds on, where it is these that ask for the auto classes while they are being
-imported.
+`ghostssm.models.own_class.classes` is imported right after transformers' auto classes. If these are imported from
+within the Mamba-2 classes, which ours build on, it waits for the end of those.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _BASE_CLASSES = "transformers.models.mamba2.modeling_mamba2"
 
 def check_transformers() -> None:
     """Raise InputError for a version of transformers that was not tried; takes no time."""
-    found = importlib.metadata.version("transformers")
-    if not OLDEST_TRANSFORMERS <= tuple(map(int, re.findall(r"\d+", found)[:2])) <= NEWEST_TRANSFORMERS:
+    installed = importlib.metadata.version("transformers")
+    if not OLDEST_TRANSFORMERS <= tuple(map(int, re.findall(r"\d+", installed)[:2])) <= NEWEST_TRANSFORMERS:
         (major, oldest), (_, newest) = OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS
         raise InputError(
-            f"transformers {found} is installed, of which ghostssm uses parts that change between versions; it was "
+            f"transformers {installed} is installed, of which ghostssm uses parts that change between versions; it was "
             f"tried with {major}.{oldest} up to {major}.{newest}. Install one of these, "
             f"pip install 'transformers>={major}.{oldest},<{major}.{newest + 1}', or a newer ghostssm."
         )
@@ -46,7 +45,7 @@ def register_with_transformers() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds both modules, each once, where anyone would, with a loader that registers afterwards."""
+    """Finds both modules where Python would, once each, with a loader that registers our classes afterwards."""
 
     def __init__(self) -> None:
         self._awaited = {_AUTO_CLASSES, _BASE_CLASSES} - sys.modules.keys()

@@ -1,4 +1,4 @@
-"""What is used of transformers without its promise to keep it: every such name is in this file.
+"""All names of transformers that are used here and that it does not promise to keep.
 
 A new minor version of transformers may change any of them, which is why `ghostssm.models.registration` refuses those
 that were not tried. What imports transformers' model classes, which takes seconds, is imported where it is used.
@@ -90,13 +90,13 @@ def _loaded_names(
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
-    found = {}
+    loaded = {}
     for name in names:
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if parameter not in state and name in state:
             parameter, pattern = rename_source_key(name, [], [], prefix, state)
-        found[name] = (parameter, pattern)
-    return found
+        loaded[name] = (parameter, pattern)
+    return loaded
 
 
 def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class CompiledScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         state = _initial_state(x, B, initial_state).clone(memory_format=torch.contiguous_format)
         y = torch.empty(x.shape, dtype=x.dtype)
-        skip = torch.zeros_like(A) if D is None else D.clone()
+        skip = _skip(A, D)
         narrow = B.shape[-1] <= x.shape[-1]
         scan = compiled.kernels.ssd_scan_narrow if narrow else compiled.kernels.ssd_scan
         scan(*compiled.arrays(state, x, dt, A, B, C, skip, y))
@@ -159,7 +159,7 @@ class CompiledScan(torch.autograd.Function):
         dstate = torch.zeros_like(state) if dstate is None else dstate.clone(memory_format=torch.contiguous_format)
         # What nothing asks for has no positions, by which the loop knows.
         dx = torch.empty((b, length if ctx.needs_input_grad[0] else 0, *x.shape[2:]), dtype=x.dtype)
-        ddt, skip = torch.empty(dt.shape, dtype=x.dtype), torch.zeros_like(A) if D is None else D
+        ddt, skip = torch.empty(dt.shape, dtype=x.dtype), _skip(A, D)
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         heads_per_part = min(h // groups, -(-b * h // _PARTS))
         parts = -(-(h // groups) // heads_per_part)
@@ -220,6 +220,11 @@ class ChunkedScan(torch.autograd.Function):
             dx += dy * D[:, None]
         dinitial = None if initial_state is None else from_grouped_state(dstate, heads=x.shape[2])
         return dx, ddt, dA, dB, dC, dD, dinitial
+
+
+def _skip(A: Tensor, D: Tensor | None) -> Tensor:
+    """D for a compiled loop: a copy, since D is a weight (`compiled.arrays`)."""
+    return torch.zeros_like(A) if D is None else D.clone()
 
 
 def _initial_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Plans: what becomes of every mixer's state, as a value, in a file, and applied to weights."""
+"""Plans: what happens to every mixer's state, as a value, in a file, and applied to weights."""

@@ -1,4 +1,4 @@
-"""Which state size and dtype was taken for so many bytes, and what each choice lost."""
+"""The state size and dtype that were chosen for so many bytes, and what every candidate lost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ghostssm.plan.measurement import Difference, difference_as_json
-from ghostssm.units import bytes_text, plus_minus
+from ghostssm.plan.measurement import Difference
+from ghostssm.units import bytes_text
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,18 @@ class Candidate:
     state_dtype: str
     state_bytes: int
     excess: Difference
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; None for an infinite loss, and for a standard error where there is none."""
+        values = {name: value for name, value in vars(self).items() if name != "excess"}
+        return values | self.excess.as_json()
+
+    @classmethod
+    def from_json(cls, document: Any) -> Candidate:
+        """From what `as_json` wrote; raises KeyError, TypeError, ValueError or OverflowError for anything else."""
+        lost = {} if document["excess_loss"] is not None else {"excess_loss": math.inf}
+        size, dtype = float(document["state_size"]), str(document["state_dtype"])
+        return cls(size, dtype, int(document["state_bytes"]), Difference.from_json({**document, **lost}))
 
 
 @dataclass(frozen=True)
@@ -49,21 +61,15 @@ class Choice:
     def text(self) -> str:
         """What was chosen, and what it was measured on."""
         chosen = self.chosen
-        excess = plus_minus(chosen.excess.mean, chosen.excess.standard_error)
         return (
-            f"N' = {chosen.state_size:g} in {chosen.state_dtype}, {excess} nats per token, on {self.windows} held-out "
-            "calibration windows"
+            f"N' = {chosen.state_size:g} in {chosen.state_dtype}, {chosen.excess.text} nats per token, on "
+            f"{self.windows} held-out calibration windows"
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headers and lines of a table of all candidates."""
         return ["N'", "state dtype", "state/seq", "excess loss"], [
-            [
-                f"{each.state_size:g}",
-                each.state_dtype,
-                bytes_text(each.state_bytes),
-                plus_minus(each.excess.mean, each.excess.standard_error),
-            ]
+            [f"{each.state_size:g}", each.state_dtype, bytes_text(each.state_bytes), each.excess.text]
             for each in self.candidates
         ]
 
@@ -71,36 +77,13 @@ class Choice:
     def from_json(cls, document: Any) -> Choice | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            candidates = tuple(
-                Candidate(
-                    float(each["state_size"]),
-                    str(each["state_dtype"]),
-                    int(each["state_bytes"]),
-                    Difference(
-                        math.inf if each["excess_loss"] is None else float(each["excess_loss"]),
-                        math.nan if each["standard_error"] is None else float(each["standard_error"]),
-                    ),
-                )
-                for each in document["candidates"]
-            )
-            return (
-                cls(int(document["state_bytes"]), int(document["held_out_windows"]), candidates) if candidates else None
-            )
+            candidates = tuple(map(Candidate.from_json, document["candidates"]))
+            bound, windows = int(document["state_bytes"]), int(document["held_out_windows"])
+            return cls(bound, windows, candidates) if candidates else None
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; None for an infinite loss, and for a standard error where there is none."""
-        return {
-            "state_bytes": self.state_bytes,
-            "held_out_windows": self.windows,
-            "candidates": [
-                {
-                    "state_size": each.state_size,
-                    "state_dtype": each.state_dtype,
-                    "state_bytes": each.state_bytes,
-                    **difference_as_json(each.excess),
-                }
-                for each in self.candidates
-            ],
-        }
+        """JSON values."""
+        candidates = [each.as_json() for each in self.candidates]
+        return {"state_bytes": self.state_bytes, "held_out_windows": self.windows, "candidates": candidates}

@@ -9,7 +9,6 @@ from typing import Any
 
 from ghostssm.choices import Trained
 from ghostssm.plan.measurement import Difference, Measurement
-from ghostssm.units import plus_minus
 
 MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
 """`Trained` in words."""
@@ -17,7 +16,7 @@ MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "
 
 @dataclass(frozen=True)
 class Point:
-    """A look at the held-out windows.
+    """What was measured on the held-out windows at one step.
 
     Attributes:
         step: of the student, 0 before the first. tokens: trained on so far.
@@ -32,7 +31,7 @@ class Point:
 
     @property
     def excess_text(self) -> str:
-        return plus_minus(self.excess.mean, self.excess.standard_error)
+        return self.excess.text
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class Distillation:
 
     Attributes:
         teacher: its published name; None for the dense model that the recipe began with.
-        text: what it was trained on. text_sha256: of the text, if it was held as a whole; tokens_sha256: of the batches
-            in their order.
+        text: what it was trained on.
         text_sha256: of the text, if it was held as a whole.
         tokens_sha256: of the batches in their order.
         steps: taken.
@@ -93,19 +91,19 @@ class Distillation:
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(_point_from_json(point) for point in values["curve"])
             measured = {
-                name: tuple(each for found in values[name] if (each := Measurement.from_json(found)) is not None)
+                name: tuple(each for entry in values[name] if (each := Measurement.from_json(entry)) is not None)
                 for name in ("before", "after")
             }
-            found = cls(**values | {"curve": curve} | measured)
-            return found if found.best.step == found.kept_step and type(found.tokens) is int else None
+            read = cls(**values | {"curve": curve} | measured)
+            return read if read.best.step == read.kept_step and type(read.tokens) is int else None
         except (KeyError, TypeError, ValueError, StopIteration):
             return None
 
 
 def distillations_from_json(document: Any) -> tuple[Distillation, ...]:
-    """Those of a list, without what is none."""
-    found = map(Distillation.from_json, document if isinstance(document, list) else ())
-    return tuple(each for each in found if each is not None)
+    """The distillations in a list; what is none is left out."""
+    read = map(Distillation.from_json, document if isinstance(document, list) else ())
+    return tuple(each for each in read if each is not None)
 
 
 def _point_as_json(point: Point) -> dict[str, Any]:
@@ -119,7 +117,6 @@ def _point_as_json(point: Point) -> dict[str, Any]:
     }
 
 
-def _point_from_json(found: Any) -> Point:
-    error = found["standard_error"]
-    excess = Difference(float(found["excess_loss"]), math.nan if error is None else float(error))
-    return Point(int(found["step"]), int(found["tokens"]), float(found["divergence"]), excess)
+def _point_from_json(entry: Any) -> Point:
+    excess = Difference.from_json(entry)
+    return Point(int(entry["step"]), int(entry["tokens"]), float(entry["divergence"]), excess)

@@ -61,7 +61,7 @@ def _raise_faults(file: Path, faults: list[str]) -> None:
 
 
 def read_tensors(file: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of a plan, of the shapes that its document implies as far as it does."""
+    """Every tensor of a plan; shapes that the document implies are checked."""
     if not file.exists() and not file.is_symlink():
         return {}
     header = read_header(file, PlanError)
@@ -94,7 +94,7 @@ def _header_faults(header: Mapping[str, Entry], document: Mapping[str, Any]) -> 
 
 
 def _faults(document: dict[str, Any]) -> list[str]:
-    """Everything that keeps a JSON document from being a plan."""
+    """Everything in a JSON document that no plan can have."""
     faults = []
     if document.get("format") != FORMAT:
         faults.append(f"format is {short(document.get('format'))}, expected {FORMAT!r}")

@@ -21,6 +21,22 @@ class Difference:
     mean: float
     standard_error: float
 
+    @property
+    def text(self) -> str:
+        """The mean and, where there is one, its standard error."""
+        return plus_minus(self.mean, self.standard_error)
+
+    def as_json(self) -> dict[str, float | None]:
+        """JSON values; what is not finite is None."""
+        numbers = {"excess_loss": self.mean, "standard_error": self.standard_error}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+    @classmethod
+    def from_json(cls, document: Any) -> Difference:
+        """From the entries that `as_json` wrote; raises KeyError, TypeError or ValueError for others."""
+        error = document["standard_error"]
+        return cls(float(document["excess_loss"]), math.nan if error is None else float(error))
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -46,17 +62,13 @@ class Measurement:
     def from_json(cls, document: Any) -> Measurement | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            losses = [float(document[key]) for key in ("dense_loss", "pruned_loss", "excess_loss")]
-            error = document["standard_error"]
-            dense, pruned, excess = losses
-            difference = Difference(excess, math.nan if error is None else float(error))
             return cls(
                 str(document["text"]),
                 int(document["windows"]),
                 int(document["window_length"]),
-                dense,
-                pruned,
-                difference,
+                float(document["dense_loss"]),
+                float(document["pruned_loss"]),
+                Difference.from_json(document),
             )
         except (TypeError, ValueError, KeyError, OverflowError):
             return None
@@ -64,18 +76,12 @@ class Measurement:
     @property
     def excess_text(self) -> str:
         """The excess and, where there is one, its standard error."""
-        return plus_minus(self.excess.mean, self.excess.standard_error)
+        return self.excess.text
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""
-        return {
-            "text": self.text,
-            "windows": self.windows,
-            "window_length": self.window_length,
-            "dense_loss": self.dense_loss,
-            "pruned_loss": self.pruned_loss,
-            **difference_as_json(self.excess),
-        }
+        values = {name: value for name, value in vars(self).items() if name != "excess"}
+        return values | self.excess.as_json()
 
 
 @dataclass(frozen=True)
@@ -84,42 +90,31 @@ class Searched:
 
     Attributes:
         max_excess_loss: the bound, nats per token. windows: those held out of the calibration windows.
+        state_dtype: that the state was kept in.
         excess: the mean difference on them, and its standard error (NaN for one window).
     """
 
     max_excess_loss: float
     windows: int
+    state_dtype: str
     excess: Difference
 
     @classmethod
     def from_json(cls, document: Any) -> Searched | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            error = math.nan if document["standard_error"] is None else float(document["standard_error"])
-            excess = Difference(float(document["excess_loss"]), error)
-            return cls(float(document["max_excess_loss"]), int(document["held_out_windows"]), excess)
+            bound, windows = float(document["max_excess_loss"]), int(document["held_out_windows"])
+            return cls(bound, windows, str(document["state_dtype"]), Difference.from_json(document))
         except (KeyError, TypeError, ValueError):
             return None
 
     @property
     def text(self) -> str:
         """The excess with its standard error, and what it was measured on."""
-        excess = plus_minus(self.excess.mean, self.excess.standard_error)
-        return f"{excess} nats per token, on {self.windows} held-out calibration windows"
+        kept = f"with the state in {self.state_dtype}"
+        return f"{self.excess.text} nats per token {kept}, on {self.windows} held-out calibration windows"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""
-        return {
-            "max_excess_loss": self.max_excess_loss,
-            "held_out_windows": self.windows,
-            **difference_as_json(self.excess),
-        }
-
-
-def difference_as_json(excess: Difference) -> dict[str, float | None]:
-    """JSON values; what is not finite is None."""
-    mean, error = excess.mean, excess.standard_error
-    return {
-        "excess_loss": mean if math.isfinite(mean) else None,
-        "standard_error": error if math.isfinite(error) else None,
-    }
+        bound = {"max_excess_loss": self.max_excess_loss, "held_out_windows": self.windows}
+        return bound | {"state_dtype": self.state_dtype} | self.excess.as_json()

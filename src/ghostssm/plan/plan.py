@@ -1,4 +1,4 @@
-"""A plan: what becomes of every mixer's state. A frozen value; making, saving, reading and applying it are separate."""
+"""A plan: what happens to every mixer's state. It is a frozen value; it is made and applied elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ghostssm.values import Value
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Plan(Value):
-    """Decisions for every mixer of a model, and what else becomes of its parameters.
+    """The decisions on every mixer of a model, and the other parameters that change.
 
     Attributes:
         method: the recipe that decided.
@@ -56,12 +56,12 @@ class Plan(Value):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Mixer name to the channels that stay, front to back."""
+        """The channels that stay, by mixer name, front to back."""
         return {name: decision.selection for name, decision in self.decisions.items()}
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """Mixer name to its projection, for every mixer or for none."""
+        """The projections by mixer name, of every mixer or of none."""
         return {name: d.projection for name, d in self.decisions.items() if d.projection is not None}
 
     @property
@@ -102,11 +102,13 @@ class Plan(Value):
         return None if self.provenance is None else self.provenance.state_dtype
 
     def kept_in(self, state_dtype: str | None) -> Plan:
-        """The plan of a model whose state is to be kept in a dtype; this one for None."""
-        if state_dtype is None:
-            return self
+        """The same plan for a state that is to be kept in a dtype; for None this plan."""
+        return self if state_dtype is None else self.with_provenance(asked_state_dtype=state_dtype)
+
+    def with_provenance(self, **known: Any) -> Plan:
+        """The same plan with other values of some fields of its provenance."""
         assert self.provenance is not None
-        return replace(self, provenance=replace(self.provenance, asked_state_dtype=state_dtype))
+        return replace(self, provenance=replace(self.provenance, **known))
 
     def state_bytes(self, layout: SSDLayout, state_dtype: str) -> int:
         """Of one sequence over all layers, scales included.
@@ -222,14 +224,15 @@ class Plan(Value):
                 return Projection(*torch.empty(2, document["n_groups"], document["state_size"], size, device="meta"))
             return Projection(*(_named(tensors, f"{part}_projection:{name}", place) for part in "BC"))
 
+        tiers: dict[str, Tiers] = {name: tuple(map(tuple, heads)) for name, heads in document.get("tiers", {}).items()}
         plan = cls(
             method=document["method"],
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
             decisions={
-                name: Decision(kept, projection(name), tiers=tiers_of(document).get(name))
-                for name, kept in selections_of(document).items()
+                name: Decision(Selection(tuple(map(tuple, kept))), projection(name), tiers=tiers.get(name))
+                for name, kept in document["selections"].items()
             },
             changes={name: _named(tensors, f"change:{name}", place) for name in document.get("changed", []) if changes},
             scores={key.removeprefix("scores:"): value for key, value in tensors.items() if key.startswith("scores:")},
@@ -243,18 +246,6 @@ class Plan(Value):
                 f"{plan.kept_state_size}."
             )
         return plan
-
-
-def selections_of(document: Mapping[str, Any]) -> dict[str, Selection]:
-    """The selections in a checked plan document."""
-    return {
-        name: Selection(tuple(tuple(channels) for channels in kept)) for name, kept in document["selections"].items()
-    }
-
-
-def tiers_of(document: Mapping[str, Any]) -> dict[str, Tiers]:
-    """The tiers in a checked plan document, by mixer."""
-    return {name: tuple((wide, narrow) for wide, narrow in tiers) for name, tiers in document.get("tiers", {}).items()}
 
 
 def _named(tensors: Mapping[str, Tensor], key: str, place: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +12,8 @@ from ghostssm.plan.measurement import Searched
 from ghostssm.values import Value
 
 _IF_GIVEN = ("search", "choice", "asked_state_dtype")
+_PROVENANCE = {"requested_state_size": int, "groups": str, "seed": int, "multiple": int, "calibration": dict}
+_CALIBRATION = {"text": str, "text_sha256": str, "tokens_sha256": str, "windows": int, "window_length": int}
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,11 +64,12 @@ class Provenance(Value):
     @property
     def state_dtype(self) -> str | None:
         """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
-        return self.asked_state_dtype if self.choice is None else self.choice.chosen.state_dtype
+        decided = self.search if self.choice is None else self.choice.chosen
+        return self.asked_state_dtype if decided is None else decided.state_dtype
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; of the measured, what there is."""
-        measured = {name: found.as_json() for name in ("search", "choice") if (found := getattr(self, name))}
+        """JSON values; what was not measured or asked for is left out."""
+        measured = {name: part.as_json() for name in ("search", "choice") if (part := getattr(self, name))}
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _IF_GIVEN}
         asked = {} if self.asked_state_dtype is None else {"asked_state_dtype": self.asked_state_dtype}
         return values | {"calibration": asdict(self.calibration)} | measured | asked
@@ -73,25 +77,20 @@ class Provenance(Value):
     @classmethod
     def from_json(cls, document: Any) -> Provenance | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
-        if not isinstance(document, dict) or not isinstance(document.get("calibration"), dict):
-            return None
-        text = document["calibration"]
-        numbers = ("requested_state_size", "seed", "multiple")
-        if any(type(document.get(name)) is not int for name in numbers) or not isinstance(document.get("groups"), str):
-            return None
-        if any(type(text.get(name)) is not int for name in ("windows", "window_length")):
-            return None
-        if any(not isinstance(text.get(name), str) for name in ("text", "text_sha256", "tokens_sha256")):
+        if not _has(document, _PROVENANCE) or not _has(text := document["calibration"], _CALIBRATION):
             return None
         if type(text.get("seed")) not in (int, type(None)):
             return None
+        dtype = document.get("asked_state_dtype")
         return cls(
-            document["requested_state_size"],
-            document["groups"],
-            document["seed"],
-            document["multiple"],
-            CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
-            Searched.from_json(document.get("search")),
-            Choice.from_json(document.get("choice")),
-            dtype if (dtype := document.get("asked_state_dtype")) in (*FORMATS, TIERS.name) else None,
+            **{name: document[name] for name in ("requested_state_size", "groups", "seed", "multiple")},
+            calibration=CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
+            search=Searched.from_json(document.get("search")),
+            choice=Choice.from_json(document.get("choice")),
+            asked_state_dtype=dtype if dtype in (*FORMATS, TIERS.name) else None,
         )
+
+
+def _has(document: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether a JSON value is an object with entries of these types; a truth value is no number."""
+    return isinstance(document, dict) and all(type(document.get(name)) is kind for name, kind in kinds.items())

@@ -10,14 +10,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ghostssm.errors import CONVERT, InputError, NumericalError, PlanError
-from ghostssm.models.families import check_plain, family_of, mixers_of
-from ghostssm.models.families.base import Family
+from ghostssm.models.families import Family, check_plain, family_of, mixers_of
 from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.layout import SSDLayout
@@ -28,6 +27,9 @@ from ghostssm.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_Sliced: TypeAlias = "Mapping[tuple[str, str], Tensor | None]"
+"""The parameters of a mixer whose shapes depend on the state size, by module and name."""
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -141,15 +143,9 @@ def pruned(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
 @torch.inference_mode(False)  # the new weights are ordinary parameters wherever the call stands
 def prune_mixer(family: Family, mixer: Mixer, selection: Selection, state_size: int) -> None:
     """Slice one mixer's module in place to the selection, every group padded to ``state_size`` channels."""
-    padded = selection.padded(state_size)
-    rows, channels = mixer.layout.in_proj_index(padded), mixer.layout.conv_index(padded)
+    index = _index(mixer.layout, selection, state_size)
     before = _sliced_tensors(mixer)
-    after = _SlicedTensors(
-        in_proj_weight=_take(before.in_proj_weight, rows),
-        in_proj_bias=None if before.in_proj_bias is None else _take(before.in_proj_bias, rows),
-        conv_weight=_take(before.conv_weight, channels),
-        conv_bias=None if before.conv_bias is None else _take(before.conv_bias, channels),
-    )
+    after = {key: None if value is None else _take(value, index[key[0]]) for key, value in before.items()}
     _install(family, mixer, state_size, after)
 
 
@@ -159,9 +155,14 @@ def padded_parameters(layout: SSDLayout, parameters: Mapping[str, Tensor], state
     Args:
         layout: of the parameters. Their names may have a prefix.
     """
-    padded = Selection.whole(layout).padded(state_size)
-    index = {"in_proj": layout.in_proj_index(padded), "conv1d": layout.conv_index(padded)}
+    index = _index(layout, Selection.whole(layout), state_size)
     return {name: _take(value, index[part]) for name, value in parameters.items() if (part := _owner(name)) in index}
+
+
+def _index(layout: SSDLayout, selection: Selection, state_size: int) -> dict[str, Tensor]:
+    """The rows that stay of a mixer's in_proj and conv1d; -1 stands for a row of zeros."""
+    padded = selection.padded(state_size)
+    return {"in_proj": layout.in_proj_index(padded), "conv1d": layout.conv_index(padded)}
 
 
 def _owner(name: str) -> str:
@@ -174,13 +175,18 @@ def carry_out(family: Family, mixer: Mixer, decision: Decision) -> None:
     """Slice one mixer's module in place and give it the decision's parameters, a projection as our own class has it."""
     prune_mixer(family, mixer, decision.selection, decision.selection.width)
     change_parameters(mixer.module, decision.changes)
-    if decision.projection is not None:
-        for name, value in (("B_projection", decision.projection.B), ("C_projection", decision.projection.C)):
-            mixer.module.register_parameter(name, nn.Parameter(value.to(mixer.in_proj.weight), requires_grad=False))
+    for name, value in _maps(decision).items():
+        mixer.module.register_parameter(name, nn.Parameter(value.to(mixer.in_proj.weight), requires_grad=False))
+
+
+def _maps(decision: Decision) -> dict[str, Tensor]:
+    """The maps of a decision's projection, if it has one, by their names in our own class."""
+    maps = decision.projection
+    return {} if maps is None else {"B_projection": maps.B, "C_projection": maps.C}
 
 
 def with_changes_of(plan: Plan, pruned: PreTrainedModel, before: Mapping[str, Tensor]) -> Plan:
-    """A plan with the parameters of a model that were changed after the plan was applied to it; the model is used up.
+    """A plan with what a recovery step changed in a model after the plan was applied to it; the model is used up.
 
     Args:
         before: the model's parameters as the plan left them.
@@ -217,9 +223,8 @@ def check_storable(mixer: Mixer, decision: Decision) -> None:
     parameters = dict(mixer.module.named_parameters())
     for name, value in decision.changes.items():
         _check_range(f"{mixer.name}.{name}", value, parameters[name].dtype)
-    if decision.projection is not None:
-        for name, value in (("B_projection", decision.projection.B), ("C_projection", decision.projection.C)):
-            _check_range(f"{mixer.name}.{name}", value, mixer.in_proj.weight.dtype)
+    for name, value in _maps(decision).items():
+        _check_range(f"{mixer.name}.{name}", value, mixer.in_proj.weight.dtype)
 
 
 def _check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -272,10 +277,8 @@ def _change_faults(model: PreTrainedModel, mixers: Sequence[Mixer], plan: Plan) 
 
 def _projection_faults(mixer: Mixer, decision: Decision) -> list[str]:
     """Reasons why a decision's projection doesn't fit a mixer that is sliced by its selection."""
-    if decision.projection is None:
-        return []
     expected = (mixer.layout.n_groups, decision.selection.width, decision.width)
-    shapes = (tuple(part.shape) for part in (decision.projection.B, decision.projection.C))
+    shapes = (tuple(part.shape) for part in _maps(decision).values())
     return [
         f"a projection of {mixer.name} has shape {shape}, expected {expected}" for shape in shapes if shape != expected
     ]
@@ -306,17 +309,9 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return converted
 
 
-class _SlicedTensors(NamedTuple):
-    """The parameters of a mixer whose shapes depend on the state size."""
-
-    in_proj_weight: Tensor
-    in_proj_bias: Tensor | None
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-
-
-def _sliced_tensors(mixer: Mixer) -> _SlicedTensors:
-    return _SlicedTensors(mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias)
+def _sliced_tensors(mixer: Mixer) -> _Sliced:
+    keys = ((part, name) for part in ("in_proj", "conv1d") for name in ("weight", "bias"))
+    return {(part, name): getattr(getattr(mixer, part), name) for part, name in keys}
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -332,19 +327,16 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter under a dotted name."""
+    """Replace the parameter with a dotted name."""
     owner, _, last = name.rpartition(".")
     module.get_submodule(owner).register_parameter(last, parameter)
 
 
-def _install(family: Family, mixer: Mixer, state_size: int, tensors: _SlicedTensors) -> None:
-    """Put tensors of a given state size into a mixer's module, and the sizes that go with them."""
+def _install(family: Family, mixer: Mixer, state_size: int, tensors: _Sliced) -> None:
+    """Put tensors of a given state size into a mixer's module, and set the sizes that the module notes."""
     layout = mixer.layout.with_state_size(state_size)
-    in_proj, conv1d = mixer.in_proj, mixer.conv1d
-    in_proj.register_parameter("weight", _parameter(tensors.in_proj_weight))
-    in_proj.register_parameter("bias", _parameter(tensors.in_proj_bias))
-    in_proj.out_features = layout.in_proj_rows
-    conv1d.register_parameter("weight", _parameter(tensors.conv_weight))
-    conv1d.register_parameter("bias", _parameter(tensors.conv_bias))
+    for (part, name), tensor in tensors.items():
+        getattr(mixer, part).register_parameter(name, _parameter(tensor))
+    conv1d, mixer.in_proj.out_features = mixer.conv1d, layout.in_proj_rows
     conv1d.in_channels = conv1d.out_channels = conv1d.groups = layout.conv_dim
     family.resize(mixer.module, layout)

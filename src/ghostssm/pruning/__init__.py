@@ -1,1 +1,1 @@
-"""Pruning: a recipe carried out over a model, which gives a plan."""
+"""Pruning: a recipe is carried out over a model, which gives a plan."""

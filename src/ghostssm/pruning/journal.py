@@ -1,4 +1,4 @@
-"""What is known so far, while a plan is made."""
+"""What a run knows so far, while it makes a plan; here in memory, in a streamed run on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ghostssm.plan.decision import Decision
 
 
 class Findings:
-    """What a walk finds at the blocks, in memory.
+    """What a walk learns about each block, in memory.
 
     Attributes:
         found: a JSON value for every block that is finished with, front to back.
@@ -20,14 +20,14 @@ class Findings:
         self.found: list[Any] = []
 
     def restore(self, hidden: Tensor) -> None:
-        """Replace the hidden states that reach the first block by those that reach the first block without findings.
+        """Replace the hidden states before the first block by those before the first block that has no findings yet.
 
         Args:
             hidden: of this process's windows; overwritten in place.
         """
 
     def add(self, found: Any, hidden: Tensor | None = None) -> None:
-        """Note what is found at the next block.
+        """Note what was learnt about the next block.
 
         Args:
             hidden: what leaves it, if that was computed.
@@ -53,7 +53,7 @@ class Journal:
         return self._decisions
 
     def restore(self, hidden: Tensor) -> None:
-        """Replace the hidden states that reach the first block by those that reach block number ``done``."""
+        """Replace the hidden states before the first block by those before block number ``done``."""
 
     def record(
         self,

@@ -1,16 +1,16 @@
-"""What to do to a model, in one word: a method, and the recovery steps that follow its choice."""
+"""A recipe: a method, and the recovery steps that follow its decisions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ghostssm.errors import InputError
-from ghostssm.methods import Method, method_named
+from ghostssm.methods import Method, method_named, method_names
 from ghostssm.recovery import Step, step_names
 
 _PER_LAYER = "per-layer"
 _STEP_COST, _COST_PER_AMOUNT = 0.5, 0.05
-"""Of a recovery step without a number, and of one with, for each of that number."""
+"""The cost of a recovery step without a number; and for each of its number, of a step with one."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,24 @@ class Recipe:
     def registered(self) -> Method:
         return method_named(self.method)
 
+    def check_streamable(self) -> None:
+        """Raise InputError unless it can be carried out with one block in memory at a time."""
+        unable = [step for step in self.steps if not step.registered.streamable]
+        if not self.registered.streamable:
+            fault = f"{self.method} needs the whole model at once"
+        elif unable:
+            fault = f"{unable[0]} changes the whole model at once"
+        else:
+            return
+        able = [name for name in method_names() if method_named(name).streamable]
+        raise InputError(
+            f"{fault}, so it can't be streamed. Leave out --stream, or take one of {', '.join(able)}, without a step "
+            "that trains the whole model."
+        )
+
     @property
     def cost(self) -> float:
-        """About how long it takes beside GHOST on the same windows, for estimates of the time left."""
+        """About how long it takes on the same windows; GHOST is the unit. For estimates of the time left."""
         cost = 0.2 if self.registered.one_shot else 1.0 if self.registered.decide is None else 3.0
         cost += sum(_STEP_COST if step.amount is None else step.amount * _COST_PER_AMOUNT for step in self.steps)
         return cost * (2.0 if self.per_layer else 1.0)

@@ -20,7 +20,7 @@ from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.calibration.walk import LayerWalk
 from ghostssm.choices import DEFAULT_SEED, Groups
-from ghostssm.errors import NumericalError
+from ghostssm.errors import ModelError, NumericalError
 from ghostssm.methods.base import Evidence, EvidenceSource
 from ghostssm.methods.selection import Cut, select, select_together
 from ghostssm.models.families import check_plain, family_of, layout_of, mixers_of
@@ -32,7 +32,6 @@ from ghostssm.plan.provenance import CalibrationText, Provenance
 from ghostssm.plan.surgery import apply_plan, check_storable, with_changes_of
 from ghostssm.progress import Progress, listening, on_screen, silent
 from ghostssm.pruning.budget import allocate
-from ghostssm.pruning.feasibility import check_original
 from ghostssm.pruning.journal import Journal
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.sources import Asked, Measured, Unpruned, Walked
@@ -45,7 +44,7 @@ T = TypeVar("T")
 _MEASURED_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of a layer's state at which budgets per layer measure what a smaller state costs."""
 _CURVE_TOKENS = 4096
-"""Tokens that they are measured on: a budget needs the order of layers, not the choice between two decisions."""
+"""Tokens that this is measured on. A budget compares layers, which takes fewer than to compare decisions."""
 DEFAULT_MULTIPLE = 8
 """State sizes per layer are multiples of this, so that rows of the state fill vector registers."""
 
@@ -190,28 +189,32 @@ class _Run:
                 dense = self.calibration.model
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
-                found = registered.recover(
+                training = registered.recover(
                     pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress
                 )
                 plan = with_changes_of(plan, pruned, before)
-                if found is not None:
-                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, found))
+                if training is not None:
+                    plan = dataclasses.replace(plan, distillations=(*plan.distillations, training))
         return plan
 
     def curves(self) -> list[Tensor]:
-        """For each mixer of the unpruned model, (n + 1,): its output error by how many channels are left, as a share of
-        the energy of the hidden states after it, which is what the next layers' norms divide by.
+        """What a smaller state costs each mixer of the unpruned model: (n + 1,), by how many channels are left.
+
+        The cost is the error of the mixer's output as a share of the energy of the hidden states after it, by which the
+        next layers' norms divide.
 
         Measured at a few sizes, with what the method would keep there, and interpolated between them.
         """
         key = (self.recipe.method, self.groups, self.seed)
         if key not in self.calibration._curves:
-            found = [torch.tensor(curve, dtype=torch.float64) for curve in self._found_curves() if curve is not None]
-            self.calibration._curves[key] = found
+            curves = [
+                torch.tensor(curve, dtype=torch.float64) for curve in self._curves_by_block() if curve is not None
+            ]
+            self.calibration._curves[key] = curves
         return self.calibration._curves[key]
 
-    def _found_curves(self) -> list[list[float] | None]:
-        """For each block its mixer's curve, if it has one."""
+    def _curves_by_block(self) -> list[list[float] | None]:
+        """The curve of each block's mixer; None for a block without one."""
         findings, processes = self.journal.curves, self.calibration.processes
         if len(findings.found) == len(self.calibration.blocks.modules):
             return findings.found
@@ -253,7 +256,7 @@ class _Run:
                 yield block, family.mixer(block, index)
 
     def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
-        """Decisions and scores for all mixers at once, by a method that looks at the unpruned model."""
+        """Decisions and scores on all mixers, by a method that looks at the unpruned model."""
         method, layout, names = self.recipe.registered, layout_of(self.calibration.model.config), list[str]()
         # Room for all of them before the first block is read: small tensors between blocks, if kept, leave holes.
         scores = torch.empty(len(sizes), layout.n_groups, layout.state_size, dtype=torch.float64)
@@ -269,7 +272,7 @@ class _Run:
         return {name: (Decision(part), score.clone()) for name, part, score in zip(names, kept, scores, strict=True)}
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
-        """Record decisions without a walk: with nothing to recover, no activations are needed."""
+        """Record decisions without a walk, since no activations are needed where nothing is to recover."""
         for index, (block, mixer) in enumerate(self._mixers()):
             if index >= self.journal.done:
                 self.journal.record(block, *((mixer.name, *known[mixer.name]) if mixer else ()))
@@ -315,7 +318,7 @@ class _Run:
     def _decided_once(
         self, block: OpenBlock, index: int, decide: Callable[[EvidenceSource], T], tokens: int = MEASURED_TOKENS
     ) -> T:
-        """What process 0 decides by evidence on a block that all work out, the same on all processes.
+        """A decision of process 0, which all processes take over; they work out the evidence on a block together.
 
         Args:
             tokens: on which the changes of decisions are measured.
@@ -346,3 +349,9 @@ class _Run:
                 "evaluate the unpruned model on the same text first."
             )
         return score
+
+
+def check_original(is_stock: bool) -> None:
+    """Raise ModelError for a model whose state is projected, or of a size of its own in some layer."""
+    if not is_stock:
+        raise ModelError("The model's state was projected or cut per layer before; prune the original instead.")

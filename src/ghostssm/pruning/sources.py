@@ -1,4 +1,4 @@
-"""Where the evidence on a mixer comes from: a walk, what process 0 asks of all, or what was measured before."""
+"""Sources of the evidence on a mixer: a walk, all processes, or what was measured before."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Walked:
 
 
 class Measured:
-    """Evidence that measures no decision twice."""
+    """Evidence that remembers the changes that were measured."""
 
     def __init__(self, source: EvidenceSource):
         self.statistics, self.samples = source.statistics, source.samples

@@ -73,7 +73,7 @@ _STEPS: dict[str, MixerStep | ModelStep] = {}
 
 
 def register_step(step: MixerStep | ModelStep) -> None:
-    """Make a step known by its name, in recipes; an earlier one of that name is replaced.
+    """Make a step known to recipes by its name; an earlier one of that name is replaced.
 
     Args:
         step: of mixer or of model scope.

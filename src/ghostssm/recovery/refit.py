@@ -36,7 +36,7 @@ _HELD_OUT_ONE_IN = 8
 
 @dataclass(frozen=True)
 class RefitData:
-    """Windows of a mixer, and what it should make of them.
+    """Inputs of a mixer, and the outputs that it should give.
 
     Attributes:
         hidden: (b, l, hidden_size), the mixer's input. target: the same shape, its wanted output.
@@ -76,7 +76,7 @@ class RefitData:
 
 
 def joined(parts: Sequence[RefitData]) -> RefitData:
-    """All windows in one."""
+    """The windows of all parts together."""
     return RefitData(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(RefitData)))
 
 
@@ -104,7 +104,8 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
     kept, caution = trial.state(), 1.0
     for step in range(1, steps + 1):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = LEARNING_RATE * caution * scale * _learning_rate_factor(step, steps)
+            falling = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))  # half a cosine, from one to nearly zero
+            group["lr"] = LEARNING_RATE * caution * scale * falling
         chosen = torch.randint(len(windows), (count,), generator=generator)
         batch = windows[chosen if count > 1 else slice(int(chosen), int(chosen) + 1)]  # one window needs no copy
         with torch.enable_grad():
@@ -122,11 +123,6 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
                 caution *= _CAUTION
     trial.write(kept)
     return best / first if first > 0 else 1.0
-
-
-def _learning_rate_factor(step: int, steps: int) -> float:
-    """Half a cosine, from one to nearly zero."""
-    return 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
 class _Trial:

@@ -176,7 +176,7 @@ def repair_output(
 
 
 def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]:
-    """The held-out error that is left, as a share, and the change of the weight that leaves it; None for none."""
+    """The share of the held-out error that is left, and the change of the weight; None if no change is better."""
     if held_out.energy == 0 or fit.energy == 0:
         return 1.0, None
     error, ridge = min((held_out.error(fit.solve(ridge)), ridge) for ridge in RIDGES)

@@ -1,1 +1,1 @@
-"""Pages that show what was removed, what it cost and what it bought; and how notebooks show plans and comparisons."""
+"""Pages and charts of what was removed, what it cost and what it bought; how notebooks show plans and comparisons."""

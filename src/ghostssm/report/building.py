@@ -1,4 +1,4 @@
-"""What a report shows of a checkpoint's folder, or of a comparison: its cost, what it bought, what the state does."""
+"""The reports of a checkpoint's folder and of a comparison: what pruning cost, what it bought, what the state does."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from ghostssm.report.telling import (
     running,
 )
 from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
-from ghostssm.workflows.comparison import Comparison, Row, comparison_cells, labelled
-from ghostssm.workflows.observing import predicted_speed
-from ghostssm.workflows.record import DecodeSpeed, Record, Samples, WindowLosses
+from ghostssm.workflows.compare_result import Comparison, Row, comparison_cells, labelled
+from ghostssm.workflows.report_measuring import predicted_speed
+from ghostssm.workflows.report_record import DecodeSpeed, Record, Samples, WindowLosses
 
 _NO_LOSS = 700.0
-"""No loss is so large: its perplexity would be no number."""
+"""No loss is as large as this: the exponential of it overflows."""
 _MEMORIES = (24 << 30, 80 << 30, 141 << 30)
-"""Of GPUs that are sold as having 24, 80 and 141 GB."""
+"""Bytes of GPUs that are sold as having 24, 80 and 141 GB."""
 _COST, _BOUGHT, _STATE = "What it cost", "What it bought", "What the state does"
 
 
 def checkpoint_report(folder: Path, state_dtype: str | None = None) -> Report:
-    """Of a checkpoint that ghostssm wrote: its plan, manifest and record, as far as they are there.
+    """The report of a checkpoint that ghostssm wrote, from its plan, and its manifest and record if they are there.
 
     Args:
         state_dtype: in which the state is kept; that which the plan says, or float32, if not given. What was measured
@@ -99,14 +99,14 @@ def checkpoint_report(folder: Path, state_dtype: str | None = None) -> Report:
 
 
 def comparison_report(comparison: Comparison) -> Report:
-    """Of methods and sizes side by side, as `ghostssm.compare` found them for a request with ``report``."""
+    """The report of methods and sizes side by side; the comparison's request had ``report``."""
     basis = comparison.basis
     assert basis is not None
     described, windows, observations = basis.description, basis.evaluation, basis.observations
     dense, *others = comparison.rows
     labels = {(row.label, row.state_size): _label(row) for row in others}
-    found = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
-    losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], found)
+    pruned = {labels[cell]: evaluation for cell, evaluation in comparison.evaluations.items() if cell in labels}
+    losses = WindowLosses.of(windows, comparison.evaluations[dense.method, dense.state_size], pruned)
     cost: list[Figure | Table | Texts] = [size_figure(comparison.rows), window_figure(losses)] if others else []
     cost += _trainings({f"{method}, N' = {size}": plan for (method, size), plan in comparison.plans.items()})
     bought: list[Figure | Table | Texts] = []
@@ -177,13 +177,13 @@ def _texts(samples: Samples | None) -> list[Figure | Table | Texts]:
 
 
 def _trainings(plans: Mapping[str, Plan]) -> list[Figure]:
-    """The curves of all trainings of the whole pruned model that plans tell of."""
-    found = {
+    """The curves of all distillations that plans tell of."""
+    trainings = {
         label if number == 1 else f"{label} {number}": training
         for label, plan in plans.items()
         for number, training in enumerate(plan.distillations, 1)
     }
-    return [distillation_figure(found)] if found else []
+    return [distillation_figure(trainings)] if trainings else []
 
 
 def _repeating(words: str) -> Texts:
@@ -202,7 +202,7 @@ def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:
 
 
 def _speeds(comparison: Comparison, described: Description, machine: Machine | None) -> list[DecodeSpeed]:
-    """Of the dense model and of every shape of state once: methods that give the same one decode alike."""
+    """The speeds of the dense model and of every shape of state, each once: methods of one shape decode alike."""
     names: dict[str, tuple[Row, Plan | None]] = {}
     for row in comparison.rows:
         plan = comparison.plans.get((row.method, row.state_size))
@@ -233,7 +233,7 @@ def _described(folder: Path) -> Description | None:
 
 
 def _in_dtype(label: str, form: StateFormat) -> str:
-    """What is said of a model, with its state's dtype where that is not float32."""
+    """A label with the dtype of the state, if that is not float32."""
     return label if form is FLOAT32 else f"{label}, state in {form.name}"
 
 
@@ -255,7 +255,7 @@ def _state_cards(plan: Plan, described: Description | None, form: StateFormat) -
 
 
 def _loss_cards(measured: Measurement | None, form: StateFormat) -> list[Card]:
-    """From the manifest, which may be anybody's: what can't be a loss is not shown."""
+    """What the manifest says of the loss. Anybody may have written it, so what can't be a loss is not shown."""
     if measured is None:
         return []
     losses = (measured.dense_loss, measured.pruned_loss, measured.excess.mean)
@@ -269,10 +269,10 @@ def _loss_cards(measured: Measurement | None, form: StateFormat) -> list[Card]:
     ]
 
 
-def _training_card(found: Distillation) -> Card:
-    where = f"excess loss on {found.held_out_windows} held-out windows of {text_name(found.text)}"
-    change = f"{found.curve[0].excess.mean:z.4f} → {found.best.excess.mean:z.4f}"
-    return Card("Distillation", change, f"{where}; {found.tokens:,} tokens of training")
+def _training_card(training: Distillation) -> Card:
+    where = f"excess loss on {training.held_out_windows} held-out windows of {text_name(training.text)}"
+    change = f"{training.curve[0].excess.mean:z.4f} → {training.best.excess.mean:z.4f}"
+    return Card("Distillation", change, f"{where}; {training.tokens:,} tokens of training")
 
 
 def _speed_cards(speeds: Sequence[DecodeSpeed], form: StateFormat) -> list[Card]:
@@ -281,9 +281,9 @@ def _speed_cards(speeds: Sequence[DecodeSpeed], form: StateFormat) -> list[Card]
         for batch in sorted({speed.batch for speed in speeds})
     }
     ratios = {
-        batch: found["pruned"] / found["dense"]
-        for batch, found in by_batch.items()
-        if {"dense", "pruned"} <= set(found)
+        batch: rates["pruned"] / rates["dense"]
+        for batch, rates in by_batch.items()
+        if {"dense", "pruned"} <= set(rates)
     }
     if not ratios:
         return []
@@ -305,7 +305,7 @@ def _missing(
             kept |= {"state_bytes": None, "state_size": plan.provenance.requested_state_size}
     missing, in_memory = [], {"stream": False, "offload": None, "resume": False, **kept}
     reported = {"phantom plot and Hankel singular values": record.observations, "decode speed": record.decode}
-    if unreported := [what for what, found in reported.items() if not found]:
+    if unreported := [what for what, part in reported.items() if not part]:
         missing.append((", ".join(unreported), prune_command(plan, manifest, report=True, **in_memory)))
     if record.losses is None or not measured:
         missing.append(("excess loss and its windows", prune_command(plan, manifest, evaluate="TEXT", **kept)))
@@ -319,7 +319,7 @@ def _missing(
 
 
 def _missing_of_distilled(plan: Plan, manifest: Manifest) -> list[tuple[str, str]]:
-    """Training changes neither the unpruned model nor the speed, so that the student's page holds of it too."""
+    """What a distilled checkpoint lacks. Dense state and speed are those of the student: its own page has them."""
     request = manifest.request or {}
     missing = [("phantom plot, Hankel singular values, decode speed", command("report", {"model": request["student"]}))]
     if manifest.measured is None:

@@ -13,8 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ghostssm._version import __version__
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
+from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.progress import stage
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; without headers each is a name and what there is to say of it."""
+    """Rows of text; without headers a row is a name and its value."""
 
     title: str
     headers: Sequence[str]
@@ -45,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Texts:
-    """Longer texts as they are, such as commands, each under its label."""
+    """Longer texts, such as commands, each under its label."""
 
     title: str
     texts: Mapping[str, str]
@@ -78,13 +77,13 @@ class Report:
 
     @property
     def figures(self) -> list[Figure]:
-        """Of all sections."""
+        """The figures of all sections."""
         parts = (part for section in self.sections for part in section.parts)
         return [part for part in parts if not isinstance(part, Table | Texts)]
 
 
 def html_page(report: Report) -> str:
-    """The page.
+    """A report's page.
 
     Raises:
         InputError: the libraries that draw are not installed.
@@ -127,7 +126,7 @@ def table_html(table: Table) -> str:
 
 
 def _kind(column: Sequence[str]) -> str:
-    """How a column is set: sentences may be broken, and only numbers are aligned right."""
+    """The CSS class of a column: sentences may be broken into lines, and only numbers are aligned right."""
     if any(len(cell) > _LONGEST_NAME for cell in column):
         return _WORDS
     return _NUMBERS if any(cell[:1].isdigit() for cell in column) else _NAMES

@@ -1,19 +1,23 @@
-"""What a person asks to see of a plan, a comparison or a checkpoint: a chart, or a page.
+"""What a person asks to see of a plan, a comparison or a checkpoint: a chart, a page, or a notebook's output.
 
 These are functions and not methods of what they show: a value knows no screen, and the figures' libraries are an extra.
 """
 
 from __future__ import annotations
 
+import sys
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghostssm.errors import InputError
-from ghostssm.files.output_file import OutputFile
+from ghostssm.files.outputs import OutputFile
 from ghostssm.plan.plan import Plan
+from ghostssm.report.page import Table, table_html, write_page
+from ghostssm.units import sizes_text, text_name
 from ghostssm.values import short
-from ghostssm.workflows.comparison import Comparison
+from ghostssm.workflows.compare_result import Comparison, comparison_cells
 
 if TYPE_CHECKING:
     from ghostssm.report.figures import Figure
@@ -73,7 +77,6 @@ def write_report(shown: Comparison | str | PathLike[str], output: str | PathLike
     """
     file = OutputFile(Path(output), overwrite)
     from ghostssm.report.building import checkpoint_report, comparison_report
-    from ghostssm.report.page import write_page
 
     if isinstance(shown, Comparison) and shown.basis is not None:
         write_page(file, comparison_report(shown))
@@ -82,3 +85,42 @@ def write_report(shown: Comparison | str | PathLike[str], output: str | PathLike
     else:
         raise InputError(f"Found {short(shown)}; expected what ghostssm.compare returns, or a checkpoint's folder.")
     return file.path
+
+
+def register_with_ipython() -> None:
+    """Show plans and comparisons by the functions below, if the code runs in IPython."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        formatter = shell.display_formatter.formatters["text/html"]
+        formatter.for_type(Plan, plan_html)
+        formatter.for_type(Comparison, comparison_html)
+
+
+def plan_html(plan: Plan) -> str:
+    """A plan in a notebook: a table of what was decided, and the scores as a heat map."""
+    rows = [
+        ["method", plan.method],
+        ["model type", plan.model_type],
+        ["layers", str(len(plan.selections))],
+        ["state size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}"],
+        ["state kept", f"{plan.kept_share:.1%}"],
+    ]
+    if plan.provenance is not None:
+        seen = plan.provenance.calibration
+        words = f"{seen.windows} windows of {seen.window_length} tokens of {text_name(seen.text)}"
+        rows.append(["calibrated on", words])
+    return table_html(Table("", ["plan", ""], rows)) + (_figure_html(plan) if plan.has_scores else "")
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """A comparison in a notebook: the table of all rows, and loss against bytes of state."""
+    table = table_html(Table("", *comparison_cells(comparison.rows)))
+    return table + (_figure_html(comparison) if len(comparison.rows) > 1 else "")
+
+
+def _figure_html(shown: Plan | Comparison) -> str:
+    try:
+        figure = figure_of(shown)
+    except InputError as error:
+        return f"<p>{escape(str(error))}</p>"
+    return figure.html()

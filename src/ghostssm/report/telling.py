@@ -20,7 +20,7 @@ _REQUESTS = {"prune": PruneRequest, "compare": CompareRequest, "distill": Distil
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
-    """A command line from the fields of a request; what was not asked for is left out."""
+    """The command line of a request's fields; fields that are None, False or empty are left out."""
     kind, words = _REQUESTS.get(verb, Request), ["ghostssm", verb]
     for name, value in asked.items():
         values = value if isinstance(value, list | tuple) else [value]
@@ -32,7 +32,7 @@ def command(verb: str, asked: Mapping[str, Any]) -> str:
 
 
 def repeating_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
-    """The command whose output a folder is: ``distill``, if that came last, else ``prune``; ``more`` as there."""
+    """The command that wrote a folder: ``distill`` if that came last, else ``prune``; ``more`` is as there."""
     if manifest is not None and is_distilled(manifest):
         return command("distill", {**(manifest.request or {}), **more, "output": "DIR"})
     return prune_command(plan, manifest, **more)
@@ -44,7 +44,7 @@ def is_distilled(manifest: Manifest) -> bool:
 
 
 def prune_command(plan: Plan, manifest: Manifest | None, **more: Any) -> str:
-    """The command that repeats a run: as it was asked for, or, of older checkpoints, as far as the plan tells it.
+    """The command that repeats a run: its request, or what the plan tells of it in older checkpoints.
 
     Args:
         more: fields of the request that are to be others.
@@ -84,8 +84,8 @@ def manifest_table(manifest: Manifest) -> Table:
         if made.choice is not None:
             told["Chosen"] = f"within {bytes_text(made.choice.state_bytes)} of state per sequence: {made.choice.text}"
             told["Candidates"] = "; ".join(" ".join(line) for line in made.choice.cells()[1])
-    if (found := manifest.measured) is not None:
-        told["Measured on"] = f"{found.windows} windows of {found.window_length} tokens of {text_name(found.text)}"
+    if (on := manifest.measured) is not None:
+        told["Measured on"] = f"{on.windows} windows of {on.window_length} tokens of {text_name(on.text)}"
     told["Weights"] = f"{manifest.dtype}, in the {manifest.dialect} dialect"
     if manifest.untied_head:
         told["Head"] = "a weight of its own, which the base model ties to the embeddings"
@@ -102,7 +102,7 @@ def manifest_table(manifest: Manifest) -> Table:
 
 
 def advice_of(described: Description, plan: Plan | None, *, written: bool = False) -> tuple[Advice, ...]:
-    """What engines make of a model as it is, or under a plan.
+    """Which engines run a model as it is, or under a plan.
 
     Args:
         written: whether the description is of files that engines would read as they are.
@@ -119,21 +119,21 @@ def advice_of(described: Description, plan: Plan | None, *, written: bool = Fals
 
 
 def running(advice: Sequence[Advice]) -> str:
-    """The engines that run a model at full speed, at once or after an export; places of one engine in brackets."""
+    """A phrase that names the engines that run a model at full speed; devices of one engine are in brackets."""
     places: dict[str, list[str]] = {}
     for entry in advice:
         if entry.level == "runs":
             engine, _, place = entry.engine.partition("-")
             places.setdefault(engine, []).append(place)
     names = [
-        f"{engine} ({', '.join(found)})" if len(found) > 1 else "-".join([engine, *filter(None, found)])
-        for engine, found in places.items()
+        f"{engine} ({', '.join(devices)})" if len(devices) > 1 else "-".join([engine, *filter(None, devices)])
+        for engine, devices in places.items()
     ]
     return f"runs in {', '.join(names)}" if names else "no engine runs it at full speed"
 
 
 def engine_tables(advice: Mapping[str, Sequence[Advice]]) -> list[Table]:
-    """Engines by what is run, and the reasons, once for all that share one."""
+    """A table of the engines' verdicts, and one of the reasons; engines that share a reason share a row."""
     told = Verdicts.of(advice)
     caption = " ".join(["By what their source accepts; nothing was run for this.", *told.notes])
     verdicts = Table("Engines", ["engine", *advice], told.rows, caption)

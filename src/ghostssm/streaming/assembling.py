@@ -34,8 +34,8 @@ def gather_shards(
 ) -> None:
     """Move shards into a folder under their final names, and write the index over them.
 
-    Mixers of a stock model that are narrower than the widest are padded to it. What is in its place already stays, so
-    that this can be called again after it was ended.
+    Mixers of a stock model that are narrower than the widest are padded to it. Shards that are in their place already
+    stay, so that an interrupted call can be repeated.
 
     Args:
         model: the pruned model, whose blocks need no weights.

@@ -1,4 +1,7 @@
-"""Prune a model that does not fit into memory: one block at a time, from its files to the output's."""
+"""Prune a model that does not fit into memory: one block at a time, from its files to the output's.
+
+A run that ended before is recognised by what the manifest of its output says.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,24 @@ from ghostssm._version import __version__
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.processes import Processes
 from ghostssm.calibration.scratch import Scratch
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, open_blocks
 from ghostssm.choices import DEFAULT_SEED, Groups
-from ghostssm.errors import ProcessError
-from ghostssm.evaluation.measurement import measurement_of
-from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.errors import GhostError, ProcessError
+from ghostssm.evaluation.perplexity import Evaluation, evaluate, measurement_of
+from ghostssm.files.held_run import run_folder_of
 from ghostssm.files.interrupts import Terminated
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Progress, listening, on_screen
-from ghostssm.pruning.feasibility import check_streamable
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text.windows import Windows
+from ghostssm.units import dtype_name, text_name
 from ghostssm.values import Value
 
 Beside = Callable[[Evaluation | None, Evaluation | None, Path], None]
@@ -110,7 +114,7 @@ def prune_streamed(
         ProcessError: another process is gone; what is done can be resumed.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    check_streamable(recipe)
+    recipe.check_streamable()
     check_dialect(dialect, checkpoint.model.config.model_type, not recipe.stock, untie)
     processes = processes or Processes()
     fingerprint = processes.from_first(checkpoint.source.fingerprint)
@@ -143,15 +147,15 @@ def prune_streamed(
             blocks = open_blocks(source(), torch.float32, checkpoint.blocks.device)
             return _shared_losses(blocks, held_out, processes, Scratch(offload), tell, storage)
 
-        found = torch.tensor(run.kept(name, computed), dtype=torch.float64)
-        return Evaluation(found, held_out.bytes_per_token, held_out.seed is None)
+        by_window = torch.tensor(run.kept(name, computed), dtype=torch.float64)
+        return Evaluation(by_window, held_out.bytes_per_token, held_out.seed is None)
 
     folder = RunFolder(
         output, identity, resume=resume, overwrite=overwrite, dialect=dialect, untie=untie, processes=processes
     )
     with listening(progress) as tell, folder as run:
         try:
-            run.rehearse(checkpoint, windows.ids.numel())
+            run.dry_run(checkpoint, windows.ids.numel())
             run.begin(checkpoint.blocks)
             dense = losses("dense", lambda: checkpoint.source)
             plan = calibration.plan(recipe, state_size, groups, seed, tell, multiple, run).kept_in(state_dtype)
@@ -181,12 +185,12 @@ def _shared_losses(
 ) -> list[float]:
     """The loss on every window; each process measures its own windows."""
     _, own = processes.share(windows)
-    found: list[float] = evaluate(blocks, own, progress, scratch, storage).losses.tolist()
-    return processes.gather(found)
+    losses: list[float] = evaluate(blocks, own, progress, scratch, storage).losses.tolist()
+    return processes.gather(losses)
 
 
 def options_of(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for besides models and texts: of these the fingerprints are compared, not the names."""
+    """The options of a request without models and texts, which are compared by fingerprint and not by name."""
     options = {name: value for name, value in request.items() if name not in _NAMES}
     return {"method": str(Recipe.parse(request["recipe"])), **options}
 
@@ -198,10 +202,47 @@ def _fingerprints(checkpoint: StreamedCheckpoint, windows: Windows, fingerprint:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": checkpoint.blocks.device.type,
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(checkpoint.model.dtype),
         "model": fingerprint,
         "text": windows.text_fingerprint,
         "windows": len(windows),
         "window_length": windows.length,
         "tokens": windows.fingerprint,
     }
+
+
+def may_be_finished(output: Path) -> bool:
+    """Whether an output is there and no run is under way that would write it."""
+    return Manifest.is_in(output) and not run_folder_of(output).exists()
+
+
+def finished_run(
+    folder: Path, base_fingerprint: str, request: Mapping[str, Any], windows: Windows, held_out: Windows | None
+) -> StreamedRun | None:
+    """What the run ended in that wrote an output; None if another run wrote it.
+
+    Args:
+        base_fingerprint: of the model to prune. request: what is asked for, JSON values.
+        windows: to calibrate on. held_out: to measure on, if that is wanted.
+    """
+    try:
+        manifest, plan = Manifest.read(folder), Plan.read(folder, changes=False)
+        options = None if manifest.request is None else options_of(manifest.request)
+    except (GhostError, KeyError, TypeError):  # not a folder of ours, or a broken one
+        return None
+    made = manifest.options
+    if options is None or made is None or not _covers(manifest.measured, held_out):
+        return None
+    wanted = options_of(request) | {"text_windows": options.get("text_windows")}  # their number was just compared
+    written = (manifest.base_model_sha256, made.calibration.tokens_sha256)
+    if written != (base_fingerprint, windows.fingerprint) or options != wanted:
+        return None
+    return StreamedRun(plan, manifest.measured)
+
+
+def _covers(measured: Measurement | None, held_out: Windows | None) -> bool:
+    """Whether a measurement is the one that is wanted, if one is."""
+    if held_out is None:
+        return True
+    wanted = (text_name(held_out.text_name), len(held_out), held_out.length)
+    return measured is not None and wanted == (text_name(measured.text), measured.windows, measured.window_length)

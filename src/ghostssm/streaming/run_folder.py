@@ -21,31 +21,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ghostssm.calibration.processes import Processes
+from ghostssm.checkpoint.carried import carried_pieces
 from ghostssm.checkpoint.dialects import dialect_named
+from ghostssm.checkpoint.dry_run import dry_run_streamed
 from ghostssm.checkpoint.loading import Checkpoint, check_writable
-from ghostssm.checkpoint.rehearsal import rehearse_run
+from ghostssm.checkpoint.naming import has_tied_head
 from ghostssm.checkpoint.saving import untied_head, write_beside_weights, write_config, write_model
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedBlocks, StreamedCheckpoint
-from ghostssm.checkpoint.ties import has_tied_head
-from ghostssm.checkpoint.unread import carried_pieces
-from ghostssm.errors import InputError, NumericalError, StorageError
+from ghostssm.errors import NumericalError, OutputError
 from ghostssm.files import durable
 from ghostssm.files.durable import put_in_place
-from ghostssm.files.kept_run import open_run
-from ghostssm.files.output_folder import destination
+from ghostssm.files.held_run import RUN_FILE, HeldRun, run_folder_of
+from ghostssm.files.outputs import OutputFolder, destination
 from ghostssm.models.families import family_of
 from ghostssm.models.families.own import write_code
 from ghostssm.models.mixer import Projection
@@ -56,18 +54,17 @@ from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import carry_out, pruned
 from ghostssm.pruning.journal import Journal
 from ghostssm.streaming.assembling import gather_shards, mapped_model
-from ghostssm.streaming.kept_findings import KeptFindings
-from ghostssm.streaming.run_places import check_run_folder, is_in_place, run_folder_of
+from ghostssm.streaming.findings import FindingsOnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class RunFolder(Journal):
+class RunFolder(HeldRun, Journal):
     """The decisions and weights of a streamed run.
 
         with RunFolder(output, identity, resume=False) as run:
-            run.rehearse(checkpoint, windows.ids.numel())
+            run.dry_run(checkpoint, windows.ids.numel())
             run.begin(blocks)
             plan = calibration.plan(..., journal=run)
             run.assemble(plan)
@@ -100,50 +97,36 @@ class RunFolder(Journal):
             OutputError: a run's state is there and ``resume`` is false, or it is of a run with another identity, or
                 another process works on it; or the output must not be written.
         """
-        super().__init__()
-        self.path = destination(output)
-        self.folder = run_folder_of(self.path)
-        self.output = self.folder / "output"
-        self._identity = dict(identity)
-        self._dialect, self._untie = dialect, untie
-        self._created = False
-        self._lock: IO[str] | None = None
-        self._blocks: StreamedBlocks | None = None
         self._processes = processes or Processes()
-        self._records = KeptFindings(self.folder, "records", self._processes, self._told_faults)
-        self.curves: KeptFindings = KeptFindings(self.folder, "curves", self._processes, self._told_faults)
+        HeldRun.__init__(self, output, identity, self._processes.from_first)
+        Journal.__init__(self)
+        self.path = destination(output)
+        self.output = self.folder / "output"
+        self._dialect, self._untie = dialect, untie
+        self._blocks: StreamedBlocks | None = None
+        self._records = FindingsOnDisk(self.folder, "records", self._processes, self.told_faults)
+        self.curves: FindingsOnDisk = FindingsOnDisk(self.folder, "curves", self._processes, self.told_faults)
         self._processes.from_first(lambda: check_run_folder(self.path, resume=resume, overwrite=overwrite))
 
-    def __enter__(self) -> RunFolder:
-        self._processes.from_first(self._enter)
-        return self
+    def has_work(self) -> bool:
+        return self.done > 0
 
-    def _enter(self) -> None:
-        self._lock, self._created = open_run(self.folder, self._identity)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-        if self._created and not self.done and isinstance(error, InputError):
-            self.remove()  # a mistake that showed before any work leaves nothing to go on with
-
-    def rehearse(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
+    def dry_run(self, checkpoint: StreamedCheckpoint, tokens: int) -> None:
         """Try what `finish` may stumble over, and whether the disk has room for the run.
 
         Args:
             tokens: in all windows, whose hidden states the run keeps.
 
         Raises:
-            ModelError, OutputError: as `ghostssm.checkpoint.rehearsal`.
+            ModelError, OutputError: as `ghostssm.checkpoint.dry_run`.
         """
 
-        def rehearsed() -> None:
-            with self._told_faults():
+        def tried() -> None:
+            with self.told_faults():
                 if not is_in_place(self.folder):
-                    rehearse_run(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
+                    dry_run_streamed(self.folder, self.path, checkpoint, tokens, self._dialect, self._untie)
 
-        self._processes.from_first(rehearsed)
+        self._processes.from_first(tried)
 
     def begin(self, blocks: StreamedBlocks) -> None:
         """Read what earlier runs did, and write what no decision changes."""
@@ -153,7 +136,7 @@ class RunFolder(Journal):
         self._records.read(len(blocks.modules), self._take_over)
 
     def _write_outside(self) -> None:
-        with self._told_faults():
+        with self.told_faults():
             for part in ("outside", "blocks", "carried"):
                 (self.folder / part).mkdir(exist_ok=True)
             for number, (name, source) in enumerate(self._outside().items()):
@@ -164,8 +147,8 @@ class RunFolder(Journal):
     def _outside(self) -> dict[str, str]:
         """The tensors outside the blocks that the output has, each with the one whose values it gets."""
         model = self._streamed.model
-        found = {name: name for name in self._streamed.outside()}
-        return found | tied_weights(model) if self._untie and has_tied_head(model) else found
+        names = {name: name for name in self._streamed.outside()}
+        return names | tied_weights(model) if self._untie and has_tied_head(model) else names
 
     def decisions(self) -> dict[str, tuple[Decision, Tensor]]:
         """As `Journal.decisions`, made of the records, which hold Python's numbers and no tensors."""
@@ -191,11 +174,11 @@ class RunFolder(Journal):
         score: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> None:
-        found: dict[str, Any] | None = None
-        with self._told_faults():
+        record: dict[str, Any] | None = None
+        with self.told_faults():
             if name is not None and decision is not None and score is not None:
                 self._apply(block, decision)
-                found = {
+                record = {
                     "name": name,
                     "kept": [list(channels) for channels in decision.selection.kept],
                     "projected": None if decision.projection is None else decision.width,
@@ -206,18 +189,21 @@ class RunFolder(Journal):
                 tensors = self._streamed.tensors_of(self.done, block)
                 check_writable(tensors)
                 durable.write_tensors(self._shard("blocks", self.done), tensors)
-        self._records.add(found, hidden)
-        self._take_over(found)
+        self._records.add(record, hidden)
+        self._take_over(record)
 
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """Numbers that the run's folder keeps under a name; computed, by all processes, if it does not have them."""
         file = self.folder / f"{name}.json"
-        found: list[float] | None = self._processes.from_first(lambda: _read_json(file))
-        if found is None:
-            found = compute()
-            with self._told_faults():
-                self._processes.from_first(lambda: durable.write_json(file, found))
-        return found
+
+        def read() -> list[float] | None:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+        if (numbers := self._processes.from_first(read)) is None:
+            numbers = compute()
+            with self.told_faults():
+                self._processes.from_first(lambda: durable.write_json(file, numbers))
+        return numbers
 
     def add(self, write: Callable[[Path], None]) -> None:
         """Have something written into the assembled output, unless that is in its place already."""
@@ -231,12 +217,12 @@ class RunFolder(Journal):
         if is_in_place(self.folder):
             return
         blocks, dialect = self._streamed, dialect_named(self._dialect)
-        names = [None if found is None else found["name"] for found in self._records.found]
+        names = [None if record is None else record["name"] for record in self._records.found]
         shards = [
             *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
             *((name, self._shard("blocks", number)) for number, name in enumerate(names)),
         ]
-        with self._told_faults(), self._pruned(blocks.model, plan) as (model, _):
+        with self.told_faults(), self._pruned(blocks.model, plan) as (model, _):
             carried = self._carried(model) if dialect.keeps_unread else []
             place = self.output if dialect.has_shards else self.folder / "shards"
             place.mkdir(exist_ok=True)
@@ -286,7 +272,7 @@ class RunFolder(Journal):
         def finished() -> None:
             files = SideFiles(self.output, fatal=(OSError, SafetensorError, NumericalError))
             if not is_in_place(self.folder):
-                with self._told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
+                with self.told_faults(), self._pruned(checkpoint.model, plan) as (model, untied):
                     smaller = Checkpoint(model, checkpoint.tokenizer, checkpoint.source)
                     write_beside_weights(
                         files, smaller, plan, self._dialect, measured, fingerprint, untied, request=request
@@ -299,33 +285,10 @@ class RunFolder(Journal):
 
         self._processes.from_first(finished)
 
-    def remove(self) -> None:
-        """Remove the run's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def how_to_go_on(self) -> str:
-        """A sentence for a person whose run ended."""
-        return f"What is done is in {self.folder}: give the same command with --resume to go on."
-
-    @contextmanager
-    def _told_faults(self) -> Iterator[None]:
-        """Within the context the system's errors become one message with the next step."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            place, reason = self.folder, str(error)
-            if isinstance(error, OSError):
-                place, reason = error.filename or place, error.strerror or reason
-            raise StorageError(f"{place} could not be written: {reason}. {self.how_to_go_on()}") from error
-
     @property
     def _streamed(self) -> StreamedBlocks:
         assert self._blocks is not None, "begin was not called"
         return self._blocks
-
-    def _close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
 
     def _apply(self, block: nn.Module, decision: Decision) -> None:
         """Prune a block as the model has it."""
@@ -339,23 +302,36 @@ class RunFolder(Journal):
 
 
 def _read_record(record: dict[str, Any]) -> tuple[str, tuple[Decision, Tensor]]:
-    """The name of a mixer, the decision on it, and the scores behind it."""
-    kept, size = Selection(tuple(tuple(channels) for channels in record["kept"])), record["projected"]
-    projection = None if size is None else _shapes_only(len(kept.kept), kept.width, size)
-    decision = Decision(kept, projection, _names_only(record["changed"]))
+    """The name of a mixer, the decision on it, and the scores behind it.
+
+    Values of projections and of changed parameters are in the weights; the decision has their shapes and names only.
+    """
+    kept = Selection(tuple(tuple(channels) for channels in record["kept"]))
+    projection = None
+    if record["projected"] is not None:
+        projection = Projection(*torch.empty(2, len(kept.kept), kept.width, record["projected"], device="meta"))
+    decision = Decision(kept, projection, {name: torch.empty(0, device="meta") for name in record["changed"]})
     return record["name"], (decision, torch.tensor(record["scores"], dtype=torch.float64))
 
 
-def _shapes_only(groups: int, width: int, size: int) -> Projection:
-    """A projection whose values are in the weights already."""
-    return Projection(*torch.empty(2, groups, width, size, device="meta"))
+def is_in_place(folder: Path) -> bool:
+    """Whether all that a run left to do is to remove its folder."""
+    return (folder / "finished").exists() and not (folder / "output").exists()
 
 
-def _names_only(changed: Any) -> dict[str, Tensor]:
-    """Changed parameters by name; their values are in the weights already."""
-    return {name: torch.empty(0, device="meta") for name in changed}
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def check_run_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError if an output must not be written, or has a run's state and is not to be resumed."""
+    folder = run_folder_of(output)
+    if is_in_place(folder) and resume:
+        return
+    OutputFolder(output, overwrite)
+    if folder.exists() and not (folder / RUN_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{folder}, where the run's state would be, holds something else; move it away, or name another --output."
+        )
+    if (folder / RUN_FILE).exists() and not resume:
+        done = len(list((folder / "records").glob("*.json")))
+        raise OutputError(
+            f"{folder} holds a run that ended after {done} layers; pass --resume to go on, or remove that folder to "
+            "start again."
+        )

@@ -153,10 +153,10 @@ def _no_text(row: Any) -> str:
     if not isinstance(row, dict):
         return f"{expected}."
     strings = [name for name, value in row.items() if isinstance(value, str)]
-    found = ", ".join(map(repr, (strings or list(row))[:_LISTED_KEYS])) or "no key"
+    keys = ", ".join(map(repr, (strings or list(row))[:_LISTED_KEYS])) or "no key"
     if strings:
-        return f"{expected}. Found strings under {found}; rename the key that holds the text."
-    return f"{expected}. Found {found}."
+        return f"{expected}. Found strings under {keys}; rename the key that holds the text."
+    return f"{expected}. Found {keys}."
 
 
 def _chat_in(row: Any) -> str | None:

@@ -13,7 +13,7 @@ _FACTOR = 0x5851F42D4C957F2D
 
 
 class Overlap:
-    """Watches for the tokens of some windows in others, wherever in these they stand."""
+    """Finds pieces of the watched windows in other windows, at any position."""
 
     def __init__(self, watched: Sequence[Tensor]):
         """

@@ -106,14 +106,10 @@ def iterate_text(spec: str, role: Role) -> Iterator[str]:
     elif _is_there(spec):
         yield from read_folder(Path(spec)) if Path(spec).is_dir() else read_file(Path(spec))
     else:
-        raise _no_text_at(spec)
-
-
-def _no_text_at(spec: str) -> TextError:
-    return TextError(
-        f"No text at {short(spec)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
-        f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
-    )
+        raise TextError(
+            f"No text at {short(spec)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
+            f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
+        )
 
 
 def is_corpus(spec: object) -> bool:
@@ -177,9 +173,7 @@ def _wikitext2(role: Role) -> list[str]:
             with stage("fetching wikitext2 from the hub"):
                 path = hf_hub_download(repository, file, repo_type="dataset")
         except Exception as error:  # the hub client's faults share no base class
-            raise TextError(
-                f"wikitext2 could not be fetched from the hub ({type(error).__name__}). {advice}"
-            ) from error
+            raise TextError(f"{fault} ({type(error).__name__}). {advice}") from error
     return read_parquet(Path(path))
 
 

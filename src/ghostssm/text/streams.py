@@ -55,7 +55,7 @@ class StreamedText:
 
     @property
     def text_sha256(self) -> None:
-        """Unknown: nobody has read all of it."""
+        """None: the text is never read as a whole."""
         return
 
     def stretches(self, start: Place) -> Iterator[tuple[Tensor, Place]]:
@@ -67,12 +67,12 @@ class StreamedText:
             TextError: as `ghostssm.read_text`; or an epoch has no window.
         """
         while True:
-            found = False
+            has_windows = False
             for windows, place in self._epoch(start):
-                found = found or len(windows) > 0
+                has_windows = has_windows or len(windows) > 0
                 if len(windows):
                     yield windows, place
-            if not found and start.part == start.token == 0:
+            if not has_windows and start.part == start.token == 0:
                 raise TextError(
                     f"The text {self.name!r} has fewer tokens than one window of {self.length}. "
                     "Give a longer text or a shorter window."

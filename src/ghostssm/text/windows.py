@@ -109,19 +109,19 @@ def _checked_ids(ids: Any) -> Tensor:
     """Ids as (length,) or (count, length), int64."""
     rows = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], Tensor)
     try:
-        found = torch.stack(tuple(ids)) if rows else torch.as_tensor(ids)
+        tensor = torch.stack(tuple(ids)) if rows else torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(
             f"Found {short(ids)} in place of token ids; expected rows of whole numbers, all of one length: "
             "ghostssm.Windows.from_ids([[5, 17, 3], [4, 4, 9]])."
         ) from None
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or found.ndim not in (1, 2):
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2):
         raise InputError(
-            f"The ids are {short(found)}; expected whole numbers in one row or in equal rows: (count, length)."
+            f"The ids are {short(tensor)}; expected whole numbers in one row or in equal rows: (count, length)."
         )
-    if found.numel() and int(found.min()) < 0:
-        raise InputError(f"The ids hold {int(found.min())}; expected numbers of tokens, from 0.")
-    return found.to("cpu", torch.long)
+    if tensor.numel() and int(tensor.min()) < 0:
+        raise InputError(f"The ids hold {int(tensor.min())}; expected numbers of tokens, from 0.")
+    return tensor.to("cpu", torch.long)
 
 
 def cut_windows(
@@ -255,15 +255,15 @@ def _token_ids(joined: str, tokenizer: PreTrainedTokenizerBase, needed: int | No
     A text is cut before a word, every 16 million characters, and tokenised in stretches. Where only the first
     ``needed`` ids are wanted, stretches are as long as these should be, and the rest is left.
     """
-    found: list[Tensor] = []
+    ids: list[Tensor] = []
     size = 0
     most = _STRETCH if needed is None else min(_STRETCH, _CHARACTERS_PER_TOKEN * needed)
     for stretch in _stretches(joined, most):
-        found.append(encoded(stretch, tokenizer))
+        ids.append(encoded(stretch, tokenizer))
         size += len(stretch.encode())
-        if needed is not None and sum(map(len, found)) >= needed:
+        if needed is not None and sum(map(len, ids)) >= needed:
             break
-    return torch.cat(found), size
+    return torch.cat(ids), size
 
 
 def _stretches(joined: str, most: int) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Workflows: the use cases, each one function from a request to an outcome."""
+"""The use cases: each is one function from a request to an outcome, in a module of its name."""

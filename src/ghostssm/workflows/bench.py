@@ -1,4 +1,4 @@
-"""What a smaller state buys on this machine: prefill and decode, measured beside what should be."""
+"""Measure how fast a model prefills and decodes with smaller states on this machine, beside what is predicted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghostssm.evaluation.speed import Rate, Speedup, first_channels, measure
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.inputs import tell_idle_gpu
 from ghostssm.workflows.requests import BenchRequest
 from ghostssm.workflows.state_size import check_dtypes
 
@@ -91,7 +91,7 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     StateStorage.of("bfloat16", request.state_rounding)
     narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
     storages = (StateStorage(), *(StateStorage.of(dtype, request.state_rounding) for dtype in narrow))
-    tell(notify, idle_gpu_remark(request.device))
+    tell_idle_gpu(notify, request.device)
     model = load(request.model, dtype=torch.float32, device=request.device).model
     machine = measure_machine(batches, request.device)
     plans, kept = {}, {}

@@ -1,58 +1,42 @@
-"""The use cases in one call each, of whatever a caller has: names, or models, texts and token ids in memory."""
+"""Use cases in one call each; the caller gives names, or models, texts and token ids in memory."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.scratch import Scratch
-from ghostssm.checkpoint.given import GivenModel, GivenTokenizer, given_checkpoint
-from ghostssm.checkpoint.loading import Checkpoint
+from ghostssm.checkpoint.description import Description, described
+from ghostssm.checkpoint.loading import Checkpoint, GivenModel, GivenTokenizer, given_checkpoint, is_in_memory
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, unknown_name
 from ghostssm.evaluation import perplexity
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_folder import OutputFolder
+from ghostssm.files.outputs import OutputFolder
 from ghostssm.progress import Notify, Progress, listening, on_screen, unheard
-from ghostssm.pruning.smallest import held_out_rows
-from ghostssm.text.given import GivenText, given_windows
+from ghostssm.pruning.search import held_out_rows
+from ghostssm.text.coercion import GivenText, given_windows, is_name
 from ghostssm.text.sources import is_corpus
+from ghostssm.text.windows import Windows
+from ghostssm.values import short
 from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
-from ghostssm.workflows.compare_checks import checked as checked_comparison
-from ghostssm.workflows.comparison import Comparison
-from ghostssm.workflows.given import Given, asked
+from ghostssm.workflows.compare_result import Comparison
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.prune_job import PruneOutcome, checked
-from ghostssm.workflows.requests import CompareRequest, PruneRequest
+from ghostssm.workflows.options import called_with
+from ghostssm.workflows.prune_checks import PruneOutcome, checked
+from ghostssm.workflows.requests import CalibratingRequest, CompareRequest, PruneRequest, Request
+from ghostssm.workflows.state_size import AMOUNTS
 
 _WINDOW_LENGTH = 2048
-
-
-@overload
-def prune(model: PruneRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard) -> PruneOutcome: ...
-
-
-@overload
-def prune(
-    model: GivenModel,
-    text: GivenText = "wikitext2",
-    *,
-    output: str | PathLike[str] | None = None,
-    evaluate: GivenText | None = None,
-    tokenizer: GivenTokenizer | None = None,
-    column: str | None = None,
-    progress: Progress | None = on_screen,
-    notify: Notify = unheard,
-    **options: Any,
-) -> PruneOutcome: ...
+Asked = TypeVar("Asked", bound=Request)
 
 
 def prune(
@@ -94,20 +78,21 @@ def prune(
     """
     with listening(progress) as tell:
         if isinstance(model, PruneRequest):
+            _check_alone(model, text, output=output, evaluate=evaluate, tokenizer=tokenizer, column=column, **options)
             return pruning.prune(model, progress=tell, notify=notify)
-        given = Given(model, text, evaluate, tokenizer, column, options.get("device"))
+        given = _Given(model, text, evaluate, tokenizer, column, options.get("device"))
         names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
-        if not {"state_size", "budget", "max_excess_loss", "state_bytes"} & options.keys():
+        if not options.keys() & set(AMOUNTS):
             raise InputError("Say how much to keep: ghostssm.prune(model, text, state_size=64).")
         place = None if output is None else str(output)
-        request = asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
+        request = _asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
         if given.is_named:
             return pruning.prune(request, progress=tell, notify=notify)
         return _pruned(given, request, tell, notify)
 
 
-def _pruned(given: Given, request: PruneRequest, progress: Progress, notify: Notify) -> PruneOutcome:
-    """Carry a request out on what is at hand."""
+def _pruned(given: _Given, request: PruneRequest, progress: Progress, notify: Notify) -> PruneOutcome:
+    """Carry a request out on what the caller gave."""
     if request.stream:
         raise InputError("A streamed run reads model and texts from files; give their names, or leave out stream.")
     folder = None if request.output is None else OutputFolder(request.output, request.overwrite)
@@ -115,41 +100,12 @@ def _pruned(given: Given, request: PruneRequest, progress: Progress, notify: Not
     checkpoint = given.opened()
     held_out = None if given.evaluate is None else given.held_out(checkpoint, request)
     windows = given.calibration(checkpoint, request)
-    request = dataclasses.replace(
-        request,
-        model=checkpoint.source.published_name,
-        calibration=windows.text_name,
-        evaluate=None if held_out is None else held_out.text_name,
-        windows=len(windows),
-        window_length=windows.length,
-        device=str(checkpoint.model.device),
-    )
+    measured_on = None if held_out is None else held_out.text_name
+    request = replace(request, **_names_of(checkpoint, windows), evaluate=measured_on)
     if given.is_at_hand:
         checkpoint = Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
-    job, inputs = dataclasses.replace(job, request=request), Inputs(checkpoint, windows, held_out)
+    job, inputs = replace(job, request=request), Inputs(checkpoint, windows, held_out)
     return pruning.prune_on(job, inputs, folder, progress, notify)
-
-
-@overload
-def compare(
-    model: CompareRequest, *, progress: Progress | None = on_screen, notify: Notify = unheard
-) -> Comparison: ...
-
-
-@overload
-def compare(
-    model: GivenModel,
-    text: GivenText = "wikitext2",
-    state_sizes: int | Sequence[int] = (),
-    methods: str | Sequence[str] = (),
-    *,
-    evaluate: GivenText | None = None,
-    tokenizer: GivenTokenizer | None = None,
-    column: str | None = None,
-    progress: Progress | None = on_screen,
-    notify: Notify = unheard,
-    **options: Any,
-) -> Comparison: ...
 
 
 def compare(
@@ -189,10 +145,11 @@ def compare(
     """
     with listening(progress) as tell:
         if isinstance(model, CompareRequest):
+            beside = {"state_sizes": state_sizes or None, "methods": methods or None, **options}
+            _check_alone(model, text, evaluate=evaluate, tokenizer=tokenizer, column=column, **beside)
             return comparing.compare(model, progress=tell, notify=notify)
-        device = options.get("device")
-        given = Given(model, text, evaluate, tokenizer, column, device, torch.float32)
-        request = asked(
+        given = _Given(model, text, evaluate, tokenizer, column, options.get("device"), torch.float32)
+        request = _asked(
             CompareRequest,
             options,
             model=given.name("model"),
@@ -209,28 +166,20 @@ def compare(
         return _compared(given, request, tell, notify)
 
 
-def _compared(given: Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
-    """Carry a request out on what is at hand."""
-    request, description = checked_comparison(request, given.described())
+def _compared(given: _Given, request: CompareRequest, progress: Progress, notify: Notify) -> Comparison:
+    """Carry a request out on what the caller gave."""
+    request, description = comparing.checked(request, given.described())
     checkpoint = given.opened()
     windows = given.calibration(checkpoint, request)
     if given.evaluate is None and is_corpus(given.text):
-        given = dataclasses.replace(given, evaluate=given.text)
+        given = replace(given, evaluate=given.text)
     if given.evaluate is not None:
         held_out = given.held_out(checkpoint, request)
     elif (apart := held_out_rows(len(windows))).any():
         windows, held_out = windows.part(~apart), windows.part(apart)
     else:
         raise InputError(f"There is {len(windows)} window, none to measure on; give more text, or evaluate=.")
-    request = dataclasses.replace(
-        request,
-        model=checkpoint.source.published_name,
-        calibration=windows.text_name,
-        text=held_out.text_name,
-        windows=len(windows),
-        window_length=windows.length,
-        device=str(checkpoint.model.device),
-    )
+    request = replace(request, **_names_of(checkpoint, windows), text=held_out.text_name)
     return comparing.compare_at_hand(Inputs(checkpoint, windows, held_out), request, description, progress, notify)
 
 
@@ -287,3 +236,91 @@ def evaluate(
     )
     with listening(progress) as tell:
         return perplexity.evaluate(opened, cut, tell, scratch)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a caller gave in place of names."""
+
+    model: GivenModel
+    text: GivenText
+    evaluate: GivenText | None
+    tokenizer: GivenTokenizer | None
+    column: str | None
+    device: str | None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the model is in memory."""
+        return is_in_memory(self.model)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether all of it has names, so that a request can say it."""
+        texts = all(text is None or is_name(text) for text in (self.text, self.evaluate))
+        own = self.tokenizer is None or isinstance(self.tokenizer, str | PathLike)
+        return texts and own and not self.is_at_hand and self.column is None
+
+    def name(self, field: str) -> str | None:
+        """What a request calls a field: its name; of a value in memory a few words, until it is opened."""
+        value = getattr(self, field)
+        return None if value is None else str(value) if isinstance(value, str | PathLike) else short(value)
+
+    def described(self) -> Description | None:
+        """The description of the model, if it is in memory."""
+        if not self.is_at_hand:
+            return None
+        checkpoint = self.opened()
+        return described(checkpoint.model, checkpoint.source.name, checkpoint.source)
+
+    def opened(self) -> Checkpoint:
+        return given_checkpoint(self.model, self.tokenizer, dtype=self.dtype, device=self.device)
+
+    def calibration(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
+        """The windows to calibrate on."""
+        return self._windows(self.text, checkpoint, request, request.windows, seed=request.seed)
+
+    def held_out(self, checkpoint: Checkpoint, request: CalibratingRequest) -> Windows:
+        """The windows to measure the loss on."""
+        assert self.evaluate is not None
+        return self._windows(self.evaluate, checkpoint, request, request.text_windows, role="evaluation")
+
+    def _windows(
+        self, text: GivenText, checkpoint: Checkpoint, request: Request, count: int | None, **how: Any
+    ) -> Windows:
+        size = checkpoint.model.config.vocab_size
+        tables = [each for each in (self.text, self.evaluate) if hasattr(each, "column_names")]
+        column = self.column if not tables or hasattr(text, "column_names") else None
+        return given_windows(
+            text, checkpoint.tokenizer, request.window_length, count, column=column, vocab_size=size, **how
+        )
+
+
+def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked:
+    """The request that a caller's options make; raises InputError for an option that it does not have."""
+    own = [each.name for each in fields(kind)]
+    free = [name for name in own if name not in named]
+    for name in options:
+        if name not in free:
+            raise unknown_name("option", name, [*free, "text", "evaluate", "column"])
+    return called_with(kind, named | dict(options))
+
+
+def _check_alone(request: Request, text: GivenText, **others: Any) -> None:
+    """Raise InputError for arguments beside a request: they would have no effect."""
+    given = [name for name, value in others.items() if value is not None]
+    given += [] if isinstance(text, str) and text == "wikitext2" else ["text"]
+    if given:
+        raise InputError(f"A {type(request).__name__} says everything; leave {', '.join(given)} out.")
+
+
+def _names_of(checkpoint: Checkpoint, windows: Windows) -> dict[str, Any]:
+    """The fields of a request that name a model and the windows to calibrate on."""
+    return {
+        "model": checkpoint.source.published_name,
+        "calibration": windows.text_name,
+        "windows": len(windows),
+        "window_length": windows.length,
+        "device": str(checkpoint.model.device),
+    }

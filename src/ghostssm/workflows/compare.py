@@ -1,4 +1,4 @@
-"""Methods side by side: one row per method and state size, on one model and one text."""
+"""Compare methods: one row per method and state size, on one model and one text."""
 
 from __future__ import annotations
 
@@ -12,37 +12,79 @@ from typing import Generic, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ghostssm.checkpoint.description import Description
+from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.choices import DEFAULT_SEED, Groups
+from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
+from ghostssm.methods import method_names
 from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
-from ghostssm.pruning.fitting import Fitting, fits_in
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import Calibration
+from ghostssm.pruning.run import Calibration, check_original
+from ghostssm.pruning.search import Fitting, check_shrinks, fits_in
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.compare_checks import checked, storage_of, storages
-from ghostssm.workflows.comparison import DENSE, Basis, Cell, Comparison, Row, labelled
-from ghostssm.workflows.inputs import Inputs, calibration_windows, windows_of
-from ghostssm.workflows.observing import observe, sample
-from ghostssm.workflows.remarks import idle_gpu_remark, same_text_remark, tell
-from ghostssm.workflows.requests import CompareRequest
-from ghostssm.workflows.state_size import bound_on_bytes
+from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Row, labelled
+from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
+from ghostssm.workflows.report_measuring import observe, sample
+from ghostssm.workflows.requests import CompareRequest, check_heeded
+from ghostssm.workflows.state_size import bound_on_bytes, check_dtypes
 
 _CALIBRATION_COST = 3.0
-"""Of GHOST for a token, beside the cost of measuring the loss on one; for estimates of the time left."""
+"""What GHOST takes for a token; the loss on one is the unit. For estimates of the time left."""
 Measured = TypeVar("Measured")
+
+
+def checked(request: CompareRequest, described: Description | None = None) -> tuple[CompareRequest, Description]:
+    """The request with its methods named, and its model's description; only config and file headers are read.
+
+    Args:
+        described: the model, if it is at hand.
+
+    Raises:
+        InputError: a fault of the request, or of what it names; says what was found and what was expected.
+    """
+    recipes = [Recipe.parse(method) for method in request.methods]
+    described = described or describe(request.model)
+    check_original(described.is_stock)
+    if not (request.state_sizes or request.state_bytes):
+        raise InputError("Say how much to keep: give --state-size or --state-bytes.")
+    for size in request.state_sizes:
+        check_state_size(size, described.layout.state_size)
+    if request.state_bytes:
+        check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
+        for bound in request.state_bytes:  # each must leave something to choose from
+            fits_in(bound_on_bytes(bound, described.state_bytes()), described.layout, described.layers)
+        for recipe in recipes:
+            check_shrinks(recipe)
+    every = (Recipe(name) for name in method_names())
+    recipes = recipes or [recipe for recipe in every if recipe.registered.shrinks or not request.state_bytes]
+    check_dtypes(request.state_dtypes)
+    StateStorage.of("bfloat16", request.state_rounding)  # raises for an unknown rounding
+    _storages(request)
+    return replace(request, methods=tuple(map(str, recipes))), described
+
+
+def _storage(request: CompareRequest, state_dtype: str) -> StateStorage:
+    """How a state is kept; a float32 one is not rounded."""
+    rounding = "nearest" if state_dtype == FLOAT32.name else request.state_rounding
+    return StateStorage.of(state_dtype, rounding, request.seed)
+
+
+def _storages(request: CompareRequest) -> list[StateStorage]:
+    """How states are kept, by dtype; raises InputError for an unknown one."""
+    return [_storage(request, dtype) for dtype in request.state_dtypes]
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Measured]):
-    """A cell's plan, what was measured of the model that it prunes, and the seconds to calibrate and decide."""
+    """A cell's plan, what was measured of the pruned model, and the seconds to calibrate and decide."""
 
     plan: Plan
     measured: Measured
@@ -82,7 +124,7 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
         NumericalError: numbers that are not finite; names the layer.
     """
     request, described = checked(request)
-    tell(notify, idle_gpu_remark(request.device))
+    tell_idle_gpu(notify, request.device)
     checkpoint = load(request.model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)
     vocabulary = checkpoint.require_tokenizer()
     windows, held_out = calibration_windows(request, vocabulary), windows_of(request, request.text, vocabulary)
@@ -92,10 +134,10 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
 def compare_at_hand(
     inputs: Inputs[Checkpoint], request: CompareRequest, described: Description, progress: Progress, notify: Notify
 ) -> Comparison:
-    """Carry a checked request out, and keep with the comparison what it was made from; otherwise as `compare_on`."""
+    """As `compare_on`; the comparison also keeps what it was made from, and what a report needs."""
     checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     assert held_out is not None
-    tell(notify, same_text_remark(windows, held_out))
+    tell_same_text(notify, windows, held_out)
     notify(
         f"windows of {windows.length} tokens: calibrating on {len(windows)} of {windows.text_name}, measuring "
         f"on {len(held_out)} of {held_out.text_name}"
@@ -118,7 +160,9 @@ def compare_at_hand(
 
 
 def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Progress = silent) -> Comparison:
-    """Carry a checked request out on a loaded model and windows, whatever it says of these; the model stays as it was.
+    """Carry a checked request out on a loaded model and windows, in place of those that it names.
+
+    The model stays as it was.
 
     Args:
         inputs: with windows to measure the losses on.
@@ -129,7 +173,7 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     work = _Cells(request, model, inputs.calibration, windows)
     expect("models", [windows.ids.numel(), *work.costs()])
     progress("models", 0, len(work))
-    kept = {storage.format.name: storage for storage in (StateStorage(), *storages(request))}
+    kept = {storage.format.name: storage for storage in (StateStorage(), *_storages(request))}
     measured = _losses(model, windows, list(kept.values()))
     dense = measured[FLOAT32.name]
     outcomes = work.outcomes(progress)
@@ -180,11 +224,11 @@ class _Cells:
         self.bounds: dict[tuple[Cell, str], list[str]] = {}
 
     def __len__(self) -> int:
-        """The dense model is one as well."""
+        """How many models are measured, the dense one included."""
         return 1 + len(self.recipes) * len(self.request.state_sizes or self.request.state_bytes)
 
     def costs(self) -> list[float]:
-        """About what each takes, beside the loss on one token."""
+        """About how long each of them takes; the loss on one token is the unit. The dense model is left out."""
         tokens, calibrated = self.windows.ids.numel(), _CALIBRATION_COST * self.calibration.ids.numel()
         plans = [len(set(self._fits(bound).values())) for bound in self.request.state_bytes]
         return [
@@ -195,27 +239,27 @@ class _Cells:
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Plans and losses by method and state size; in every dtype that was asked for, or in those chosen."""
-        found = self._within_bounds(progress) if self.request.state_bytes else self._at_sizes(progress)
+        outcomes = self._within_bounds(progress) if self.request.state_bytes else self._at_sizes(progress)
         progress("models", len(self), len(self))
-        return found
+        return outcomes
 
     def _at_sizes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         calibration, request = Calibration(self.model, self.calibration), self.request
-        losses = partial(_losses, windows=self.windows, storages=storages(request))
+        losses = partial(_losses, windows=self.windows, storages=_storages(request))
         cells = [(str(recipe), size) for recipe in self.recipes for size in request.state_sizes]
-        found = {}
+        outcomes = {}
         for done, cell in enumerate(cells, 1):
             progress("models", done, len(self))
-            found[cell] = measure_cell(calibration, cell, losses, groups=request.groups, seed=request.seed)
-        return found
+            outcomes[cell] = measure_cell(calibration, cell, losses, groups=request.groups, seed=request.seed)
+        return outcomes
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
-        """As ``prune --state-bytes`` chooses; bounds within which one method takes one size share its plan.
+        """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size.
 
-        But not its tiers, which fill the bytes of one bound: such a plan is named after its bound.
+        But tiers fill the bytes of one bound: a plan with them is named after it.
         """
         fitting, request = Fitting.of(self.model, self.calibration), self.request
-        found: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
+        outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
             progress("models", done, len(self))
             begun = time.perf_counter()
@@ -227,10 +271,10 @@ class _Cells:
             assert dtype is not None
             with pruned(self.model, plan) as smaller:
                 measured = _losses(smaller, self.windows, [StateStorage.of(dtype)])
-            known = found[cell].measured if cell in found else {}
-            found[cell] = Outcome(plan, known | measured, seconds)
+            known = outcomes[cell].measured if cell in outcomes else {}
+            outcomes[cell] = Outcome(plan, known | measured, seconds)
             self.bounds.setdefault((cell, dtype), []).append(bound)
-        return found
+        return outcomes
 
     def _fits(self, bound: str) -> dict[str, int]:
         return fits_in(self._bytes_of(bound), layout_of(self.model.config), len(mixers_of(self.model)))
@@ -256,21 +300,15 @@ def _speeds(
 
     Which channels a stock model keeps has no influence on its speed: each size is timed once.
     """
-    shapes: dict[Cell, Cell | int] = {
-        cell: cell if outcome.plan.needs_own_class else outcome.plan.kept_state_size
-        for cell, outcome in outcomes.items()
-    }
-    timed = {
-        (shapes[cell], dtype): outcome.plan
-        if outcome.plan.needs_own_class
-        else first_channels(model, outcome.plan.kept_state_size)
-        for cell, outcome in outcomes.items()
-        for dtype in outcome.measured
-    }
-    storages = {(shape, dtype): storage_of(request, dtype) for shape, dtype in timed}
-    timings = measure(model, timed, request.batches, prompt=8, progress=progress, storages=storages)
+    keys: dict[tuple[Cell, str], tuple[Cell | int, str]] = {}
+    plans, storages = {}, {}
+    for cell, outcome in outcomes.items():
+        own_class, size = outcome.plan.needs_own_class, outcome.plan.kept_state_size
+        for dtype in outcome.measured:
+            key = keys[cell, dtype] = (cell if own_class else size, dtype)
+            plans[key] = outcome.plan if own_class else first_channels(model, size)
+            storages[key] = _storage(request, dtype)
+    timings = measure(model, plans, request.batches, prompt=8, progress=progress, storages=storages)
     return {
-        (cell, dtype): {batch: timings[(shapes[cell], dtype), batch].decode(batch) for batch in request.batches}
-        for cell, outcome in outcomes.items()
-        for dtype in outcome.measured
+        place: {batch: timings[key, batch].decode(batch) for batch in request.batches} for place, key in keys.items()
     }

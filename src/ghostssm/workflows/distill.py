@@ -19,23 +19,21 @@ from ghostssm.checkpoint.exporting import export_checkpoint
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source
-from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
-from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.interrupts import Terminated
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
+from ghostssm.files.outputs import OutputFolder, check_apart
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
-from ghostssm.recovery.distill.keeping import RunState
+from ghostssm.recovery.distill.run_state import RunState
 from ghostssm.recovery.distill.training import Distilled, Listener
 from ghostssm.recovery.distill.training import distill as train
 from ghostssm.text.sources import read_text
 from ghostssm.text.streams import StreamedText
 from ghostssm.text.windows import Windows, evaluation_windows
 from ghostssm.workflows.distill_checks import check_room, check_tokenizers, checked, settings
-from ghostssm.workflows.remarks import idle_gpu_remark
+from ghostssm.workflows.inputs import tell_idle_gpu
 from ghostssm.workflows.requests import DistillRequest
 
 _TOLD_OVERLAP = 0.02
@@ -56,7 +54,7 @@ class DistillOutcome:
 
 
 def distill(request: DistillRequest, *, progress: Progress = silent, notify: Notify = unheard) -> DistillOutcome:
-    """Carry a request out: what ``ghostssm distill`` does, in one call; of several processes, in each of them.
+    """Carry a request out: what ``ghostssm distill`` does, in one call. Several processes each make this call.
 
     Args:
         request: student, teacher, text and output.
@@ -71,8 +69,7 @@ def distill(request: DistillRequest, *, progress: Progress = silent, notify: Not
     for model in (request.student, request.teacher):
         check_apart(request.output, model)
     described = checked(request)
-    if remark := idle_gpu_remark(request.device):
-        notify(remark)
+    tell_idle_gpu(notify, request.device)
     request = dataclasses.replace(request, device=own_device(request.device))
     processes = Processes.join(request.device)
     check_room(request, *described, processes.size)
@@ -89,15 +86,15 @@ class _Job:
         self.asked, self.processes, self.progress, self.notify = request, processes, progress, notify
 
     def finished(self) -> DistillOutcome | None:
-        """What this run wrote before, if it is to be resumed and had come to its end."""
+        """The outcome of a run that is to be resumed and has come to its end; None of any other."""
         output = Path(self.asked.output)
         if not self.asked.resume or not Manifest.is_in(output):
             return None
-        found = Manifest.read(output)
-        if found.request != self.asked.as_json() or not found.distillations:
+        manifest = Manifest.read(output)
+        if manifest.request != self.asked.as_json() or not manifest.distillations:
             return None
         self.notify(f"{output} is finished: this run wrote it before")
-        return DistillOutcome(output, found.distillations[-1])
+        return DistillOutcome(output, manifest.distillations[-1])
 
     def run(self) -> DistillOutcome:
         asked, processes = self.asked, self.processes
@@ -125,11 +122,11 @@ class _Job:
             f"distilling on {batches.source.name}: {asked.steps} steps of {asked.batch} windows of "
             f"{asked.window_length} tokens; {len(batches.held_out)} windows are held out"
         )
-        with keeper, self._told_how_to_go_on(keeper):
+        with keeper:
             wanted = [evaluate_in_float32(dense.model, text, self.progress) for text in texts]
             before = self._measured(checkpoint, texts, wanted)
-            found = self._trained(checkpoint, dense, batches, keeper)
-            outcome = processes.from_first(lambda: self._written(found, texts, wanted, before, folder))
+            distilled = self._trained(checkpoint, dense, batches, keeper)
+            outcome = processes.from_first(lambda: self._written(distilled, texts, wanted, before, folder))
             keeper.remove()
         return outcome
 
@@ -149,7 +146,7 @@ class _Job:
 
     def _written(
         self,
-        found: Distilled,
+        distilled: Distilled,
         texts: Sequence[Windows],
         wanted: Sequence[Evaluation],
         before: Sequence[Measurement],
@@ -158,15 +155,14 @@ class _Job:
         """Write the student, as it is stored, with its new parameters."""
         asked = self.asked
         checkpoint = load(asked.student, tokenizer=asked.tokenizer)
-        change_parameters(checkpoint.model, found.changes)
+        change_parameters(checkpoint.model, distilled.changes)
         checkpoint.model.tie_weights()
         after = self._measured(checkpoint, texts, wanted)
-        if found.record.overlap is not None and found.record.overlap > _TOLD_OVERLAP:
+        if (overlap := distilled.record.overlap) is not None and overlap > _TOLD_OVERLAP:
             self.notify(
-                f"{found.record.overlap:.0%} of the text to measure on was also trained on; the loss on other text "
-                "may be larger"
+                f"{overlap:.0%} of the text to measure on was also trained on; the loss on other text may be larger"
             )
-        record = dataclasses.replace(found.record, before=tuple(before), after=tuple(after))
+        record = dataclasses.replace(distilled.record, before=tuple(before), after=tuple(after))
         written = export_checkpoint(
             checkpoint,
             folder,
@@ -181,17 +177,8 @@ class _Job:
         self, checkpoint: Checkpoint, texts: Sequence[Windows], wanted: Sequence[Evaluation]
     ) -> list[Measurement]:
         state_dtype = chosen_state_dtype(checkpoint.source)
-        found = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
-        return [measurement_of(*each) for each in zip(texts, wanted, found, strict=True)]
-
-    @contextmanager
-    def _told_how_to_go_on(self, keeper: RunState) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(keeper.how_to_go_on()) from None
-        except Terminated:
-            raise Terminated(keeper.how_to_go_on()) from None
+        losses = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
+        return [measurement_of(*each) for each in zip(texts, wanted, losses, strict=True)]
 
 
 def _identity(
@@ -211,7 +198,7 @@ def _identity(
 
 @contextmanager
 def _tracked(asked: DistillRequest, is_first: bool) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Within the context numbers go to the tracker that was asked for, from the first process."""
+    """Within the context the first process sends numbers to the tracker that was asked for."""
     if asked.log_to is None or not is_first:
         yield lambda numbers, step: None
         return

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.checkpoint.loading import empty_model
 from ghostssm.choices import Trained
 from ghostssm.errors import InputError
+from ghostssm.recovery.distill.pair import choose_trained
 from ghostssm.recovery.distill.training import Settings
 from ghostssm.text.sources import text_title
 from ghostssm.units import bytes_text
@@ -50,8 +53,6 @@ def checked(request: DistillRequest) -> tuple[Description, Description]:
 
 
 def _check_tracker(name: str) -> None:
-    from importlib.util import find_spec
-
     missing = [package for package in ("accelerate", name) if find_spec(package) is None]
     if missing:
         raise InputError(
@@ -93,9 +94,9 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def check_room(request: DistillRequest, student: Description, teacher: Description, processes: int) -> None:
-    """Raise InputError, with what lowers it, unless the device has room for weights, gradients and Adam's moments.
+    """Raise InputError unless the device has room for weights, gradients and Adam's moments; it says what takes less.
 
-    What the activations take comes on top, and shows in the first step.
+    Activations are not counted; whether they fit shows in the first step.
     """
     device = torch.device(request.device)
     free = _free_bytes(device)
@@ -118,7 +119,7 @@ def check_room(request: DistillRequest, student: Description, teacher: Descripti
 
 
 def _needed_bytes(request: DistillRequest, student: Description, teacher: Description, trained: Trained) -> int:
-    """Float32 weights; of those that move gradients, two moments and the best so far; and the teacher."""
+    """Bytes of float32 weights; of gradient, two moments and best value of those that move; of the teacher."""
     moving = parameters_that_move(student, trained)
     same = request.teacher_device in (None, request.device)
     return 4 * student.parameters + 16 * moving + (2 if request.bfloat16 else 4) * teacher.parameters * same
@@ -126,21 +127,18 @@ def _needed_bytes(request: DistillRequest, student: Description, teacher: Descri
 
 def parameters_that_move(student: Description, trained: Trained) -> int:
     """How many parameters are trained."""
-    from ghostssm.checkpoint.loading import empty_model
-    from ghostssm.recovery.distill.pair import choose_trained
-
     model = empty_model(student.config)
     choose_trained(model, trained)
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Of memory that can be had; None where the system does not tell."""
+    """Free bytes of a device's memory; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(found["MemAvailable"].split()[0]) if "MemAvailable" in found else None
+    counts: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(counts["MemAvailable"].split()[0]) if "MemAvailable" in counts else None

@@ -15,16 +15,14 @@ from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
 from ghostssm.errors import InputError
 from ghostssm.evaluation import copying, perplexity
-from ghostssm.evaluation.measurement import measurement_of
-from ghostssm.evaluation.perplexity import Evaluation
+from ghostssm.evaluation.perplexity import Evaluation, measurement_of
 from ghostssm.evaluation.recall import Recall, last_words
 from ghostssm.ops.state_format import BFLOAT16, FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.text.sources import read_passages
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.inputs import windows_of
-from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.inputs import tell_idle_gpu, windows_of
 from ghostssm.workflows.requests import EvaluateRequest, check_belonging, check_heeded
 
 if TYPE_CHECKING:
@@ -42,15 +40,12 @@ class TextLoss:
     evaluation: Evaluation
 
     def as_json(self) -> dict[str, Any]:
-        found = self.evaluation
+        numbers = ("loss", "standard_error", "perplexity", "bits_per_byte")
         return {
             "text": self.windows.text_name,
             "window_length": self.windows.length,
-            "loss": found.loss,
-            "standard_error": found.standard_error,
-            "perplexity": found.perplexity,
-            "bits_per_byte": found.bits_per_byte,
-            "window_losses": found.losses.tolist(),
+            **{name: getattr(self.evaluation, name) for name in numbers},
+            "window_losses": self.evaluation.losses.tolist(),
         }
 
 
@@ -97,14 +92,14 @@ class Copied:
     """The loss at copied tokens and elsewhere, and that of the control, which sees no occurrence that it copies."""
 
     windows: Windows
-    found: copying.Copying
+    losses: copying.Copying
     control: copying.Copying
 
     @property
     def gains(self) -> dict[str, Difference]:
-        """What the sight of more than the control sees gains, by part: ``copied`` and ``elsewhere``."""
+        """How much less the model loses than the control, which sees less: at ``copied`` tokens and ``elsewhere``."""
         parts = ("copied", "elsewhere")
-        return {part: getattr(self.control, part).excess_over(getattr(self.found, part)) for part in parts}
+        return {part: getattr(self.control, part).excess_over(getattr(self.losses, part)) for part in parts}
 
     def as_json(self) -> dict[str, Any]:
         text = {"text": self.windows.text_name, "window_length": self.windows.length}
@@ -113,8 +108,8 @@ class Copied:
             "distance": copying.DISTANCE,
             **{
                 part: {
-                    "tokens": int(getattr(self.found, part).counts.sum()),
-                    "loss": getattr(self.found, part).mean,
+                    "tokens": int(getattr(self.losses, part).counts.sum()),
+                    "loss": getattr(self.losses, part).mean,
                     "gain": gain.mean,
                     "gain_standard_error": gain.standard_error,
                 }
@@ -125,7 +120,7 @@ class Copied:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What the harness found."""
+    """The scores that the harness gives."""
 
     scores: tuple[Score, ...]
 
@@ -150,46 +145,38 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
     check_device(request.device)
     if request.tasks:
         return _scored(request)
-    tell(notify, idle_gpu_remark(request.device))
+    tell_idle_gpu(notify, request.device)
     if request.last_words is not None:
         passages = read_passages(request.last_words)[: request.limit]
         checkpoint = _loaded(request, request.model)
-        found = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
-        return LastWords(request.last_words, found)
+        recall = last_words(checkpoint.model, checkpoint.require_tokenizer(), passages, progress)
+        return LastWords(request.last_words, recall)
     if request.copying:
         checkpoint = _loaded(request, request.model)
         windows = windows_of(request, request.text, checkpoint.require_tokenizer())
-        with_sight = copying.copying(checkpoint.model, windows, progress=progress)
-        return Copied(windows, with_sight, copying.copying_in_reach(checkpoint.model, windows, progress=progress))
+        whole = copying.copying(checkpoint.model, windows, progress=progress)
+        return Copied(windows, whole, copying.copying_in_reach(checkpoint.model, windows, progress=progress))
     if request.against is None:
         opened = _opened(request, request.model)
         windows = windows_of(request, request.text, opened.require_tokenizer())
-        _tell_state(request, opened.source, notify)
-        return TextLoss(windows, _evaluation(request, opened, windows, progress, _storage(request, opened.source)))
+        storage = _storage(request, opened.source, notify)
+        return TextLoss(windows, _evaluation(request, opened, windows, progress, storage))
     windows = _shared_windows(request, request.model, request.against)
-    evaluations: list[Evaluation] = []
-    for model in (request.model, request.against):
-        notify(f"measuring {model}")
-        opened, storage = _opened(request, model), FLOAT32_STORAGE
-        if not evaluations:
-            _tell_state(request, opened.source, notify)
-            storage = _storage(request, opened.source)
-        evaluations.append(_evaluation(request, opened, windows, progress, storage))
-        del opened  # one is in memory at a time
-    pruned, dense = evaluations
+    notify(f"measuring {request.model}")
+    opened = _opened(request, request.model)
+    pruned = _evaluation(request, opened, windows, progress, _storage(request, opened.source, notify))
+    del opened  # one model is in memory at a time
+    notify(f"measuring {request.against}")
+    dense = _evaluation(request, _opened(request, request.against), windows, progress, FLOAT32_STORAGE)
     return ExcessLoss(windows, dense, pruned)
 
 
-def _storage(request: EvaluateRequest, source: Source) -> StateStorage:
-    """How a model keeps its state."""
-    return StateStorage.of(request.state_dtype or chosen_state_dtype(source), request.state_rounding)
-
-
-def _tell_state(request: EvaluateRequest, source: Source, notify: Notify) -> None:
-    """Tell of a dtype of the state that nobody gave."""
+def _storage(request: EvaluateRequest, source: Source, notify: Notify) -> StateStorage:
+    """How a model's state is kept; a dtype that only its checkpoint names is told."""
     chosen = chosen_state_dtype(source)
     if request.state_dtype is None and chosen != FLOAT32.name:
         notify(f"the state is kept in {chosen}, for which the checkpoint was made; --state-dtype takes another")
+    return StateStorage.of(request.state_dtype or chosen, request.state_rounding)
 
 
 def _check(request: EvaluateRequest) -> None:
@@ -214,7 +201,7 @@ def _loaded(request: EvaluateRequest, model: str) -> Checkpoint:
 
 
 def _opened(request: EvaluateRequest, model: str) -> Checkpoint | StreamedCheckpoint:
-    """In memory, or one block at a time."""
+    """The model in memory, or streamed."""
     if not request.stream:
         return _loaded(request, model)
     return stream(model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)

@@ -14,8 +14,7 @@ from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import load
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import InputError
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFile, OutputFolder, check_apart
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.surgery import pad_state
 from ghostssm.workflows.requests import ExportRequest
@@ -85,7 +84,7 @@ def export(request: ExportRequest) -> ExportOutcome:
 
 
 def _checked(request: ExportRequest) -> OutputFile | OutputFolder:
-    """Where the result is to go; raises InputError for options that contradict."""
+    """Where the result is to go; raises InputError for options that contradict each other."""
     if request.dtype == "q8_0" and request.format != "gguf":
         raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {request.format}.")
     if request.untie and request.format == "gguf":

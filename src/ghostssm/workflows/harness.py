@@ -128,7 +128,7 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         raise InputError(f"No folder at {str(include_path)!r}; expected one with task files (YAML) of the harness.")
     manager = TaskManager(include_path=include_path)
     tasks: dict[str, Task | Group] = {}
-    for name in dict.fromkeys(found for asked in names for found in _known(manager, asked)):
+    for name in dict.fromkeys(known for asked in names for known in _known(manager, asked)):
         try:
             loaded = manager.load([name])
         except Exception as error:  # what fetches or prepares a task's data may raise anything
@@ -148,9 +148,9 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
 
 def _known(manager: TaskManager, name: str) -> list[str]:
     """The names that a name or pattern stands for."""
-    found: list[str] = manager.match_tasks([name])
-    if found:
-        return found
+    matching: list[str] = manager.match_tasks([name])
+    if matching:
+        return matching
     if Path(name).is_file():
         return [name]
     raise InputError(

@@ -4,7 +4,7 @@ An option is a field of a request, or an argument of a verb:
 
     windows: Annotated[int, Option("COUNT", "Text")] = 128
 
-Its text is the entry of that name in the docstring, under ``Attributes`` or ``Args``. `ghostssm.cli.requesting` makes
+Its text is the entry of that name in the docstring, under ``Attributes`` or ``Args``. `ghostssm.cli.parsing` makes
 the command's parser of these. Nothing here imports PyTorch, so that a help is there at once.
 """
 
@@ -52,6 +52,7 @@ class Option:
         required: whether the command needs it, where a call from Python does not.
         least, most: bounds of a number, or of each of several.
         usual: what takes the place of the default.
+        text: what the help says of it, if no docstring does.
     """
 
     value: str = ""
@@ -62,6 +63,7 @@ class Option:
     least: int | None = None
     most: int | None = None
     usual: Usual | None = None
+    text: str = ""
 
 
 class Described(NamedTuple):
@@ -87,7 +89,7 @@ def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[De
         own_first = dict.fromkeys(name for owner in source.__mro__ for name in inspect.get_annotations(owner))
         defaults = {name: defaults[name] for name in own_first if name in defaults}
     return tuple(
-        Described(name, get_args(hints[name])[0], default, option, texts[name])
+        Described(name, get_args(hints[name])[0], default, option, option.text or texts[name])
         for name, default in defaults.items()
         for option in get_args(hints[name])[1:]
         if isinstance(option, Option)
@@ -102,12 +104,12 @@ def _texts(source: Any) -> dict[str, str]:
 
 
 def flag(kind: type[DataclassInstance], name: str) -> str:
-    """How a request's field is called on the command line; as it would be, if it is no option there."""
+    """A field's name on the command line, such as ``--state-size``; made of its own name if it is no option there."""
     known = {each.name: each.flag.split("/")[0] for each in options_of(kind)}
     return known.get(name, "--" + name.replace("_", "-"))
 
 
 def called_with(kind: Callable[..., Made], values: Mapping[str, Any]) -> Made:
-    """A request of some of its fields, or a call; None is a value that was not given, and lists become tuples."""
+    """Call a function, or make a request, with named values. None stands for none given; lists become tuples."""
     given = {name: value for name, value in values.items() if value is not None}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

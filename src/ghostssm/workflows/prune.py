@@ -5,34 +5,31 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ghostssm.calibration.processes import Processes, own_device
+from ghostssm.checkpoint.dry_run import dry_run
 from ghostssm.checkpoint.hub import push_to_hub
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.checkpoint.rehearsal import rehearse_save
 from ghostssm.checkpoint.saving import save
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
-from ghostssm.evaluation.measurement import evaluate_in_float32, measurement_of
-from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_folder import OutputFolder, check_apart
+from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
+from ghostssm.files.outputs import OutputFolder, check_apart
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.fitting import Fitting
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.smallest import smallest_plan
-from ghostssm.streaming.finished import finished_run, may_be_finished
-from ghostssm.streaming.run import prune_streamed
-from ghostssm.streaming.run_places import check_run_folder
+from ghostssm.pruning.search import Fitting, smallest_plan
+from ghostssm.streaming.run import finished_run, may_be_finished, prune_streamed
+from ghostssm.streaming.run_folder import check_run_folder
 from ghostssm.text.windows import Windows
-from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.observing import decode_speeds, observe, sample
-from ghostssm.workflows.prune_job import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
-from ghostssm.workflows.record import Record, WindowLosses
-from ghostssm.workflows.remarks import idle_gpu_remark, tell
+from ghostssm.workflows.inputs import Inputs, tell_idle_gpu
+from ghostssm.workflows.prune_checks import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
+from ghostssm.workflows.report_measuring import decode_speeds, observe, sample
+from ghostssm.workflows.report_record import Record, WindowLosses
 from ghostssm.workflows.requests import PruneRequest
 
 
@@ -54,7 +51,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         check_apart(request.output, request.model)
         folder = None if request.stream else OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
-    tell(notify, idle_gpu_remark(request.device))
+    tell_idle_gpu(notify, request.device)
     if request.stream:
         outcome, is_first = _streamed(job, progress, notify)
         return _uploaded(outcome, request) if is_first else outcome
@@ -63,7 +60,7 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
 
 
 def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
-    """With the address that it was uploaded to, if that was asked for."""
+    """Upload the checkpoint, if that was asked for; the outcome then has its address."""
     if request.push_to_hub is None or outcome.written is None:
         return outcome
     address = push_to_hub(outcome.written, request.push_to_hub, private=request.private is not False)
@@ -73,9 +70,9 @@ def _uploaded(outcome: PruneOutcome, request: PruneRequest) -> PruneOutcome:
 def prune_on(
     job: PruneJob, inputs: Inputs[Checkpoint], folder: OutputFolder | None, progress: Progress, notify: Notify
 ) -> PruneOutcome:
-    """With the whole model in memory, whatever the request says of model and texts.
+    """Prune a model in memory; what the request says of model and texts is not read.
 
-    The model is changed, where the stock class can express the result.
+    The given model is changed, where the stock class can express the result.
 
     Args:
         folder: to write the result into, if it is to be written.
@@ -83,7 +80,7 @@ def prune_on(
     asked = job.request
     checkpoint, windows, held_out = inputs.checkpoint, inputs.calibration, inputs.held_out
     if folder is not None:
-        rehearse_save(checkpoint, folder, asked.dialect, asked.untie)
+        dry_run(checkpoint, folder, asked.dialect, asked.untie)
     job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
     plan = _plan(job, checkpoint, windows, progress)
@@ -103,50 +100,35 @@ def prune_on(
             smaller, plan, folder, dialect=asked.dialect, untie=asked.untie, measured=measured, request=asked.as_json()
         )
     except IncompleteError as error:
-        _keep(record, error.folder)
+        record.write(error.folder)
         raise
     _tell_renamed_class(checkpoint, written, notify)
-    _keep(record, written)
+    record.write(written)
     return _uploaded(dataclasses.replace(outcome, written=written), asked)
 
 
 def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
-    asked, target = job.request, job.target
+    asked, target, model = job.request, job.target, checkpoint.model
+    how: dict[str, Any] = {
+        "groups": asked.groups,
+        "seed": asked.seed,
+        "multiple": job.multiple,
+        "progress": progress,
+    }
     if target.size is not None:
-        calibration = Calibration(checkpoint.model, windows)
-        plan = calibration.plan(job.recipe, target.size, asked.groups, asked.seed, progress, job.multiple)
+        plan = Calibration(model, windows).plan(job.recipe, target.size, **how)
         return plan.kept_in(asked.state_dtype)
+    how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
     if target.state_bytes is not None:
-        return Fitting.of(checkpoint.model, windows).plan(
-            job.recipe,
-            target.state_bytes,
-            dtypes=target.dtypes,
-            multiple=job.multiple,
-            state_sizes=target.sizes,
-            groups=asked.groups,
-            seed=asked.seed,
-            progress=progress,
-        )
+        return Fitting.of(model, windows).plan(job.recipe, target.state_bytes, **how)
     assert target.max_excess_loss is not None
-    smallest = smallest_plan(
-        checkpoint.model,
-        windows,
-        job.recipe,
-        target.max_excess_loss,
-        multiple=job.multiple,
-        state_sizes=target.sizes,
-        groups=asked.groups,
-        seed=asked.seed,
-        state_dtype=asked.state_dtype or FLOAT32.name,
-        progress=progress,
-    )
-    return smallest.kept_in(asked.state_dtype)
+    return smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
 
 
 def _observed(
     job: PruneJob, checkpoint: Checkpoint, windows: Windows, held_out: Windows | None, plan: Plan, progress: Progress
 ) -> Record:
-    """What a report shows besides the plan, of the model before the plan is applied to it."""
+    """What a report shows besides the plan, measured before the plan is applied to the model."""
     observations = observe(checkpoint.model, windows, progress)
     batches = job.request.batches or DEFAULT_BATCHES
     speeds = decode_speeds(checkpoint.model, job.description, plan, batches, progress)
@@ -163,27 +145,22 @@ def _keep_observed(
     after: Evaluation | None,
     folder: Path,
 ) -> None:
-    """Write into a folder what a report shows, as far as one block in memory at a time tells it."""
+    """Write into a folder what a report shows, as far as it can be measured with one block in memory at a time."""
     losses = None
     if inputs.held_out is not None and dense is not None and after is not None:
         losses = WindowLosses.of(inputs.held_out, dense, {"pruned": after})
     observations = observe(checkpoint.blocks, inputs.calibration, progress)
-    _keep(Record(observations, losses, state_dtype=state_dtype or FLOAT32.name), folder)
-
-
-def _keep(record: Record, folder: Path) -> None:
-    if record != Record():
-        record.write(folder)
+    Record(observations, losses, state_dtype=state_dtype or FLOAT32.name).write(folder)
 
 
 def _tell_renamed_class(checkpoint: Checkpoint | StreamedCheckpoint, written: Path, notify: Notify) -> None:
-    """Tell where the written tokenizer_config.json names another class than the base model's."""
+    """Tell it if the written tokenizer_config.json names another class than the base model's does."""
     if renamed := renamed_class(checkpoint.tokenizer, written):
         notify(f"note: {renamed}")
 
 
 def _streamed(job: PruneJob, progress: Progress, notify: Notify) -> tuple[PruneOutcome, bool]:
-    """In this process's share of a run; what is done is in OUTPUT.run until the end.
+    """Carry out this process's share of a streamed run; what is done is kept in OUTPUT.run until the end.
 
     Returns:
         the outcome, and whether this is the first of the processes that share the run.

@@ -22,11 +22,11 @@ _NOT_IN_RESULT = frozenset(
     | {"teacher_device", "save_minutes", "log_to", "checkpointing"}
 )
 _PLACES = frozenset({"model", "student", "teacher", "calibration", "evaluate", "text", "tokenizer"})
-"""Fields that name a model or texts; their fingerprints say more than where they lie."""
+"""Fields that name a model or a text: a folder's path says less than a name."""
 
 
 def _text_of(given: Mapping[str, Any]) -> str:
-    """The built-in model was trained on code, which every machine has; others are calibrated as the paper has it."""
+    """The built-in model was trained on code, which every machine has; the paper calibrates others on wikitext2."""
     reads_text = not (given.get("tasks") or given.get("last_words"))
     return "stdlib" if given.get("model") == "reference" and reads_text else "wikitext2"
 
@@ -41,7 +41,7 @@ TEXT = Option("TEXT", "Text", usual=Usual("wikitext2; stdlib for 'reference'", _
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What models are opened and losses are measured with.
+    """How models are opened, and what losses are measured on.
 
     Attributes:
         window_length: tokens per window.
@@ -56,7 +56,7 @@ class Request:
     device: Annotated[str, DEVICE] = "cpu"
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the result, as JSON values: names of texts and models, not where they lay on a disk."""
+        """The fields that decide the result, as JSON values; texts and models by their names, without their folders."""
         return {each.name: self._json(each.name) for each in fields(self) if each.name not in _NOT_IN_RESULT}
 
     def _json(self, name: str) -> Any:
@@ -66,13 +66,13 @@ class Request:
         return text_name(value) if name in _PLACES and value is not None else value
 
     def differs(self, name: str) -> bool:
-        """Whether an option is given, with another value than its default."""
+        """Whether an option has another value than its default."""
         return any(each.name == name and getattr(self, name) != each.default for each in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratingRequest(Request):
-    """What methods see besides.
+    """The same, and what methods see of a text.
 
     Attributes:
         calibration: text to calibrate on.
@@ -97,15 +97,15 @@ class PruneRequest(Value, CalibratingRequest):
         output: folder for the checkpoint and the plan.
         state_size: prune to this state size, from 1 to below the model's own size N.
         budget: or: keep this share of the state, such as 0.5.
-        max_excess_loss: or: find the smallest state that raises the loss by at most so many nats per token. Some of the
-            calibration windows are kept apart to measure that.
+        max_excess_loss: or: find the state size and dtype of the fewest bytes that raise the loss by at most so many
+            nats per token. Some of the calibration windows are kept apart to measure that.
         state_bytes: or: find the state size and dtype that lose least within so many bytes per sequence: 1/8 of the
             dense float32 state, say, or 6MiB. Measured as with --max-excess-loss.
         recipe: the method that decides what stays, such as ghost, or a recipe: a method with recovery steps, such as
             ghost+repair, output+refit100+repair or balanced+per-layer. The default loses least among those whose
             result loads in the model's own class.
         state_dtype: measure the pruned model with its state kept in this dtype, in which it is to be served: float32,
-            bfloat16, float16, int8, fp8 or int4. Later verbs keep to it.
+            bfloat16, float16, int8, fp8 or int4. Later verbs keep to it, and --max-excess-loss tries no other.
         multiple: with --per-layer, --max-excess-loss or --state-bytes: try multiples of this number as sizes; 8 if not
             given.
         engines: engines that are to run the result, such as vllm or llama.cpp-cuda; the nearest size that suits them
@@ -184,6 +184,31 @@ class CompareRequest(Value, CalibratingRequest):
     state_dtypes: Annotated[tuple[str, ...], STATE_DTYPE] = ("float32",)
     state_rounding: Annotated[str, ROUNDING] = "nearest"
     state_bytes: Annotated[tuple[str, ...], Option("SHARE|SIZE")] = ()
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """Everything that can be asked about a checkpoint.
+
+    Attributes:
+        model: hub id, local folder, or 'reference'.
+        state_sizes: also say what a cut to state sizes N' saves.
+        batches: also predict the decode speed on this machine, at these batch sizes.
+        state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4.
+        memories: also say how many sequences engines take in 80GiB, say.
+        context: with --memory: tokens of a sequence; 8192 if not given.
+        predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
+        engines: engines, such as vllm or llama.cpp-cuda. 'ghostssm inspect reference' lists all of them.
+    """
+
+    model: Annotated[str, MODEL]
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
+    batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = ()
+    state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = ()
+    memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = ()
+    context: Annotated[int | None, Option("TOKENS", least=1)] = None
+    predict: Annotated[bool, Option()] = False
+    engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = ()
 
 
 @dataclass(frozen=True)
@@ -342,13 +367,13 @@ class ReproduceRequest(CalibratingRequest):
 
     @property
     def numbers(self) -> dict[str, int | None]:
-        """What the measured numbers depend on besides model, method and texts."""
+        """The numbers that decide a result, besides model, method and texts."""
         names = ("windows", "text_windows", "window_length", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 def check_belonging(request: Request, owners: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise InputError for an option that is given without any of those that it is about."""
+    """Raise InputError for an option without any of its ``owners``, the options that it works with."""
     for name, others in owners.items():
         if request.differs(name) and not any(getattr(request, other) for other in others):
             mine, needed = flag(type(request), name), " or ".join(flag(type(request), other) for other in others)
@@ -356,7 +381,7 @@ def check_belonging(request: Request, owners: Mapping[str, tuple[str, ...]]) -> 
 
 
 def check_heeded(request: Request, owner: str, *names: str) -> None:
-    """Raise InputError for an option that is given beside one that takes its effect away."""
+    """Raise InputError for options that have no effect because ``owner`` is given too."""
     for name in names:
         if getattr(request, owner) and request.differs(name):
             mine, other = flag(type(request), name), flag(type(request), owner)

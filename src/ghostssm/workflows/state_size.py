@@ -1,4 +1,4 @@
-"""Which state size is asked for, and which one engines run."""
+"""How much of a model's state is to stay, as it was asked for and as engines run it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ghostssm.checkpoint.description import Description
-from ghostssm.choices import Groups
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
+from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.units import memory_bytes
+from ghostssm.workflows.options import flag
+from ghostssm.workflows.requests import PruneRequest
+
+AMOUNTS = ("state_size", "budget", "max_excess_loss", "state_bytes")
+"""Fields of a pruning request, of which one says how much of the state to keep."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Target:
         size: the state size, on average over layers; None where a bound decides.
         max_excess_loss: on the loss, nats per token. state_bytes: on the bytes of one sequence's state.
         sizes: those that the wanted engines run, ascending, where a bound decides; None for all.
-        dtypes: of the state, that they offer, where a bound on the bytes decides; None for all.
+        dtypes: of the state, that they offer or that was asked for, where a bound decides; None for all.
     """
 
     size: int | None = None
@@ -35,47 +40,36 @@ class Target:
     dtypes: Sequence[str] | None = None
 
 
-def wanted_target(
-    described: Description,
-    state_size: int | None = None,
-    budget: float | None = None,
-    max_excess_loss: float | None = None,
-    state_bytes: str | None = None,
-) -> Target:
-    """What one of the four options says of a model.
+def wanted_target(request: PruneRequest, described: Description) -> Target:
+    """How much of a model's state one of the request's four options keeps.
 
     Raises:
         InputError: none of them is given, or several, or one out of range.
     """
-    limit = described.layout.state_size
-    options = {
-        "--state-size": state_size,
-        "--budget": budget,
-        "--max-excess-loss": max_excess_loss,
-        "--state-bytes": state_bytes,
-    }
-    given = [option for option, value in options.items() if value is not None]
+    flags = {name: flag(PruneRequest, name) for name in AMOUNTS}
+    given = [flags[name] for name in AMOUNTS if getattr(request, name) is not None]
     if not given:
-        raise InputError(f"Say how much to keep: give one of {', '.join(options)}.")
+        raise InputError(f"Say how much to keep: give one of {', '.join(flags.values())}.")
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} each say how much to keep; give one of them.")
-    if max_excess_loss is not None:
-        if not max_excess_loss >= 0:
-            raise InputError(f"--max-excess-loss is {max_excess_loss:g}; expected 0 or more nats per token.")
-        return Target(max_excess_loss=max_excess_loss)
-    if state_bytes is not None:
-        return Target(state_bytes=bound_on_bytes(state_bytes, described.state_bytes()))
-    if budget is not None:
+    if (most := request.max_excess_loss) is not None:
+        if not most >= 0:
+            raise InputError(f"--max-excess-loss is {most:g}; expected 0 or more nats per token.")
+        return Target(max_excess_loss=most, dtypes=request.state_dtype and (request.state_dtype,))
+    if request.state_bytes is not None:
+        return Target(state_bytes=bound_on_bytes(request.state_bytes, described.state_bytes()))
+    size, limit = request.state_size, described.layout.state_size
+    if (budget := request.budget) is not None:
         if not 0 < budget <= 1:
             raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
-        return Target(max(1, round(budget * limit)))
-    assert state_size is not None
-    check_state_size(state_size, limit)
-    return Target(state_size)
+        size = max(1, round(budget * limit))
+    assert size is not None
+    check_state_size(size, limit)
+    return Target(size)
 
 
 def bound_on_bytes(text: str, dense: int) -> int:
-    """Bytes of a share of the dense float32 state, such as ``1/8``, or of a size with its unit.
+    """The bytes that a text says: a share of the dense float32 state, such as ``1/8``, or a size with its unit.
 
     Raises:
         InputError: it is neither, or not below the dense state's bytes.
@@ -100,19 +94,12 @@ def bound_on_bytes(text: str, dense: int) -> int:
 
 
 def check_smaller(target: Target, limit: int) -> None:
-    """Raise InputError for a state size that is the model's own, ``limit``: the result would be a copy."""
+    """Raise InputError for a state size that is the model's own, ``limit``: nothing would change."""
     if target.size == limit:
         raise InputError(
             f"The state size would be {limit}, which is the model's own N: nothing would change. Expected a smaller "
             "--state-size, or a --budget that leaves less."
         )
-
-
-def check_engine_dialects(engines: Sequence[str], dialect: str) -> None:
-    """Raise InputError for an engine that reads another dialect."""
-    for engine in engines_named(engines):
-        if engine.dialect not in (None, dialect):
-            raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
 
 
 def check_dtypes(names: Iterable[str]) -> None:
@@ -125,33 +112,29 @@ def check_dtypes(names: Iterable[str]) -> None:
             )
 
 
-def check_stored(engines: Sequence[str], state_dtype: str) -> None:
-    """Raise InputError for an engine that stores no state of a dtype."""
-    for engine in engines_named(engines):
-        if state_dtype not in (offered := engine.states.offered):
+def check_engines(request: PruneRequest) -> None:
+    """Raise InputError for an engine that reads another dialect, or stores no state of the wanted dtype."""
+    for engine in engines_named(request.engines):
+        if engine.dialect not in (None, request.dialect):
+            raise InputError(f"{engine.name} reads the {engine.dialect} dialect; add --dialect {engine.dialect}.")
+        if request.state_dtype not in (None, *(offered := engine.states.offered)):
             raise InputError(
-                f"{engine.name} keeps a state in {' or '.join(offered)}, not in {state_dtype}; name one of these with "
-                "--state-dtype, or leave the engine out."
+                f"{engine.name} keeps a state in {' or '.join(offered)}, not in {request.state_dtype}; name one of "
+                "these with --state-dtype, or leave the engine out."
             )
 
 
 def suited_target(
-    target: Target,
-    described: Description,
-    recipe: Recipe,
-    groups: Groups,
-    engines: Sequence[str],
-    tied_head: bool,
-    multiple: int,
-    notify: Notify,
+    target: Target, described: Description, recipe: Recipe, request: PruneRequest, notify: Notify
 ) -> Target:
     """The target nearest to the wanted one that the engines run.
 
     Raises:
         InputError: an engine that runs nothing of what the recipe makes, or sizes that are not known beforehand.
     """
-    layout, family, config = described.layout, described.family, described.config
-    if target.state_bytes is not None:
+    layout, family, engines, groups = described.layout, described.family, request.engines, request.groups
+    tied_head = described.tied_head and not request.untie
+    if target.size is None and target.dtypes is None:
         target = replace(target, dtypes=_offered_dtypes(engines))
     if recipe.per_layer or not recipe.registered.stock:
         for advice in advise(layout, family, engines=engines, own_class=True):
@@ -167,20 +150,15 @@ def suited_target(
             "widest group or layer; expected --groups equal, and a method that cuts all layers alike."
         )
     if target.size is None:
-        good = good_state_sizes(layout, family, engines, tied_head=tied_head, config=config)
-        sizes = [size for size in good if size % multiple == 0]
-        if target.state_bytes is not None:  # a narrower dtype alone may do
-            sizes.append(layout.state_size)
-        return replace(target, sizes=sizes)
-    chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head, config=config)
+        good = good_state_sizes(layout, family, engines, tied_head=tied_head, config=described.config)
+        sizes = [size for size in good if size % (request.multiple or DEFAULT_MULTIPLE) == 0]
+        return replace(target, sizes=[*sizes, layout.state_size])  # a narrower dtype alone may do
+    chosen = nearest_state_size(target.size, layout, family, engines, tied_head=tied_head, config=described.config)
     if chosen != target.size:
-        reasons = [
-            f"{advice.engine}: {advice.level}, {advice.reason}"
-            for advice in advise(layout.with_state_size(target.size), family, engines=engines)
-            if advice.level != "runs"
-        ]
+        advices = advise(layout.with_state_size(target.size), family, engines=engines)
+        reasons = "; ".join(f"{each.engine}: {each.level}, {each.reason}" for each in advices if each.level != "runs")
         suits = f"the nearest that suits {' and '.join(engines)}"
-        notify(f"state size {chosen} in place of {target.size}, {suits} ({'; '.join(reasons)})")
+        notify(f"state size {chosen} in place of {target.size}, {suits} ({reasons})")
     return Target(chosen)
 
 

@@ -29,8 +29,8 @@ class Dialect(ABC):
         ties_heads: whether a head that is tied to the embeddings is not stored.
         has_shards: whether its weights are transformers' own shards, so that files of blocks are put together by
             moving them. keeps_unread: whether tensors that transformers' class does not load have a place in it.
-        translated_keys: keys of its config, within an object ``OBJECT.KEY``, to transformers' that say the same.
-        implied_keys: keys of transformers that its config says without one.
+        translated_keys: from keys of its config (``OBJECT.KEY`` within an object) to transformers' keys for the same.
+        implied_keys: transformers' keys that its config needs no key for.
     """
 
     name: ClassVar[str]
@@ -83,7 +83,7 @@ _DIALECTS: dict[str, Dialect] = {}
 
 
 def register(dialect: Dialect) -> None:
-    """Have a dialect found; those that were registered last are asked first whether a config is theirs."""
+    """Make a dialect known. The one that was registered last is asked first whether a config is its own."""
     _DIALECTS[dialect.name] = dialect
 
 
@@ -101,5 +101,5 @@ def dialect_of(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def translated_keys() -> Mapping[str, str]:
-    """Those of all dialects, since a conversion may leave the keys of one in a config of another."""
+    """The translated keys of all dialects: a conversion may leave keys of one in a config of another."""
     return ChainMap(*(dict(dialect.translated_keys) for dialect in _DIALECTS.values()))

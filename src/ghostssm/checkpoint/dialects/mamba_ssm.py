@@ -7,6 +7,7 @@ stand beside its own; they say nothing of the sizes here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,70 +25,46 @@ if TYPE_CHECKING:
 
 CONFIG_KEYS = frozenset(
     {
-        "d_model",
-        "d_intermediate",
-        "n_layer",
-        "vocab_size",
-        "ssm_cfg",
-        "attn_layer_idx",
-        "attn_cfg",
-        "rms_norm",
-        "residual_in_fp32",
-        "fused_add_norm",
-        "pad_vocab_size_multiple",
-        "tie_embeddings",
+        *("d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm"),
+        *("residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"),
     }
 )
-_SSM_DEFAULTS: dict[str, Any] = {
-    "d_state": 128,
-    "d_conv": 4,
-    "expand": 2,
-    "headdim": 64,
-    "ngroups": 1,
-    "dt_limit": (0.0, float("inf")),
-    "bias": False,
-    "conv_bias": True,
-    "chunk_size": 256,
+_SSM: dict[str, tuple[str, Any]] = {
+    "d_state": ("state_size", 128),
+    "d_conv": ("conv_kernel", 4),
+    "expand": ("expand", 2),
+    "headdim": ("head_dim", 64),
+    "ngroups": ("n_groups", 1),
+    "dt_limit": ("time_step_limit", (0.0, math.inf)),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+    "chunk_size": ("chunk_size", 256),
 }
+"""A key of ssm_cfg to transformers' key for the same, and the value that mamba_ssm takes where there is none."""
 _SIZES = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")
-_SSM_SIZES = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size")
+_SSM_SIZES = tuple(key for key, (_, default) in _SSM.items() if type(default) is int)
 # Variants of the mixer that transformers' Mamba-2 does not have, with the value that means "not used".
 _SSM_FIXED: dict[str, Any] = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 # How new weights are drawn or how the kernel is called: of no account for a trained model.
 _SSM_IGNORED = frozenset(
     {
-        "layer",
-        "conv_init",
-        "A_init_range",
-        "dt_min",
-        "dt_max",
-        "dt_init_floor",
-        "use_mem_eff_path",
-        "process_group",
-        "sequence_parallel",
+        *("layer", "conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor"),
+        *("use_mem_eff_path", "process_group", "sequence_parallel"),
     }
 )
-# The class says by itself what transformers' Mamba-2 can't have otherwise.
+# What is the same in every Mamba-2 model of transformers is said by its class.
 _TRANSLATED_KEYS: Mapping[str, str] = {
     "d_model": "hidden_size",
     "n_layer": "num_hidden_layers",
     "pad_vocab_size_multiple": "vocab_size",
     "tie_embeddings": "tie_word_embeddings",
-    "ssm_cfg.d_state": "state_size",
-    "ssm_cfg.d_conv": "conv_kernel",
-    "ssm_cfg.expand": "expand",
-    "ssm_cfg.headdim": "head_dim",
-    "ssm_cfg.ngroups": "n_groups",
-    "ssm_cfg.dt_limit": "time_step_limit",
-    "ssm_cfg.bias": "use_bias",
-    "ssm_cfg.conv_bias": "use_conv_bias",
-    "ssm_cfg.chunk_size": "chunk_size",
+    **{f"ssm_cfg.{key}": ours for key, (ours, _) in _SSM.items()},
     **dict.fromkeys(("d_intermediate", "attn_layer_idx", "attn_cfg", "rms_norm"), "model_type"),
     **{f"ssm_cfg.{key}": "model_type" for key in ("layer", *_SSM_FIXED)},
 }
 # Sizes that follow from others, and defaults.
 _IMPLIED_KEYS = frozenset({"num_heads", "intermediate_size", "time_step_limit", "hidden_act", "layer_types"})
-# Which transformers' own configs have under other names, or not at all.
+# Keys of the hub that transformers' own configs have under other names, or not at all.
 _HUB_KEYS = frozenset({"torch_dtype", "tie_word_embeddings", "model_type", "_name_or_path"})
 _EMBEDDING_OURS, _EMBEDDING_THEIRS = "backbone.embeddings.weight", "backbone.embedding.weight"
 # What the published state-spaces checkpoints were trained with.
@@ -118,25 +95,15 @@ class MambaSsm(Dialect):
     def to_transformers(self, config: dict[str, Any], where: str) -> dict[str, Any]:
         config = checked_config(config, where)
         _check(config)
-        ssm = config["ssm_cfg"]
-        values = _SSM_DEFAULTS | {key: value for key, value in ssm.items() if key in _SSM_DEFAULTS}
+        sizes = {ours: config["ssm_cfg"].get(key, default) for key, (ours, default) in _SSM.items()}
         multiple = config.get("pad_vocab_size_multiple", 8)
-        return {
+        return sizes | {
             "model_type": Mamba2Config.model_type,
             "architectures": ["Mamba2ForCausalLM"],
             "hidden_size": config["d_model"],
             "num_hidden_layers": config["n_layer"],
             "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
-            "state_size": values["d_state"],
-            "conv_kernel": values["d_conv"],
-            "expand": values["expand"],
-            "head_dim": values["headdim"],
-            "num_heads": values["expand"] * config["d_model"] // values["headdim"],
-            "n_groups": values["ngroups"],
-            "time_step_limit": values["dt_limit"],
-            "use_bias": values["bias"],
-            "use_conv_bias": values["conv_bias"],
-            "chunk_size": values["chunk_size"],
+            "num_heads": sizes["expand"] * config["d_model"] // sizes["head_dim"],
             "residual_in_fp32": config.get("residual_in_fp32", True),
             "tie_word_embeddings": config.get("tie_embeddings", config.get("tie_word_embeddings", True)),
             "bos_token_id": config.get("bos_token_id", 0),
@@ -159,7 +126,7 @@ class MambaSsm(Dialect):
     def write_weights(self, model: PreTrainedModel, folder: Path) -> None:
         tensors = model.state_dict()
         renamed = {_EMBEDDING_THEIRS if name == _EMBEDDING_OURS else name: value for name, value in tensors.items()}
-        renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])  # it loads strictly, a tied head as well
+        renamed.setdefault("lm_head.weight", renamed[_EMBEDDING_THEIRS])  # it loads strictly, tied heads too
         torch.save(renamed, folder / "pytorch_model.bin")
 
     def how_to_load(self, own_class: bool) -> str:
@@ -193,7 +160,7 @@ def _check(config: Mapping[str, Any]) -> None:
     for key, value in ssm.items():
         if key in _SSM_FIXED and value != _SSM_FIXED[key]:
             faults.append(f"ssm_cfg.{key} is {value!r}, expected {_SSM_FIXED[key]!r}")
-        elif key not in _SSM_FIXED and key not in _SSM_DEFAULTS and key not in _SSM_IGNORED:
+        elif key not in _SSM_FIXED and key not in _SSM and key not in _SSM_IGNORED:
             faults.append(f"ssm_cfg.{key} is not a known key")
     counts = {key: config[key] for key in _SIZES if key in config}
     counts |= {f"ssm_cfg.{key}": ssm[key] for key in _SSM_SIZES if key in ssm}
@@ -208,26 +175,16 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def _from_transformers(config: Mamba2Config) -> dict[str, Any]:
     """The config.json that makes mamba_ssm build the same model."""
-    limit = tuple(config.time_step_limit)
-    # The default is left out: strict JSON has no infinity.
-    bounded = {} if limit == _SSM_DEFAULTS["dt_limit"] else {"dt_limit": list(limit)}
+    ssm = {key: getattr(config, ours) for key, (ours, _) in _SSM.items()}
+    limit = tuple(ssm.pop("dt_limit"))
+    if limit != _SSM["dt_limit"][1]:  # the default is left out: strict JSON has no infinity
+        ssm["dt_limit"] = list(limit)
     return {
         "d_model": config.hidden_size,
         "d_intermediate": 0,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": {
-            "layer": "Mamba2",
-            "d_state": config.state_size,
-            "d_conv": config.conv_kernel,
-            "expand": config.expand,
-            "headdim": config.head_dim,
-            "ngroups": config.n_groups,
-            "bias": config.use_bias,
-            "conv_bias": config.use_conv_bias,
-            "chunk_size": config.chunk_size,
-            **bounded,
-        },
+        "ssm_cfg": {"layer": "Mamba2", **ssm},
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,

@@ -15,6 +15,7 @@ from ghostssm.checkpoint.dialects.base import Dialect
 from ghostssm.checkpoint.dialects.mamba_ssm import CONFIG_KEYS
 from ghostssm.errors import ModelError
 from ghostssm.models.families import family_named, family_of
+from ghostssm.models.families.published import published_form
 from ghostssm.models.transformers_private import quiet_transformers
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Transformers(Dialect):
         """
         model.config.architectures = [type(model).__name__]
         family = family_of(model.config)
-        config = family.published_form(model.config, json.loads(model.config.to_json_string(use_diff=False)))
+        config = published_form(model.config, json.loads(model.config.to_json_string(use_diff=False)), family.own_keys)
         if family.unread_layers_keys:
             count, *others = family.unread_layers_keys
             config |= {key: getattr(model.config, key) for key in others} if carried else {count: 0}

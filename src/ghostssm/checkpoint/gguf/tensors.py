@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostssm.checkpoint.gguf.architecture import Architecture
+from ghostssm.checkpoint.gguf.architectures import Architecture
 from ghostssm.errors import ModelError
 from ghostssm.models.families import layout_of
 from ghostssm.models.layout import SSDLayout
+from ghostssm.units import listed
+
+_BIASES = ("ssm_conv1d.bias", "ssm_dt.bias", "exp_probs_b.bias")
 
 
 def gguf_tensors(architecture: Architecture, config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -42,29 +45,28 @@ def _gguf_names(architecture: Architecture, blocks: int, tensors: Iterable[str])
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
     table = gguf.get_tensor_name_map(arch, blocks)
     ours, theirs = architecture.prefix
-    found: dict[str, str | None] = {}
-    for name in tensors:
+
+    def gguf_name(name: str) -> str | None:
         block, _, part = name.partition(".layers.")[2].partition(".")
         if part in architecture.names:
-            found[name] = f"blk.{block}.{architecture.names[part]}"
-            continue
+            return f"blk.{block}.{architecture.names[part]}"
         known = theirs + name.removeprefix(ours) if name.startswith(ours) else name
-        known = known.replace(".dt_bias", ".dt_proj.bias")
-        found[name] = table.get_name(known, try_suffixes=(".weight", ".bias"))
-    return found
+        listed: str | None = table.get_name(known.replace(".dt_bias", ".dt_proj.bias"), (".weight", ".bias"))
+        return listed
+
+    return {name: gguf_name(name) for name in tensors}
 
 
 def _check_places(architecture: Architecture, names: Mapping[str, str | None]) -> None:
-    """llama.cpp's graphs add the biases of the convolution and of dt, and no others."""
-    homeless = [
+    """llama.cpp's graphs add the biases of the convolution, of dt and of an expert's score, and no others."""
+    without_place = [
         name
-        for name, found in names.items()
-        if found is None or (found.endswith(".bias") and not found.endswith(("ssm_conv1d.bias", "ssm_dt.bias")))
+        for name, theirs in names.items()
+        if theirs is None or (theirs.endswith(".bias") and not theirs.endswith(_BIASES))
     ]
-    if homeless:
-        more = f" and {len(homeless) - 4} more" if len(homeless) > 4 else ""
+    if without_place:
         raise ModelError(
-            f"llama.cpp's {architecture.name} has no place for {', '.join(homeless[:4])}{more}; "
+            f"llama.cpp's {architecture.name} has no place for {listed(without_place, 4)}; "
             "this model can't be written as GGUF; export --format transformers for another engine."
         )
 

@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import read_json_object
@@ -85,27 +86,26 @@ class Vocabulary:
         import gguf
 
         keys = gguf.Keys.Tokenizer
-        named = dict(self.chat_templates)
-        default = named.pop(_DEFAULT_TEMPLATE, None)
+        named = {name: text for name, text in self.chat_templates.items() if name != _DEFAULT_TEMPLATE}
         for name, template in named.items():
             writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), template)
         if named:
             writer.add_array(keys.CHAT_TEMPLATES, sorted(named))
-        if default is not None:
-            writer.add_string(keys.CHAT_TEMPLATE, default)
+        if _DEFAULT_TEMPLATE in self.chat_templates:
+            writer.add_string(keys.CHAT_TEMPLATE, self.chat_templates[_DEFAULT_TEMPLATE])
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, eos: int | None) -> Vocabulary:
-    """What GGUF stores of a tokenizer, for a model with ``size`` token ids.
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Vocabulary:
+    """What GGUF stores of a tokenizer.
 
     Args:
-        eos: the end of text by the model's config, for a tokenizer that names none.
+        config: of the model. It has the number of ids, and the end of text for a tokenizer that names none.
 
     Raises:
         ModelError: llama.cpp has no tokenizer that gives the same ids; says which part it lacks.
     """
     parts = _parts(tokenizer)
-    model = parts["model"]
+    model, size, eos = parts["model"], config.vocab_size, config.eos_token_id
     notes = _check_normalizer(parts)
     pre = _pre_tokenizer(parts)
     add_bos, add_eos = _added_ends(tokenizer)
@@ -114,16 +114,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, eos: int | None
         bound = [flag for flag in ("lstrip", "rstrip", "single_word") if token[flag]]
         if bound:
             notes.append(f"the added token {token['content']!r} is {' and '.join(bound)}, which llama.cpp ignores")
-    special = {
-        name: index
-        for name, index in (
-            ("bos", tokenizer.bos_token_id),
-            ("eos", tokenizer.eos_token_id if tokenizer.eos_token_id is not None else eos),
-            ("unk", tokenizer.unk_token_id),
-            ("pad", tokenizer.pad_token_id),
-        )
-        if index is not None and index < size
-    }
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    if ids["eos"] is None:
+        ids["eos"] = eos[0] if isinstance(eos, list) else eos
+    special = {name: index for name, index in ids.items() if index is not None and index < size}
     if "eos" not in special:
         notes.append("neither tokenizer nor config names an end-of-text token; llama.cpp will take token 11 for it")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -141,17 +135,19 @@ def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     transformers reads those in tokenizer_config.json, chat_template.jinja and additional_chat_templates/, and of
     models that take text alone not the older chat_template.json, which llama.cpp's converter reads.
     """
-    found = tokenizer.chat_template
+    templates = tokenizer.chat_template
     older = Path(tokenizer.name_or_path) / "chat_template.json"
-    if not found and older.is_file():
-        found = read_json_object(older, ModelError).get("chat_template")
-    if isinstance(found, str):
-        found = {_DEFAULT_TEMPLATE: found}
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    templates = found or {}
+    if not templates and older.is_file():
+        templates = read_json_object(older, ModelError).get("chat_template")
+    if isinstance(templates, str):
+        templates = {_DEFAULT_TEMPLATE: templates}
+    if isinstance(templates, list):
+        templates = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
+    templates = templates or {}
     if not isinstance(templates, dict) or not all(isinstance(part, str) for pair in templates.items() for part in pair):
-        raise ModelError(f"The chat templates of {tokenizer.name_or_path} are {short(found)}; expected texts by name.")
+        raise ModelError(
+            f"The chat templates of {tokenizer.name_or_path} are {short(templates)}; expected texts by name."
+        )
     return templates
 
 
@@ -193,20 +189,18 @@ def _check_normalizer(parts: dict[str, Any]) -> list[str]:
     steps = [step["type"] for step in _flat(parts["normalizer"], "normalizers")]
     if any(step != "NFC" for step in steps):
         raise _refused(f"normalises text with {' and '.join(steps)}")
-    return (
-        ["the tokenizer brings text into Unicode form NFC first and llama.cpp does not: hand it text in NFC"]
-        if steps
-        else []
-    )
+    note = "the tokenizer brings text into Unicode form NFC first and llama.cpp does not: hand it text in NFC"
+    return [note] if steps else []
 
 
 def _pre_tokenizer(parts: dict[str, Any]) -> str:
     steps = tuple(_step_name(step) for step in _flat(parts["pre_tokenizer"], "pretokenizers"))
-    found = _PRE_TOKENIZERS.get((steps, bool(parts["model"].get("ignore_merges"))))
-    if found is None:
-        whole = " with ignore_merges" if parts["model"].get("ignore_merges") else ""
+    ignores_merges = bool(parts["model"].get("ignore_merges"))
+    name = _PRE_TOKENIZERS.get((steps, ignores_merges))
+    if name is None:
+        whole = " with ignore_merges" if ignores_merges else ""
         raise _refused(f"cuts text by {' then '.join(steps) or 'nothing at all'}{whole}")
-    return found
+    return name
 
 
 def _step_name(step: dict[str, Any]) -> str:
@@ -227,10 +221,9 @@ def _added_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether encoding puts bos before a text and eos after it, found by doing it."""
     inner = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a")
-    for bos in (False, True):
-        for eos in (False, True):
-            if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
-                return bos, eos
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
+            return bos, eos
     raise _refused(f"encodes 'a' as {whole}, more than a beginning and an end of text around {inner}")
 
 

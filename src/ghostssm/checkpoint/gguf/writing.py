@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import yaml
+from huggingface_hub import metadata_load
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.exporting import require_stock
-from ghostssm.checkpoint.gguf.architecture import Architecture
-from ghostssm.checkpoint.gguf.architectures import architecture_of
-from ghostssm.checkpoint.gguf.metadata import Metadata, metadata_of
+from ghostssm.checkpoint.gguf.architectures import Architecture, architecture_of
 from ghostssm.checkpoint.gguf.tensors import gguf_tensors, write_mixer_keys
 from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
-from ghostssm.checkpoint.given import in_memory
 from ghostssm.checkpoint.left_out import LeftOut, keys_left_out, unread_tensors
-from ghostssm.checkpoint.loading import Checkpoint
-from ghostssm.errors import InputError, NumericalError
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
+from ghostssm.checkpoint.loading import Checkpoint, in_memory
+from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.checkpoint.source import Source, is_hub_id
+from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.models.families import layout_of
+from ghostssm.units import sizes_text
 from ghostssm.values import Value
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ def export_gguf(
     file = output if isinstance(output, OutputFile) else OutputFile(output, overwrite)
     config: Any = _ReadConfig(model.config)
     architecture = architecture_of(config)
-    vocabulary = _vocabulary(model, checkpoint.require_tokenizer()) if with_tokenizer else None
+    vocabulary = vocabulary_of(checkpoint.require_tokenizer(), model.config) if with_tokenizer else None
     with file, storing(file.path):
         writer = gguf.GGUFWriter(file.partial, architecture.name)
         try:
-            _write_keys(writer, config, architecture, number_format, metadata_of(checkpoint.source), vocabulary)
+            _write_keys(writer, config, architecture, number_format, checkpoint.source, vocabulary)
             count = _write_tensors(writer, model, config, architecture, number_format)
             writer.close()
             file.commit()
@@ -123,7 +124,7 @@ def export_gguf(
 
 
 class _ReadConfig:
-    """A model's config that notes which of its keys are read, so that those can be named which no one reads."""
+    """A model's config that notes which of its keys are read; the user is told of the others."""
 
     def __init__(self, config: PreTrainedConfig):
         self._config = config
@@ -145,17 +146,12 @@ def _gguf() -> Any:
     return gguf
 
 
-def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    eos = model.config.eos_token_id
-    return vocabulary_of(tokenizer, model.config.vocab_size, eos[0] if isinstance(eos, list) else eos)
-
-
 def _write_keys(
     writer: Any,
     config: Any,
     architecture: Architecture,
     number_format: NumberFormat,
-    metadata: Metadata,
+    source: Source,
     vocabulary: Vocabulary | None,
 ) -> None:
     import gguf
@@ -167,7 +163,7 @@ def _write_keys(
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
     writer.add_type(gguf.GGUFType.MODEL)
-    metadata.write(writer)
+    _write_metadata(writer, source)
     writer.add_file_type(file_types[number_format])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
@@ -214,3 +210,45 @@ def _format_of(name: str, tensor: Tensor, number_format: NumberFormat) -> Any:
     if number_format == "q8_0" and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]:
         return kinds.F16
     return kinds[number_format.upper()]
+
+
+def _write_metadata(writer: Any, source: Source) -> None:
+    """Write the ``general`` keys into a ``gguf.GGUFWriter``.
+
+    They come from the model card (README.md) and ``ghostssm.json``; both may be missing.
+    """
+    card = _card(source.folder / "README.md")
+    try:
+        manifest = Manifest.read(source.folder)
+    except ModelError:
+        manifest = Manifest()
+    writer.add_name(Path(source.name).resolve().name if Path(source.name).is_dir() else source.name.rpartition("/")[2])
+    if isinstance(card.get("license"), str) and card["license"]:
+        writer.add_license(card["license"])
+    before, after = manifest.state_size_before, manifest.state_size_after
+    if manifest.method is not None and before is not None and after is not None:
+        kept = sizes_text((after,) if isinstance(after, int) else after)
+        writer.add_description(
+            f"Recurrent state pruned from {before} to {kept} channels by ghostssm ({manifest.method})"
+        )
+    base = manifest.base_model or card.get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    if base:
+        _write_base_model(writer, str(base))
+
+
+def _write_base_model(writer: Any, base: str) -> None:
+    name = base if is_hub_id(base) else Path(base).name  # a folder's name, not where it lay on someone's disk
+    organization, _, last = name.rpartition("/")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, last)
+    if organization:
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}

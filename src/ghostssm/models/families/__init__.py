@@ -1,8 +1,8 @@
 """Model families: where a model keeps its Mamba-2 mixers, and how its config names their sizes."""
 
 from ghostssm.models.families import own, stock  # noqa: F401  (they register themselves)
-from ghostssm.models.families.base import (
-    Family,
+from ghostssm.models.families.family import Family
+from ghostssm.models.families.registry import (
     check_model,
     check_plain,
     family_named,

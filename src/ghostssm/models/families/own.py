@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from ghostssm.models import own_class
-from ghostssm.models.families.base import register
-from ghostssm.models.families.stock import HYBRIDS, MAMBA2, StockFamily
+from ghostssm.models.families.family import Family
+from ghostssm.models.families.registry import register
+from ghostssm.models.families.stock import HYBRIDS, MAMBA2
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
 from ghostssm.models.own_class import OWN_CONFIGS
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 _OWN_KEYS = ("state_sizes", "projected_state_sizes", "state_tiers")
 _OF_A_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")
-"""Entries of a config that another class has otherwise."""
+"""Entries of a config that differ between classes."""
 
 
-class OwnFamily(StockFamily):
+class OwnFamily(Family):
     """Found as in the stock family; its mixers differ in size and may project their state."""
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:

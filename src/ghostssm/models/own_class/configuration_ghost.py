@@ -166,14 +166,3 @@ class GhostZamba2Config(GhostConfig, Zamba2Config):  # type: ignore[misc]
         "num_heads": "n_mamba_heads",
         "n_groups": "mamba_ngroups",
     }
-
-
-__all__ = [
-    "GhostBambaConfig",
-    "GhostConfig",
-    "GhostFalconH1Config",
-    "GhostGraniteMoeHybridConfig",
-    "GhostMamba2Config",
-    "GhostNemotronHConfig",
-    "GhostZamba2Config",
-]

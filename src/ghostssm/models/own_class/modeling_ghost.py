@@ -351,22 +351,3 @@ class GhostZamba2Model(GhostModel, Zamba2Model):  # type: ignore[misc]
 
 class GhostZamba2ForCausalLM(GhostForCausalLM, Zamba2ForCausalLM):  # type: ignore[misc]
     config_class, headless = GhostZamba2Config, GhostZamba2Model
-
-
-__all__ = [
-    "GhostBambaForCausalLM",
-    "GhostBambaModel",
-    "GhostFalconH1ForCausalLM",
-    "GhostFalconH1Model",
-    "GhostForCausalLM",
-    "GhostGraniteMoeHybridForCausalLM",
-    "GhostGraniteMoeHybridModel",
-    "GhostMamba2ForCausalLM",
-    "GhostMamba2Model",
-    "GhostMixer",
-    "GhostModel",
-    "GhostNemotronHForCausalLM",
-    "GhostNemotronHModel",
-    "GhostZamba2ForCausalLM",
-    "GhostZamba2Model",
-]

@@ -1,7 +1,7 @@
 """Batches of windows, drawn from a text without repetition, and the windows that are set apart to judge by.
 
 The text comes in stretches of some thousand windows, each dealt out in a random order that its number decides. So a
-place in the text is a few numbers, and whoever goes on from there gets the same batches.
+place in the text is a few numbers, and a run that goes on from there gets the same batches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def stretches(self, start: Place) -> Iterator[tuple[Tensor, Place]]:
-        """Windows (count, length) from a place on, without end, each time with the place after them.
+        """Stretches of windows (count, length) from a place on, without end; each comes with the place after it.
 
         An epoch begins with a stretch of its own.
         """

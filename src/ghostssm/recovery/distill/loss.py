@@ -26,7 +26,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Readout:
-    """What a model's head makes its logits of: ``hidden @ head.T``.
+    """The two parts that give a model's logits: ``hidden @ head.T``.
 
     Attributes:
         hidden: (..., hidden_size), after the last norm. head: (vocab, hidden_size).
@@ -36,12 +36,12 @@ class Readout:
     head: Tensor
 
     def logits(self, span: slice) -> Tensor:
-        """Of some tokens of a flat ``hidden``: (tokens, vocab), float32 or better."""
+        """The logits of some tokens of a flat ``hidden``: (tokens, vocab), float32 or better."""
         return at_least_float32(F.linear(self.hidden[span], self.head))
 
     @property
     def flat(self) -> Readout:
-        """With one axis of tokens."""
+        """The same with one axis for all tokens."""
         return Readout(self.hidden.reshape(-1, self.hidden.shape[-1]), self.head)
 
 

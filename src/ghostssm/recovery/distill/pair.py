@@ -28,7 +28,7 @@ from ghostssm.recovery.distill.loss import Readout, divergence, window_losses, w
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher makes of a batch.
+    """What a teacher gives for a batch.
 
     Attributes:
         readout: its last hidden states (b, l, hidden_size) and its head.
@@ -39,7 +39,7 @@ class Lesson:
     blocks: Sequence[Tensor] = ()
 
     def rows(self, index: Tensor) -> Lesson:
-        """Of some windows of the batch."""
+        """The lesson of some windows of the batch."""
         readout = Readout(self.readout.hidden[index], self.readout.head)
         return Lesson(readout, [block[index] for block in self.blocks])
 
@@ -147,6 +147,6 @@ def whole(value: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, content: Tensor) -> Tensor:
-    """A whole tensor where another one of its shape is, and sharded as that is."""
+    """A whole tensor, brought to the device of another one of its shape and sharded as that is."""
     content = content.to(value.device, copy=True)
     return distribute_tensor(content, value.device_mesh, value.placements) if isinstance(value, DTensor) else content

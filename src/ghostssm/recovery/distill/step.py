@@ -27,9 +27,9 @@ def _distill(
         copy.deepcopy(pruned).float(),
         dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float(),
     )
-    found = distill(student, teacher, batches, Settings(amount, batch, seed=seed), listener=Listener(progress))
-    change_parameters(pruned, found.changes)
-    return found.record
+    distilled = distill(student, teacher, batches, Settings(amount, batch, seed=seed), listener=Listener(progress))
+    change_parameters(pruned, distilled.changes)
+    return distilled.record
 
 
 register_step(

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,20 @@ from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.recovery.distill.batches import Batches
 from ghostssm.recovery.distill.pair import Lesson, Student, Teacher, choose_trained, placed_like, prepared, whole
-from ghostssm.units import duration_text, plus_minus, text_name
+from ghostssm.recovery.distill.run_state import RunState
+from ghostssm.units import duration_text, text_name
 
 _BETAS = (0.9, 0.95)
 _MOST_NORM = 1.0
-"""Of the gradient; longer ones are cut."""
+"""The largest norm of the gradient; a longer gradient is scaled down to it."""
 _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
 _PATIENCE = 15
-"""The training ends after so many looks without a gain. They are many because most is gained late, at a low rate."""
+"""The training ends after so many looks without a gain. Most is gained late, at a low rate, so they are many."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
-"""A divergence on the held-out windows of so many times the first one ends the training."""
+"""The training ends when the divergence on the held-out windows is so many times the first one."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,6 @@ class Listener:
     log: Callable[[dict[str, float], int], None] = field(default=lambda numbers, step: None)
 
 
-class Keeper(Protocol):
-    """Where the state of a training survives the process."""
-
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What was written last: JSON values and tensors; None if nothing was."""
-        ...
-
-    def is_due(self) -> bool:
-        """Whether it is time to write."""
-        ...
-
-    def write(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep a state, in place of the one before."""
-        ...
-
-
 class Training:
     """A student in training.
 
@@ -140,7 +125,7 @@ class Training:
 
     @property
     def kept(self) -> Point:
-        """The look at the parameters that are kept."""
+        """The look that was best so far, whose parameters are kept."""
         return min(self.curve, key=lambda point: point.divergence if math.isfinite(point.divergence) else math.inf)
 
     def take_step(self) -> float:
@@ -155,14 +140,14 @@ class Training:
             total += loss.detach().double().cpu() / processes.size
         processes.add(total)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), _MOST_NORM))
-        found = total.item() if norm.isfinite() else math.nan
-        if math.isfinite(found):
+        value = total.item() if norm.isfinite() else math.nan
+        if math.isfinite(value):
             self.optimizer.step()
             self.step += 1
         else:
             self.ended = f"the loss of step {self.step + 1} was not finite"
         self.optimizer.zero_grad()
-        return found
+        return value
 
     def look(self) -> Point:
         """Measure on the held-out windows; the parameters are kept if they do best so far."""
@@ -223,8 +208,8 @@ class Training:
             own = self.batches.held_out[shared[processes.rank :: processes.size]].to(self.student.model.device)
             per_part = max(1, self.settings.batch // (self.settings.accumulate * processes.size))
             self._lessons = [(ids, self.teacher(ids)) for ids in own.split(per_part)]
-        found = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
-        shares = processes.gather([torch.cat(found, dim=1)])
+        losses = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
+        shares = processes.gather([torch.cat(losses, dim=1)])
         return torch.stack(shares, dim=-1).flatten(1)[:, :count]
 
 
@@ -251,7 +236,7 @@ def distill(
     teacher_name: str | None = None,
     processes: Processes | None = None,
     listener: Listener | None = None,
-    keeper: Keeper | None = None,
+    keeper: RunState | None = None,
 ) -> Distilled:
     """Train a pruned model on the next-token distributions of the dense one.
 
@@ -277,8 +262,8 @@ def distill(
     with prepared(own, dense, processes, settings.checkpointing, settings.bfloat16):
         parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
         training = Training(own, dense, batches, settings, parameters, processes)
-        if keeper is not None and (found := keeper.read()) is not None:
-            training.restore(*found)
+        if keeper is not None and (state := keeper.read()) is not None:
+            training.restore(*state)
         _run(training, listener, keeper)
         changes = {name: whole(value) for name, value in training.best.items()}
     record = Distillation(
@@ -300,7 +285,7 @@ def distill(
     return Distilled(changes, record)
 
 
-def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
+def _run(training: Training, listener: Listener, keeper: RunState | None) -> None:
     steps, between = training.settings.steps, max(1, training.settings.steps // _CHECKS)
     begun, first = time.monotonic(), training.step
     listener.progress("distillation", training.step, steps)
@@ -321,7 +306,7 @@ def _run(training: Training, listener: Listener, keeper: Keeper | None) -> None:
 def _tell(training: Training, point: Point, listener: Listener, loss: float, seconds_per_step: float) -> None:
     """Say how the training goes."""
     numbers = {"held_out_divergence": point.divergence, "held_out_excess_loss": point.excess.mean}
-    told = f"excess loss {plus_minus(point.excess.mean, point.excess.standard_error)} on held-out windows"
+    told = f"excess loss {point.excess_text} on held-out windows"
     if point.step:
         settings = training.settings
         speed = settings.batch * training.batches.held_out.shape[1] / seconds_per_step

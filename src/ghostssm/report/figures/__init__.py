@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from ghostssm.errors import InputError
-from ghostssm.workflows.record import as_json
+from ghostssm.workflows.report_record import as_json
 
 try:
     import altair as alt
@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 Rows = Sequence[Mapping[str, Any]]
 """A table; all rows have the same keys."""
 MOST_CHANNELS = 32_000
-"""So many channels of a model are drawn at most: a page must stay small and quick."""
+"""The most channels of a model that are drawn: a page must stay small and quick."""
 INK = alt.param(name="ink", value="#1b1f24")
 FAINT = alt.param(name="faint", value="#57606a")
 """Colours of text, and of rules and numbers beside it; a page sets them by its theme."""
@@ -83,7 +83,7 @@ class Figure:
     tables: Mapping[str, Rows]
 
     def spec(self, width: int | None = None) -> dict[str, Any]:
-        """Vega-Lite with its data, numbers with the four digits that can be seen; as wide as its place if not said."""
+        """The Vega-Lite specification with its data, in four digits; as wide as its place if no width is given."""
         # legends go by the whole width: that of the plot shrinks once they are laid out
         room = alt.param(name="room", expr="width && containerSize()[0]" if width is None else str(width))
         chart = self.chart.add_params(INK, FAINT, room).properties(width=width or "container", config=_LOOK)
@@ -98,7 +98,7 @@ class Figure:
         return vl_convert.vegalite_to_svg(spec | {"background": "transparent"})
 
     def html(self) -> str:
-        """As a notebook shows it."""
+        """The figure as a notebook shows it."""
         return (
             f'<figure style="margin: 1em 0"><div role="img" aria-label="{escape(self.description)}">{self.svg()}</div>'
             f"<figcaption>{escape(self.caption)}</figcaption></figure>"
@@ -130,21 +130,21 @@ def rule(name: str) -> alt.Chart:
 
 
 def selector(name: str, options: Sequence[Any], labels: Sequence[str] | None = None) -> alt.Parameter:
-    """A choice among options above a figure, the first of them at first."""
+    """A choice among options above a figure; it begins with the first."""
     shown = list(map(str, options) if labels is None else labels)
     bind = alt.binding_select(options=list(options), labels=shown, name=f"{name.capitalize()} ")
     return alt.param(name=name, value=options[0], bind=bind)
 
 
 def chosen(layer: alt.Chart, *selectors: alt.Parameter) -> alt.Chart:
-    """A layer of only those rows that have what the selectors of their columns' names say."""
+    """A layer with only the rows that the selectors choose; a selector has the name of a column."""
     for parameter in selectors:
         layer = layer.transform_filter(alt.datum[parameter.name] == parameter)
     return layer
 
 
 def tooltip(**titles: str) -> list[alt.Tooltip]:
-    """What hovering shows: field to title, values as they are."""
+    """What hovering shows: the values of fields, each under a title."""
     return [alt.Tooltip(field, type="nominal", title=title) for field, title in titles.items()]
 
 
@@ -159,7 +159,7 @@ def index_axis(count: int) -> alt.Axis:
 
 
 def names_scale(names: Sequence[str], values: Sequence[str]) -> alt.Scale:
-    """A colour or shape for each name, from the front again where there are too few."""
+    """A colour or shape for each name; they are used again where there are too few."""
     return alt.Scale(domain=list(names), range=[values[index % len(values)] for index in range(len(names))])
 
 

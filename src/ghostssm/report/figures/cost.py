@@ -25,8 +25,8 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.comparison import Row
-from ghostssm.workflows.record import DecodeSpeed, WindowLosses
+from ghostssm.workflows.compare_result import Row
+from ghostssm.workflows.report_record import DecodeSpeed, WindowLosses
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _SPREAD = 0.03
@@ -91,7 +91,7 @@ def speed_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
-    """A row's loss; where the axis is logarithmic, its bar ends there."""
+    """A row's loss; its error bar ends above zero where the axis is logarithmic."""
     error = 0.0 if math.isnan(row.standard_error) else row.standard_error
     least = min(row.excess for row in others)
     low = max(row.excess - error, least / 2) if least > 0 else row.excess - error
@@ -110,7 +110,7 @@ def _loss(row: Row, others: Sequence[Row]) -> dict[str, Any]:
 def _loss_chart(
     others: Sequence[Row], places: alt.X, hovered: Mapping[str, str], *selectors: alt.Parameter
 ) -> alt.LayerChart:
-    """Of the tables "rows" and "dense"; with a choice among batches there are bars of the speed too."""
+    """A chart of the tables "rows" and "dense"; with a choice among batches it has bars of the speed too."""
     methods = list(dict.fromkeys(row.series for row in others))
     positive = min(row.excess for row in others) > 0
     scale = log_scale(16) if positive else alt.Scale(zero=False, padding=16)
@@ -232,11 +232,11 @@ def window_figure(losses: WindowLosses) -> Figure:
     """Loss difference to the dense model by window, of one model or of several to choose from."""
     rows: list[dict[str, Any]] = []
     worse = []
-    for model, found in losses.pruned.items():
-        excess = [loss - dense for loss, dense in zip(found, losses.dense, strict=True)]
+    for model, pruned in losses.pruned.items():
+        excess = [loss - dense for loss, dense in zip(pruned, losses.dense, strict=True)]
         worse.append(f"{model}: {sum(value > 0 for value in excess)}, mean {statistics.fmean(excess):.4f}")
         for window, value in enumerate(excess):
-            row = {"model": model, "window": window, "dense": losses.dense[window], "loss": found[window]}
+            row = {"model": model, "window": window, "dense": losses.dense[window], "loss": pruned[window]}
             rows.append({**row, "excess": value, "sign": "worse" if value > 0 else "better"})
     bars = (
         table("windows")

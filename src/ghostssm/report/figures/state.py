@@ -28,7 +28,7 @@ from ghostssm.report.figures import (
     tooltip,
 )
 from ghostssm.units import text_name
-from ghostssm.workflows.record import Observations
+from ghostssm.workflows.report_record import Observations
 
 _LEAST_LEVEL = -4.0
 """Saliency below 10^-4 of a layer's largest is drawn like that."""
@@ -129,9 +129,9 @@ def hankel_figure(seen: Observations, plan: Plan | None = None) -> Figure:
     layers, n_groups, n = values.shape
     groups = shown_groups(layers, n_groups, n)
     rows: list[dict[str, Any]] = []
-    for layer, found in enumerate(values):
-        relative = _above_zero(found / (found.max().item() or 1.0))
-        rows += _rows(layer, groups, {"value": found, "relative": relative}, place="index", first=1)
+    for layer, value in enumerate(values):
+        relative = _above_zero(value / (value.max().item() or 1.0))
+        rows += _rows(layer, groups, {"value": value, "relative": relative}, place="index", first=1)
     energy = values.square()
     half = (energy.cumsum(-1) / energy.sum(-1, keepdim=True).clamp_min(1e-300) < 0.99).sum(-1).double().mean() + 1
     caption = (
@@ -234,13 +234,13 @@ def saliency_figure(plans: Mapping[str, Plan]) -> Figure:
 
 
 def quadrants(norm: Tensor, energy: Tensor) -> Tensor:
-    """0 phantom, 1 corporeal, 2 both small, 3 both large: above or not above the layer's medians; (g, n), int64."""
+    """For each channel 0 phantom, 1 corporeal, 2 both small or 3 both large, by the layer's medians; (g, n), int64."""
     heavy, loud = norm > norm.median(), energy > energy.median()
     return torch.where(heavy, torch.where(loud, 3, 1), torch.where(loud, 0, 2))
 
 
 def correlation(norm: Tensor, energy: Tensor) -> float:
-    """Pearson's, of the logarithms; of the channels where both are above 0. NaN where one of them is constant."""
+    """Pearson's correlation of the logarithms, over channels where both are above 0; NaN where one is constant."""
     both = (norm > 0) & (energy > 0)
     if both.sum() < 2:
         return float("nan")
@@ -260,7 +260,7 @@ def _rows(
 
 
 def _above_zero(value: Tensor) -> Tensor:
-    """What has no place on a logarithmic axis as NaN, which a page leaves out."""
+    """NaN in place of numbers that have no place on a logarithmic axis; a page leaves these out."""
     return value.masked_fill(value <= 0, math.nan)
 
 

@@ -17,18 +17,18 @@ def distillation_figure(trainings: Mapping[str, Distillation]) -> Figure:
     """Held-out excess loss against the tokens spent, of one training or of several to choose from."""
     rows: list[dict[str, Any]] = []
     told = []
-    for training, found in trainings.items():
-        for point in found.curve:
+    for label, training in trainings.items():
+        for point in training.curve:
             mean, error = point.excess.mean, point.excess.standard_error
             half = 0.0 if math.isnan(error) else error
-            seen = {"training": training, "step": point.step, "tokens": point.tokens, "excess": mean, "error": error}
-            kept = "kept" if point.step == found.kept_step else ""
+            seen = {"training": label, "step": point.step, "tokens": point.tokens, "excess": mean, "error": error}
+            kept = "kept" if point.step == training.kept_step else ""
             rows.append({**seen, "low": mean - half, "high": mean + half, "divergence": point.divergence, "kept": kept})
         told.append(
-            f"{training}: {found.tokens:,} tokens of {text_name(found.text)} in {found.steps} steps moved "
-            f"{MOVED[found.trained]}; excess loss on {found.held_out_windows} held-out windows of that text "
-            f"{found.curve[0].excess_text} before, {found.best.excess_text} after step {found.kept_step}, which was "
-            "kept"
+            f"{label}: {training.tokens:,} tokens of {text_name(training.text)} in {training.steps} steps moved "
+            f"{MOVED[training.trained]}; excess loss on {training.held_out_windows} held-out windows of that text "
+            f"{training.curve[0].excess_text} before, {training.best.excess_text} after step {training.kept_step}, "
+            "which was kept"
         )
     return Figure(
         "distillation",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ghostssm
-from ghostssm.checkpoint import rehearsal, saving, side_files
+from ghostssm.checkpoint import dry_run, saving, side_files
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.errors import GhostWarning, IncompleteError, ModelError, StorageError
 from ghostssm.plan.plan import Plan
@@ -141,7 +141,7 @@ def test_a_card_that_can_not_be_made(
 def test_no_room_on_the_disk(
     run: Run, small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, road: list[str]
 ) -> None:
-    needed = rehearsal.stored_bytes(ghostssm.load(str(small)))
+    needed = dry_run.stored_bytes(ghostssm.load(str(small)))
     assert needed == pytest.approx((small / "model.safetensors").stat().st_size, rel=0.1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("ghostssm.pruning.run.LayerWalk", no_walk)
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_needs_less_room(
     with monkeypatch.context() as patch:
         patch.setattr("ghostssm.streaming.run_folder.RunFolder.assemble", full_disk)
         assert run(*prune(small, text_file, tmp_path / "out", "--stream"))[0] == 1
-    room["free"] = rehearsal.stored_bytes(ghostssm.load(str(small))) // 2
+    room["free"] = dry_run.stored_bytes(ghostssm.load(str(small))) // 2
     code, _, err = run(*prune(small, text_file, tmp_path / "other", "--stream"))
     assert code == 2
     assert "make room" in err
@@ -194,12 +194,12 @@ def test_a_side_file_that_fails_after_the_work_does_not_cost_the_weights(
     owner, name = SIDE_FILES[what]
     original, calls = getattr(owner, name), itertools.count()
 
-    def fails_after_the_rehearsal(*args: Any, **kwargs: Any) -> Any:
+    def fails_after_the_dry_run(*args: Any, **kwargs: Any) -> Any:
         if next(calls):
             raise ValueError("of all times\nnow")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, fails_after_the_rehearsal)
+    monkeypatch.setattr(owner, name, fails_after_the_dry_run)
     code, out, err = run(
         *prune(small, text_file, tmp_path / "out", *road, "--evaluate", text_file, "--text-windows", 2)
     )
@@ -258,11 +258,11 @@ def test_a_full_disk_at_the_end_of_a_streamed_run_can_be_resumed(
     assert_same_checkpoint(prune_streamed(tmp_path / "whole"), prune_streamed(tmp_path / "out", resume=True))
 
 
-def test_a_rehearsal_leaves_nothing(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_dry_run_leaves_nothing(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = ghostssm.load(str(folder_of()))
     before = sorted(tmp_path.rglob("*"))
     folder = ghostssm.OutputFolder(tmp_path / "deep" / "out")
-    rehearsal.rehearse_save(checkpoint, folder, "transformers", untie=True)
+    dry_run.dry_run(checkpoint, folder, "transformers", untie=True)
     assert sorted(tmp_path.rglob("*")) == before
     assert checkpoint.model.config.tie_word_embeddings
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from ghostssm.checkpoint.manifest import RECORD_FILE
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
-from ghostssm.files.output_file import OutputFile
-from ghostssm.files.output_folder import storing
+from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.ops.state_format import FLOAT32, StateFormat
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
@@ -29,7 +28,7 @@ _FORMAT, _VERSION = "ghostssm-report", 1
 
 @dataclass(frozen=True)
 class Observations:
-    """What the unpruned model does with its state, by mixer, front to back; each (g, n), float64.
+    """What the unpruned model does with its state: (g, n), float64, for each mixer, front to back.
 
     Attributes:
         weight_norms: norm of a channel's B row times norm of its C row.
@@ -56,7 +55,7 @@ class WindowLosses:
 
     @classmethod
     def of(cls, windows: Windows, dense: Evaluation, pruned: Mapping[str, Evaluation]) -> WindowLosses:
-        """Of evaluations on these windows."""
+        """The losses of evaluations on these windows."""
         losses = {name: tuple(evaluation.losses.tolist()) for name, evaluation in pruned.items()}
         return cls(text_name(windows.text_name), windows.length, tuple(dense.losses.tolist()), losses)
 
@@ -78,7 +77,7 @@ class DecodeSpeed:
 
 @dataclass(frozen=True)
 class Samples:
-    """How models go on from a prompt, each taking the likeliest token; what the prompt was taken from."""
+    """How models go on from a prompt, each taking the likeliest token; ``text`` is where the prompt is from."""
 
     text: str
     prompt: str
@@ -87,7 +86,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured while a checkpoint was made; None or empty for what was not.
+    """What was measured while a checkpoint was made; what was not measured is None or empty.
 
     Attributes:
         state_dtype: in which the pruned model's state was kept.
@@ -100,16 +99,18 @@ class Record:
     state_dtype: str = FLOAT32.name
 
     def kept_in(self, state_dtype: str) -> Record:
-        """What holds of a pruned model whose state is kept in a dtype."""
+        """The record of a pruned model whose state is kept in a dtype: what was measured in another one is left out."""
         return self if state_dtype == self.state_dtype else Record(self.observations, state_dtype=state_dtype)
 
     def write(self, folder: Path) -> None:
-        """Write ``report.json`` into a folder; an old one is replaced.
+        """Write ``report.json`` into a folder; an old one is replaced. Of an empty record nothing is written.
 
         Raises:
             OutputError: the folder can't be written.
             StorageError: writing failed, for example on a full disk.
         """
+        if self == Record():
+            return
         measured = {name: part for name, part in vars(self).items() if part is not None}
         document = as_json({"format": _FORMAT, "version": _VERSION, **measured}, digits=6)
         with OutputFile(folder / RECORD_FILE, overwrite=True) as file, storing(file.path):
@@ -148,44 +149,43 @@ class Record:
             ) from None
 
 
-def _observations(found: dict[str, Any], mixers: Sequence[str], channels: tuple[int, int]) -> Observations:
+def _observations(entry: dict[str, Any], mixers: Sequence[str], channels: tuple[int, int]) -> Observations:
     def tensors(field: str) -> dict[str, Tensor]:
-        values = {str(name): torch.tensor(value, dtype=torch.float64) for name, value in found[field].items()}
+        values = {str(name): torch.tensor(value, dtype=torch.float64) for name, value in entry[field].items()}
         if list(values) != list(mixers) or any(tuple(value.shape) != channels for value in values.values()):
             raise ValueError(f"its {field} are of other mixers")
         return values
 
-    return Observations(
-        tensors("weight_norms"), tensors("energies"), tensors("hankel"), str(found["text"]), int(found["tokens"])
-    )
+    norms, energies, hankel = map(tensors, ("weight_norms", "energies", "hankel"))
+    return Observations(norms, energies, hankel, str(entry["text"]), int(entry["tokens"]))
 
 
-def _losses(found: dict[str, Any]) -> WindowLosses:
-    dense = [float(loss) for loss in found["dense"]]
-    pruned = {str(name): [float(loss) for loss in losses] for name, losses in found["pruned"].items()}
+def _losses(entry: dict[str, Any]) -> WindowLosses:
+    dense = [float(loss) for loss in entry["dense"]]
+    pruned = {str(name): [float(loss) for loss in losses] for name, losses in entry["pruned"].items()}
     if not dense or not pruned or any(len(losses) != len(dense) for losses in pruned.values()):
         raise ValueError("its losses are of different windows, or of none")
-    return WindowLosses(str(found["text"]), int(found["window_length"]), dense, pruned)
+    return WindowLosses(str(entry["text"]), int(entry["window_length"]), dense, pruned)
 
 
-def _speed(found: dict[str, Any]) -> DecodeSpeed:
-    predicted, spread = found["predicted_tokens_per_second"], found.get("spread")
+def _speed(entry: dict[str, Any]) -> DecodeSpeed:
+    predicted, spread = entry["predicted_tokens_per_second"], entry.get("spread")
     return DecodeSpeed(
-        str(found["model"]),
-        int(found["batch"]),
-        float(found["tokens_per_second"]),
+        str(entry["model"]),
+        int(entry["batch"]),
+        float(entry["tokens_per_second"]),
         None if predicted is None else float(predicted),
         None if spread is None else (float(spread[0]), float(spread[1])),
     )
 
 
-def _samples(found: dict[str, Any]) -> Samples:
-    texts = {str(name): str(text) for name, text in found["continuations"].items()}
-    return Samples(str(found["text"]), str(found["prompt"]), texts)
+def _samples(entry: dict[str, Any]) -> Samples:
+    texts = {str(name): str(text) for name, text in entry["continuations"].items()}
+    return Samples(str(entry["text"]), str(entry["prompt"]), texts)
 
 
 def as_json(value: Any, digits: int) -> Any:
-    """A value with floats cut to so many digits; those that are not finite become None."""
+    """JSON values, with floats rounded to so many digits; a float that is not finite becomes None."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Tensor):

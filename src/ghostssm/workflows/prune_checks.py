@@ -1,4 +1,4 @@
-"""Every check of a pruning run that needs no weights, and what comes of it."""
+"""Every check of a pruning run that needs no weights; the checked request, and the outcome of a run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,24 @@ from ghostssm.errors import InputError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
-from ghostssm.pruning.feasibility import check_original, check_streamable
-from ghostssm.pruning.fitting import check_shrinks
 from ghostssm.pruning.recipe import Recipe
-from ghostssm.pruning.run import DEFAULT_MULTIPLE
-from ghostssm.pruning.smallest import held_out_rows
+from ghostssm.pruning.run import DEFAULT_MULTIPLE, check_original
+from ghostssm.pruning.search import check_shrinks, held_out_rows
 from ghostssm.values import Value
-from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, windows_of
-from ghostssm.workflows.remarks import same_text_remark, tell
+from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, tell_same_text, windows_of
 from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
 from ghostssm.workflows.state_size import (
     Target,
     check_dtypes,
-    check_engine_dialects,
+    check_engines,
     check_smaller,
-    check_stored,
     suited_target,
     wanted_target,
 )
 
 DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
-"""On fewer, the standard error of an excess loss is itself a guess."""
+"""On fewer held-out windows, the standard error of an excess loss is a guess itself."""
 _BELONGS_TO = {
     "text_windows": ("evaluate",),
     "batches": ("report",),
@@ -91,7 +87,7 @@ class PruneJob:
         return Inputs(checkpoint, calibration_windows(asked, vocabulary), held_out)
 
     def announce(self, inputs: Inputs[Any], notify: Notify) -> None:
-        """Tell what is about to be done with the windows to calibrate on, and what to think of those to measure on."""
+        """Tell what the windows are used for, and what makes a measured loss doubtful."""
         windows, held_out = inputs.calibration, inputs.held_out
         count, wanted = len(windows), self.request.windows
         fewer = "" if count == wanted else f" (not {wanted}: the text has no more)"
@@ -106,7 +102,7 @@ class PruneJob:
                 + ("" if apart >= _SURE_WINDOWS else few)
             )
         if held_out is not None:
-            tell(notify, same_text_remark(windows, held_out))
+            tell_same_text(notify, windows, held_out)
 
 
 def checked(request: PruneRequest, notify: Notify, described: Description | None = None) -> PruneJob:
@@ -122,7 +118,7 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     check_heeded(request, "state_bytes", "state_dtype")
     if request.state_dtype is not None:
         check_dtypes([request.state_dtype])
-        check_stored(request.engines, request.state_dtype)
+    check_engines(request)
     if request.stream:
         _check_streamed(request)
     elif os.environ.get("WORLD_SIZE", "1") != "1":
@@ -139,14 +135,12 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.push_to_hub is not None:
         check_hub_target(request.push_to_hub)
     if request.stream:
-        check_streamable(recipe)
-    target = wanted_target(described, request.state_size, request.budget, request.max_excess_loss, request.state_bytes)
+        recipe.check_streamable()
+    target = wanted_target(request, described)
     if target.state_bytes is not None:
         check_shrinks(recipe)
     if request.engines:
-        check_engine_dialects(request.engines, request.dialect)
-        tied, multiple = described.tied_head and not request.untie, request.multiple or DEFAULT_MULTIPLE
-        target = suited_target(target, described, recipe, request.groups, request.engines, tied, multiple, notify)
+        target = suited_target(target, described, recipe, request, notify)
     check_smaller(target, described.layout.state_size)
     return PruneJob(request, described, recipe, target)
 

@@ -1,4 +1,4 @@
-"""Whatever a caller has in place of a text or of windows, turned into one of these: the only place that guesses."""
+"""Whatever a caller has in place of a text or of windows becomes one of these; no other module guesses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXPECTED = (
 def given_text(
     given: GivenText, role: Role = "calibration", column: str | None = None, length: int | None = None
 ) -> Text | Windows:
-    """The text that something stands for; windows where it holds token ids.
+    """What a caller gave, as a text; as windows if it holds token ids.
 
     Args:
         given: a `Text` or `Windows`, taken as they are; the name or path of a text, as `read_text` has it; a string
@@ -64,7 +64,7 @@ def given_text(
 
 
 def is_name(given: GivenText) -> bool:
-    """Whether something is a corpus's name or a path, rather than the text itself."""
+    """Whether a caller gave a corpus's name or a path, rather than the text itself."""
     if isinstance(given, str):
         return is_text_name(given) or not (len(given) > _LONGEST_PATH or "\n" in given)
     return isinstance(given, PathLike)
@@ -81,7 +81,7 @@ def given_windows(
     column: str | None = None,
     vocab_size: int | None = None,
 ) -> Windows:
-    """The windows that something stands for.
+    """What a caller gave, as windows.
 
     Args:
         given, role, column: as `given_text`. `Windows` are taken as they are, all of them.
@@ -93,9 +93,9 @@ def given_windows(
         InputError, TextError: as `given_text` and `cut_windows`; a text without a tokenizer, or ids that the model does
             not know.
     """
-    found = given_text(given, role, column, length)
-    if isinstance(found, Windows):
-        windows = found if isinstance(given, Windows) else found.drawn(count, seed)
+    text = given_text(given, role, column, length)
+    if isinstance(text, Windows):
+        windows = text if isinstance(given, Windows) else text.drawn(count, seed)
         highest = int(windows.ids.max())
         if vocab_size is not None and highest >= vocab_size:
             raise InputError(f"The ids go up to {highest}, the model knows {vocab_size}; expected its own tokenizer's.")
@@ -106,8 +106,8 @@ def given_windows(
             "or token ids in place of text."
         )
     if role == "evaluation":
-        return evaluation_windows(found, tokenizer, length, count)
-    return cut_windows(found, tokenizer, length, count, seed)
+        return evaluation_windows(text, tokenizer, length, count)
+    return cut_windows(text, tokenizer, length, count, seed)
 
 
 def _of_table(table: Any, columns: list[str], column: str | None) -> Text:

@@ -1,7 +1,7 @@
-"""What writing a checkpoint may stumble over, tried before the work that it would cost.
+"""The dry run: before the work, everything but the weights is written into a folder that is removed again.
 
-All but the weights is written into a folder that is removed again, by the functions that write it after the work, and
-the disk is asked for room for the weights.
+The functions that write after the work are called, so that their faults show before they cost that work. The disk is
+asked for room for the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.side_files import SideFiles
 from ghostssm.checkpoint.streamed import StreamedCheckpoint
 from ghostssm.errors import OutputError
-from ghostssm.files.output_folder import OutputFolder, storing
+from ghostssm.files.outputs import OutputFolder, storing
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
@@ -26,7 +26,7 @@ from ghostssm.progress import stage
 from ghostssm.units import bytes_text
 
 
-def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, untie: bool) -> None:
+def dry_run(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, untie: bool) -> None:
     """Do what `ghostssm.save` will do with a pruned model, but for its weights; nothing is left behind.
 
     Raises:
@@ -41,34 +41,34 @@ def rehearse_save(checkpoint: Checkpoint, folder: OutputFolder, dialect: str, un
         storing(folder.path),
         saving.untied_head(checkpoint.model, untie) as untied,
     ):
-        check_room(folder.partial, folder.path, stored_bytes(checkpoint))
-        rehearse_side_files(folder.partial, checkpoint, dialect, untied)
+        _check_room(folder.partial, folder.path, stored_bytes(checkpoint))
+        _try_side_files(folder.partial, checkpoint, dialect, untied)
 
 
-def rehearse_run(
+def dry_run_streamed(
     folder: Path, output: Path, checkpoint: StreamedCheckpoint, tokens: int, dialect: str, untie: bool
 ) -> None:
-    """As `rehearse_save`, for a streamed run, which keeps in a folder the weights and the hidden states of all tokens.
+    """As `dry_run`, for a streamed run, which keeps in a folder the weights and the hidden states of all tokens.
 
     What is in that folder already, since a run goes on, needs no more room.
     """
-    # Of one block's hidden states the next one's are made; the old ones go when these are on the disk.
+    # A block's hidden states are removed only when those of the next one are on the disk.
     hidden = 2 * tokens * checkpoint.model.config.hidden_size * torch.float32.itemsize
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     copies = 1 if dialect_named(dialect).has_shards else 2  # the shards go when the one file is whole
-    check_room(folder, output, copies * stored_bytes(checkpoint) + hidden - there)
+    _check_room(folder, output, copies * stored_bytes(checkpoint) + hidden - there)
     with TemporaryDirectory(dir=folder) as place, saving.untied_head(checkpoint.model, untie) as untied:
-        rehearse_side_files(Path(place), checkpoint, dialect, untied)
+        _try_side_files(Path(place), checkpoint, dialect, untied)
 
 
-def rehearse_side_files(place: Path, checkpoint: Checkpoint | StreamedCheckpoint, dialect: str, untied: bool) -> None:
+def _try_side_files(place: Path, checkpoint: Checkpoint | StreamedCheckpoint, dialect: str, untied: bool) -> None:
     """Write config and side files into an empty folder; raises what writing them raises."""
     files = SideFiles(place)
     files.write("config.json", lambda place: saving.write_config(checkpoint.model, place, checkpoint.source, dialect))
-    saving.write_beside_weights(files, checkpoint, _whole_plan(checkpoint), dialect, None, "", untied, rehearsal=True)
+    saving.write_beside_weights(files, checkpoint, _whole_plan(checkpoint), dialect, None, "", untied, dry_run=True)
 
 
-def check_room(place: Path, output: Path, needed: int) -> None:
+def _check_room(place: Path, output: Path, needed: int) -> None:
     """Raise OutputError if the disk of a folder has less room than so many bytes."""
     disk = shutil.disk_usage(place)
     if disk.total and disk.free < needed:  # some network file systems don't say
@@ -91,7 +91,7 @@ def _whole_plan(checkpoint: Checkpoint | StreamedCheckpoint) -> Plan:
     layout = mixers[0].layout
     everything = Decision(Selection.whole(layout))
     return Plan(
-        method="rehearsal",
+        method="dry run",
         model_type=checkpoint.model.config.model_type,
         n_groups=layout.n_groups,
         state_size=layout.state_size,

@@ -1,4 +1,4 @@
-"""What a comparison finds: one row per method and state size, and the table of them."""
+"""The result of a comparison: one row per method and state size, and the table of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
 from ghostssm.values import Value
-from ghostssm.workflows.record import Observations, Samples
+from ghostssm.workflows.report_record import Observations, Samples
 from ghostssm.workflows.requests import CompareRequest
 
 Cell = tuple[str, int]
@@ -75,7 +75,7 @@ class Row(Value):
 
     @property
     def series(self) -> str:
-        """Rows of one series differ in their bytes only: a method's, in one dtype or in that chosen for each bound."""
+        """What rows are drawn under: the label; where bounds on the bytes chose the dtypes, the method."""
         return self.method if self.within else self.label
 
     def rate(self, batch: int) -> Rate:
@@ -129,13 +129,13 @@ class Comparison(Value):
 
     @property
     def contests(self) -> list[int | str]:
-        """What methods compete at: bounds on the bytes as they were given, or state sizes, the largest first."""
+        """What methods compete for: bounds on the bytes as they were given, or state sizes, the largest first."""
         rows = [row for row in self.rows if row.method != DENSE]
         bounds = dict.fromkeys(bound for row in rows for bound in row.within)
         return [*bounds] or sorted({row.state_size for row in rows}, reverse=True)
 
     def best(self, contest: int | str) -> list[Row]:
-        """Of a size or a bound the row with the least loss in a stock checkpoint, and that of all if it is another."""
+        """The row of a size or bound that loses least in a stock checkpoint; then that of any, if it loses less."""
         rows = [row for row in self.rows if contest in (row.state_size, *row.within) and row.method != DENSE]
         ranked = sorted(rows, key=lambda row: row.excess)
         stock = [row for row in ranked if not self.plans[row.method, row.state_size].needs_own_class]

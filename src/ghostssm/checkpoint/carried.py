@@ -16,8 +16,9 @@ from ghostssm.checkpoint.dialects import Dialect, dialect_named
 from ghostssm.checkpoint.loading import model_config, stored_dtype
 from ghostssm.checkpoint.naming import places_of_parameters
 from ghostssm.checkpoint.source import Source
-from ghostssm.checkpoint.weights import StoredTensor, shard_name, stored_tensors, write_index
+from ghostssm.checkpoint.weights import shard_name, stored_tensors, write_index
 from ghostssm.files import durable
+from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import family_of
 from ghostssm.models.transformers_private import left_in_files
 
@@ -30,12 +31,12 @@ _ONLY_IN_MIXERS = ".A_log"
 
 
 def stored_names(folder: Path, dialect: Dialect) -> dict[str, str]:
-    """The names of all tensors in a folder's weight files, with those that transformers has for them."""
+    """From the name of every tensor in a folder's weight files to transformers' name for it."""
     return {name: dialect.to_transformers_name(name) for name in stored_tensors(folder)}
 
 
 def unread_names(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
-    """Which of `stored_names` no parameter or buffer of a model is made of."""
+    """Those of `stored_names` that become no parameter or buffer of a model."""
     state = model.state_dict()
     places = places_of_parameters(model, names.values())
     unread = {name for place, stored in places.items() if place not in state for name in stored}
@@ -43,11 +44,11 @@ def unread_names(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
 
 
 def carried_tensors(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
-    """What of a source's unread tensors belongs into every checkpoint of a model in a dialect that keeps it.
+    """A source's unread tensors that every checkpoint of its model gets, if the dialect has a place for them.
 
     These are the weights that its class leaves in the files for other engines. Buffers of older versions, which are
-    computed anew, are no such weights. Layers with Mamba-2 mixers of another state size than the model now has would
-    fit no engine, so none of the layers is carried over then.
+    computed anew, are no such weights. Where such layers have Mamba-2 mixers and the model's state size has changed,
+    no engine could use them, so none of the layers is carried over.
     """
     patterns = left_in_files(model)
     if not source.has_files or not dialect_named(source.dialect).keeps_unread or not patterns:
@@ -66,10 +67,10 @@ def _has_state_of(model: PreTrainedModel, source: Source) -> bool:
 
 
 def carried_pieces(model: PreTrainedModel, source: Source) -> Iterator[dict[str, Tensor]]:
-    """The carried tensors, as many at a time as one block may have.
+    """The carried tensors, about as many at a time as one block has.
 
-    They are as they are stored; where the model was loaded in another dtype than its files have, that dtype becomes
-    the model's here too.
+    They stay as they are stored. Only if the model was loaded in another dtype than its files have, they get that
+    dtype too.
     """
     carried = carried_tensors(model, source)
     if not carried:

@@ -1,4 +1,4 @@
-"""What a walk over a streamed model finds, on disk: a walk that was ended can go on from there."""
+"""What a walk over a streamed model finds, kept on disk, so that a walk that was ended can go on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ROWS_AT_ONCE = 8
 """Windows of hidden states that are copied from or to the disk together."""
 
 
-class KeptFindings(Findings):
+class FindingsOnDisk(Findings):
     """Findings in ``PART/00007.json`` and hidden states in ``hidden/PART-00008-0.bin`` of a run's folder.
 
-    A finding is written last, so that it says that all before it is on the disk; hidden states are of the last only,
-    and none are kept once there is one of every block.
+    A finding is written last: where it is, all before it is on the disk. Hidden states are kept for the last finding
+    only, and not at all once every block has one.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class KeptFindings(Findings):
         self._folder, self._part, self._processes, self._told_faults = folder, part, processes, told_faults
         self._blocks = 0
 
-    def read(self, blocks: int, take_over: Callable[[Any], None] = lambda found: None) -> None:
+    def read(self, blocks: int, take_over: Callable[[Any], None] = lambda finding: None) -> None:
         """Read what earlier runs found of so many blocks.
 
         Args:
@@ -52,9 +52,9 @@ class KeptFindings(Findings):
         """
         self._blocks = blocks
         self.found = self._processes.from_first(self._read)
-        for index, found in enumerate(self.found):
+        for index, finding in enumerate(self.found):
             try:
-                take_over(found)
+                take_over(finding)
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(index, error) from error
 
@@ -62,13 +62,13 @@ class KeptFindings(Findings):
         with self._told_faults():
             for place in (self._part, "hidden"):
                 (self._folder / place).mkdir(exist_ok=True)
-        found: list[Any] = []
-        while (file := self._file(len(found))).exists():
+        findings: list[Any] = []
+        while (file := self._file(len(findings))).exists():
             try:
-                found.append(json.loads(file.read_text(encoding="utf-8")))
+                findings.append(json.loads(file.read_text(encoding="utf-8")))
             except ValueError as error:
-                raise self._damaged(len(found), error) from error
-        return found
+                raise self._damaged(len(findings), error) from error
+        return findings
 
     def restore(self, hidden: Tensor) -> None:
         if not self.found or len(self.found) == self._blocks:
@@ -82,19 +82,19 @@ class KeptFindings(Findings):
         except (OSError, ValueError, RuntimeError) as error:
             raise OutputError(f"{file} can't be read ({error}); remove {self._folder} to start again.") from error
 
-    def add(self, found: Any, hidden: Tensor | None = None) -> None:
+    def add(self, finding: Any, hidden: Tensor | None = None) -> None:
         number = len(self.found)
         if hidden is not None and number + 1 < self._blocks:
             with self._told_faults():
                 durable.write_durably(self._hidden_file(number + 1), partial(_write_rows, hidden))
         self._processes.gather([None])  # all hidden states are on the disk
-        self._processes.from_first(partial(self._write, number, found))
+        self._processes.from_first(partial(self._write, number, finding))
         self._hidden_file(number).unlink(missing_ok=True)
-        super().add(found, hidden)
+        super().add(finding, hidden)
 
-    def _write(self, number: int, found: Any) -> None:
+    def _write(self, number: int, finding: Any) -> None:
         with self._told_faults():
-            durable.write_json(self._file(number), found)
+            durable.write_json(self._file(number), finding)
 
     def _damaged(self, index: int, error: Exception) -> OutputError:
         return OutputError(f"{self._file(index)} is damaged ({error}); remove {self._folder} to start again.")

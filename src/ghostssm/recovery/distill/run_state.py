@@ -9,12 +9,10 @@ Each appears whole or not at all.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,15 +20,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ghostssm.calibration.processes import Processes
-from ghostssm.errors import InputError, OutputError, StorageError
+from ghostssm.errors import OutputError
 from ghostssm.files import durable
-from ghostssm.files.kept_run import RUN_FILE, open_run
-from ghostssm.files.output_folder import destination
+from ghostssm.files.held_run import RUN_FILE, HeldRun
 
 _STATE_FILE, _FACTS = "state.safetensors", "facts"
 
 
-class RunState:
+class RunState(HeldRun):
     """Keeps the state of a distillation in a folder that is this process's until the end.
 
     with RunState(output, identity, minutes=10, resume=True, processes=processes) as keeper:
@@ -42,6 +39,8 @@ class RunState:
         folder: where the state is.
     """
 
+    kept_work = "What was kept last"
+
     def __init__(
         self, output: Path | str, identity: Mapping[str, Any], minutes: float, resume: bool, processes: Processes
     ):
@@ -52,14 +51,12 @@ class RunState:
         Raises:
             OutputError: a run's state is there and ``resume`` is false, or something else.
         """
-        self.folder = run_folder_of(output)
-        self._identity, self._seconds, self._processes = identity, 60 * minutes, processes
-        self._lock: IO[str] | None = None
+        super().__init__(output, identity, processes.from_first)
+        self._seconds, self._processes = 60 * minutes, processes
         self._written = time.monotonic()
-        self._is_new = False
-        processes.from_first(lambda: self._check(resume))
+        processes.from_first(lambda: self._check_resumed(resume))
 
-    def _check(self, resume: bool) -> None:
+    def _check_resumed(self, resume: bool) -> None:
         if (self.folder / RUN_FILE).exists() and not resume:
             raise OutputError(
                 f"{self.folder} holds a distillation that ended early; pass --resume to go on, or remove that folder "
@@ -68,20 +65,8 @@ class RunState:
         if self.folder.exists() and not (self.folder / RUN_FILE).exists():
             raise OutputError(f"{self.folder}, where the run's state would be, holds something else; move it away.")
 
-    def __enter__(self) -> RunState:
-        self._processes.from_first(self._open)
-        return self
-
-    def _open(self) -> None:
-        self._lock, self._is_new = open_run(self.folder, self._identity)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._lock is not None:
-            self._lock.close()
-        if self._is_new and isinstance(error, InputError) and not (self.folder / _STATE_FILE).exists():
-            self.remove()  # a mistake that showed before any work leaves nothing to go on with
+    def has_work(self) -> bool:
+        return (self.folder / _STATE_FILE).exists()
 
     def is_due(self) -> bool:
         """Whether so many minutes have gone since a state was kept."""
@@ -108,10 +93,8 @@ class RunState:
 
         def written() -> None:
             noted = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-            try:
+            with self.told_faults():
                 durable.write_tensors(self.folder / _STATE_FILE, tensors | {_FACTS: noted})
-            except (OSError, SafetensorError) as error:
-                raise StorageError(f"{self.folder} could not be written: {error}. {self.how_to_go_on()}") from error
 
         self._processes.from_first(written)
         self._written = time.monotonic()
@@ -119,14 +102,4 @@ class RunState:
     def remove(self) -> None:
         """Forget the run."""
         if self._processes.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def how_to_go_on(self) -> str:
-        """A sentence for a person whose run ended."""
-        return f"What was kept last is in {self.folder}: give the same command with --resume to go on."
-
-
-def run_folder_of(output: Path | str) -> Path:
-    """Where the state of a distillation that writes an output is."""
-    whole = destination(output).absolute()
-    return whole.with_name(f"{whole.name}.run")
+            super().remove()

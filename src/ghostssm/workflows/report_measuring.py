@@ -1,4 +1,4 @@
-"""What is measured for a report only."""
+"""What is measured for a report only: what the state does, how fast the model decodes, how it goes on from a prompt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.calibration import LayerWalk
 from ghostssm.calibration.blocks import Blocks
 from ghostssm.calibration.samples import sample_outputs
+from ghostssm.calibration.walk import LayerWalk
 from ghostssm.checkpoint.description import Description
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
@@ -30,10 +30,10 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, silent
 from ghostssm.text.windows import Windows
 from ghostssm.units import text_name
-from ghostssm.workflows.record import DecodeSpeed, Observations, Samples
+from ghostssm.workflows.report_record import DecodeSpeed, Observations, Samples
 
 _OBSERVED_TOKENS = 16384
-"""A look at the model's state needs fewer tokens than a decision on it: a few percent of error can't be seen."""
+"""Figures of the state need fewer tokens than a decision: nobody sees an error of a few percent."""
 _SAMPLES = 2048
 _PROMPT = 8
 _SAMPLE_PROMPT = 64
@@ -91,11 +91,11 @@ def sample(checkpoint: Checkpoint, plans: Mapping[str, Plan], windows: Windows) 
     """How a model goes on from the beginning of the first window, as it is ("dense") and under each of some plans."""
     model, tokenizer = checkpoint.model, checkpoint.require_tokenizer()
     prompt = windows.ids[:1, : min(_SAMPLE_PROMPT, windows.length)].to(model.device)
-    found = {"dense": _continuation(model, prompt)}
+    continuations = {"dense": _continuation(model, prompt)}
     for name, plan in plans.items():
         with pruned(model, plan) as smaller:
-            found[name] = _continuation(smaller, prompt, plan.state_dtype)
-    texts = {name: tokenizer.decode(ids) for name, ids in found.items()}
+            continuations[name] = _continuation(smaller, prompt, plan.state_dtype)
+    texts = {name: tokenizer.decode(ids) for name, ids in continuations.items()}
     return Samples(text_name(windows.text_name), tokenizer.decode(prompt[0]), texts)
 
 

@@ -1,8 +1,9 @@
-"""The paper's two tables of perplexities, and the cells that they are made of."""
+"""The paper's two tables of perplexities: their cells, the published numbers, and both printed beside measured ones."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,10 +11,12 @@ from importlib import resources
 from typing import Any, Literal
 
 from ghostssm.errors import unknown_name
-from ghostssm.workflows.comparison import DENSE
+from ghostssm.workflows.compare_result import DENSE
 
 TableName = Literal["sparsity", "size"]
 """One model at several sparsities; several models at one."""
+Key = tuple[str, str, int]
+"""A model, a method and a state size."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class Wanted:
     published: float | None
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """What has to be measured; the same cell may stand in both tables."""
         return self.model, self.method, self.state_size
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What tells the published checkpoints apart."""
+    """The sizes by which the published checkpoints are told apart."""
 
     layers: int
     hidden_size: int
@@ -67,7 +70,7 @@ def source() -> str:
 
 
 def published_sizes(model: str) -> Sizes:
-    """Of a published checkpoint, by its hub id."""
+    """The sizes of a published checkpoint, by its hub id."""
     return Sizes(**_document()["models"][model])
 
 
@@ -122,3 +125,65 @@ def cells(
             ]
         wanted += row
     return wanted
+
+
+@dataclass(frozen=True)
+class PrintedTable:
+    """A title, and rows of as many cells as there are headers; the first two columns are text."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def markdown(self) -> str:
+        lines = [self.headers, ("---", "---", *("---:",) * (len(self.headers) - 2)), *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def printed_tables(wanted: Sequence[Wanted], measured: Mapping[Key, float]) -> list[PrintedTable]:
+    """Each table that cells were taken from; one per state size where models are the columns.
+
+    Args:
+        measured: perplexities of the cells that were measured.
+    """
+    texts = {key: perplexity_text(value) for key, value in measured.items()}
+    tables = []
+    for dense in (cell for cell in wanted if cell.table == "sparsity" and cell.method == DENSE):  # there is one model
+        cells = [cell for cell in wanted if cell.table == "sparsity" and cell.method != DENSE]
+        title = f"{dense.model}, dense: {_published_text(dense)} published"
+        title += f", {texts[dense.key]} measured" if dense.key in texts else ""
+        tables.append(PrintedTable(title, ("method", "", *dict.fromkeys(map(_size, cells))), _rows(cells, texts)))
+    by_model = [cell for cell in wanted if cell.table == "size"]
+    for size in dict.fromkeys(_size(cell) for cell in by_model if cell.method != DENSE):
+        cells = [cell for cell in by_model if cell.method == DENSE or _size(cell) == size]
+        title = f"state-spaces/mamba2-*, {size}{' of the state cut' if size.endswith('%') else ''}"
+        models = dict.fromkeys(cell.model.rpartition("/")[2].removeprefix("mamba2-") for cell in cells)
+        tables.append(PrintedTable(title, ("method", "", *models), _rows(cells, texts)))
+    return tables
+
+
+def _size(cell: Wanted) -> str:
+    return f"N' = {cell.state_size}" if cell.sparsity is None else f"{cell.sparsity:.0%}"
+
+
+def _rows(cells: Sequence[Wanted], measured: Mapping[Key, str]) -> tuple[tuple[str, ...], ...]:
+    rows: list[tuple[str, ...]] = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        of_method = [cell for cell in cells if cell.method == method]
+        rows.append((method, "published", *map(_published_text, of_method)))
+        rows.append(("", "measured", *(measured.get(cell.key, "") for cell in of_method)))
+    return tuple(rows)
+
+
+def _published_text(cell: Wanted) -> str:
+    return "" if cell.published is None else perplexity_text(cell.published)
+
+
+def perplexity_text(value: float) -> str:
+    """A perplexity with as many digits as the paper gives."""
+    if not math.isfinite(value):
+        return "inf"
+    if value >= 1e6:
+        return f"{value:.0e}".replace("e+", "e")
+    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"

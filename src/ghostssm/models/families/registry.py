@@ -1,81 +1,14 @@
-"""What the rest of the project needs to know of a model family, and the registry of families."""
+"""The registry of families, and what is asked of any model: its family, its mixers, whether it is plain."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ghostssm.errors import InputError, ModelError
+from ghostssm.models.families.family import Family
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer
-
-
-class Family(Protocol):
-    """One model family. Families are stateless; only they know transformers' class and config names."""
-
-    @property
-    def model_type(self) -> str:
-        """As config.json has it."""
-        ...
-
-    @property
-    def cache_argument(self) -> str:
-        """The name of the model's argument for its cache, and of the cache in its output."""
-        ...
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether layers of other kinds stand between the Mamba-2 ones."""
-        ...
-
-    @property
-    def is_own_class(self) -> bool:
-        """Whether it is our own class, for a projected state or a state size per layer."""
-        ...
-
-    @property
-    def shares_blocks(self) -> bool:
-        """Whether several layers have one set of weights in common, which files may hold more than once."""
-        ...
-
-    @property
-    def unread_layers_keys(self) -> tuple[str, ...]:
-        """What a config says of layers that transformers' class leaves in the files: first the key that counts them.
-
-        The others are worked out by transformers' config, for other engines. Empty if there are no such layers.
-        """
-        ...
-
-    def layout(self, config: PreTrainedConfig) -> SSDLayout:
-        """The sizes of the family's mixers, from a config alone; raises ModelError for a config without them."""
-        ...
-
-    def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
-        """Write a new state size into a config."""
-        ...
-
-    def published_form(self, config: PreTrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
-        """What transformers would write of a config, in the form that published checkpoints have: all engines read it.
-
-        transformers loads the same config from both.
-        """
-        ...
-
-    def resize(self, module: nn.Module, layout: SSDLayout) -> None:
-        """Set the sizes that a mixer module keeps beside its tensors."""
-        ...
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The residual blocks of a model, front to back, with or without a mixer; raises ModelError if it has none."""
-        ...
-
-    def mixer(self, block: nn.Module, index: int) -> Mixer | None:
-        """The Mamba-2 mixer of block number ``index``, if it has one; raises ModelError for one of an unknown kind."""
-        ...
-
 
 _FAMILIES: dict[str, Family] = {}
 _MERGE = "Merge the adapters into the model first: model = model.merge_and_unload()."

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -57,8 +57,38 @@ class OutputFolder(Unfinished):
         return self
 
 
+class OutputFile(Unfinished):
+    """As `ghostssm.OutputFolder`, for one file: opened before the work, put in place by ``commit``.
+
+    with OutputFile(path) as file:
+        ...                 # write file.partial
+        file.commit()
+    """
+
+    def __init__(self, path: Path | str, overwrite: bool = False):
+        """
+        Raises:
+            OutputError: the path is a folder, or a file (unless ``overwrite``).
+        """
+        super().__init__(Path(path))
+        if self.path.is_dir():
+            raise OutputError(f"{self.path} is a folder; expected the name of a file to write.")
+        if self.path.exists() and not overwrite:
+            raise OutputError(f"{self.path} exists; name another file, or pass --overwrite.")
+
+    def __enter__(self) -> OutputFile:
+        try:
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.touch()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} can't be written: {error.strerror or error}. Name another --output."
+            ) from error
+        return self
+
+
 def destination(path: Path | str) -> Path:
-    """The folder that a path means, where a finished folder can be given its name.
+    """The folder that a path means, once links are followed; a finished folder can be renamed to it.
 
     Raises:
         OutputError: the current folder, one above it, or the root of a disk, none of which can be renamed.

@@ -1,4 +1,4 @@
-"""A verb's parser, from a request's fields and the verb's own arguments; and the request, from what was parsed.
+"""A verb's parser, made of a request's fields and the verb's own arguments; and the request made of what was parsed.
 
 An option is described once, where it is declared: `ghostssm.workflows.options` shows the form.
 """
@@ -6,6 +6,7 @@ An option is described once, where it is declared: `ghostssm.workflows.options` 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import NoneType, UnionType
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from ghostssm.cli.completion import KINDS, Kind
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, did_you_mean
 from ghostssm.workflows.options import Described, Option, Panel, called_with, options_of
 
 if TYPE_CHECKING:
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 
 Asked = TypeVar("Asked", bound="DataclassInstance")
 Verb = Callable[..., None]
-AsJson = Annotated[bool, Option(panel="Other options", flag="--json")]
+AsJson = Annotated[bool, Option(panel="Other options", flag="--json", text="print the result as JSON.")]
 _PANELS = get_args(Panel)
+_LAST_OPTION = "ghostssm.last_option"
 
 
 def verb(function: Verb) -> Verb:
-    """A verb whose arguments are all its own."""
+    """Make a verb whose arguments are all its own."""
 
     @wraps(function)
     def called(**given: Any) -> None:
@@ -38,7 +41,7 @@ def verb(function: Verb) -> Verb:
 
 
 def asks_for(kind: type[DataclassInstance]) -> Callable[[Verb], Verb]:
-    """A verb that takes the fields of a request beside its own arguments, and is called with the request made of them.
+    """Make a verb that takes the fields of a request beside its own arguments, and is called with the request.
 
     The verb's first parameter is the request; in the help, its own options come before those of the request.
     """
@@ -121,3 +124,63 @@ def _check_of(described: Described) -> Callable[[Any], Any]:
         return value
 
     return check
+
+
+def plain_in_help(parameters: list[Any]) -> list[Any]:
+    """Keep the name of the Python type out of the help of flags and arguments."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+    return parameters
+
+
+class SpacedListCommand(TyperCommand):
+    """A command whose repeatable options also take their values in one go, ``--state-size 96 64 32``, each once."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return plain_in_help(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for option in self._repeatable() for name in option.opts}
+        ctx.meta[_LAST_OPTION] = next((argument for argument in reversed(args) if argument.startswith("-")), None)
+        rest = super().parse_args(ctx, _repeat(args, repeatable))
+        for option in self._repeatable():
+            if values := ctx.params.get(option.name):
+                ctx.params[option.name] = list(dict.fromkeys(values))
+        return rest
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Also values that follow a first one: ``--methods ghost out`` goes on to ``output``."""
+        for option in self._repeatable():
+            if ctx.meta.get(_LAST_OPTION) in option.opts and not incomplete.startswith("-"):
+                return list(option.shell_complete(ctx, incomplete))
+        return list(super().shell_complete(ctx, incomplete))
+
+    def _repeatable(self) -> list[Any]:
+        return [option for option in self.params if getattr(option, "multiple", False)]
+
+
+def _repeat(args: list[str], repeatable: set[str]) -> list[str]:
+    """``--x a b`` to ``--x a --x b`` for every repeatable option x."""
+    expanded: list[str] = []
+    current: str | None = None
+    for position, argument in enumerate(args):
+        follows_option = position > 0 and args[position - 1] == current
+        if argument.startswith("-"):
+            current = argument if argument in repeatable else None
+        elif current and not follows_option:
+            expanded.append(current)
+        expanded.append(argument)
+    return expanded
+
+
+def usage_message(error: Any) -> str:
+    """What is wrong with a command line, in the form of all other messages; with the name that was probably meant."""
+    message = error.format_message().strip().replace("Value error, ", "")
+    message = re.sub("Input should be a valid integer.*", "expected a whole number", message)
+    message = re.sub("Input should be a valid number.*", "expected a number", message)
+    message = message if message.endswith((".", "?")) else f"{message}."
+    choices = re.search(r"'([^']*)' is not one of (.*)", message)
+    guess = did_you_mean(choices[1], re.findall(r"'([^']*)'", choices[2])) if choices else ""
+    verb = f" {error.ctx.command.name}" if error.ctx is not None and error.ctx.parent is not None else ""
+    return f"{message}{guess} See: ghostssm{verb} --help"
