@@ -5,8 +5,8 @@
 
 Every family of choices is a set of recipes and dtypes. At each share of the dense float32 state a family takes, for
 each of its dtypes, the largest N' that fits, scales included, and shows the one that loses least; tiers of bits are
-divided over the channels of all heads for each share. States are rounded to nearest after every token. The best is chosen on the windows that it is shown on, so that it looks a little better
-than it is where several are alike.
+divided over the channels of all heads for each share. States are rounded to nearest after every token. The best is
+chosen on the windows that it is shown on, so that it looks a little better than it is where several are alike.
 """
 
 from __future__ import annotations
