@@ -4,9 +4,9 @@
     python benchmarks/frontier.py MODEL --calibration TEXT --text OTHER_TEXT --picture frontier.svg
 
 Every family of choices is a set of recipes and dtypes. At each share of the dense float32 state a family takes, for
-each of its dtypes, the largest N' that fits, scales included, and shows the one that loses least. States are rounded
-to nearest after every token. The best is chosen on the windows that it is shown on, so that it looks a little better
-than it is where several are alike.
+each of its dtypes, the largest N' that fits, scales included, and shows the one that loses least; tiers of bits are
+divided over the channels of all heads for each share. States are rounded to nearest after every token. The best is
+chosen on the windows that it is shown on, so that it looks a little better than it is where several are alike.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from interleaved import print_machine
 import ghostssm
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.models.families import layout_of, mixers_of
-from ghostssm.ops.state_format import FLOAT32, FORMATS, StateStorage
+from ghostssm.ops.state_format import FLOAT32, FORMATS, TIERS, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.pruning.run import Calibration
 from ghostssm.pruning.search import widest_fit
+from ghostssm.pruning.tiers import in_tiers, widest_tiered
 from ghostssm.report.figures import COLOURS
 from ghostssm.units import bytes_text, plus_minus
 
@@ -77,6 +78,7 @@ def families(refit: int | None, dtypes: Sequence[str]) -> tuple[Family, ...]:
         Family("our class, size only", own, pure),
         Family("stock class, size and dtype", stock, tuple(dtypes)),
         Family("our class, size and dtype", own, tuple(dtypes)),
+        Family("our class, tiers of bits", own, (TIERS.name,)),
     )
 
 
@@ -111,6 +113,9 @@ class Frontier:
         """
         fitting = widest_fit(self.row_bytes * float(share), range(1, self.limit + 1), family.dtypes)
         best = None
+        if TIERS.name in family.dtypes:
+            size = widest_tiered(self.row_bytes * float(share), range(1, self.limit + 1))
+            return None if size is None else self.tiered(family.recipes[0], size, share)
         for dtype, size in sorted(fitting.items(), key=lambda item: -item[1]):
             for recipe in family.recipes:
                 if best is None or (recipe, size, dtype) in self.points or self.least(recipe, size) < best.excess:
@@ -133,16 +138,33 @@ class Frontier:
             if recipe == "dense":
                 losses, kept = self.losses(self.model, dtype), float(size)
             else:
-                if key[:2] not in self.plans:
-                    self.plans[key[:2]] = self.calibration.plan(recipe, size, progress=None)
-                plan = self.plans[key[:2]]
+                plan = self.plan(recipe, size)
                 with pruned(self.model, plan) as smaller:
                     losses, kept = self.losses(smaller, dtype), plan.mean_state_size
-            form, excess = FORMATS[dtype], losses.excess_over(self.whole)
+            form = FORMATS[dtype]
             share = (kept * form.bits / 8 + form.scale_bytes) / self.row_bytes
-            self.points[key] = Point(*key, share, excess.mean, excess.standard_error)
-            print(f"{self.points[key]}", file=sys.stderr, flush=True)
+            self.points[key] = self.told(*key, share, losses)
         return self.points[key]
+
+    def tiered(self, recipe: str, size: int, share: Fraction) -> Point:
+        """Of a state whose bits are divided over its channels."""
+        plan = self.plan(recipe, size)
+        plan = in_tiers(self.model, plan, self.calibration.windows, int(self.bytes * share))
+        with pruned(self.model, plan) as smaller:
+            losses = self.losses(smaller, TIERS.name)
+        taken = plan.state_bytes(layout_of(self.model.config), TIERS.name)
+        return self.told(recipe, size, TIERS.name, taken / self.bytes, losses)
+
+    def plan(self, recipe: str, size: int) -> Plan:
+        if (recipe, size) not in self.plans:
+            self.plans[recipe, size] = self.calibration.plan(recipe, size, progress=None)
+        return self.plans[recipe, size]
+
+    def told(self, recipe: str, size: int, dtype: str, share: float, losses: Evaluation) -> Point:
+        excess = losses.excess_over(self.whole)
+        point = Point(recipe, size, dtype, share, excess.mean, excess.standard_error)
+        print(f"{point}", file=sys.stderr, flush=True)
+        return point
 
     def losses(self, model: torch.nn.Module, dtype: str) -> Evaluation:
         return evaluate(model, self.windows, storage=StateStorage.of(dtype))

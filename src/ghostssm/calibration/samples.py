@@ -236,6 +236,27 @@ def _sampled(
         yield OutputSamples(*(part.transpose(0, 1).flatten(0, 1) for part in (maps, s.C[:, at], toward, along)))
 
 
+def output_factors(mixer: Mixer, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What multiplies y (b, s, h, p) on its way to out_proj, the norm's weight left out.
+
+    Args:
+        z: (b, s, h * p).
+
+    Returns:
+        what does before the norm (b, s, h, p), the inverse of what the norm divides by (b, s, h, 1), and all of it
+        (b, s, h, p).
+    """
+    (b, s, h, _), norm, g = y.shape, mixer.norm, mixer.layout.n_groups
+    gate = F.silu(at_least_float32(z)).view(y.shape)
+    before = gate if norm is None or norm.gate_first else torch.ones_like(gate)
+    rms = y.new_ones(b, s, g, 1, 1)
+    if norm is not None:
+        square = (y * before).square().unflatten(2, (g, -1)).mean((-1, -2), keepdim=True)
+        rms = torch.rsqrt(square + norm.eps)
+    rms = rms.expand(b, s, g, h // g, 1).reshape(b, s, h, 1)
+    return before, rms, gate * rms
+
+
 def _directions(mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The maps of states at some positions, from y (b, s, h, p) and z (b, s, h * p) there.
 
@@ -249,14 +270,7 @@ def _directions(mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor) -> tuple[Ten
     (b, s, h, p), norm = y.shape, mixer.norm
     g = mixer.layout.n_groups
     weight = weight.view(s, -1, h, p)
-    gate = F.silu(at_least_float32(z)).view(y.shape)
-    before = gate if norm is None or norm.gate_first else torch.ones_like(gate)
-    rms = y.new_ones(b, s, g, 1, 1)
-    if norm is not None:
-        square = (y * before).square().unflatten(2, (g, -1)).mean((-1, -2), keepdim=True)
-        rms = torch.rsqrt(square + norm.eps)
-    rms = rms.expand(b, s, g, h // g, 1).reshape(b, s, h, 1)
-    factor = gate * rms
+    before, rms, factor = output_factors(mixer, y, z)
     u = y.new_empty(b, s, h, weight.shape[1] + 1, p)
     torch.mul(weight.transpose(1, 2), factor[:, :, :, None], out=u[:, :, :, :-1])
     torch.mul(y * before * rms, 0 if norm is None else before * rms / (h // g * p), out=u[:, :, :, -1])

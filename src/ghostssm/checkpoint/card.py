@@ -20,6 +20,7 @@ from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import REFERENCE, Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
+from ghostssm.ops.state_format import TIERS
 from ghostssm.plan.distillation import MOVED, Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -193,6 +194,19 @@ def distilled_card(own: str, base: Base, distilled: Distillation) -> str:
     return f"{own.rstrip() or f'# {base.name}'}\n\n{how}\n"
 
 
+def _kept_in(state_dtype: str) -> str:
+    if state_dtype == TIERS.name:
+        return (
+            "**The state is meant to be kept in tiers**: of a head the first channels in 8 bits, the next in 4, the "
+            "rest not at all; `state_tiers` in config.json says how many. `ghostssm.accelerate(model, "
+            'state_dtype="tiers")` keeps it so. No engine does yet: they keep all channels, in more bytes.'
+        )
+    return (
+        f"**The state is meant to be kept in {state_dtype}**; `ghostssm inspect PATH --state-dtype {state_dtype}` says "
+        "how engines are told."
+    )
+
+
 def _measured(measured: Measurement | None, plan: Plan) -> str:
     parts = ["## Measured loss"]
     searched = None if plan.provenance is None else plan.provenance.search
@@ -207,16 +221,12 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
         rows = [headers, ["---:", "---", "---:", "---:"], *lines]
         parts.append(
             f"Chosen as what loses least within {choice.state_bytes:,} bytes of state per sequence: {choice.text}. "
-            f"**The state is meant to be kept in {choice.chosen.state_dtype}**; `ghostssm inspect PATH --state-dtype "
-            f"{choice.chosen.state_dtype}` says how engines are told. All that were measured, in nats per token over "
-            "the base model with a float32 state:"
+            f"{_kept_in(choice.chosen.state_dtype)} All that were measured, in nats per token over the base model with "
+            "a float32 state:"
         )
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     elif plan.state_dtype is not None:
-        parts.append(
-            f"**The state is meant to be kept in {plan.state_dtype}**; `ghostssm inspect PATH --state-dtype "
-            f"{plan.state_dtype}` says how engines are told."
-        )
+        parts.append(_kept_in(plan.state_dtype))
     if measured is not None:
         parts.append(
             f"{measured.windows} windows of {measured.window_length} tokens of {text_name(measured.text)}, in float32"

@@ -24,7 +24,7 @@ from ghostssm.files.tensors import StoredTensor
 from ghostssm.models.families import Family, family_of, mixers_of
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.transformers_private import tied_weights
-from ghostssm.ops.state_format import FLOAT32, StateFormat
+from ghostssm.ops.state_format import FLOAT32, StateFormat, Tiers
 from ghostssm.plan.measurement import Measurement
 from ghostssm.values import Value
 
@@ -76,6 +76,7 @@ class Description(Value):
         config: as transformers reads it.
         channel_biases: how many numbers biases have for each channel of B and of C: 0, 1 or 2.
         pruning: of a checkpoint that ghostssm pruned; None for others.
+        tiers: of every mixer, how many channels each head is to keep in how many bits; empty if the model does not say.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Description(Value):
     config: PreTrainedConfig = field(repr=False, compare=False)
     channel_biases: int = 0
     pruning: Pruning | None = None
+    tiers: tuple[Tiers, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -106,9 +108,12 @@ class Description(Value):
         Args:
             state_size: N' to cut to; None for the model as it is.
             form: how the state is stored.
+
+        Raises:
+            InputError: in tiers, of which the model says nothing.
         """
         sizes = self.state_sizes if state_size is None else [state_size] * self.layers
-        return sum(form.state_bytes(self.layout.intermediate_size, size) for size in sizes)
+        return form.model_bytes(self.layout.intermediate_size, sizes, self.tiers if state_size is None else ())
 
     def removed_parameters(self, state_size: int | None) -> int:
         """Parameters of in_proj and conv1d that a cut to ``state_size`` takes away."""
@@ -131,7 +136,7 @@ class Description(Value):
         if state_size is not None:
             layout, sizes = layout.with_state_size(state_size), (state_size,) * self.layers
         parameters = self.parameters - self.removed_parameters(state_size)
-        return footprint(layout, sizes, parameters, self.config, context, form)
+        return footprint(layout, sizes, parameters, self.config, context, form, self.tiers)
 
 
 def describe(spec: str) -> Description:
@@ -173,8 +178,15 @@ def _description(config: PreTrainedConfig, facts: Facts, name: str, source: Sour
         vocab_size=config.vocab_size,
         config=config,
         pruning=_pruning(source.folder, len(facts.state_sizes)),
+        tiers=_tiers(config),
         **vars(facts),
     )
+
+
+def _tiers(config: PreTrainedConfig) -> tuple[Tiers, ...]:
+    """Of every layer that has a mixer."""
+    layers = getattr(config, "state_tiers", None) or []
+    return tuple(tuple((wide, narrow) for wide, narrow in heads) for heads in layers if heads)
 
 
 def _built(source: Source, config: PreTrainedConfig) -> PreTrainedModel:

@@ -66,6 +66,8 @@ def _facts(described: Description) -> list[tuple[str, str]]:
 
 def _state_facts(described: Description) -> list[tuple[str, str]]:
     """The state size, and how it came about in a pruned checkpoint."""
+    from ghostssm.ops.state_format import TIERS
+
     stored, pruning = _all_sizes(described.state_sizes), described.pruning
     if pruning is None:
         return [("state size N", stored)]
@@ -75,7 +77,8 @@ def _state_facts(described: Description) -> list[tuple[str, str]]:
         ("pruned by", pruning.method),
     ]
     if pruning.state_dtype is not None:
-        facts.append(("state chosen for", pruning.state_dtype))
+        size = f", {bytes_text(described.state_bytes(form=TIERS))} per sequence" if described.tiers else ""
+        facts.append(("state chosen for", pruning.state_dtype + size))
     if pruning.measured is not None:
         facts.append(("excess loss", f"{pruning.measured.excess_text} nats per token, on {pruning.measured.text}"))
     return facts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.state_format import FLOAT32, StateFormat
+from ghostssm.ops.state_format import FLOAT32, StateFormat, Tiers
 from ghostssm.units import bytes_text
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def footprint(
     config: PreTrainedConfig,
     context: int = DEFAULT_CONTEXT,
     form: StateFormat = FLOAT32,
+    tiers: Sequence[Tiers] = (),
     *,
     number_bytes: int = 2,
 ) -> Footprint:
@@ -89,13 +90,13 @@ def footprint(
         layout: of the widest mixer; the convolutions of all are counted as wide.
         parameters: numbers in the weights.
         context: tokens whose keys and values a sequence keeps.
-        form: of the state, scales included.
+        form: of the state, scales included. tiers: of the mixers, where the model says them.
         number_bytes: of a number in weights, convolution windows, keys and values.
     """
     layers, numbers = attention_shape(config)
     return Footprint(
         weights=parameters * number_bytes,
-        state=sum(form.state_bytes(layout.intermediate_size, size) for size in state_sizes),
+        state=form.model_bytes(layout.intermediate_size, state_sizes, tiers),
         conv=len(state_sizes) * layout.conv_state_numbers * number_bytes,
         mixers=len(state_sizes),
         taps=layout.conv_kernel,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from ghostssm.errors import InputError, OutputError, StorageError
 from ghostssm.files import durable
+from ghostssm.files.interrupts import Terminated
 from ghostssm.files.outputs import destination
 
 RUN_FILE = "run.json"
@@ -29,8 +30,8 @@ def run_folder_of(output: Path | str) -> Path:
 class HeldRun:
     """The folder of a run. Within the context it is there, with run.json, and other processes are refused.
 
-    At the end of the context it stays, so that the run can go on; but a new run that ends in an InputError before any
-    work leaves no folder.
+    At the end of the context it stays, so that the run can go on; a signal's exception then says how. But a new run
+    that ends in an InputError before any work leaves no folder.
 
     Attributes:
         folder: where the state of the run is.
@@ -66,6 +67,8 @@ class HeldRun:
         self._close()
         if self._is_new and isinstance(error, InputError) and not self.has_work():
             self.remove()
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            raise type(error)(self.how_to_go_on()) from None
 
     def has_work(self) -> bool:
         """Whether the folder has anything to go on with."""

@@ -50,18 +50,22 @@ def accelerate(
 
     Args:
         model: of transformers, dense or pruned; changed in place.
-        state_dtype: of the recurrent state in the cache: float32, bfloat16, float16, int8, fp8 (e4m3) or int4, or a
-            torch dtype. Narrower ones are rounded after a prompt and after every token; arithmetic stays float32. The
-            last three have a float32 scale per head and row of head_dim, and the cache holds bytes.
+        state_dtype: of the recurrent state in the cache: float32, bfloat16, float16, int8, fp8 (e4m3) or int4, a torch
+            dtype, or tiers for a model that says how many channels it keeps in how many bits. Narrower ones are rounded
+            after a prompt and after every token; arithmetic stays float32. The last three, and tiers, have a float32
+            scale per head and row of head_dim, and the cache holds bytes.
         state_rounding: ``nearest`` or ``stochastic``.
         seed: of the random numbers of stochastic rounding.
 
     Raises:
-        InputError: another state dtype or rounding.
+        InputError: another state dtype or rounding, or tiers for a model without them.
         ModelError: the model has no Mamba-2 mixers that ghostssm knows.
     """
     storage = StateStorage.of(state_dtype, state_rounding, seed)
-    for mixer in mixers_of(model):
+    mixers = mixers_of(model)
+    for mixer in mixers:
+        storage.with_tiers(mixer.tiers)  # raises
+    for mixer in mixers:
         _replace(mixer, partial(fast_forward, storage=storage))
     for norm in _block_norms(model):
         norm.__dict__["forward"] = partial(_norm_forward, norm)
@@ -167,6 +171,7 @@ def fast_forward(
 
     one_token = hidden_states.shape[1] == 1 and attention_mask is None
     storage = storage.at(layer, _counted_tokens(cache_params, layer, hidden_states.shape[1], fresh=state is None))
+    storage = storage.with_tiers(mixer.tiers)
     if one_token and state is not None and conv_window is not None and not cache_params.is_recording_past(layer):
         return _decode_step(mixer, xBC[:, 0], dt[:, 0], z[:, 0], conv_window, state, storage)[:, None]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ghostssm.models.layout import SSDLayout
 from ghostssm.ops.conv_norm import causal_conv, multiplied_rms_norm
 from ghostssm.ops.ssd import ssd
+from ghostssm.ops.state_format import Tiers
 from ghostssm.ops.step import at_least_float32, project_streams
 from ghostssm.values import Value
 
@@ -61,6 +62,7 @@ class Mixer:
         dt_limit: bounds of dt after softplus.
         input_multiplier: of in_proj's input. row_multipliers: (in_proj_rows,), of its output; None for none.
         projection: of B and C onto a smaller state, if there is one.
+        tiers: how many channels each head keeps in how many bits, if the model says so.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Mixer:
     input_multiplier: float = 1.0
     row_multipliers: Tensor | None = None
     projection: Projection | None = None
+    tiers: Tiers | None = None
 
     @property
     def A(self) -> Tensor:

@@ -207,6 +207,49 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
                 stored[i, head, block, k] += kept[k]
 
 
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def rounding_costs(x, dt, A, B, C, weight, left_out, rounded):  # type: ignore[no-untyped-def]
+    """`ghostssm.ops.rounding_costs`: left_out and rounded (b, h, blocks, n), float64, are added to.
+
+    A row is walked forwards with its state and then backwards with its Gramian.
+    """
+    b, length, h, p = x.shape
+    n = B.shape[3]
+    heads_per_group = h // B.shape[2]
+    blocks = left_out.shape[2]
+    for index in numba.prange(b * h * blocks):
+        i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
+        group = head // heads_per_group
+        row, cost, peaks = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(length, np.float32)
+        for j in range(block * ROWS, min(p, (block + 1) * ROWS)):
+            row[:] = 0
+            cost[:] = 0
+            for t in range(length):
+                write, read = B[i, t, group], C[i, t, group]
+                step, weighed = dt[i, t, head], weight[i, t, head, j]
+                decay, added = np.exp(step * A[head]), step * x[i, t, head, j]
+                peak = np.float32(0)
+                for k in range(n):
+                    new = row[k] * decay + added * write[k]
+                    row[k] = new
+                    cost[k] += weighed * (new * new) * (read[k] * read[k])
+                    peak = max(peak, new * new)
+                peaks[t] = peak
+            for k in range(n):
+                left_out[i, head, block, k] += cost[k]
+            row[:] = 0
+            cost[:] = 0
+            for back in range(1, length):
+                t = length - back
+                read, weighed, peak = C[i, t, group], weight[i, t, head, j], peaks[t - 1]
+                decay = np.exp(np.float32(2) * dt[i, t, head] * A[head])
+                for k in range(n):
+                    row[k] = decay * (row[k] + weighed * read[k] * read[k])
+                    cost[k] += row[k] * peak
+            for k in range(n):
+                rounded[i, head, block, k] += cost[k]
+
+
 @numba.njit(fastmath=True, cache=True)
 def _add_product(u, rows, product, total, fresh):  # type: ignore[no-untyped-def]
     """total (d, width) gets u (d, p) times rows (p, width), added to what it has unless it is fresh."""

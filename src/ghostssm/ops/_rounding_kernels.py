@@ -10,7 +10,7 @@ import numpy as np
 
 _ROWS = 32
 """Rows of a head's state that are worked on at a time, as in `ghostssm.ops._kernels`."""
-_BFLOAT16, _FLOAT16, _INT8, _FP8 = 1, 2, 3, 4
+_BFLOAT16, _FLOAT16, _INT8, _FP8, _INT4 = 1, 2, 3, 4, 5
 _LEAST_PEAK = np.float32(1e-30)
 _NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
 """Added to a number of less than 2^22 it leaves the nearest integer in the lowest bits of the sum."""
@@ -161,6 +161,19 @@ def _write_int8(codes, inverse, values):  # type: ignore[no-untyped-def]
         codes[k] = np.int8(_nearest_integer(np.float32(values[k] * inverse)))
 
 
+@numba.njit
+def _write_int4(codes, inverse, values):  # type: ignore[no-untyped-def]
+    """`_write` to the nearest int4, for the same reason."""
+    half, n = codes.shape[0], values.shape[0]
+    lower, upper = values[:half], values[half:]
+    for k in range(upper.shape[0]):
+        low = _nearest_integer(np.float32(lower[k] * inverse))
+        high = _nearest_integer(np.float32(upper[k] * inverse))
+        codes[k] = np.int8((low & np.int32(15)) | (high << np.int32(4)))
+    if 2 * half > n:
+        codes[half - 1] = np.int8(_nearest_integer(np.float32(lower[half - 1] * inverse)) & np.int32(15))
+
+
 @numba.njit(fastmath=True)
 def _update(values, decay, added, write, read):  # type: ignore[no-untyped-def]
     """One row's token: what is read of it, and its largest magnitude."""
@@ -248,3 +261,68 @@ def stored_scan(  # type: ignore[no-untyped-def]
                 if largest > 0:
                     inverse, own_scales[j] = _scale(peak, largest)
                 _write(kind, row, half_row, inverse, values, _next(token_key, head * p + j), stochastic)
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def tiered_scan(  # type: ignore[no-untyped-def]
+    codes,
+    peaks,
+    first_code,
+    first_peak,
+    wide,
+    narrow,
+    stochastic,
+    key,
+    first_sequence,
+    first_token,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    y,
+):
+    """`stored_scan` of a state in tiers: a head's first ``wide`` channels in 8 bits, the next ``narrow`` in 4.
+
+    codes int8 (b, bytes) and peaks float32 are the same memory, in which first_code and first_peak (h,) say where a
+    head's begin.
+    """
+    b, length, h, p = x.shape
+    heads_per_group = h // B.shape[2]
+    blocks = (p + _ROWS - 1) // _ROWS
+    none = np.empty(0, np.int16)
+    for index in numba.prange(b * h * blocks):
+        i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
+        group, eights = head // heads_per_group, wide[head]
+        n, width = eights + narrow[head], eights + (narrow[head] + 1) // 2
+        own, own_peaks = codes[i, first_code[head] :], peaks[i, first_peak[head] :]
+        first_values, next_values = np.empty(eights, np.float32), np.empty(narrow[head], np.float32)
+        first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
+        own_key = _next(np.uint32(key), first_sequence + i)
+        for t in range(length):
+            inputs, outputs = x[i, t, head], y[i, t, head]
+            write, read = B[i, t, group, :n], C[i, t, group, :n]
+            step = dt[i, t, head]
+            decay = np.exp(step * A[head])
+            token_key = _next(own_key, first_token + t)
+            for j in range(first, last):
+                eight, four = own[j * width : j * width + eights], own[j * width + eights : (j + 1) * width]
+                added = step * inputs[j]
+                _, eighth = _scale(own_peaks[j], np.float32(127))
+                _, fourth = _scale(own_peaks[j], np.float32(7))
+                high, peak = _update_int8(eight, first_values, eighth * decay, added, write[:eights], read[:eights])
+                _read(_INT4, four, none, fourth, next_values)
+                low, other = _update(next_values, decay, added, write[eights:], read[eights:])
+                peak = max(peak, other)
+                outputs[j] = high + low + D[head] * inputs[j]
+                own_peaks[j] = peak if peak >= _LEAST_PEAK else np.float32(0)
+                eighth, _ = _scale(peak, np.float32(127))
+                fourth, _ = _scale(peak, np.float32(7))
+                if stochastic:
+                    row_key = _next(token_key, head * p + j)
+                    _write(_INT8, eight, none, eighth, first_values, row_key, stochastic)
+                    _write(_INT4, four, none, fourth, next_values, row_key, stochastic)
+                else:
+                    _write_int8(eight, eighth, first_values)
+                    _write_int4(four, fourth, next_values)

@@ -8,12 +8,17 @@ A scaled state is one tensor of bytes, (b, h, head_bytes): of every head the cod
 padded to 16 bytes. So a cache reorders, resets and moves it like any other; zeros are a state of zeros. int4 has two
 numbers to a byte: channel k in the lower half, channel k + ceil(n / 2) in the upper.
 
+In tiers every head has a number of channels in 8 bits, then a number in 4, and stores none of the others; both tiers
+share a row's scale. Such a state is (b, bytes): head by head what (b, h, head_bytes) has, of another size for each.
+
 Shape letters as in `ghostssm.ops.ssd`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +31,9 @@ _LEAST_PEAK = 1e-30
 """Rows whose largest magnitude is smaller are stored as zeros; the inverse of their scale would overflow."""
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B1
+
+Tiers = tuple[tuple[int, int], ...]
+"""For every head of a mixer how many of its state's first channels are stored in 8 bits, and of the next in 4."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,17 @@ class StateFormat:
         """Of a head's numbers in a stored scaled state, padding included: its scales begin there."""
         return _padded(p * self.row_bytes(n))
 
+    def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
+        """Of one sequence over all mixers of a model, scales included and padding left out.
+
+        Args:
+            rows: of each of them. sizes: of their states. tiers: of the mixers; empty if the model says nothing of it.
+
+        Raises:
+            InputError: this is the format of tiers, and there are none.
+        """
+        return sum(self.state_bytes(rows, size) for size in sizes)
+
     @classmethod
     def of(cls, given: str | torch.dtype | StateFormat) -> StateFormat:
         """By name or torch dtype.
@@ -77,10 +96,58 @@ class StateFormat:
         """
         if isinstance(given, StateFormat):
             return given
-        for state_format in FORMATS.values():
+        for state_format in (*FORMATS.values(), TIERS):
             if given == state_format.name or (given is not None and given == state_format.dtype):
                 return state_format
         raise InputError(f"The state dtype is {given}; expected one of {', '.join(FORMATS)}.")
+
+
+@dataclass(frozen=True)
+class TieredFormat(StateFormat):
+    """The states of one mixer in tiers.
+
+    Attributes:
+        tiers: None before the mixer is known.
+    """
+
+    tiers: Tiers | None = None
+
+    def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
+        forms = [self.for_tiers(each) for each in tiers] or [self.for_tiers(None)]
+        return sum(form.state_bytes(rows, size) for form, size in zip(forms, sizes, strict=True))
+
+    def for_tiers(self, tiers: Tiers | None) -> TieredFormat:
+        """Of one mixer.
+
+        Raises:
+            InputError: it has none.
+        """
+        if tiers is None:
+            raise InputError(
+                "The state dtype is tiers, but the model does not say how many channels it keeps in how many bits; "
+                f"expected a model of `ghostssm prune --method balanced --state-bytes`, or one of {', '.join(FORMATS)}."
+            )
+        return replace(self, tiers=tiers)
+
+    def state_bytes(self, rows: int, n: int) -> int:
+        """Of a mixer's rows, head by head as many, however many channels they had; scales included."""
+        assert self.tiers is not None
+        return rows // len(self.tiers) * sum(tier_bytes(wide, narrow) for wide, narrow in self.tiers)
+
+    def places(self, p: int) -> tuple[list[int], list[int], int]:
+        """Of every head of a stored state the first byte of its codes and of its scales; and the bytes of all."""
+        assert self.tiers is not None
+        codes, scales, place = [], [], 0
+        for wide, narrow in self.tiers:
+            codes.append(place)
+            scales.append(place + _padded(p * (INT8.row_bytes(wide) + INT4.row_bytes(narrow))))
+            place = scales[-1] + _padded(4 * p)
+        return codes, scales, place
+
+
+def tier_bytes(wide: int, narrow: int) -> int:
+    """Of a row with so many numbers in 8 and in 4 bits, its scale included; a row of none has no scale."""
+    return INT8.row_bytes(wide) + INT4.row_bytes(narrow) + (INT8.scale_bytes if wide + narrow else 0)
 
 
 FLOAT32 = StateFormat("float32", 0, 32, torch.float32)
@@ -90,6 +157,8 @@ INT8 = StateFormat("int8", 3, 8, torch.int8, largest=127.0)
 FP8 = StateFormat("fp8", 4, 8, torch.float8_e4m3fn, largest=448.0, mantissa=3, bias=7)
 INT4 = StateFormat("int4", 5, 4, None, largest=7.0)
 FORMATS = {each.name: each for each in (FLOAT32, BFLOAT16, FLOAT16, INT8, FP8, INT4)}
+TIERS = TieredFormat("tiers", 6, 8, None, largest=127.0)
+"""For models that say how many channels of each head are kept in how many bits."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +208,16 @@ class StateStorage:
     def at(self, layer: int, token: int) -> StateStorage:
         return replace(self, layer=layer, token=token)
 
+    def with_tiers(self, tiers: Tiers | None) -> StateStorage:
+        """For a mixer with these tiers, if the format is one of tiers.
+
+        Raises:
+            InputError: it is, and the mixer has none.
+        """
+        if not isinstance(self.format, TieredFormat):
+            return self
+        return replace(self, format=self.format.for_tiers(tiers))
+
 
 FLOAT32_STORAGE = StateStorage()
 """The state as it is computed."""
@@ -151,35 +230,84 @@ def quantise(state: Tensor, storage: StateStorage) -> Tensor:
         state: (b, h, p, n), float32, after the token ``storage.token``.
 
     Returns:
-        (b, h, head_bytes) uint8 if the format is scaled, else (b, h, p, n) in the format's dtype. Numbers beyond
-        float16's largest are stored as that.
+        (b, h, head_bytes) uint8 if the format is scaled, (b, bytes) uint8 if it has tiers, else (b, h, p, n) in the
+        format's dtype. Numbers beyond float16's largest are stored as that.
     """
     state, form = state.float(), storage.format
     if not storage.rounds:
         return state.contiguous()
+    if isinstance(form, TieredFormat):
+        return _in_tiers(state, storage, form)
     if form.largest is None:
         assert form.dtype is not None
         bound = torch.finfo(form.dtype).max
         return _to_minifloat(state.clamp(-bound, bound), storage).contiguous()
-    peak = state.abs().amax(-1, keepdim=True)
-    used = peak >= _LEAST_PEAK
-    inverse = torch.where(used, form.largest / peak, 0.0)
-    scales = torch.where(used, peak, 0.0) * torch.tensor(1 / form.largest, dtype=torch.float32)
-    scaled = state * inverse
+    peak = _peaks(state)
+    scales = peak * torch.tensor(1 / form.largest, dtype=torch.float32)
     if form is FP8:
-        codes = _to_minifloat(scaled, storage).view(torch.uint8)
+        codes = _to_minifloat(state * _inverse(peak, form.largest), storage).view(torch.uint8)
     else:
-        noise = _uniform(storage, state) - 0.5 if storage.stochastic else 0.0
-        codes = (scaled + noise).clamp(-form.largest, form.largest).round().to(torch.int8).view(torch.uint8)
-        if form is INT4:
-            half = -(-codes.shape[-1] // 2)
-            upper = F.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
-            codes = (codes[..., :half] & 15) | (upper << 4)
+        noise = _uniform(storage, state) - 0.5 if storage.stochastic else torch.zeros(())
+        codes = _integers(state, peak, noise, form)
     return torch.cat([_flat_bytes(codes), _flat_bytes(scales.view(torch.uint8))], dim=-1)
+
+
+def _peaks(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row (..., n), (..., 1); 0 for what is stored as zeros."""
+    peak = rows.abs().amax(-1, keepdim=True)
+    return torch.where(peak >= _LEAST_PEAK, peak, 0.0)
+
+
+def _inverse(peak: Tensor, largest: float) -> Tensor:
+    return torch.where(peak > 0, largest / peak, 0.0)
+
+
+def _integers(rows: Tensor, peak: Tensor, noise: Tensor, form: StateFormat) -> Tensor:
+    """The bytes of rows (..., n) in int8 or int4."""
+    assert form.largest is not None
+    scaled = rows * _inverse(peak, form.largest) + noise
+    codes = scaled.clamp(-form.largest, form.largest).round().to(torch.int8).view(torch.uint8)
+    if form is INT8:
+        return codes
+    half = -(-codes.shape[-1] // 2)
+    upper = F.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
+    return (codes[..., :half] & 15) | (upper << 4)
+
+
+def _in_tiers(state: Tensor, storage: StateStorage, form: TieredFormat) -> Tensor:
+    """A state in tiers; each tier of a row draws its random numbers as if it were alone."""
+    assert form.tiers is not None
+    noises = _uniform(storage, state) - 0.5 if storage.stochastic else torch.zeros(()).expand(state.shape)
+    parts = []
+    for head, (wide, narrow) in enumerate(form.tiers):
+        rows, noise = state[:, head, :, : wide + narrow], noises[:, head]
+        peak = _peaks(F.pad(rows, (0, 1)))
+        codes = [
+            _integers(rows[..., :wide], peak, noise[..., :wide], INT8),
+            _integers(rows[..., wide:], peak, noise[..., :narrow], INT4),
+        ]
+        parts += [_flat_bytes(torch.cat(codes, dim=-1)), _flat_bytes(peak.view(torch.uint8))]
+    return torch.cat(parts, dim=-1)
+
+
+def _of_tiers(stored: Tensor, form: TieredFormat, p: int, n: int) -> Tensor:
+    """`dequantise` of a state in tiers: zeros in channels that are not stored."""
+    assert form.tiers is not None
+    state = stored.new_zeros(stored.shape[0], len(form.tiers), p, n, dtype=torch.float32)
+    for head, (wide, narrow), codes_at, peaks_at in zip(count(), form.tiers, *form.places(p)[:2]):
+        width = wide + INT4.row_bytes(narrow)
+        codes = stored[:, codes_at : codes_at + p * width].unflatten(-1, (p, width))
+        peak = stored[:, peaks_at : peaks_at + 4 * p].contiguous().view(torch.float32)[..., None]
+        eight, four = (peak * torch.tensor(1 / each, dtype=torch.float32) for each in (127.0, 7.0))
+        state[:, head, :, :wide] = codes[..., :wide].contiguous().view(torch.int8).float() * eight
+        state[:, head, :, wide : wide + narrow] = _halves(codes[..., wide:], narrow) * four
+    return state
 
 
 def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
     """A stored state's numbers, (b, h, p, n), float32."""
+    if isinstance(form, TieredFormat):
+        return _of_tiers(stored, form, p, n)
     if form.largest is None:
         return stored.float()
     width = form.row_bytes(n)
@@ -191,10 +319,15 @@ def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
     elif form is INT8:
         numbers = codes.contiguous().view(torch.int8).float()
     else:
-        halves = torch.cat([codes << 4, codes & 0xF0], dim=-1)[..., :n]
-        numbers = halves.contiguous().view(torch.int8).float() / 16
+        numbers = _halves(codes, n)
     restored: Tensor = numbers * scales[..., None]
     return restored
+
+
+def _halves(codes: Tensor, n: int) -> Tensor:
+    """The n numbers of int4 rows."""
+    halves = torch.cat([codes << 4, codes & 0xF0], dim=-1)[..., :n]
+    return halves.contiguous().view(torch.int8).float() / 16
 
 
 def _to_minifloat(values: Tensor, storage: StateStorage) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostssm.ops import compiled
 from ghostssm.ops.ssd import ssd, ssd_step
-from ghostssm.ops.state_format import StateStorage, dequantise, quantise
+from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
 
 def stored_scan_reference(
@@ -23,10 +23,22 @@ def stored_scan_reference(
     outputs = []
     for t in range(x.shape[1]):
         state = dequantise(stored, storage.format, x.shape[3], B.shape[3]).to(x.dtype)
-        y, state = ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
+        y, state = _step(storage.format, state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D)
         stored = quantise(state, replace(storage, token=storage.token + t))
         outputs.append(y)
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x), stored
+
+
+def _step(form: StateFormat, state: Tensor, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    """`ghostssm.ops.ssd.ssd_step`; a head in tiers neither writes nor reads the channels that it does not store."""
+    if not isinstance(form, TieredFormat) or form.tiers is None:
+        return ssd_step(state, *streams)
+    x, dt, A, B, C, D = streams
+    stored = torch.tensor([wide + narrow for wide, narrow in form.tiers], device=B.device)
+    kept = torch.arange(B.shape[2], device=B.device) < stored[:, None]  # (h, n)
+    heads_per_group = x.shape[1] // B.shape[1]
+    B, C = (part.repeat_interleave(heads_per_group, dim=1) * kept for part in (B, C))
+    return ssd_step(state, x, dt, A, B, C, D)
 
 
 def stored_scan_(
@@ -46,8 +58,16 @@ def stored_scan_(
         y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
         stored.copy_(after)
         return y
-    form, heads = storage.format, stored.flatten(2)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
+    drawn = storage.stochastic, storage.key, storage.sequence, storage.token
+    streams = compiled.arrays(x, dt, A, B, C, D, y)
+    if isinstance(form, TieredFormat):
+        first_codes, first_scales, _ = form.places(x.shape[3])
+        places = (np.array(first_codes), np.array(first_scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
+        memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
+        compiled.rounding_kernels.tiered_scan(*memory, *places, *drawn, *streams)
+        return y
+    heads = stored.flatten(2)
     unused = torch.zeros(1, 1, 1).expand(*heads.shape[:2], 1)
     codes = heads.view(torch.int8)
     halves = unused.to(torch.int16) if form.scaled else heads.view(torch.int16)
@@ -58,11 +78,8 @@ def stored_scan_(
         form.code_bytes(x.shape[3], B.shape[3]) // 4,
         form.kind,
         np.float32(form.largest or 0),
-        storage.stochastic,
-        storage.key,
-        storage.sequence,
-        storage.token,
-        *compiled.arrays(x, dt, A, B, C, D, y),
+        *drawn,
+        *streams,
     )
     return y
 

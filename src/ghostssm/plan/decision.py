@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
+from ghostssm.ops.state_format import Tiers
 from ghostssm.values import Value
 
 
@@ -49,11 +50,13 @@ class Decision(Value):
         projection: of these channels onto a smaller state, if any.
         changes: new values of the mixer module's parameters, by name, in their shapes after the selection. In a plan
             they are among the plan's changes instead.
+        tiers: of a projected state, how many channels each head keeps in how many bits, if it is to be kept in tiers.
     """
 
     selection: Selection
     projection: Projection | None = None
     changes: Mapping[str, Tensor] = field(default_factory=dict)
+    tiers: Tiers | None = None
 
     @property
     def width(self) -> int:

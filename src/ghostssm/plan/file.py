@@ -147,9 +147,28 @@ def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
         faults.append("projected has a state size that is not a positive integer")
     elif projected and set(projected) != set(mixers):
         faults.append("projected names some mixers, expected all of those in selections, or none")
+    faults += _tier_faults(document.get("tiers", {}), projected)
     if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
         faults.append("changed is not a list of parameter names")
     return faults
+
+
+def _tier_faults(tiers: Any, projected: Any) -> list[str]:
+    """What is wrong with the numbers of channels per head and number of bits."""
+    if not isinstance(tiers, dict) or not isinstance(projected, dict):
+        return ["tiers is not an object"] if tiers else []
+    if tiers and set(tiers) != set(projected):
+        return ["tiers names other mixers than projected, expected the same, or none"]
+    return [
+        f"tiers[{short(name)}] has {short(heads)}, expected for every head two numbers of channels, of those projected"
+        for name, heads in tiers.items()
+        if not isinstance(heads, list) or not heads or not all(_is_tier(tier, projected[name]) for tier in heads)
+    ]
+
+
+def _is_tier(tier: Any, size: Any) -> bool:
+    numbers = isinstance(tier, list) and len(tier) == 2 and all(type(each) is int and each >= 0 for each in tier)
+    return numbers and isinstance(size, int) and sum(tier) <= size
 
 
 def _is_count(value: Any) -> bool:

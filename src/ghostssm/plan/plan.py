@@ -13,6 +13,7 @@ from torch import Tensor
 from ghostssm.errors import PlanError
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
+from ghostssm.ops.state_format import StateFormat, Tiers
 from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.distillation import Distillation, distillations_from_json
@@ -64,6 +65,11 @@ class Plan(Value):
         return {name: d.projection for name, d in self.decisions.items() if d.projection is not None}
 
     @property
+    def tiers(self) -> dict[str, Tiers]:
+        """Mixer name to how many channels each head keeps in how many bits, for every mixer or for none."""
+        return {name: d.tiers for name, d in self.decisions.items() if d.tiers is not None}
+
+    @property
     def is_projected(self) -> bool:
         return any(decision.projection is not None for decision in self.decisions.values())
 
@@ -103,6 +109,16 @@ class Plan(Value):
         """The same plan with other values of some fields of its provenance."""
         assert self.provenance is not None
         return replace(self, provenance=replace(self.provenance, **known))
+
+    def state_bytes(self, layout: SSDLayout, state_dtype: str) -> int:
+        """Of one sequence over all layers, scales included.
+
+        Args:
+            layout: of the model that the plan is for.
+            state_dtype: by name; ``tiers`` for a plan that has them only.
+        """
+        form, tiers = StateFormat.of(state_dtype), tuple(self.tiers.values())
+        return form.model_bytes(layout.intermediate_size, self.state_sizes, tiers)
 
     @property
     def mean_state_size(self) -> float:
@@ -171,6 +187,7 @@ class Plan(Value):
             "kept_state_size": self.kept_state_size,
             "per_layer": self.per_layer,
             "projected": {name: projection.B.shape[-1] for name, projection in self.projections.items()},
+            "tiers": {name: [list(tier) for tier in tiers] for name, tiers in self.tiers.items()},
             "changed": sorted(self.changes),
             "provenance": None if self.provenance is None else self.provenance.as_json(),
             "distillations": [each.as_json() for each in self.distillations],
@@ -207,13 +224,14 @@ class Plan(Value):
                 return Projection(*torch.empty(2, document["n_groups"], document["state_size"], size, device="meta"))
             return Projection(*(_named(tensors, f"{part}_projection:{name}", place) for part in "BC"))
 
+        tiers: dict[str, Tiers] = {name: tuple(map(tuple, heads)) for name, heads in document.get("tiers", {}).items()}
         plan = cls(
             method=document["method"],
             model_type=document["model_type"],
             n_groups=document["n_groups"],
             state_size=document["state_size"],
             decisions={
-                name: Decision(Selection(tuple(map(tuple, kept))), projection(name))
+                name: Decision(Selection(tuple(map(tuple, kept))), projection(name), tiers=tiers.get(name))
                 for name, kept in document["selections"].items()
             },
             changes={name: _named(tensors, f"change:{name}", place) for name in document.get("changed", []) if changes},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ghostssm.ops.state_format import FORMATS
+from ghostssm.ops.state_format import FORMATS, TIERS
 from ghostssm.plan.choice import Choice
 from ghostssm.plan.measurement import Searched
 from ghostssm.values import Value
@@ -87,7 +87,7 @@ class Provenance(Value):
             calibration=CalibrationText(**{each.name: text.get(each.name) for each in fields(CalibrationText)}),
             search=Searched.from_json(document.get("search")),
             choice=Choice.from_json(document.get("choice")),
-            asked_state_dtype=dtype if isinstance(dtype, str) and dtype in FORMATS else None,
+            asked_state_dtype=dtype if dtype in (*FORMATS, TIERS.name) else None,
         )
 
 

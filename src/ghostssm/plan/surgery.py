@@ -21,6 +21,7 @@ from ghostssm.models.families.own import own_model, stock_model
 from ghostssm.models.forward import refresh
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
+from ghostssm.ops.state_format import Tiers
 from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.plan import Plan
 
@@ -289,6 +290,7 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     family, tensors = family_of(model.config), dict(model.state_dict())
     widths: dict[int, int] = {}
     projected: dict[int, int] = {}
+    tiers: dict[int, Tiers] = {}
     for index, block in enumerate(family.blocks(model)):
         mixer = family.mixer(copy.deepcopy(block), index)
         if mixer is None:
@@ -298,9 +300,11 @@ def _converted(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         carry_out(family, mixer, decision)
         if decision.projection is not None:
             projected[index] = decision.width
+        if decision.tiers is not None:
+            tiers[index] = decision.tiers
         tensors |= {f"{mixer.name}.{name}": value for name, value in mixer.module.state_dict().items()}
     tensors |= {name: value.to(tensors[name], copy=True) for name, value in plan.changes.items()}
-    converted = own_model(model, tensors, widths, projected if plan.is_projected else None)
+    converted = own_model(model, tensors, widths, projected if plan.is_projected else None, tiers or None)
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted
 

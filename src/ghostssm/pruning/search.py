@@ -15,7 +15,7 @@ from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import SSDLayout
-from ghostssm.ops.state_format import FLOAT32, FORMATS, StateFormat
+from ghostssm.ops.state_format import FLOAT32, FORMATS, TIERS, StateFormat
 from ghostssm.plan.choice import Candidate, Choice
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
@@ -23,6 +23,7 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, listening, on_screen
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
+from ghostssm.pruning.tiers import in_tiers, widest_tiered
 from ghostssm.text.windows import Windows
 
 _HELD_OUT_ONE_IN = 4
@@ -147,13 +148,13 @@ class Fitting:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
         For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan. The plan's provenance has what was chosen and what all candidates lost as
-        ``choice``.
+        that fit the same size share one plan. A projected state is tried in tiers too (`ghostssm.pruning.tiers`). The
+        plan's provenance has what was chosen and what all candidates lost as ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
             state_bytes: of one sequence over all layers, scales included.
-            dtypes: names of dtypes of the state; all if not given.
+            dtypes: names of dtypes of the state; all, and tiers, if not given.
             multiple: of the sizes that are considered.
             state_sizes: the sizes to consider instead; the model's own may be among them.
             groups: how the groups of a layer share the state.
@@ -166,20 +167,34 @@ class Fitting:
         """
         check_shrinks(recipe)
         model = self.calibration.model
-        layout = layout_of(model.config)
-        fitting = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
+        layout, layers = layout_of(model.config), len(mixers_of(model))
+        fitting = fits_in(state_bytes, layout, layers, state_sizes, dtypes, multiple)
+        sizes, tiered = set(fitting.values()), None
+        if not recipe.registered.stock and (dtypes is None or TIERS.name in dtypes):
+            row_bytes = state_bytes / (layers * layout.intermediate_size)
+            tiered = widest_tiered(row_bytes, state_sizes or _sizes(layout.state_size, multiple))
+            sizes |= set() if tiered is None else {tiered}
         candidates: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
-            for size in sorted(set(fitting.values()), reverse=True):
+            for size in sorted(sizes, reverse=True):
                 plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
-                with pruned(model, plan) as smaller:
-                    for form in (StateFormat.of(dtype) for dtype, fits in fitting.items() if fits == size):
-                        taken = sum(form.state_bytes(layout.intermediate_size, each) for each in plan.state_sizes)
-                        excess = excess_loss(smaller, self.held_out, self.dense, form.name)
-                        candidates.append((Candidate(plan.mean_state_size, form.name, taken, excess), plan))
+                candidates += self._measured(plan, [dtype for dtype, fits in fitting.items() if fits == size])
+                if size == tiered and plan.is_projected:
+                    plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
+                    candidates += self._measured(plan, [TIERS.name])
         candidates.sort(key=lambda each: each[0].excess.mean)
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in candidates))
         return candidates[0][1].with_provenance(choice=choice)
+
+    def _measured(self, plan: Plan, dtypes: Sequence[str]) -> list[tuple[Candidate, Plan]]:
+        """What a plan loses with its state in some dtypes."""
+        model, size, measured = self.calibration.model, plan.mean_state_size, []
+        with pruned(model, plan) as smaller:
+            for dtype in dtypes:
+                taken = plan.state_bytes(layout_of(model.config), dtype)
+                excess = excess_loss(smaller, self.held_out, self.dense, dtype)
+                measured.append((Candidate(size, dtype, taken, excess), plan))
+        return measured
 
 
 def widest_fit(row_bytes: float, sizes: Iterable[int], dtypes: Iterable[str] | None = None) -> dict[str, int]:
@@ -219,7 +234,7 @@ def fits_in(
         InputError: not one of them fits.
     """
     limit, rows = layout.state_size, layers * layout.intermediate_size
-    sizes = [*range(multiple, limit, multiple), limit] if sizes is None else sizes
+    sizes = _sizes(limit, multiple) if sizes is None else sizes
     fitting = widest_fit(state_bytes / rows, sizes, dtypes)
     fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
     if not fitting:
@@ -230,6 +245,10 @@ def fits_in(
             f"{rows * 4 * limit:,} in float32."
         )
     return fitting
+
+
+def _sizes(limit: int, multiple: int) -> list[int]:
+    return [*range(multiple, limit, multiple), limit]
 
 
 def check_shrinks(recipe: Recipe) -> None:

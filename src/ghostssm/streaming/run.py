@@ -26,7 +26,6 @@ from ghostssm.choices import DEFAULT_SEED, Groups
 from ghostssm.errors import GhostError, ProcessError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate, measurement_of
 from ghostssm.files.held_run import run_folder_of
-from ghostssm.files.interrupts import Terminated
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -166,10 +165,6 @@ def prune_streamed(
             if beside is not None:
                 run.add(partial(beside, dense, after))
             run.finish(checkpoint, plan, fingerprint, measured, request)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(run.how_to_go_on()) from None
-        except Terminated:
-            raise Terminated(run.how_to_go_on()) from None
         except ProcessError as error:
             raise ProcessError(f"{error} {run.how_to_go_on()}") from error
     return StreamedRun(plan, measured)

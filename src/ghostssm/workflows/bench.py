@@ -17,6 +17,7 @@ from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.workflows.inputs import tell_idle_gpu
 from ghostssm.workflows.requests import BenchRequest
+from ghostssm.workflows.state_size import check_dtypes
 
 ROUNDS = 5
 """Where nothing differs, all rounds agree by chance one time in 16; of three rounds it would be one time in four."""
@@ -86,6 +87,7 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     dense = described.layout.state_size
     for size in request.state_sizes:
         check_state_size(size, dense)
+    check_dtypes(request.state_dtypes)
     StateStorage.of("bfloat16", request.state_rounding)
     narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
     storages = (StateStorage(), *(StateStorage.of(dtype, request.state_rounding) for dtype in narrow))

@@ -22,7 +22,7 @@ from ghostssm.evaluation.speed import Rate, first_channels, measure
 from ghostssm.methods import method_names
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.layout import check_state_size
-from ghostssm.ops.state_format import FLOAT32, StateFormat, StateStorage
+from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
@@ -34,7 +34,7 @@ from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Ro
 from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
 from ghostssm.workflows.report_measuring import observe, sample
 from ghostssm.workflows.requests import CompareRequest, check_heeded
-from ghostssm.workflows.state_size import bound_on_bytes
+from ghostssm.workflows.state_size import bound_on_bytes, check_dtypes
 
 _CALIBRATION_COST = 3.0
 """What GHOST takes for a token; the loss on one is the unit. For estimates of the time left."""
@@ -65,6 +65,7 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
             check_shrinks(recipe)
     every = (Recipe(name) for name in method_names())
     recipes = recipes or [recipe for recipe in every if recipe.registered.shrinks or not request.state_bytes]
+    check_dtypes(request.state_dtypes)
     StateStorage.of("bfloat16", request.state_rounding)  # raises for an unknown rounding
     _storages(request)
     return replace(request, methods=tuple(map(str, recipes))), described
@@ -179,21 +180,20 @@ def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Pr
     plans = {cell: outcome.plan for cell, outcome in outcomes.items()}
     outcomes = {(DENSE, layout.state_size): Outcome(first_channels(model, layout.state_size), measured, 0.0)} | outcomes
     speeds = _speeds(model, outcomes, request, progress)
-    rows_per_channel = len(mixers_of(model)) * layout.intermediate_size
 
     def row(cell: Cell, outcome: Outcome[dict[str, Evaluation]], dtype: str) -> Row:
-        evaluation, form, size = outcome.measured[dtype], StateFormat.of(dtype), outcome.plan.mean_state_size
+        evaluation = outcome.measured[dtype]
         excess = evaluation.excess_over(dense)
         by_batch = speeds[cell, dtype]
         return Row(
             method=cell[0],
             state_size=cell[1],
-            stored_state_size=size,
+            stored_state_size=outcome.plan.mean_state_size,
             perplexity=evaluation.perplexity,
             bits_per_byte=evaluation.bits_per_byte,
             excess=excess.mean,
             standard_error=excess.standard_error,
-            state_bytes=round(rows_per_channel * (size * form.bits / 8 + form.scale_bytes)),
+            state_bytes=outcome.plan.state_bytes(layout, dtype),
             tokens_per_second={batch: speed.median for batch, speed in by_batch.items()},
             seconds=outcome.seconds,
             speed_range={batch: (speed.low, speed.high) for batch, speed in by_batch.items()},
@@ -254,7 +254,10 @@ class _Cells:
         return outcomes
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
-        """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size."""
+        """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size.
+
+        But tiers fill the bytes of one bound: a plan with them is named after it.
+        """
         fitting, request = Fitting.of(self.model, self.calibration), self.request
         outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
@@ -263,7 +266,8 @@ class _Cells:
             plan = fitting.plan(recipe, self._bytes_of(bound), groups=request.groups, seed=request.seed, progress=None)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
-            cell, dtype = (str(recipe), plan.provenance.requested_state_size), plan.provenance.state_dtype
+            name = f"{recipe} in {bound}" if plan.tiers else str(recipe)
+            cell, dtype = (name, plan.provenance.requested_state_size), plan.provenance.state_dtype
             assert dtype is not None
             with pruned(self.model, plan) as smaller:
                 measured = _losses(smaller, self.windows, [StateStorage.of(dtype)])

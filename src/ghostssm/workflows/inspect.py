@@ -86,8 +86,9 @@ def inspect(request: InspectRequest) -> InspectOutcome:
         raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
     context = DEFAULT_CONTEXT if request.context is None else request.context
     memories = [memory_bytes(size) for size in request.memories]
-    forms = tuple(StateFormat.of(name) for name in request.state_dtypes or ["float32"])
     described = describe(request.model)
+    usual = ["float32", "tiers"] if described.tiers else ["float32"]
+    forms = tuple(StateFormat.of(name) for name in request.state_dtypes or usual)
     serving = serving_engines(request.engines, described)
     if request.state_sizes and not described.is_stock:
         raise InputError(

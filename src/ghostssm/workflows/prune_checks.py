@@ -12,7 +12,6 @@ from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.errors import InputError
-from ghostssm.ops.state_format import StateFormat
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
@@ -22,7 +21,14 @@ from ghostssm.pruning.search import check_shrinks, held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, tell_same_text, windows_of
 from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
-from ghostssm.workflows.state_size import Target, check_engines, check_smaller, suited_target, wanted_target
+from ghostssm.workflows.state_size import (
+    Target,
+    check_dtypes,
+    check_engines,
+    check_smaller,
+    suited_target,
+    wanted_target,
+)
 
 DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
@@ -111,7 +117,7 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     check_belonging(request, _BELONGS_TO)
     check_heeded(request, "state_bytes", "state_dtype")
     if request.state_dtype is not None:
-        StateFormat.of(request.state_dtype)  # raises
+        check_dtypes([request.state_dtype])
     check_engines(request)
     if request.stream:
         _check_streamed(request)

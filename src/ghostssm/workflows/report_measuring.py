@@ -127,5 +127,10 @@ def predicted_speed(
     removed = 0
     if not plan.is_projected:
         removed = sum(described.removed_parameters(size) // described.layers for size in plan.state_sizes)
-    smaller = dataclasses.replace(described, state_sizes=plan.state_sizes, parameters=described.parameters - removed)
+    smaller = dataclasses.replace(
+        described,
+        state_sizes=plan.state_sizes,
+        tiers=tuple(plan.tiers.values()),
+        parameters=described.parameters - removed,
+    )
     return batch / predicted_step_seconds(smaller, machine, batch, None, form)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -10,7 +10,7 @@ from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.models.layout import check_state_size
-from ghostssm.ops.state_format import FORMATS
+from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
@@ -100,6 +100,16 @@ def check_smaller(target: Target, limit: int) -> None:
             f"The state size would be {limit}, which is the model's own N: nothing would change. Expected a smaller "
             "--state-size, or a --budget that leaves less."
         )
+
+
+def check_dtypes(names: Iterable[str]) -> None:
+    """Raise InputError for what is no dtype of a state that any model can be kept in."""
+    for name in names:
+        if StateFormat.of(name) is TIERS:
+            raise InputError(
+                "The state dtype is tiers, in which only a model can be kept that was pruned to them: "
+                f"--method balanced --state-bytes 1/16 may choose them. Expected one of {', '.join(FORMATS)}."
+            )
 
 
 def check_engines(request: PruneRequest) -> None:

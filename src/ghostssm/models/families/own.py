@@ -19,11 +19,12 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Mixer, Projection
 from ghostssm.models.own_class import OWN_CONFIGS
 from ghostssm.models.transformers_private import tied_weights, without_weights
+from ghostssm.ops.state_format import Tiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OWN_KEYS = ("state_sizes", "projected_state_sizes")
+_OWN_KEYS = ("state_sizes", "projected_state_sizes", "state_tiers")
 _OF_A_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")
 """Entries of a config that differ between classes."""
 
@@ -39,7 +40,7 @@ class OwnFamily(Family):
     def set_state_size(self, config: PreTrainedConfig, state_size: int) -> None:
         """The same in every layer, and not projected."""
         super().set_state_size(config, state_size)
-        config.state_sizes = config.projected_state_sizes = None
+        config.state_sizes = config.projected_state_sizes = config.state_tiers = None
 
     def mixer(self, block: nn.Module, index: int) -> Mixer | None:
         stock = super().mixer(block, index)
@@ -47,7 +48,9 @@ class OwnFamily(Family):
             return None
         module: Any = stock.module
         projected = module.B_projection is not None
-        return replace(stock, projection=Projection(module.B_projection, module.C_projection) if projected else None)
+        projection = Projection(module.B_projection, module.C_projection) if projected else None
+        tiers = None if module.state_tiers is None else tuple((wide, narrow) for wide, narrow in module.state_tiers)
+        return replace(stock, projection=projection, tiers=tiers)
 
 
 for _stock in (MAMBA2, *HYBRIDS):
@@ -60,6 +63,7 @@ def own_model(
     tensors: Mapping[str, Tensor],
     state_sizes: Mapping[int, int],
     projected_state_sizes: Mapping[int, int] | None,
+    state_tiers: Mapping[int, Tiers] | None = None,
 ) -> PreTrainedModel:
     """A model of our own class from a stock model and the tensors of all its layers, which are not copied.
 
@@ -68,11 +72,14 @@ def own_model(
         tensors: the whole state dict, sliced, with ``B_projection`` and ``C_projection`` in every projected mixer.
         state_sizes: of every layer with a mixer, by its index, the width of its B and C.
         projected_state_sizes: of the same layers, 0 for no projection.
+        state_tiers: of the same layers.
     """
     config = model.config
     own = OWN_CONFIGS[config.model_type](**_values_of(config))
     own.state_sizes = _by_layer(state_sizes, config)
     own.projected_state_sizes = None if projected_state_sizes is None else _by_layer(projected_state_sizes, config)
+    if state_tiers is not None:
+        own.state_tiers = [[list(tier) for tier in state_tiers.get(i, ())] for i in range(config.num_hidden_layers)]
     setattr(own, own.size_keys["state_size"], max(state_sizes.values()))
     own.validate()
     return filled(own, tensors, tied_weights(model))

@@ -26,6 +26,10 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
             layer without a Mamba-2 mixer. None is the family's own state size in every layer.
         projected_state_sizes: the size r, 1 <= r <= n, of every layer's state after projection; 0 is a layer without
             a projection, whose state has size n. None is a model without any.
+        state_tiers: of every layer, for every head two numbers: how many of its state's first channels are meant to be
+            kept in 8 bits between two tokens, and how many of the next in 4; what is left of them is not kept. An empty
+            list for a layer without a Mamba-2 mixer. None where all channels are kept alike. The model itself rounds
+            nothing: whoever stores the state does.
 
     Raises:
         StrictDataclassError: a value of another type, a list whose length is not the number of layers, a size outside
@@ -35,6 +39,7 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
 
     state_sizes: list[int] | None = None
     projected_state_sizes: list[int] | None = None
+    state_tiers: list[list[list[int]]] | None = None
 
     size_keys: ClassVar[dict[str, str]] = {
         "state_size": "mamba_d_state",
@@ -78,6 +83,10 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
         """The size of the state that a layer keeps per channel of x: r if it projects, else n."""
         return self.projected_state_size_of(layer) or self.state_size_of(layer)
 
+    def state_tiers_of(self, layer: int) -> list[list[int]] | None:
+        """A layer's entry of ``state_tiers``; None if there is none."""
+        return None if self.state_tiers is None else self.state_tiers[layer]
+
     def validate_state_sizes(self) -> None:
         """Part of the validation that ``@strict`` runs after ``__init__`` and before saving."""
         faults = []
@@ -86,7 +95,7 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
             faults.append(f"{self.size_keys['num_heads']} is {heads}, which n_groups = {groups} does not divide")
         if self.state_sizes is None and self.size("state_size") < 1:
             faults.append(f"{self.size_keys['state_size']} is {self.size('state_size')}; expected at least 1")
-        for name in ("state_sizes", "projected_state_sizes"):
+        for name in ("state_sizes", "projected_state_sizes", "state_tiers"):
             sizes = getattr(self, name)
             if sizes is not None and len(sizes) != self.num_hidden_layers:
                 faults.append(f"{name} has {len(sizes)} entries; expected num_hidden_layers = {self.num_hidden_layers}")
@@ -103,7 +112,18 @@ class GhostConfig(PreTrainedConfig):  # type: ignore[misc]
             return [f"state_sizes[{layer}] is {n}; expected at least {least}"]
         if r is not None and not 1 <= r <= n:
             return [f"projected_state_sizes[{layer}] is {r}; expected 1 to {n}, the layer's state size, or 0 for none"]
-        return []
+        return [] if self.state_tiers is None else self._tier_faults(layer)
+
+    def _tier_faults(self, layer: int) -> list[str]:
+        tiers, size = self.state_tiers_of(layer) or [], self.recurrent_state_size_of(layer)
+        heads = self.size("num_heads") if size else 0
+        if len(tiers) != heads:
+            return [f"state_tiers[{layer}] is of {len(tiers)} heads; expected {heads}"]
+        return [
+            f"state_tiers[{layer}][{head}] is {tier}; expected two numbers of channels, at most {size} together"
+            for head, tier in enumerate(tiers)
+            if len(tier) != 2 or min(tier) < 0 or sum(tier) > size
+        ]
 
 
 @strict

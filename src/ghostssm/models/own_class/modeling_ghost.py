@@ -79,6 +79,7 @@ class GhostMixer(nn.Module):
         ssm_state_size: n, the width of each group's B and C in in_proj and conv1d.
         projected_state_size: r, or None in a layer without projection, which is then a stock mixer.
         B_projection, C_projection: (g, n, r) in the model's dtype, or None.
+        state_tiers: the layer's in the config, for whoever stores the state.
     """
 
     B_projection: Any
@@ -108,6 +109,7 @@ class GhostMixer(nn.Module):
     def __init__(self, config: GhostConfig, layer_idx: int):
         super().__init__(_layer_config(config, config.state_size_of(layer_idx)), layer_idx)
         self.projected_state_size = config.projected_state_size_of(layer_idx)
+        self.state_tiers = config.state_tiers_of(layer_idx)
         for name in ("B_projection", "C_projection"):
             projection = None
             if self.projected_state_size is not None:
