@@ -111,7 +111,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
         ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(described.state_bytes())}"),
     ]
-    if plan.state_dtype not in (None, FLOAT32.name):
+    if plan.state_dtype is not None and plan.state_dtype != FLOAT32.name:
         kept = described.state_bytes(form=StateFormat.of(plan.state_dtype))
         facts.append((f"the same in {plan.state_dtype}", bytes_text(kept)))
     if searched is not None:
