@@ -87,7 +87,7 @@ def test_a_foreign_record_is_none(foreign: Any) -> None:
 
 
 def test_a_state_that_fits_in_no_dtype_is_refused() -> None:
-    with pytest.raises(InputError, match="No state fits into 10 bytes"):
+    with pytest.raises(InputError, match=r"No state fits into 10 bytes .* the least, 8 channels in int4, takes"):
         plan_for_bytes(tiny_model(), random_windows(4, 40), "ghost", 10)
 
 
@@ -104,6 +104,9 @@ def test_the_command_records_the_dtype_where_it_is_read(run: Run, small: Path, t
     pruning = ghostssm.describe(str(output)).pruning
     assert pruning is not None
     assert pruning.state_dtype == dtype
+    told = run("prune", small, *options, *common)[1]
+    assert f"the same in {dtype}" in told
+    assert f'ghostssm.accelerate(model, state_dtype="{dtype}")' in told
     card = (output / "README.md").read_text()
     assert f"kept in {dtype}**" in card
     assert all(f"| {name} |" in card for name in FORMATS)

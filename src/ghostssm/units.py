@@ -28,6 +28,11 @@ def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join(items[:most]) + more
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things, such as ``1 window`` or ``8 windows``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def one_or_all(sizes: Sequence[int]) -> int | list[int]:
     """State sizes for a program to read: one number where all layers have the same."""
     return sizes[0] if len(set(sizes)) == 1 else list(sizes)

@@ -83,6 +83,7 @@ def asked(kind: type[Any], line: str) -> Any:
             ReproduceRequest("o", tables=("size",), state_sizes=(4, 2)),
         ),
         ("evaluate reference", EvaluateRequest("reference", "stdlib")),
+        ("evaluate s --against reference", EvaluateRequest("s", "stdlib", against="reference")),
         ("evaluate reference --tasks piqa", EvaluateRequest("reference", tasks=("piqa",))),
         ("compare reference --state-size 4", CompareRequest("reference", (4,), text="stdlib", calibration="stdlib")),
         (

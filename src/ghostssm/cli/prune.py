@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ghostssm.cli.console import print_facts, print_json, print_table
+from ghostssm.cli.console import print_facts, print_json, print_table, print_text
 from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.cli.report import check_drawable
 from ghostssm.report.screen import carried_out, note
@@ -78,6 +78,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     import ghostssm
     from ghostssm.checkpoint.left_out import LeftOut
     from ghostssm.checkpoint.manifest import Manifest
+    from ghostssm.ops.state_format import FLOAT32, StateFormat
 
     plan, measured = outcome.plan, outcome.measured
     made = plan.provenance
@@ -110,6 +111,9 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
         ("state size", f"{plan.state_size} -> {after if isinstance(after, int) else ' '.join(map(str, after))}"),
         ("state per sequence, fp32", f"{bytes_text(before)} -> {bytes_text(described.state_bytes())}"),
     ]
+    if plan.state_dtype is not None and plan.state_dtype != FLOAT32.name:
+        kept = described.state_bytes(form=StateFormat.of(plan.state_dtype))
+        facts.append((f"the same in {plan.state_dtype}", bytes_text(kept)))
     if searched is not None:
         facts.append(("excess loss", searched.text))
     if choice is not None:
@@ -129,9 +133,14 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
 
 
 def _print_serving(state_dtype: str, described: Description) -> None:
-    """Print how engines are told the dtype that the state is to be kept in."""
+    """Print how engines are told the dtype that the state is to be kept in, and transformers with our loops inside."""
     from ghostssm.cli.serving import print_states
     from ghostssm.workflows.inspect import serving_engines
 
     print()
     print_states(serving_engines((), described), described.config, [state_dtype])
+    if state_dtype != "float32":
+        print_text(
+            f'transformers keeps it so after ghostssm.accelerate(model, state_dtype="{state_dtype}"), as ghostssm '
+            "generate and ghostssm evaluate do untold."
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghostssm.plan.measurement import Difference
-from ghostssm.units import bytes_text
+from ghostssm.units import bytes_text, counted
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Choice:
         chosen = self.chosen
         return (
             f"N' = {chosen.state_size:g} in {chosen.state_dtype}, {chosen.excess.text} nats per token, on "
-            f"{self.windows} held-out calibration windows"
+            f"{counted(self.windows, 'held-out calibration window')}"
         )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ghostssm.units import plus_minus
+from ghostssm.units import counted, plus_minus
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Searched:
     def text(self) -> str:
         """The excess with its standard error, and what it was measured on."""
         kept = f"with the state in {self.state_dtype}"
-        return f"{self.excess.text} nats per token {kept}, on {self.windows} held-out calibration windows"
+        return f"{self.excess.text} nats per token {kept}, on {counted(self.windows, 'held-out calibration window')}"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; the standard error is None where there is none."""

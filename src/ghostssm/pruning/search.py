@@ -238,9 +238,11 @@ def fits_in(
     fitting = widest_fit(state_bytes / rows, sizes, dtypes)
     fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
     if not fitting:
+        narrowest = min(map(StateFormat.of, dtypes or FORMATS), key=lambda form: form.state_bytes(rows, min(sizes)))
         raise InputError(
-            f"No state fits into {state_bytes:,} bytes per sequence: the sizes are {', '.join(map(str, sizes))}, "
-            f"the dtypes {', '.join(dtypes or FORMATS)}; the model's own takes {rows * 4 * limit:,} in float32."
+            f"No state fits into {state_bytes:,} bytes per sequence: the least, {min(sizes)} channels in "
+            f"{narrowest.name}, takes {narrowest.state_bytes(rows, min(sizes)):,}, the model's own "
+            f"{rows * 4 * limit:,} in float32."
         )
     return fitting
 

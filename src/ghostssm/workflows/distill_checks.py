@@ -37,8 +37,8 @@ def checked(request: DistillRequest) -> tuple[Description, Description]:
     settings(request)
     if request.save_minutes < 0 or request.window_length < 2:
         raise InputError(
-            f"save-minutes is {request.save_minutes:g} and window-length {request.window_length}; expected at least "
-            "0 and 2."
+            f"--save-minutes is {request.save_minutes:g} and --window-length {request.window_length}; expected at "
+            "least 0 and 2."
         )
     titles = {text_title(text, "evaluation") for text in request.evaluate}
     if (title := text_title(request.text, "calibration")) in titles:

@@ -98,7 +98,7 @@ class PruneJob:
             apart = int(held_out_rows(count).sum())
             few = "; so few make it uncertain, 32 windows hold out 8 (--windows 32)"
             notify(
-                f"{apart} of these windows are held out to measure the excess loss on"
+                f"{apart} of these windows {'is' if apart == 1 else 'are'} held out to measure the excess loss on"
                 + ("" if apart >= _SURE_WINDOWS else few)
             )
         if held_out is not None:

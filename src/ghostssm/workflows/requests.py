@@ -28,7 +28,8 @@ _PLACES = frozenset({"model", "student", "teacher", "calibration", "evaluate", "
 def _text_of(given: Mapping[str, Any]) -> str:
     """The built-in model was trained on code, which every machine has; the paper calibrates others on wikitext2."""
     reads_text = not (given.get("tasks") or given.get("last_words"))
-    return "stdlib" if given.get("model") == "reference" and reads_text else "wikitext2"
+    is_built_in = "reference" in (given.get("model"), given.get("against"))
+    return "stdlib" if is_built_in and reads_text else "wikitext2"
 
 
 MODEL = Option("MODEL", positional=True)
@@ -363,7 +364,8 @@ class ReproduceRequest(CalibratingRequest):
     tables: Annotated[tuple[str, ...], Option("TABLE", flag="--table")] = ()
     methods: Annotated[tuple[str, ...], Option("RECIPE")] = ()
     state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
-    text: Annotated[str, TEXT] = "wikitext2"
+    text: Annotated[str, Option("TEXT", "Text")] = "wikitext2"
+    calibration: Annotated[str, Option("TEXT", "Text")] = field(default="wikitext2", kw_only=True)
 
     @property
     def numbers(self) -> dict[str, int | None]:

@@ -84,11 +84,11 @@ def bound_on_bytes(text: str, dense: int) -> int:
                 f"--state-bytes is {text!r}; expected a share of the dense float32 state, such as 1/8, or a size with "
                 "its unit, such as 6MiB."
             ) from None
-        bound = memory_bytes(text, "state's size")
+        bound = memory_bytes(text, "value of --state-bytes")
     if not 0 < bound < dense:
         raise InputError(
             f"--state-bytes is {text}, which is {bound:,} bytes per sequence; expected more than 0, and less than the "
-            f"{dense:,} of the model's state in float32."
+            f"{dense:,} of the model's state in float32: a share of it, such as 1/8, or a size with its unit."
         )
     return bound
 
