@@ -290,7 +290,7 @@ else:  # as the script that installers write
         ("torch", "module"),
         ("numpy", "script"),
         pytest.param("transformers.modeling_utils", "script", marks=pytest.mark.slow),
-        pytest.param("ghostssm.checkpoint.saving", "module", marks=pytest.mark.slow),
+        pytest.param("ghostssm.checkpoint.manifest", "module", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupt_while_libraries_are_imported(moment: str, entry: str) -> None:
