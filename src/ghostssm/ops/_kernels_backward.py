@@ -209,7 +209,7 @@ def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC,
         )  # fmt: skip
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
 def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-def]
     """The gradients of `causal_conv` but the bias's: x, dout and dx (b, l, c), taps (width, c).
 
@@ -233,23 +233,44 @@ def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-d
                     dtaps[part, tap, j] += dout[i, t, j] * x[i, t - back, j]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+# The compiler decides by the places of arrays whether a loop that writes runs in vector lanes, and fastmath then rounds
+# otherwise. A run has to be repeatable bit by bit, so only loops that add up and write nothing have fastmath here.
+@numba.njit(fastmath=True)
+def _square(y, gate, gate_first):  # type: ignore[no-untyped-def]
+    """The sum of squares of what is normalised."""
+    total = y.dtype.type(0)
+    if gate_first:
+        for j in range(y.shape[0]):
+            total += y[j] * gate[j] * (y[j] * gate[j])
+    else:
+        for j in range(y.shape[0]):
+            total += y[j] * y[j]
+    return total
+
+
+@numba.njit(fastmath=True)
+def _along(y, gate, dout, weight):  # type: ignore[no-untyped-def]
+    """The sum of products of what is normalised and of its scaled gradient."""
+    total = y.dtype.type(0)
+    for j in range(y.shape[0]):
+        total += dout[j] * weight[j] * y[j] * gate[j]
+    return total
+
+
+@numba.njit(parallel=True, cache=True)
 def gated_norm(y, gate, weight, eps, gate_first, out):  # type: ignore[no-untyped-def]
     """y, gate and out (m, g, c), weight (g, c): the RMS norm of y, times weight; y is gated before it or after."""
     m, groups, c = y.shape
-    zero, one, count, small = y.dtype.type(0), y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
+    one, count, small = y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
     for i in numba.prange(m):
         for group in range(groups):
-            square = zero
-            for j in range(c):
-                value = y[i, group, j] * (gate[i, group, j] if gate_first else one)
-                square += value * value
+            square = _square(y[i, group], gate[i, group], gate_first)
             scale = one / np.sqrt(square / count + small)
             for j in range(c):
                 out[i, group, j] = y[i, group, j] * gate[i, group, j] * (scale * weight[group, j])
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@numba.njit(parallel=True, cache=True)
 def gated_norm_backward(y, gate, dout, weight, eps, gate_first, dy, dgate, dweight):  # type: ignore[no-untyped-def]
     """The gradients of `gated_norm`. dgate has no rows where it is not wanted. dweight (parts, g, c) begins as zeros;
     each part is a sum over some rows.
@@ -257,17 +278,14 @@ def gated_norm_backward(y, gate, dout, weight, eps, gate_first, dy, dgate, dweig
     With v what is normalised, s = 1 / sqrt(mean(v^2) + eps) and e the gradient of v s: dv = s e - s^3 v mean(e v).
     """
     m, groups, c = y.shape
-    zero, one, count, small = y.dtype.type(0), y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
+    one, count, small = y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
     parts = dweight.shape[0]
     rows = (m + parts - 1) // parts
     for part in numba.prange(parts):
         for i in range(part * rows, min((part + 1) * rows, m)):
             for group in range(groups):
-                square = along = zero
-                for j in range(c):
-                    value = y[i, group, j] * (gate[i, group, j] if gate_first else one)
-                    square += value * value
-                    along += dout[i, group, j] * weight[group, j] * y[i, group, j] * gate[i, group, j]
+                square = _square(y[i, group], gate[i, group], gate_first)
+                along = _along(y[i, group], gate[i, group], dout[i, group], weight[group])
                 scale = one / np.sqrt(square / count + small)
                 pull = scale * scale * scale * along / count
                 for j in range(c):
