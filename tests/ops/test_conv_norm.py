@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +94,27 @@ def test_gradients_do_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+ROUNDED = """
+import hashlib, torch
+from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
+torch.manual_seed(0)
+y, z, norm, taps, bias = (torch.randn(s).requires_grad_() for s in ((2, 41, 48), (2, 41, 48), (48,), (48, 4), (48,)))
+for gate_first in (True, False):
+    out = gated_rms_norm(causal_conv(y, taps, bias), z, norm, 1e-5, 2, gate_first=gate_first)
+    for part in (out, *torch.autograd.grad(out.pow(3).sum(), (y, z, norm, taps, bias))):
+        print(hashlib.sha256(part.detach().contiguous().numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_code_from_numbas_cache_rounds_as_when_it_was_compiled(tmp_path: Path) -> None:
+    """Else a run that goes on in a new process would end with other bits."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", ROUNDED]
+    compiled_now, found = (
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout for _ in range(2)
+    )
+    assert found == compiled_now
+    assert len(found.split()) == 12

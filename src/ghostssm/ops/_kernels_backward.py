@@ -233,8 +233,8 @@ def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-d
                     dtaps[part, tap, j] += dout[i, t, j] * x[i, t - back, j]
 
 
-# The compiler decides by the places of arrays whether a loop that writes runs in vector lanes, and fastmath then rounds
-# otherwise. A run has to be repeatable bit by bit, so only loops that add up and write nothing have fastmath here.
+# With fastmath in the norm's loops that write, code from numba's cache rounds otherwise than code just compiled. A run
+# has to be repeatable bit by bit, so only sums have fastmath here.
 @numba.njit(fastmath=True)
 def _square(y, gate, gate_first):  # type: ignore[no-untyped-def]
     """The sum of squares of what is normalised."""
