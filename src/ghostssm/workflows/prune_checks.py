@@ -17,7 +17,7 @@ from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, check_original
-from ghostssm.pruning.search import check_shrinks, held_out_rows
+from ghostssm.pruning.search import check_shrinks, fits_in, held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, tell_same_text, windows_of
 from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
@@ -137,12 +137,17 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.stream:
         recipe.check_streamable()
     target = wanted_target(request, described)
-    if target.state_bytes is not None:
+    if searched:
         check_shrinks(recipe)
     if request.engines:
         target = suited_target(target, described, recipe, request, notify)
     check_smaller(target, described.layout.state_size)
-    return PruneJob(request, described, recipe, target)
+    job = PruneJob(request, described, recipe, target)
+    if target.state_bytes is not None:  # something has to fit
+        fits_in(
+            target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple=job.multiple
+        )
+    return job
 
 
 def _check_streamed(request: PruneRequest) -> None:
