@@ -57,13 +57,13 @@ def in_tiers(
     """
     few = windows.part(slice(0, max(1, _TOKENS // windows.length)))
     with pruned(model, plan) as smaller:
-        found = _measured(smaller, few, progress)
-    costs = [costs for _, costs in found.values()]
+        measured = _measured(smaller, few, progress)
+    costs = [costs for _, costs in measured.values()]
     divided = divide(costs, state_bytes)
     decisions = {}
     for (name, decision), tiers in zip(plan.decisions.items(), divided, strict=True):
         assert decision.projection is not None
-        basis = found[name][0]
+        basis = measured[name][0]
         kept = max(1, *(wide + narrow for wide, narrow in tiers))
         maps = Projection(decision.projection.B @ basis.B[..., :kept], decision.projection.C @ basis.C[..., :kept])
         decisions[name] = replace(decision, projection=maps, tiers=tiers)
@@ -125,7 +125,7 @@ def _gains(costs: Costs) -> dict[int, Tensor]:
 
 def _measured(model: PreTrainedModel, windows: Windows, progress: Progress) -> dict[str, tuple[Projection, Costs]]:
     """For each mixer the basis, (g, r, r), and what its channels cost there."""
-    found: dict[str, tuple[Projection, Costs]] = {}
+    measured: dict[str, tuple[Projection, Costs]] = {}
     walk = LayerWalk(model, windows)
     for block in walk.blocks():
         progress("tiers", block.index, len(walk))
@@ -137,18 +137,18 @@ def _measured(model: PreTrainedModel, windows: Windows, progress: Progress) -> d
         left_out, rounded = _costs_in(block, mixer, basis)
         block.advance()
         energy = walk.hidden.double().square().sum()
-        found[mixer.name] = basis, Costs(left_out / energy, rounded / energy, mixer.layout.head_dim)
+        measured[mixer.name] = basis, Costs(left_out / energy, rounded / energy, mixer.layout.head_dim)
     progress("tiers", len(walk), len(walk))
-    return found
+    return measured
 
 
 def _basis(block: OpenBlock) -> Projection:
     """The balanced basis of a block's states, (g, r, r), exact; as much energy in all of a group's channels."""
     samples = block.samples(seed=0)
     gramians = zip(samples.controllability(), samples.observability(), strict=True)
-    found = [balanced_maps(W_c, W_o, len(W_c), _RIDGE) for W_c, W_o in gramians]
-    B = torch.stack([B * S.rsqrt() for B, _, S in found])
-    C = torch.stack([C * S.sqrt() for _, C, S in found])
+    balanced = [balanced_maps(W_c, W_o, len(W_c), _RIDGE) for W_c, W_o in gramians]
+    B = torch.stack([B * S.rsqrt() for B, _, S in balanced])
+    C = torch.stack([C * S.sqrt() for _, C, S in balanced])
     return Projection(B.to(samples.maps), C.to(samples.maps))
 
 
@@ -164,6 +164,6 @@ def _costs_in(block: OpenBlock, mixer: Mixer, basis: Projection) -> tuple[Tensor
             factor = output_factors(mixer, y, streams.z)[-1]
             weight = factor.square() * columns.view(layout.num_heads, layout.head_dim)
             s = streams.project(basis)
-            found = rounding_costs(s.x, s.dt, mixer.A, s.B, s.C, weight)
-            left_out, rounded = left_out + found[0], rounded + found[1]
+            costs = rounding_costs(s.x, s.dt, mixer.A, s.B, s.C, weight)
+            left_out, rounded = left_out + costs[0], rounded + costs[1]
     return left_out, rounded
