@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from ghostssm.checkpoint.left_out import LeftOut
+from ghostssm.checkpoint.place import is_hub_id
 from ghostssm.checkpoint.probe import Overflow, Probe
-from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
 from ghostssm.plan.distillation import Distillation, distillations_from_json

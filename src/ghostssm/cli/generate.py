@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ghostssm.choices import DEFAULT_SEED
+from ghostssm.choices import DEFAULT_SEED, Rounding
 from ghostssm.cli.parsing import verb
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import DEVICE, MODEL, ROUNDING, SEED, STATE_DTYPE, TOKENIZER
@@ -18,7 +18,7 @@ def generate(
     temperature: Annotated[float, Option("NUMBER", least=0)] = 0.0,
     seed: Annotated[int, SEED] = DEFAULT_SEED,
     state_dtype: Annotated[str | None, STATE_DTYPE] = None,
-    state_rounding: Annotated[str, ROUNDING] = "nearest",
+    state_rounding: Annotated[Rounding, ROUNDING] = "nearest",
     tokenizer: Annotated[str | None, TOKENIZER] = None,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:

@@ -16,7 +16,7 @@ from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
-from ghostssm.cli.parsing import SpacedListCommand, plain_in_help, usage_message
+from ghostssm.cli.parsing import Prepared, SpacedListCommand, plain_in_help, usage_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers
@@ -102,13 +102,14 @@ def _options(
     """What can be asked of the command itself."""
 
 
-def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
+def _with_exit_codes(verb: Prepared) -> Callable[..., None]:
     """A verb that ends in one message and an exit code, if it is interrupted or memory or disk fail."""
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             check_transformers()
+            work = verb(*args, **kwargs)
             with watched():
                 with stage("starting: PyTorch and transformers are loaded"):
                     if verb is not inspect.inspect:  # which can do without model classes
@@ -116,7 +117,7 @@ def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 
                 raise_again()
                 with terminable(), warnings_told():
-                    verb(*args, **kwargs)
+                    work()
         except KeyboardInterrupt as stop:
             print_error(_ending("interrupted", str(stop)))
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -139,7 +140,7 @@ def _ending(what: str, next_step: str) -> str:
     return f"{what}. {next_step}" if next_step else f"{what}; nothing half-written is left."
 
 
-def _help(verb: Callable[..., None]) -> str:
+def _help(verb: Prepared) -> str:
     """A verb's docstring up to its arguments, with its last paragraph as examples, line by line."""
     *paragraphs, examples = inspect_module.cleandoc(verb.__doc__ or "").partition("\n\nArgs:")[0].split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -147,7 +148,7 @@ def _help(verb: Callable[..., None]) -> str:
     return f"{text}\n\n\bExamples:\n{lines}"
 
 
-_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+_VERBS: dict[str, tuple[Prepared, ...]] = {
     "Look, prune, try": (inspect.inspect, prune.prune, distill.distill, report.report, generate.generate),
     "Measure": (evaluate.evaluate, compare.compare, bench.bench),
     "Run it elsewhere": (export.export, verify.verify),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, verb
 from ghostssm.errors import InputError
+from ghostssm.extras import check_drawable
 from ghostssm.report.screen import note
 from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
@@ -65,19 +65,3 @@ def report(
     print_facts([("written", f"{file.path} ({bytes_text(size)})"), ("figures", titles)])
     for what, command in missing:
         note(f"not shown: {what}; it comes with: {command}")
-
-
-def check_page(page: str | None, overwrite: bool) -> None:
-    """Raise InputError at once, rather than after the work, if ``--report FILE`` can't be drawn or written."""
-    from ghostssm.files.outputs import OutputFile
-
-    if page is not None:
-        check_drawable()
-        OutputFile(page, overwrite)  # raises
-    elif overwrite:
-        raise InputError("--overwrite works with --report only; add that, or leave out --overwrite.")
-
-
-def check_drawable() -> None:
-    """Raise InputError at once, rather than after the work, if figures can't be drawn."""
-    import_module("ghostssm.report.figures")

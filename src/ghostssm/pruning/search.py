@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.choices import DEFAULT_SEED, Groups
+from ghostssm.choices import DEFAULT_SEED, HELD_OUT_ONE_IN, Groups, check_searchable
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
@@ -25,8 +25,6 @@ from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.pruning.tiers import in_tiers, widest_tiered
 from ghostssm.text.windows import Windows
-
-_HELD_OUT_ONE_IN = 4
 
 
 def smallest_plan(
@@ -273,12 +271,11 @@ def split(windows: Windows) -> tuple[Windows, Windows]:
     Raises:
         InputError: fewer than four windows.
     """
-    if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(f"There are {len(windows)} calibration windows; a search needs at least 4: --windows 4.")
+    check_searchable(len(windows))
     apart = held_out_rows(len(windows))
     return windows.part(~apart), windows.part(apart)
 
 
 def held_out_rows(count: int) -> Tensor:
     """Which of so many calibration windows a search holds out: (count,), bool."""
-    return torch.arange(count) % _HELD_OUT_ONE_IN == 1
+    return torch.arange(count) % HELD_OUT_ONE_IN == 1

@@ -32,8 +32,8 @@ from ghostssm.workflows.compare_result import Comparison
 from ghostssm.workflows.inputs import Inputs
 from ghostssm.workflows.options import called_with
 from ghostssm.workflows.prune_checks import PruneOutcome, checked
+from ghostssm.workflows.request_checks import AMOUNTS
 from ghostssm.workflows.requests import CalibratingRequest, CompareRequest, PruneRequest, Request
-from ghostssm.workflows.state_size import AMOUNTS
 
 _WINDOW_LENGTH = 2048
 Asked = TypeVar("Asked", bound=Request)

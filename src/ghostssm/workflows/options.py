@@ -11,11 +11,14 @@ the command's parser of these. Nothing here imports PyTorch, so that a help is t
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from ghostssm.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,6 +82,21 @@ class Described(NamedTuple):
     def flag(self) -> str:
         return self.option.flag or "--" + self.name.replace("_", "-")
 
+    def check(self, value: Any) -> None:
+        """Raise InputError for a value, or one of several, that is out of bounds or none of the choices."""
+        least, most, choices = self.option.least, self.option.most, _choices(self.type)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if (
+                least is not None
+                and isinstance(one, int | float)
+                and not least <= one <= (math.inf if most is None else most)
+            ):
+                expected = f"{least} or more" if most is None else f"from {least} to {most}"
+                raise InputError(f"{self.flag} is {one}; expected {expected}.")
+            if choices and one is not None and one not in choices:
+                names = " or ".join(choices)
+                raise InputError(f"{self.flag} is {one!r}; expected {names}.{did_you_mean(str(one), choices)}")
+
 
 @cache
 def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[Described, ...]:
@@ -94,6 +112,13 @@ def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[De
         for option in get_args(hints[name])[1:]
         if isinstance(option, Option)
     )
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """What a Literal, or one that may be None, allows; empty for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) for choice in _choices(part))
 
 
 def _texts(source: Any) -> dict[str, str]:
