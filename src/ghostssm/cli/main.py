@@ -112,7 +112,9 @@ def _with_exit_codes(verb: Prepared) -> Callable[..., None]:
             work = verb(*args, **kwargs)
             with watched():
                 with stage("starting: PyTorch and transformers are loaded"):
-                    if verb is not inspect.inspect:  # which can do without model classes
+                    if verb is inspect.inspect:  # which can do without model classes
+                        import ghostssm.workflows.inspect  # noqa: F401
+                    else:
                         import transformers.modeling_utils  # noqa: F401
 
                 raise_again()
