@@ -121,7 +121,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         return plan.kept_in(asked.state_dtype)
     how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
     if target.state_bytes is not None:
-        return Fitting.of(model, windows).plan(job.recipe, target.state_bytes, **how)
+        return Fitting.of(model, windows, progress).plan(job.recipe, target.state_bytes, **how)
     assert target.max_excess_loss is not None
     return smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
 
