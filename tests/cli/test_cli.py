@@ -304,7 +304,7 @@ def test_evaluate_copying(run: Run, small: Path, tmp_path: Path) -> None:
 def test_generate(run: Run, small: Path) -> None:
     first = run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
     assert first[0] == 0
-    assert first == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
+    assert first[:2] == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)[:2]
     assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
 
 

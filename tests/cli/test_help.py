@@ -176,6 +176,13 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
         ("distill m --teacher m --text wikitext2 --output o --steps 0", "--steps is 0; expected 1 or more"),
         ("distill m --teacher m --text a --evaluate a --output o", "a is to be trained on and to be measured on"),
         ("export m --untie --output o", "--untie is for --format transformers"),
+        ("generate ./m --prompt a", "There is no folder './m'"),
+        (
+            "generate reference --prompt a --state-dtype float32 --state-rounding stochastic",
+            "float32 state is not rounded",
+        ),
+        ("report m", "No folder at m; expected a folder that 'ghostssm prune --output DIR' wrote"),
+        ("verify m", "m is no folder; expected a checkpoint that ghostssm wrote"),
         ("inspect m --context 4", "--context counts with --memory only"),
         ("inspect m --memory much", "The memory is 'much'; expected a size with its unit"),
         ("compare", "Missing argument 'MODEL'"),

@@ -26,7 +26,6 @@ from ghostssm.units import text_name
 from ghostssm.values import Value
 
 MANIFEST_FILE = "ghostssm.json"
-PAGE_FILE = "report.html"
 """A report in a checkpoint's folder; it may be written after the manifest, which does not list it."""
 RECORD_FILE = "report.json"
 """What the report shows besides the plan and the manifest."""

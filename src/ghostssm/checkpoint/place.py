@@ -32,6 +32,14 @@ def folder_of(spec: str) -> Path | None:
     return None
 
 
+def written_folder(folder: Path | str) -> Path:
+    """The folder of a checkpoint that ghostssm wrote; raises ModelError where there is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ModelError(f"{folder} is no folder; expected a checkpoint that ghostssm wrote.")
+    return path
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a model's on the hub: org/name."""
     return _HUB_ID.fullmatch(name) is not None

@@ -7,6 +7,7 @@ import inspect as inspect_module
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,12 @@ from ghostssm.progress import stage
 from ghostssm.report.screen import watched
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
+_WITHOUT_USE_CASE = {
+    "generate": "ghostssm.models.forward",
+    "report": "ghostssm.workflows.report_measuring",
+    "verify": "ghostssm.checkpoint.verification",
+}
+"""By verb what it imports that takes long; other verbs import the use case of their name."""
 
 _GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent state.
 
@@ -112,10 +119,7 @@ def _with_exit_codes(verb: Prepared) -> Callable[..., None]:
             work = verb(*args, **kwargs)
             with watched():
                 with stage("starting: PyTorch and transformers are loaded"):
-                    if verb is inspect.inspect:  # which can do without model classes
-                        import ghostssm.workflows.inspect  # noqa: F401
-                    else:
-                        import transformers.modeling_utils  # noqa: F401
+                    import_module(_WITHOUT_USE_CASE.get(verb.__name__, f"ghostssm.workflows.{verb.__name__}"))
 
                 raise_again()
                 with terminable(), warnings_told():

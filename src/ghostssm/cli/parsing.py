@@ -33,12 +33,12 @@ _PANELS = get_args(Panel)
 _LAST_OPTION = "ghostssm.last_option"
 
 
-def verb(function: Verb) -> Prepared:
-    """Make a verb whose arguments are all its own."""
+def verb(function: Prepared) -> Prepared:
+    """Make a verb whose arguments are all its own. It checks them, and gives the work."""
 
     @wraps(function)
     def prepared(**given: Any) -> Callable[[], None]:
-        return partial(called_with, function, given)
+        return called_with(function, given)
 
     return _with_options(prepared, options_of(function))
 

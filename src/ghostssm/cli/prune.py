@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from ghostssm.cli.console import print_facts, print_json, print_table, print_text
 from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.extras import check_drawable
+from ghostssm.files.outputs import PAGE_FILE
 from ghostssm.report.screen import carried_out, note
 from ghostssm.units import bytes_text, one_or_all
 from ghostssm.workflows.options import Option
@@ -57,7 +58,6 @@ def prune(request: PruneRequest, as_json: AsJson = False) -> None:
     ghostssm prune MODEL --state-bytes 1/4 --engine vllm --output smaller
     """
     import ghostssm
-    from ghostssm.checkpoint.manifest import PAGE_FILE
     from ghostssm.workflows.prune import prune as use_case
 
     begun = time.perf_counter()

@@ -173,7 +173,7 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     one_dtype = len({row.state_dtype for row in rows}) == 1
     bounded = any(row.within for row in rows)
     headers = ["method", *["within"] * bounded, "N'", *["dtype"] * (not one_dtype)]
-    headers += ["perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers += ["perplexity", "bits per byte", "excess loss", "state per sequence"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
     return headers, [[*_cells(row, one_dtype, bounded), *(row.rate(batch).text for batch in batches)] for row in ranked]

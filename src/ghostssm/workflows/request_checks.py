@@ -119,7 +119,7 @@ def _(request: CompareRequest) -> None:
         check_searchable(request.windows)
     for bound in request.state_bytes:
         share_or_bytes(bound)
-    _check_rounding(request.state_rounding, request.state_dtypes)
+    check_rounding(request.state_rounding, request.state_dtypes)
 
 
 @_check_together.register
@@ -137,15 +137,16 @@ def _(request: EvaluateRequest) -> None:
     if request.stream and any(instead):
         raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
     if request.state_dtype is not None:  # else the checkpoint may say one
-        _check_rounding(request.state_rounding, (request.state_dtype,))
+        check_rounding(request.state_rounding, (request.state_dtype,))
 
 
 @_check_together.register
 def _(request: BenchRequest) -> None:
-    _check_rounding(request.state_rounding, request.state_dtypes)
+    check_rounding(request.state_rounding, request.state_dtypes)
 
 
-def _check_rounding(rounding: str, dtypes: Sequence[str]) -> None:
+def check_rounding(rounding: str, dtypes: Sequence[str]) -> None:
+    """Raise InputError for stochastic rounding of nothing but float32."""
     if rounding == "stochastic" and set(dtypes) <= {"float32"}:
         raise InputError(
             "A float32 state is not rounded; give a narrower --state-dtype with --state-rounding stochastic."
