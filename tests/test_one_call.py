@@ -262,3 +262,10 @@ def test_arguments_beside_a_request_are_refused() -> None:
         ghostssm.prune(request, IDS, recipe="ghost", evaluate="stdlib")
     with pytest.raises(ghostssm.InputError, match="A CompareRequest says everything; leave state_sizes out"):
         ghostssm.compare(ghostssm.CompareRequest("reference", (4,)), state_sizes=8)
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    ids = torch.cat([IDS, OTHER_IDS])
+    found = ghostssm.compare(tiny_model(), ids, state_bytes="1/4", methods="magnitude", batches=1)
+    assert {batch for row in found.rows for batch in row.tokens_per_second} == {1}
+    assert {bound for row in found.rows for bound in row.within} == {"1/4"}

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from ghostssm.errors import InputError, did_you_mean
@@ -82,20 +83,32 @@ class Described(NamedTuple):
     def flag(self) -> str:
         return self.option.flag or "--" + self.name.replace("_", "-")
 
+    @property
+    def is_several(self) -> bool:
+        return tuple in _kinds(self.type)
+
     def check(self, value: Any) -> None:
-        """Raise InputError for a value, or one of several, that is out of bounds or none of the choices."""
-        least, most, choices = self.option.least, self.option.most, _choices(self.type)
+        """Raise InputError for a value, or one of several, that is of another type, out of bounds or no choice."""
+        kinds, choices = _kinds(self.type), _choices(self.type)
+        if self.is_several and value is not None and not isinstance(value, list | tuple):
+            raise InputError(f"{self.flag} is {value!r}; expected several values, or one as ({value!r},).")
         for one in value if isinstance(value, list | tuple) else (value,):
-            if (
-                least is not None
-                and isinstance(one, int | float)
-                and not least <= one <= (math.inf if most is None else most)
-            ):
-                expected = f"{least} or more" if most is None else f"from {least} to {most}"
-                raise InputError(f"{self.flag} is {one}; expected {expected}.")
-            if choices and one is not None and one not in choices:
+            if one is None:
+                continue
+            if float in kinds and not isinstance(one, Real):
+                raise InputError(f"{self.flag} is {one!r}; expected a number.")
+            if int in kinds and not isinstance(one, Integral):
+                raise InputError(f"{self.flag} is {one!r}; expected a whole number.")
+            if choices and one not in choices:
                 names = " or ".join(choices)
                 raise InputError(f"{self.flag} is {one!r}; expected {names}.{did_you_mean(str(one), choices)}")
+            self._check_bounds(one)
+
+    def _check_bounds(self, number: Any) -> None:
+        least, most = self.option.least, self.option.most
+        if least is not None and not least <= number <= (math.inf if most is None else most):
+            expected = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise InputError(f"{self.flag} is {number}; expected {expected}.")
 
 
 @cache
@@ -112,6 +125,12 @@ def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[De
         for option in get_args(hints[name])[1:]
         if isinstance(option, Option)
     )
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a value may have; of several values `tuple`, and the types of one."""
+    several = {tuple} if get_origin(hint) is tuple else set()
+    return several.union(*map(_kinds, get_args(hint))) if get_args(hint) else {hint}
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
