@@ -155,7 +155,7 @@ def test_a_model_has_its_name_and_not_its_place(tmp_path: Path) -> None:
             "No option is called 'calibration'; expected one of",
         ),
         (lambda model: ghostssm.prune(model, IDS), r"how much to keep: ghostssm.prune\(model, text, state_size=64\)"),
-        (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected an integer from 1"),
+        (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected a whole number"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, report=True), "with --output only"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, device="meta"), "is on cpu already"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, output="a", stream=True), "reads model and texts from"),
