@@ -304,7 +304,7 @@ def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked
     for name in options:
         if name not in free:
             raise unknown_name("option", name, [*free, "text", "evaluate", "column"])
-    several = {each.name for each in options_of(kind) if each.is_several}
+    several = {each.name for each in options_of(kind) if each.is_several}  # type: ignore[arg-type]
     lists = {
         name: [value] for name, value in options.items() if name in several and not isinstance(value, list | tuple)
     }
