@@ -29,6 +29,11 @@ transformers.logging.disable_progress_bar()
 typer.main.get_command = functools.cache(typer.main.get_command)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """End-to-end runs come first, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """As in the processes that tests start: matrix products may round otherwise with other numbers of threads."""
