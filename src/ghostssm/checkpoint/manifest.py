@@ -5,6 +5,7 @@ The hashes tell of accidents, not of attackers, who can write a manifest as well
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -259,9 +260,12 @@ def file_hash(path: Path) -> str:
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that a result may depend on; None where one is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = None
-    return installed
+    return installed | {package: _version_of(package) for package in _PACKAGES}
+
+
+@functools.cache
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
