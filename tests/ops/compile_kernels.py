@@ -134,10 +134,10 @@ def main() -> None:
     for rounding in ("nearest", "stochastic"):
         for form in list(FORMATS)[1:]:
             for n in (128, 64) if rounding == "nearest" else (64, 60):
-                report(f"N {n}, {form.name} {rounding}", stored_step(StateStorage.of(form, rounding), n))
+                report(f"p 64, N {n}, {form} {rounding}", stored_step(StateStorage.of(form, rounding), n))
         tiers = StateStorage.of("tiers", rounding).with_tiers(((16, 48), (8, 24), (0, 0), (30, 3)))
-        report(f"N 64, tiers {rounding}", stored_step(tiers, 64))
-    report("N 64, int8, several tokens", stored_step(StateStorage.of("int8"), 64, length=3))
+        report(f"p 64, N 64, tiers {rounding}", stored_step(tiers, 64))
+    report("p 64, N 64, int8, several tokens", stored_step(StateStorage.of("int8"), 64, length=3))
 
 
 if __name__ == "__main__":

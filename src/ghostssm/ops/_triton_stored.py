@@ -33,9 +33,9 @@ from ghostssm.ops._triton_rounding import (
 from ghostssm.ops._triton_scan import _piece, _streams
 from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat
 
-_TILE = 2048
+TILE = 2048
 """Numbers of the state that a program keeps, 32 per thread."""
-_WARPS = 2
+WARPS = 2
 _LEAST_ROWS = 4
 _LEAST_LANES = 16
 _VARYING = ["key", "first_sequence", "first_token"]
@@ -245,7 +245,7 @@ def stored_scan_(
             N=B.shape[3],
             STOCHASTIC=storage.stochastic,
             **sizes,
-            num_warps=_WARPS,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return y
@@ -294,7 +294,7 @@ def _lanes(n: int) -> int:
 
 
 def _rows(p: int, lanes: int) -> int:
-    return _piece(p, _LEAST_ROWS, max(_LEAST_ROWS, _TILE // lanes))
+    return _piece(p, _LEAST_ROWS, max(_LEAST_ROWS, TILE // lanes))
 
 
 @functools.cache
