@@ -81,33 +81,6 @@ def ssd_step(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def ssd_step_bfloat16(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
-    """As `ssd_step`, with the state's bfloat16 numbers as their uint16 bit patterns."""
-    b, h, p, n = state.shape
-    heads_per_group = h // B.shape[1]
-    for index in numba.prange(b * h):
-        i, head = index // h, index % h
-        write, read = B[i, head // heads_per_group], C[i, head // heads_per_group]
-        step = dt[i, head]
-        decay = np.exp(step * A[head])
-        values = np.empty(n, np.float32)
-        bits = values.view(np.uint32)
-        for j in range(p):
-            row, value = state[i, head, j], x[i, head, j]
-            added = step * value
-            total = D[head] * value
-            for k in range(n):
-                bits[k] = np.uint32(row[k]) << np.uint32(16)
-            for k in range(n):
-                values[k] = values[k] * decay + added * write[k]
-                total += values[k] * read[k]
-            y[i, head, j] = total
-            for k in range(n):  # to the nearest, ties to even
-                half = np.uint32(0x7FFF) + ((bits[k] >> np.uint32(16)) & np.uint32(1))
-                row[k] = np.uint16((bits[k] + half) >> np.uint32(16))
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
 def ssd_scan(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
     """state (b, h, p, n) from before to after, x and y (b, l, h, p), dt (b, l, h), A and D (h,), B and C (b, l, g, n).
 

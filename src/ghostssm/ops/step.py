@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import compiled
-from ghostssm.ops.state_format import BFLOAT16, FLOAT32_STORAGE, StateStorage
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.ops.stored import stored_scan_
 
 
@@ -65,16 +65,10 @@ def ssd_step_(
     Returns:
         y: (b, h, p), float32, of the state before it is rounded.
     """
-    fits = compiled.usable(x, dt, A, B, C, D) and state.is_contiguous()
-    if fits and storage.format is BFLOAT16 and not storage.stochastic:
-        y = torch.empty(x.shape, dtype=x.dtype)
-        bits = state.view(torch.uint16)  # a loop of its own takes two thirds of the time of the one for all formats
-        compiled.kernels.ssd_step_bfloat16(*compiled.arrays(bits, x, dt, A, B, C, D, y))
-        return y
     if storage.rounds:
         x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
         return stored_scan_(state, storage, x, dt, A, B, C, D)[:, 0]
-    if fits and compiled.usable(state):
+    if compiled.usable(state, x, dt, A, B, C, D) and state.is_contiguous():
         y = torch.empty(x.shape, dtype=x.dtype)
         compiled.kernels.ssd_step(*compiled.arrays(state, x, dt, A, B, C, D, y))
         return y
