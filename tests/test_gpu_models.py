@@ -82,7 +82,7 @@ def test_a_stored_state_is_that_of_a_cpu(
     model = tiny_model(num_hidden_layers=1)
     accelerate(model, state_dtype=state_dtype, state_rounding=rounding, seed=3)
     with torch.inference_mode():
-        monkeypatch.setattr("ghostssm.ops.compiled.rounding_kernels", None)
+        monkeypatch.setattr("ghostssm.ops.stored.compiled", None)
         found = stepwise(model.to(triton_device), ids.to(triton_device), [3, 1, 1]).cpu()
         monkeypatch.undo()
         expected = stepwise(model.cpu(), ids, [3, 1, 1])
