@@ -85,7 +85,7 @@ def report(shape: str, run: Callable[[], object]) -> None:
             instructions = told("nvdisasm", compiled["cubin"], "-c")
             before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
             found["early_wide_loads"] = before_waiting.count("LDG.E.128")
-            found["fused"] = instructions.count("FFMA")
+            found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
         print(json.dumps(found), flush=True)
 
 

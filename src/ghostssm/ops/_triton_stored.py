@@ -228,9 +228,10 @@ def stored_scan_(
 ) -> Tensor:
     """`ghostssm.ops.stored.stored_scan_`; stored is contiguous."""
     b, length, heads, p = x.shape
+    n, form = B.shape[3], storage.format
     y = torch.empty(b, length, heads, p, dtype=torch.float32, device=x.device)
-    call = _tiered_call if isinstance(storage.format, TieredFormat) else _stored_call
-    kernel, memory, sizes = call(stored, storage.format, p, B.shape[3])
+    tiered = isinstance(form, TieredFormat)
+    kernel, memory, sizes = _tiered_call(stored, form, p) if tiered else _stored_call(stored, form, p, n)
     with gpu.on_device_of(x):
         kernel[(heads * -(-p // sizes["ROWS"]), b)](
             *memory,
@@ -242,7 +243,7 @@ def stored_scan_(
             HEADS=heads,
             HEADS_PER_GROUP=heads // B.shape[2],
             P=p,
-            N=B.shape[3],
+            N=n,
             STOCHASTIC=storage.stochastic,
             **sizes,
             num_warps=WARPS,
@@ -273,7 +274,7 @@ def _stored_call(stored: Tensor, form: StateFormat, p: int, n: int) -> tuple[Any
     )
 
 
-def _tiered_call(stored: Tensor, form: TieredFormat, p: int, n: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _tiered_call(stored: Tensor, form: TieredFormat, p: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """`_stored_call` of a state in tiers."""
     assert form.tiers is not None
     wide, narrow = (_lanes(max(tier)) for tier in zip(*form.tiers, strict=True))
@@ -313,7 +314,8 @@ def _largest_code(form: StateFormat) -> int:
         return 0
     assert form.dtype is not None
     largest = torch.tensor([torch.finfo(form.dtype).max], dtype=form.dtype)
-    return int(largest.view(torch.int8 if form.bits == 8 else torch.int16))
+    code: int = largest.view(torch.int8 if form.bits == 8 else torch.int16).item()
+    return code
 
 
 def _drawn(storage: StateStorage) -> tuple[int, int, int]:
