@@ -43,6 +43,34 @@ def lanes_of(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
+@numba.njit(inline="always", error_model="numpy")
+def _two_int8_rows(n, lanes, codes, at, other_codes, other_at, rate, other_rate, write, read):  # type: ignore[no-untyped-def]
+    """Update and round two rows; their products with C, and their largest magnitudes, in their units."""
+    written = load(write, lanes)
+    one = multiply_add(spread(rate, lanes), written, load_codes(codes, at, lanes, n))
+    other = multiply_add(spread(other_rate, lanes), written, load_codes(other_codes, other_at, lanes, n))
+    total, other_total = products_of_two(one, other, load(read, lanes))
+    peak, other_peak = peaks_of_two(one, other)
+    integer = spread(NUMBER_TO_INTEGER, lanes)
+    inverse, other_inverse = np.float32(127) / max(peak, LEAST_PEAK), np.float32(127) / max(other_peak, LEAST_PEAK)
+    store_low_bytes(codes, at, multiply_add(one, spread(inverse, lanes), integer), n)
+    store_low_bytes(other_codes, other_at, multiply_add(other, spread(other_inverse, lanes), integer), n)
+    return total, other_total, peak, other_peak
+
+
+@numba.njit(inline="always")
+def _two_bfloat16_rows(n, lanes, halves, at, other_halves, other_at, decay, added, other_added, write, read):  # type: ignore[no-untyped-def]
+    """Update and round two rows; their products with C."""
+    written, kept = load(write, lanes), spread(decay, lanes)
+    one = multiply_add(spread(added, lanes), written, multiply(kept, load_bfloat16(halves, at, lanes, n)))
+    other = multiply_add(
+        spread(other_added, lanes), written, multiply(kept, load_bfloat16(other_halves, other_at, lanes, n))
+    )
+    store_bfloat16(halves, at, one, n)
+    store_bfloat16(other_halves, other_at, other, n)
+    return products_of_two(one, other, load(read, lanes))
+
+
 @cache
 def int8_scan(n: int) -> Any:
     """The loop for rows of ``n`` numbers, compiled when it is first called, or taken from numba's cache.
@@ -55,20 +83,6 @@ def int8_scan(n: int) -> Any:
     """
     lanes = lanes_of(n)
     lines = -(-2 * n // _LINE)
-
-    @numba.njit(error_model="numpy")
-    def two_rows(codes, at, other_codes, other_at, rate, other_rate, write, read):  # type: ignore[no-untyped-def]
-        """Update and round two rows; their products with C, and their largest magnitudes, in their units."""
-        written = load(write, lanes)
-        one = multiply_add(spread(rate, lanes), written, load_codes(codes, at, lanes, n))
-        other = multiply_add(spread(other_rate, lanes), written, load_codes(other_codes, other_at, lanes, n))
-        total, other_total = products_of_two(one, other, load(read, lanes))
-        peak, other_peak = peaks_of_two(one, other)
-        integer = spread(NUMBER_TO_INTEGER, lanes)
-        inverse, other_inverse = np.float32(127) / max(peak, LEAST_PEAK), np.float32(127) / max(other_peak, LEAST_PEAK)
-        store_low_bytes(codes, at, multiply_add(one, spread(inverse, lanes), integer), n)
-        store_low_bytes(other_codes, other_at, multiply_add(other, spread(other_inverse, lanes), integer), n)
-        return total, other_total, peak, other_peak
 
     @numba.njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
     def scan(codes, scales, first_scale, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
@@ -99,8 +113,8 @@ def int8_scan(n: int) -> Any:
                         prefetch(own, j * n + _AHEAD + line * _LINE)
                     last = j + 1 == p
                     other, other_at = (spare, 0) if last else (own, (j + 1) * n)
-                    totals[j], totals[j + 1], peaks[j], peaks[j + 1] = two_rows(
-                        own, j * n, other, other_at, rates[j], rates[j + 1], write, read
+                    totals[j], totals[j + 1], peaks[j], peaks[j + 1] = _two_int8_rows(
+                        n, lanes, own, j * n, other, other_at, rates[j], rates[j + 1], write, read
                     )
                 for j in range(p):
                     outputs[j] = totals[j] * units[j] + D[head] * inputs[j]
@@ -114,18 +128,6 @@ def bfloat16_scan(n: int) -> Any:
     """As `int8_scan`; a number is the upper half of a float32."""
     lanes = lanes_of(n)
     lines = -(-4 * n // _LINE)
-
-    @numba.njit
-    def two_rows(halves, at, other_halves, other_at, decay, added, other_added, write, read):  # type: ignore[no-untyped-def]
-        """Update and round two rows; their products with C."""
-        written, kept = load(write, lanes), spread(decay, lanes)
-        one = multiply_add(spread(added, lanes), written, multiply(kept, load_bfloat16(halves, at, lanes, n)))
-        other = multiply_add(
-            spread(other_added, lanes), written, multiply(kept, load_bfloat16(other_halves, other_at, lanes, n))
-        )
-        store_bfloat16(halves, at, one, n)
-        store_bfloat16(other_halves, other_at, other, n)
-        return products_of_two(one, other, load(read, lanes))
 
     @numba.njit(parallel=True, fastmath=True, cache=True)
     def scan(halves, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
@@ -148,8 +150,8 @@ def bfloat16_scan(n: int) -> Any:
                     last = j + 1 == p
                     other, other_at = (spare, 0) if last else (own, (j + 1) * n)
                     other_input = np.float32(0) if last else inputs[j + 1]
-                    total, other_total = two_rows(
-                        own, j * n, other, other_at, decay, step * inputs[j], step * other_input, write, read
+                    total, other_total = _two_bfloat16_rows(
+                        n, lanes, own, j * n, other, other_at, decay, step * inputs[j], step * other_input, write, read
                     )
                     outputs[j] = total + D[head] * inputs[j]
                     if not last:
