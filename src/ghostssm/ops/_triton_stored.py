@@ -230,8 +230,9 @@ def stored_scan_(
     b, length, heads, p = x.shape
     n, form = B.shape[3], storage.format
     y = torch.empty(b, length, heads, p, dtype=torch.float32, device=x.device)
-    tiered = isinstance(form, TieredFormat)
-    kernel, memory, sizes = _tiered_call(stored, form, p) if tiered else _stored_call(stored, form, p, n)
+    kernel, memory, sizes = (
+        _tiered_call(stored, form, p) if isinstance(form, TieredFormat) else _stored_call(stored, form, p, n)
+    )
     with gpu.on_device_of(x):
         kernel[(heads * -(-p // sizes["ROWS"]), b)](
             *memory,
@@ -291,7 +292,8 @@ def _tiered_call(stored: Tensor, form: TieredFormat, p: int) -> tuple[Any, tuple
 
 
 def _lanes(n: int) -> int:
-    return max(_LEAST_LANES, triton.next_power_of_2(n))
+    lanes: int = max(_LEAST_LANES, triton.next_power_of_2(n))
+    return lanes
 
 
 def _rows(p: int, lanes: int) -> int:
@@ -314,8 +316,7 @@ def _largest_code(form: StateFormat) -> int:
         return 0
     assert form.dtype is not None
     largest = torch.tensor([torch.finfo(form.dtype).max], dtype=form.dtype)
-    code: int = largest.view(torch.int8 if form.bits == 8 else torch.int16).item()
-    return code
+    return int(largest.view(torch.int8 if form.bits == 8 else torch.int16))
 
 
 def _drawn(storage: StateStorage) -> tuple[int, int, int]:
