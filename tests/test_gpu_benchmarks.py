@@ -34,7 +34,10 @@ def test_dry_runs(name: str, options: list[str], column: str, monkeypatch: pytes
     assert results["machine"]["torch"]
     assert all(row[column] > 0 for row in results["rows"])
     if name == "gpu_decode_step":
-        assert all(row["error"] < 1e-5 for row in results["rows"])
+        # Where the step is not one kernel, dt and its bias are added in bfloat16, as transformers does.
+        bounds = {"bfloat16": 1e-5, "int8": 1e-2}
+        assert {row["state_dtype"] for row in results["rows"]} == set(bounds)
+        assert all(row["error"] < bounds[row["state_dtype"]] for row in results["rows"])
     else:
         monkeypatch.setattr(gpu, "device_types", set())
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -74,6 +74,21 @@ def test_a_bfloat16_model_and_state(device: str) -> None:
     check(tiny_model(num_hidden_layers=1).to(torch.bfloat16), device, 0.05, state_dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize(("state_dtype", "rounding"), [("int8", "nearest"), ("int4", "stochastic")])
+def test_a_stored_state_is_that_of_a_cpu(
+    state_dtype: str, rounding: str, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(1, 288, (1, 5), generator=torch.Generator().manual_seed(1))
+    model = tiny_model(num_hidden_layers=1)
+    accelerate(model, state_dtype=state_dtype, state_rounding=rounding, seed=3)
+    with torch.inference_mode():
+        monkeypatch.setattr("ghostssm.ops.stored.compiled", None)
+        found = stepwise(model.to(triton_device), ids.to(triton_device), [3, 1, 1]).cpu()
+        monkeypatch.undo()
+        expected = stepwise(model.cpu(), ids, [3, 1, 1])
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 def test_the_kernels_are_what_a_cuda_device_gets() -> None:
     assert gpu.device_types == {"cuda"}
     assert acceleration.decode_step_ is decode.decode_step_

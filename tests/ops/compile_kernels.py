@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from ghostssm.ops import gpu
 from ghostssm.ops.decode import StepWeights
+from ghostssm.ops.state_format import FORMATS, StateStorage, quantise
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -80,9 +81,11 @@ def report(shape: str, run: Callable[[], object]) -> None:
             "wide_loads": ptx.count("ld.global.v4"),
             "wide_stores": ptx.count("st.global.v4"),
         }
-        if name == "step_state":  # to disassemble takes long
-            before_waiting = re.split(r"\b(?:MUFU|BAR)\b", told("nvdisasm", compiled["cubin"], "-c"))[0]
+        if name in ("step_state", "stored_scan"):  # to disassemble takes long
+            instructions = told("nvdisasm", compiled["cubin"], "-c")
+            before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
             found["early_wide_loads"] = before_waiting.count("LDG.E.128")
+            found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
         print(json.dumps(found), flush=True)
 
 
@@ -106,6 +109,12 @@ def decode_step(
     return lambda: gpu.step_kernels().decode_step_(window, state, xBC, dt, z if gate else None, weights)
 
 
+def stored_step(storage: StateStorage, n: int, length: int = 1) -> Callable[[], object]:
+    x, dt, B = torch.zeros(2, length, 4, 64), torch.zeros(2, length, 4), torch.zeros(2, length, 1, n)
+    stored = quantise(torch.zeros(2, 4, 64, n), storage)
+    return lambda: gpu.stored_kernels().stored_scan_(stored, storage, x, dt, dt[0, 0], B, B, dt[0, 0])
+
+
 def main() -> None:
     driver.set_active(Hopper())
     for dtype in (torch.float32, torch.bfloat16):
@@ -122,6 +131,13 @@ def main() -> None:
         x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)
         report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.channel_energies(x, dt, dt[0, 0], B, B, None))
         report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.ssd(x, dt, dt[0, 0], B, B, dt[0, 0], None))
+    for rounding in ("nearest", "stochastic"):
+        for form in list(FORMATS)[1:]:
+            for n in (128, 64) if rounding == "nearest" else (64, 60):
+                report(f"p 64, N {n}, {form} {rounding}", stored_step(StateStorage.of(form, rounding), n))
+        tiers = StateStorage.of("tiers", rounding).with_tiers(((16, 48), (8, 24), (0, 0), (30, 3)))
+        report(f"p 64, N 64, tiers {rounding}", stored_step(tiers, 64))
+    report("p 64, N 64, int8, several tokens", stored_step(StateStorage.of("int8"), 64, length=3))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def scan_kernels() -> Any:
     return _triton_scan
 
 
+def stored_kernels() -> Any:
+    """The module of the kernels over states that are stored rounded."""
+    from ghostssm.ops import _triton_stored
+
+    return _triton_stored
+
+
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors, of which the first one's first axis is the batch."""
     given = [tensor for tensor in tensors if tensor is not None]

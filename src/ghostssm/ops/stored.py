@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.ops import compiled
+from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import ssd, ssd_step
 from ghostssm.ops.state_format import BFLOAT16, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
@@ -55,6 +55,9 @@ def stored_scan_(
     Returns:
         y: (b, l, h, p), float32.
     """
+    if gpu.usable_in_float32(x, dt, A, B, C, D) and stored.is_contiguous():
+        fused: Tensor = gpu.stored_kernels().stored_scan_(stored, storage, x, dt, A, B, C, D)
+        return fused
     if not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
         y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
         stored.copy_(after)
