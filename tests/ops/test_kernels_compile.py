@@ -22,7 +22,7 @@ def test_kernels_compile() -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in found} == {
-        "prepare_streams", "step_state", "group_norm", "energy_scan", "ssd_scan",
+        "prepare_streams", "step_state", "group_norm", "energy_scan", "ssd_scan", "chunk_states", "chunk_products",
     }  # fmt: skip
     for line in found:
         assert line["spilled"] == 0, line

@@ -30,11 +30,12 @@ from ghostssm.ops._triton_scan import with_dense_tokens
 
 CHUNK = 64
 _LANES = 64
-"""The most rows or columns of a tile beside a chunk's tokens."""
+"""The most rows or columns of a tile of a state."""
+_KEYS = 32
+"""The most numbers of a query and a key that are worked on at a time; with more, registers spill."""
 _HEADS = 8
 """The most heads whose gradients of B and C one program sums; what programs have is summed by PyTorch, in order."""
 _WARPS = 4
-_STAGES = 2
 
 
 @triton.jit
@@ -45,6 +46,39 @@ def _tile(matrix, rows, rows_end, stride, columns, columns_end):
     """
     inside = (rows < rows_end) & (columns < columns_end)
     return tl.load(matrix + (rows * stride + columns), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _decays(log_decay, at, tokens, OWN: tl.constexpr, BACKWARDS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of one head: from a chunk's tokens to where its rows are, (rows, tokens), and from the chunk's start, (rows,).
+
+    Backwards both ways round, and from the chunk's end. OWN: whether a token reaches itself.
+    """
+    here = tl.load(log_decay + at)
+    there = tl.load(log_decay + tokens)
+    if BACKWARDS:
+        passes = tokens[None, :] > at[:, None] - OWN
+        between = there[None, :] - here[:, None]
+        outside = tl.load(log_decay + CHUNK - 1) - here
+    else:
+        passes = tokens[None, :] < at[:, None] + OWN
+        between = here[:, None] - there[None, :]
+        outside = here
+    return tl.exp(tl.where(passes, between, float("-inf")).to(tl.float32)), tl.exp(outside.to(tl.float32))
+
+
+@triton.jit
+def _rows(block, positions, length, ROWS: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of a block of a query's rows: their chunk, the first, how many there are from it on, and their tokens (rows,)."""
+    if positions is None:
+        first = tl.cast(block, tl.int64) * CHUNK
+        return block, first, length - first, tl.arange(0, ROWS)
+    else:
+        BLOCKS: tl.constexpr = (DIRECTIONS + ROWS - 1) // ROWS
+        token = tl.load(positions + block // BLOCKS).to(tl.int32)
+        first = tl.cast(block // BLOCKS, tl.int64) * DIRECTIONS + block % BLOCKS * ROWS
+        at = token % CHUNK + tl.zeros((ROWS,), tl.int32)
+        return token // CHUNK, first, DIRECTIONS - block % BLOCKS * ROWS, at
 
 
 @triton.jit
@@ -94,16 +128,13 @@ def chunk_states(
     H = tl.zeros((ROWS, COLUMNS), tl.float32)
     if state is not None:
         H += tl.load(state + (sequence * HEADS + head) * P * N + cells, mask=inside, other=0.0)
-    tl.store(states + BACKWARDS * chunks.to(tl.int64) * (HEADS * P * N) + cells, H, mask=inside)
+    tl.store(states + BACKWARDS * tl.cast(chunks, tl.int64) * (HEADS * P * N) + cells, H, mask=inside)
     for index in range(chunks):
-        chunk = index
-        if BACKWARDS:
-            chunk = chunks - 1 - index
+        chunk = chunks - 1 - index if BACKWARDS else index
         first = tl.cast(chunk, tl.int64) * CHUNK
-        fading = tl.load(log_decay + first + tokens)
+        here = tl.load(log_decay + first + tokens)
         end = tl.load(log_decay + first + CHUNK - 1)
-        if not BACKWARDS:
-            fading = end - fading
+        fading = here if BACKWARDS else end - here
         written = _tile(u + first * u_token, tokens[None, :], length - first, u_token, rows[:, None], P)
         written *= tl.exp(fading.to(tl.float32))[None, :]
         write = _tile(B + first * B_token, tokens[:, None], length - first, B_token, columns[None, :], N)
@@ -135,95 +166,71 @@ def chunk_products(
     HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
     HEADS_PER_PART: tl.constexpr,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    KEY_LANES: tl.constexpr,
-    VALUE_LANES: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One of the sums above for the tokens of a chunk, or for the directions at one token, of one sequence.
 
-    Program (rows' blocks * parts * value blocks, b). If SUMMED, queries and keys (b, rows or l, h, p) belong to heads,
-    values (b, l, g, n) to groups, and each part is a sum over some of a group's heads; otherwise queries and keys
+    Program (row blocks * parts * column blocks, b). If SUMMED, queries and keys (b, rows or l, h, p) belong to heads,
+    values (b, l, g, n) to groups, and each part is a sum over some of a group's heads. Otherwise queries and keys
     (b, l, g, n) belong to groups, values (b, l, h, p) to heads, which are the parts, and what a token writes and reads
-    itself is left out. log_decay and states are those of `chunk_states`. positions (s,), int64, with DIRECTIONS rows of
-    query at each, or None where tokens are the rows. out (b, rows, parts, values), dense.
+    itself is left out. log_decay and states as in `chunk_states`. positions (s,), int64, with DIRECTIONS rows of
+    query at each, or None where every token is a row. out (b, rows, parts, values' size), dense.
     """
-    VALUE_BLOCKS: tl.constexpr = (VALUES + VALUE_LANES - 1) // VALUE_LANES
+    COLUMN_BLOCKS: tl.constexpr = (VALUE_SIZE + COLUMNS - 1) // COLUMNS
     PARTS: tl.constexpr = (HEADS_PER_GROUP + HEADS_PER_PART - 1) // HEADS_PER_PART  # of a group
     ALL_PARTS: tl.constexpr = HEADS // HEADS_PER_GROUP * PARTS
     place = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
-    values = (place % VALUE_BLOCKS) * VALUE_LANES + tl.arange(0, VALUE_LANES)
-    part = (place // VALUE_BLOCKS) % ALL_PARTS
-    block = place // (VALUE_BLOCKS * ALL_PARTS)
+    columns = (place % COLUMN_BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    part = (place // COLUMN_BLOCKS) % ALL_PARTS
+    block = place // (COLUMN_BLOCKS * ALL_PARTS)
     group = part // PARTS
     first = group * HEADS_PER_GROUP + part % PARTS * HEADS_PER_PART
     last = tl.minimum(first + HEADS_PER_PART, (group + 1) * HEADS_PER_GROUP)
     chunks = tl.cdiv(length, CHUNK)
 
+    chunk, first_row, rows_end, at = _rows(block, positions, length, ROWS, DIRECTIONS, CHUNK)
     rows, tokens = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    if positions is None:
-        chunk = block
-        first_row = tl.cast(chunk, tl.int64) * CHUNK
-        rows_end = length - first_row
-        at = rows
-    else:
-        ROW_BLOCKS: tl.constexpr = (DIRECTIONS + ROWS - 1) // ROWS
-        token = tl.load(positions + block // ROW_BLOCKS).to(tl.int32)
-        chunk = token // CHUNK
-        first_row = tl.cast(block // ROW_BLOCKS, tl.int64) * DIRECTIONS + block % ROW_BLOCKS * ROWS
-        rows_end = DIRECTIONS - block % ROW_BLOCKS * ROWS
-        at = token % CHUNK + tl.zeros((ROWS,), tl.int32)
     first_token = tl.cast(chunk, tl.int64) * CHUNK
     tokens_end = length - first_token
-    if BACKWARDS:
-        passes = tokens[None, :] > at[:, None] - SUMMED
-    else:
-        passes = tokens[None, :] < at[:, None] + SUMMED
-
     query += sequence * query_batch + first_row * query_row
     key += sequence * key_batch + first_token * key_token
     value += sequence * value_batch + first_token * value_token
     log_decay += sequence * HEADS * chunks * CHUNK + first_token
-    states += (sequence * (chunks + 1) + chunk + BACKWARDS) * (HEADS * KEYS * VALUES)
+    states += (sequence * (chunks + 1) + chunk + BACKWARDS) * (HEADS * KEY_SIZE * VALUE_SIZE)
     weights = tl.zeros((ROWS, CHUNK), tl.float32)
-    total = tl.zeros((ROWS, VALUE_LANES), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for head in range(first, last):
-        here = tl.load(log_decay + head * chunks * CHUNK + at)
-        there = tl.load(log_decay + head * chunks * CHUNK + tokens)
-        if BACKWARDS:
-            end = tl.load(log_decay + head * chunks * CHUNK + CHUNK - 1)
-            passed = there[None, :] - here[:, None]
-            fade = tl.exp((end - here).to(tl.float32))
-        else:
-            passed = here[:, None] - there[None, :]
-            fade = tl.exp(here.to(tl.float32))
-        owner = group
-        if SUMMED:
-            owner = head
-        alike = tl.zeros((ROWS, CHUNK), tl.float32)
-        for start in range(0, KEYS, KEY_LANES):
-            keys = start + tl.arange(0, KEY_LANES)
-            asked = _tile(query + owner * KEYS, rows[:, None], rows_end, query_row, keys[None, :], KEYS)
-            met = _tile(key + owner * KEYS, tokens[None, :], tokens_end, key_token, keys[:, None], KEYS)
+        decay, fade = _decays(log_decay + head * chunks * CHUNK, at, tokens, SUMMED, BACKWARDS, CHUNK)
+        asker = (head if SUMMED else group) * KEY_SIZE
+        scores = tl.zeros((ROWS, CHUNK), tl.float32)
+        for start in range(0, KEY_SIZE, KEYS):
+            inner = start + tl.arange(0, KEYS)
+            q = _tile(query + asker, rows[:, None], rows_end, query_row, inner[None, :], KEY_SIZE)
+            k = _tile(key + asker, tokens[None, :], tokens_end, key_token, inner[:, None], KEY_SIZE)
+            scores += tl.dot(q, k, input_precision=PRECISION)
+        weights += scores * decay
+        state = states + head * KEY_SIZE * VALUE_SIZE
+        for start in range(0, KEY_SIZE, KEYS):
+            inner = start + tl.arange(0, KEYS)
+            q = _tile(query + asker, rows[:, None], rows_end, query_row, inner[None, :], KEY_SIZE)
             if SUMMED:
-                H = _tile(states + head * KEYS * VALUES, keys[:, None], KEYS, VALUES, values[None, :], VALUES)
+                H = _tile(state, inner[:, None], KEY_SIZE, VALUE_SIZE, columns[None, :], VALUE_SIZE)
             else:
-                H = _tile(states + head * KEYS * VALUES, values[None, :], VALUES, KEYS, keys[:, None], KEYS)
-            alike += tl.dot(asked, met, input_precision=PRECISION)
-            total += tl.dot(asked * fade[:, None], H, input_precision=PRECISION)
-        weights += alike * tl.exp(tl.where(passes, passed, float("-inf")).to(tl.float32))
-    owner = first
-    if SUMMED:
-        owner = group
-    found = _tile(value + owner * VALUES, tokens[:, None], tokens_end, value_token, values[None, :], VALUES)
-    total += tl.dot(weights, found, input_precision=PRECISION)
-    out += ((sequence * out_rows + first_row) * ALL_PARTS + part) * VALUES
-    cells = rows[:, None] * (ALL_PARTS * VALUES) + values[None, :]
-    tl.store(out + cells, total, mask=(rows[:, None] < rows_end) & (values[None, :] < VALUES))
+                H = _tile(state, columns[None, :], VALUE_SIZE, KEY_SIZE, inner[:, None], KEY_SIZE)
+            total += tl.dot(q * fade[:, None], H, input_precision=PRECISION)
+    value += (group if SUMMED else first) * VALUE_SIZE
+    v = _tile(value, tokens[:, None], tokens_end, value_token, columns[None, :], VALUE_SIZE)
+    total += tl.dot(weights, v, input_precision=PRECISION)
+    out += ((sequence * out_rows + first_row) * ALL_PARTS + part) * VALUE_SIZE
+    cells = rows[:, None] * (ALL_PARTS * VALUE_SIZE) + columns[None, :]
+    tl.store(out + cells, total, mask=(rows[:, None] < rows_end) & (columns[None, :] < VALUE_SIZE))
 
 
 def ssd_backward(
@@ -300,7 +307,7 @@ def _states(
             None if state is None else state.contiguous(),
             states, length,
             BACKWARDS=int(backwards), HEADS=heads, HEADS_PER_GROUP=heads // B.shape[2], P=p, N=n,
-            ROWS=rows, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=_STAGES,
+            ROWS=rows, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
     return states
 
@@ -323,21 +330,20 @@ def _products(
     """
     query, key, value = (with_dense_tokens(part) for part in (query, key, value))
     b, length, heads, groups = *key.shape[:2], states.shape[2], value.shape[2] if summed else key.shape[2]
-    rows, keys, values = query.shape[1], key.shape[3], value.shape[3]
+    rows, size, columns = query.shape[1], value.shape[3], _lanes(value.shape[3])
     heads_per_part = min(_HEADS, heads // groups) if summed else 1
     parts = -(-(heads // groups) // heads_per_part)
     directions = 1 if positions is None else rows // len(positions)
     tile = CHUNK if positions is None else _lanes(directions)
     blocks = -(-rows // CHUNK) if positions is None else len(positions) * -(-directions // tile)
-    lanes = _lanes(values)
-    out = torch.empty(b, rows, groups * parts, values, device=key.device)
+    out = torch.empty(b, rows, groups * parts, size, device=key.device)
     with gpu.on_device_of(key):
-        chunk_products[(blocks * groups * parts * -(-values // lanes), b)](
+        chunk_products[(blocks * groups * parts * -(-size // columns), b)](
             *_stream(query), *_stream(key), *_stream(value), log_decay, states, positions, out, length, rows,
             BACKWARDS=int(backwards), SUMMED=int(summed), DIRECTIONS=directions,
             HEADS=heads, HEADS_PER_GROUP=heads // groups, HEADS_PER_PART=heads_per_part,
-            KEYS=keys, VALUES=values, ROWS=tile, KEY_LANES=_lanes(keys), VALUE_LANES=lanes,
-            CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=_STAGES,
+            KEY_SIZE=key.shape[3], VALUE_SIZE=size, ROWS=tile, KEYS=min(_KEYS, _lanes(key.shape[3])), COLUMNS=columns,
+            CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return out.unflatten(2, (groups, parts)).sum(3) if summed else out
 

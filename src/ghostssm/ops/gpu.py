@@ -1,8 +1,8 @@
 """Whether Triton kernels may serve a call.
 
-They need triton, which PyTorch's CUDA builds bring along, tensors on a CUDA device in float32 or half precision, and but
-for the scan no gradient to record. They are imported when first needed: triton takes a second to load, and reads then whether
-``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests run the kernels on a CPU.
+They need triton, which PyTorch's CUDA builds bring along, tensors on a CUDA device in float32 or half precision, and
+no gradient to record, but for the scan's. They are imported when first needed: triton takes a second to load, and reads
+then whether ``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests run the kernels on a CPU.
 """
 
 from __future__ import annotations

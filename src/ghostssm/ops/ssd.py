@@ -197,7 +197,9 @@ class FusedScan(torch.autograd.Function):
         x, dt, A, B, C, D, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
         gradients = gpu.chunk_kernels().ssd_backward(x, dt, A, B, C, D, initial_state, dy, dstate)
-        return tuple(gradient if asked else None for gradient, asked in zip(gradients, ctx.needs_input_grad, strict=True))
+        return tuple(
+            gradient if asked else None for gradient, asked in zip(gradients, ctx.needs_input_grad, strict=True)
+        )
 
 
 class ChunkedScan(torch.autograd.Function):
