@@ -355,7 +355,8 @@ def _log_decay(dt: Tensor, A: Tensor) -> Tensor:
 
 def _by_chunk(tokens: Tensor) -> Tensor:
     """(b, l, h) to (b, chunks, CHUNK, h), with zeros at the end."""
-    return F.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    padded: Tensor = F.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK))
+    return padded.reshape(len(tokens), -1, CHUNK, tokens.shape[2])
 
 
 def _precision(x: Tensor) -> str:
@@ -365,7 +366,7 @@ def _precision(x: Tensor) -> str:
 
 def _lanes(size: int) -> int:
     """The side of tiles that cover a size; tensor cores take no less than 16."""
-    return min(_LANES, max(16, triton.next_power_of_2(size)))
+    return min(_LANES, max(16, int(triton.next_power_of_2(size))))
 
 
 def _stream(part: Tensor) -> list[Tensor | int]:
