@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,24 @@ def test_the_widest_fit_is_the_last_whose_numbers_and_scale_fit(row_bytes: float
         fitting = [size for size in range(1, 129) if -(-size * width // 8) <= room]
         assert found.get(name) == (fitting[-1] if fitting else None)
     assert set(widest_fit(64, [4, 8, 16], ["int8", "float32"]).items()) == {("float32", 16), ("int8", 16)}
+
+
+@pytest.mark.parametrize("recipe", ["output+repair", "balanced"])
+def test_progress_names_every_candidate_and_how_many_are_left(recipe: str) -> None:
+    told: list[str] = []
+    windows = random_windows(8, 40)
+    fitting = Fitting.of(tiny_model(), windows, lambda what, done, total: told.append(what))
+    assert set(told) == {"unpruned model: windows"}
+    told.clear()
+    bound = {"state_bytes": DENSE // 4, "multiple": 4}
+    plan = fitting.plan(Recipe.parse(recipe), **bound, progress=lambda what, done, total: told.append(what))
+    measured = dict.fromkeys(what for what in told if what.endswith(": windows"))
+    candidates = {(each.state_size, each.state_dtype) for each in choice_of(plan).candidates}
+    for left, what in enumerate(reversed(measured)):
+        named = re.fullmatch(rf"{re.escape(recipe)}, N' = (\d+) in (\w+), {left} more: windows", what)
+        assert named is not None, what
+        candidates.remove((int(named[1]), named[2]))
+    assert not candidates
 
 
 @pytest.mark.parametrize("recipe", ["output+repair", "balanced+per-layer"])

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from ghostssm.checkpoint.left_out import LeftOut
+from ghostssm.checkpoint.place import is_hub_id
 from ghostssm.checkpoint.probe import Overflow, Probe
-from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
 from ghostssm.plan.distillation import Distillation, distillations_from_json
@@ -26,7 +26,6 @@ from ghostssm.units import text_name
 from ghostssm.values import Value
 
 MANIFEST_FILE = "ghostssm.json"
-PAGE_FILE = "report.html"
 """A report in a checkpoint's folder; it may be written after the manifest, which does not list it."""
 RECORD_FILE = "report.json"
 """What the report shows besides the plan and the manifest."""
