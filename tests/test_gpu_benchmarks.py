@@ -16,6 +16,7 @@ CASES = [
     ("gpu_decode_step", ["--sweep"], "share"),
     ("gpu_model_decode", [], "tokens_per_second"),
     ("gpu_prune", [], "peak_bytes"),
+    ("gpu_scan", [], "milliseconds"),
 ]
 
 
@@ -38,7 +39,9 @@ def test_dry_runs(name: str, options: list[str], column: str, monkeypatch: pytes
         bounds = {"bfloat16": 1e-5, "int8": 1e-2}
         assert {row["state_dtype"] for row in results["rows"]} == set(bounds)
         assert all(row["error"] < bounds[row["state_dtype"]] for row in results["rows"])
-    else:
+    if name == "gpu_scan":
+        assert all(row["error"] < 1e-5 for row in results["rows"])
+    if name != "gpu_decode_step":
         monkeypatch.setattr(gpu, "device_types", set())
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         run(name, ["--dry-run"], monkeypatch)

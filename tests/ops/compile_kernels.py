@@ -2,8 +2,9 @@
 
     python tests/ops/compile_kernels.py
 
-One JSON line per kernel: its name and shape, registers, bytes spilled, and the numbers of 16-byte loads and stores; of
-a step's loads also how many are under way before anything waits for one, at a special function or a barrier.
+One JSON line per kernel: its name and shape, registers, bytes spilled, bytes of shared memory, and the numbers of
+16-byte loads and stores; of a step's loads also how many are under way before anything waits for one, at a special
+function or a barrier.
 Not under TRITON_INTERPRET=1.
 """
 
@@ -49,7 +50,7 @@ def launches(run: Callable[[], object]) -> Iterator[tuple[str, Any]]:
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernel = original(self, *args, **(kwargs | {"warmup": True}))
-        found.append((self.__name__, kernel.asm))
+        found.append((self.__name__, kernel))
         return kernel
 
     JITFunction.run = compile_only
@@ -71,18 +72,19 @@ def told(tool: str, content: bytes, *options: str) -> str:
 
 def report(shape: str, run: Callable[[], object]) -> None:
     for name, compiled in launches(run):
-        ptx = compiled["ptx"]
-        said = told("ptxas", ptx.encode(), "-v", "-arch=sm_90a", "-o", "/dev/null")
+        ptx = compiled.asm["ptx"]
+        used = told("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
         found = {
             "kernel": name,
             "shape": shape,
-            "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
-            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+            "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
+            "spilled": int(re.findall(r"STACK:(\d+)", used)[-1]),
+            "shared": compiled.metadata.shared,
             "wide_loads": ptx.count("ld.global.v4"),
             "wide_stores": ptx.count("st.global.v4"),
         }
         if name in ("step_state", "stored_scan"):  # to disassemble takes long
-            instructions = told("nvdisasm", compiled["cubin"], "-c")
+            instructions = told("nvdisasm", compiled.asm["cubin"], "-c")
             before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
             found["early_wide_loads"] = before_waiting.count("LDG.E.128")
             found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
@@ -115,6 +117,20 @@ def stored_step(storage: StateStorage, n: int, length: int = 1) -> Callable[[], 
     return lambda: gpu.stored_kernels().stored_scan_(stored, storage, x, dt, dt[0, 0], B, B, dt[0, 0])
 
 
+def gradients(n: int, dtype: torch.dtype, tokens: int = 80) -> Callable[[], object]:
+    heads, p = 16, 64
+    x, B = torch.zeros(1, tokens, heads, p, dtype=dtype), torch.zeros(1, tokens, 1, n, dtype=dtype)
+    dt, state = torch.zeros(1, tokens, heads), torch.zeros(1, heads, p, n)
+    return lambda: gpu.chunk_kernels().ssd_backward(x, dt, dt[0, 0], B, B, dt[0, 0], state, x, state)
+
+
+def reading(n: int) -> Callable[[], object]:
+    heads, p, at = 16, 64, torch.tensor([0, 70])
+    x, B, dt = torch.zeros(1, 80, heads, p), torch.zeros(1, 80, 1, n), torch.zeros(1, 80, heads)
+    u = torch.zeros(1, len(at), heads, 9, p)
+    return lambda: gpu.chunk_kernels().read_states(x, dt, dt[0, 0], B, u, at, None)
+
+
 def main() -> None:
     driver.set_active(Hopper())
     for dtype in (torch.float32, torch.bfloat16):
@@ -126,6 +142,12 @@ def main() -> None:
     report("projected 128 to 48", decode_step(64, 48, torch.float32, maps=True))
     y = torch.zeros(2, 5120)
     report("5120", lambda: gpu.norm_kernels().norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
+    for n in (128, 64, 60, 32):
+        report(f"p 64, N {n}", gradients(n, torch.float32))
+    report("p 64, N 128, bfloat16", gradients(128, torch.bfloat16))
+    report("p 64, N 128, one token", gradients(128, torch.float32, tokens=1))
+    for n in (128, 60):
+        report(f"p 64, N {n}, 9 directions", reading(n))
     kernels = gpu.scan_kernels()
     for n in (128, 96, 64, 16):
         x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)

@@ -23,6 +23,7 @@ def test_kernels_compile() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in found} == {
         "prepare_streams", "step_state", "group_norm", "energy_scan", "ssd_scan", "stored_scan", "tiered_scan",
+        "chunk_states", "chunk_products",
     }  # fmt: skip
     for line in found:
         assert line["spilled"] == 0, line

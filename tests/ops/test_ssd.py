@@ -55,6 +55,17 @@ def test_chunked_equals_reference(groups: int, length: int, chunk: int, n: int, 
     torch.testing.assert_close(state, expected_state, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streams_in_half_precision_are_computed_on_in_float32(dtype: torch.dtype) -> None:
+    s = streams(2, 20, 7, True)
+    s = {name: part.to(dtype if name in "xBC" else torch.float32) for name, part in s.items()}
+    expected_y, expected_state = ssd_reference(**{name: part.double() for name, part in s.items()})
+    y, state = ssd(**s)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected_y.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=1e-5)
+
+
 def in_float32(s: dict[str, Any]) -> dict[str, Any]:
     return {name: None if tensor is None else tensor.float() for name, tensor in s.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from ghostssm.ops import gpu
 from ghostssm.ops.energy import channel_energies, channel_energies_reference
-from ghostssm.ops.ssd import ssd, ssd_reference
+from ghostssm.ops.reading import read_states
+from ghostssm.ops.ssd import ssd, ssd_chunked, ssd_reference
+from tests.ops.test_reading import read_states_reference
+from tests.ops.test_scan_gradient import gradients
 
 SHAPES = [
     # groups, heads, p, n, tokens, initial state
@@ -29,14 +33,20 @@ def fused(triton_device: str, fresh_seed: int, _poisoned: None, monkeypatch: pyt
     """The device; the test fails if the call is not served by the kernels."""
     monkeypatch.setattr("ghostssm.ops.compiled.kernels", None)
     monkeypatch.setattr("ghostssm.ops.energy.channel_energies_chunked", None)
-    monkeypatch.setattr("ghostssm.ops.ssd.ssd_chunked", None)
+    for form in ("ssd_chunked", "ChunkedScan"):
+        monkeypatch.setattr(f"ghostssm.ops.ssd.{form}", None)
+    monkeypatch.setattr("ghostssm.ops.reading.read_states_chunked", None)
     monkeypatch.setattr(gpu.scan_kernels(), "STRETCH", 4)
+    monkeypatch.setattr(gpu.chunk_kernels(), "CHUNK", 16)
+    monkeypatch.setattr(gpu.chunk_kernels(), "_HEADS", 2)
     return triton_device
 
 
-def streams(device: str, groups: int, heads: int, p: int, n: int, length: int, initial: bool) -> dict[str, Any]:
+def streams(
+    device: str, groups: int, heads: int, p: int, n: int, length: int, initial: bool, b: int = 2
+) -> dict[str, Any]:
     """As a mixer has them: x, B and C are parts of one tensor, with NaN before and after it."""
-    b, inner = 2, heads * p
+    inner = heads * p
     buffer = torch.full((b, length + 2, inner + 2 * groups * n), math.nan, device=device)
     xBC = buffer[:, 1:-1]
     xBC.copy_(torch.randn(xBC.shape))
@@ -88,3 +98,90 @@ def test_energies_stay_close_where_decay_is_slow_and_inputs_are_correlated(fused
     s["x"] = s["x"][:, :1] * (-1.0) ** torch.arange(100, device=fused)[None, :, None, None]
     expected, found = channel_energies_reference(**in_float64(s)), channel_energies(**s)
     torch.testing.assert_close(found.output.cpu(), expected.output, rtol=1e-4, atol=0)
+
+
+GRADIENTS = [
+    # sequences, groups, heads, p, n, tokens, initial state and skip, of x, B and C
+    (1, 1, 3, 8, 70, 5, True, torch.float32),
+    (2, 2, 2, 5, 20, 17, True, torch.float32),
+    (1, 4, 4, 16, 1, 7, False, torch.float32),
+    (1, 1, 2, 70, 20, 16, True, torch.float32),
+    (1, 1, 2, 3, 128, 11, False, torch.bfloat16),
+    (1, 2, 4, 8, 16, 1, True, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("b", "groups", "heads", "p", "n", "length", "initial", "dtype"), GRADIENTS)
+def test_gradients(
+    fused: str, b: int, groups: int, heads: int, p: int, n: int, length: int, initial: bool, dtype: torch.dtype
+) -> None:
+    s = narrowed(streams(fused, groups, heads, p, n, length, initial, b), dtype)
+    s["D"] = torch.randn(heads).to(fused) if initial else None
+    found = gradients(ssd, s)
+    check(found, gradients(ssd_chunked, in_float64(s)), 5e-6 if dtype == torch.float32 else 5e-3)
+    assert all(gradient.dtype == s[name].dtype for name, gradient in found.items())
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 5e-6) -> None:
+    """A's gradients are sums over a sequence that may come to nothing: the sizes of what is summed count too."""
+    for name, gradient in expected.items():
+        size = max(gradient.norm(), expected["dt"].norm()) if name == "A" else gradient.norm()
+        assert (found[name].double().cpu() - gradient).norm() <= tolerance * size, name
+
+
+def narrowed(s: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """With x, B and C in a dtype; in their own these stay parts of one tensor."""
+    return {name: part.to(dtype) if name in ("x", "B", "C") else part for name, part in s.items()}
+
+
+@pytest.mark.parametrize("of", ["y", "state"])
+def test_gradients_of_one_of_the_two_results(fused: str, of: str) -> None:
+    s = streams(fused, 1, 2, 8, 5, 18, True, b=1)
+    check(gradients(ssd, s, of), gradients(ssd_chunked, in_float64(s), of))
+
+
+def test_gradients_where_nothing_lasts(fused: str) -> None:
+    """As `test_scan_gradient` has it: the decay's gradient is 1e-6 of what a token writes and reads itself."""
+    s = streams(fused, 1, 1, 8, 16, 20, False, b=1)
+    s |= {"A": torch.full_like(s["A"], -14.0), "dt": torch.ones_like(s["dt"])}
+    expected, found = gradients(ssd_chunked, in_float64(s), "y")["A"], gradients(ssd, s, "y")["A"]
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-4, atol=0)
+
+
+def test_gradients_are_the_same_bits_again(fused: str) -> None:
+    s = streams(fused, 1, 2, 8, 5, 3, True, b=1)
+    first, second = gradients(ssd, s), gradients(ssd, s)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+READINGS = [
+    # sequences, groups, heads, p, n, tokens, initial state, positions, directions
+    (1, 1, 3, 8, 33, 37, True, range(1, 37, 17), 9),
+    (2, 2, 4, 5, 16, 18, False, [15, 16], 5),
+    (1, 1, 1, 70, 128, 18, True, [17], 70),
+    (1, 4, 4, 16, 1, 1, True, [0], 1),
+]
+
+
+@pytest.mark.parametrize(("b", "groups", "heads", "p", "n", "length", "initial", "positions", "directions"), READINGS)
+def test_states_read_at_some_tokens(
+    fused: str,
+    b: int,
+    groups: int,
+    heads: int,
+    p: int,
+    n: int,
+    length: int,
+    initial: bool,
+    positions: Sequence[int],
+    directions: int,
+) -> None:
+    s = streams(fused, groups, heads, p, n, length, initial, b)
+    s["u"] = torch.randn(b, len(positions), heads, directions, p).to(fused)
+    exact, names = in_float64(s), ("x", "dt", "A", "B", "u")
+    state = exact["initial_state"] if initial else torch.zeros(b, heads, p, n, dtype=torch.float64)
+    expected = read_states_reference(*(exact[name] for name in names), positions, state)
+    found = read_states(*(s[name] for name in names), positions, s["initial_state"])
+    for part, reference in zip(found, expected, strict=True):
+        assert part.shape == reference.shape
+        assert (part.double().cpu() - reference).norm() <= 2e-6 * reference.norm()

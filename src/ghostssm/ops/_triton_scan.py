@@ -203,10 +203,10 @@ def channel_energies(
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`ghostssm.ops.ssd.ssd`; arguments all float32."""
+    """`ghostssm.ops.ssd.ssd`; dt, A and D in float32."""
     b, length, heads, p = x.shape
     n = B.shape[3]
-    y = torch.empty(b, length, heads, p, dtype=torch.float32, device=x.device)
+    y = torch.empty(b, length, heads, p, dtype=x.dtype, device=x.device)
     final = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
     lanes = max(16, triton.next_power_of_2(n))
     rows = _piece(p, 4, max(4, _TILE // lanes))
@@ -231,14 +231,17 @@ def ssd(
 
 def _streams(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Tensor | int]:
     """What both kernels take first: tensors that are dense but for batch and token, with the strides of these."""
-    x, B, C = (
-        part if part.stride(3) == 1 and part.stride(2) == part.shape[3] else part.contiguous() for part in (x, B, C)
-    )
+    x, B, C = (with_dense_tokens(part) for part in (x, B, C))
     dt = dt if dt.stride(2) == 1 else dt.contiguous()
     return [
         x, x.stride(0), x.stride(1), dt, dt.stride(0), dt.stride(1), A.contiguous(),
         B, B.stride(0), B.stride(1), C, C.stride(0), C.stride(1),
     ]  # fmt: skip
+
+
+def with_dense_tokens(tensor: Tensor) -> Tensor:
+    """A tensor (b, l, h or g, size) that is dense but for batch and token."""
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3] else tensor.contiguous()
 
 
 def _piece(size: int, least: int, most: int) -> int:

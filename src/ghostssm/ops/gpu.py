@@ -1,8 +1,8 @@
 """Whether Triton kernels may serve a call.
 
-They need triton, which PyTorch's CUDA builds bring along, tensors on a CUDA device in float32 or half precision, and no
-gradient to record. They are imported when first needed: triton takes a second to load, and reads then whether
-``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests run the kernels on a CPU.
+They need triton, which PyTorch's CUDA builds bring along, tensors on a CUDA device in float32 or half precision, and
+no gradient to record, but for the scan's. They are imported when first needed: triton takes a second to load, and reads
+then whether ``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests run the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def norm_kernels() -> Any:
 
 
 def scan_kernels() -> Any:
-    """The module of the kernels over whole sequences."""
+    """The module of the kernels over whole sequences, token by token."""
     from ghostssm.ops import _triton_scan
 
     return _triton_scan
@@ -54,8 +54,15 @@ def stored_kernels() -> Any:
     return _triton_stored
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors, of which the first one's first axis is the batch."""
+def chunk_kernels() -> Any:
+    """The module of the kernels over whole sequences, in chunks."""
+    from ghostssm.ops import _triton_chunks
+
+    return _triton_chunks
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether kernels that have a backward pass can take these tensors; the first one's first axis is the batch."""
     given = [tensor for tensor in tensors if tensor is not None]
     first = given[0]
     if first.device.type not in device_types or not has_triton():
@@ -64,11 +71,17 @@ def usable(*tensors: Tensor | None) -> bool:
         return False
     if any(t.device != first.device or t.dtype not in _DTYPES for t in given):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given)) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling()
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether kernels without a backward pass can take these tensors: no gradient is to be recorded."""
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not asked and differentiable(*tensors)
 
 
 def usable_in_float32(*tensors: Tensor | None) -> bool:
-    """Whether the kernels over sequences can take these tensors."""
+    """Whether kernels that want float32 can take these tensors."""
     return all(t is None or t.dtype == torch.float32 for t in tensors) and usable(*tensors)
 
 

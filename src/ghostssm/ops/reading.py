@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ghostssm.ops import compiled
+from ghostssm.ops import compiled, gpu
 from ghostssm.ops.chunks import DEFAULT_CHUNK, Chunk, from_grouped_state, to_grouped_state
 
 
@@ -23,6 +23,8 @@ def read_states(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, u: Tensor, positions: Sequence[int], state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Read the states right after some tokens: a compiled loop over tokens on a CPU, matrix products elsewhere.
+
+    On a GPU these are kernels that keep the states between chunks of tokens, and no others.
 
     Args:
         x: (b, l, h, p), float32 or float64. dt: (b, l, h), after softplus and limits. A: (h,), negative.
@@ -33,6 +35,11 @@ def read_states(
     Returns:
         M, (b, s, g, d, n), and the state after the last token, (b, h, p, n).
     """
+    if len(positions) and gpu.usable_in_float32(x, dt, A, B, u, state):
+        found: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
+            x, dt, A, B, u, torch.tensor(positions, device=x.device), state
+        )
+        return found
     if not compiled.usable(x, dt, A, B, u, state):
         return read_states_chunked(x, dt, A, B, u, positions, state)
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]

@@ -82,21 +82,27 @@ def ssd(
     recurrence itself, and pays for it only where the recurrence can't be kept in a register or a first-level cache. On
     a GPU it is that loop as one kernel, which keeps the state in registers over the whole sequence.
 
+    x, B and C may also be in half precision: then y is in x's dtype, and all arithmetic and the final state in float32.
+
     Differentiable once in every argument, whichever form serves the call. Gradients of B and C, which are sums over a
     group's heads, do not depend on the number of threads.
     """
-    initial_state = None if initial_state is None else initial_state.to(x.dtype)
-    arguments = (x, dt, A, B, C, D, initial_state)
-    found: tuple[Tensor, Tensor]
-    if gpu.usable_in_float32(*arguments):
-        found = gpu.scan_kernels().ssd(*arguments)
-    elif compiled.differentiable(*arguments):
-        found = CompiledScan.apply(*arguments)  # type: ignore[no-untyped-call]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dt, A, initial_state = dt.to(wide), A.to(wide), None if initial_state is None else initial_state.to(wide)
+    D = None if D is None else D.to(wide)
+    y: Tensor
+    state: Tensor
+    if gpu.differentiable(x, dt, A, B, C, D, initial_state):
+        y, state = FusedScan.apply(x, dt, A, B, C, D, initial_state)  # type: ignore[no-untyped-call]
+        return y, state
+    arguments = (x.to(wide), dt, A, B.to(wide), C.to(wide), D, initial_state)
+    if compiled.differentiable(*arguments):
+        y, state = CompiledScan.apply(*arguments)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = ChunkedScan.apply(*arguments)  # type: ignore[no-untyped-call]
+        y, state = ChunkedScan.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        found = ssd_chunked(*arguments)
-    return found
+        y, state = ssd_chunked(*arguments)
+    return y.to(x.dtype), state
 
 
 def ssd_chunked(
@@ -171,6 +177,29 @@ class CompiledScan(torch.autograd.Function):
         dD = None if D is None else dD.sum(0).to(D.dtype)
         found = ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
         return (dx if ctx.needs_input_grad[0] else None), *found
+
+
+class FusedScan(torch.autograd.Function):
+    """Triton's loop, with a backward pass in chunks that keeps nothing but the arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
+        ctx.set_materialize_grads(False)
+        found: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        gradients = gpu.chunk_kernels().ssd_backward(x, dt, A, B, C, D, initial_state, dy, dstate)
+        return tuple(
+            gradient if asked else None for gradient, asked in zip(gradients, ctx.needs_input_grad, strict=True)
+        )
 
 
 class ChunkedScan(torch.autograd.Function):
