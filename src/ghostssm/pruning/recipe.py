@@ -74,6 +74,11 @@ class Recipe:
         )
 
     @property
+    def trains(self) -> bool:
+        """Whether a step changes the whole model, which it may do for the dtype that the state is to be kept in."""
+        return any(step.registered.scope == "model" for step in self.steps)
+
+    @property
     def cost(self) -> float:
         """About how long it takes on the same windows; GHOST is the unit. For estimates of the time left."""
         cost = 0.2 if self.registered.one_shot else 1.0 if self.registered.decide is None else 3.0

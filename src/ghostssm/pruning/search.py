@@ -81,7 +81,7 @@ def smallest_plan(
     least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
     calibration = Calibration(model, windows)
     dense = evaluate_in_float32(model, held_out)
-    plans: dict[int, Plan] = {}
+    plans: dict[tuple[int, str | None], Plan] = {}
     best: Plan | None = None
     with listening(progress) as tell:
         for form in sorted(forms, key=lambda each: each.state_bytes(1, limit)):
@@ -89,14 +89,15 @@ def smallest_plan(
             low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
             while high - low > 1:
                 size = trials[middle := (low + high) // 2]
-                if size not in plans:
-                    plans[size] = calibration.plan(recipe, size, groups, seed, tell, multiple)
-                with pruned(model, plans[size]) as smaller:
+                key = size, form.name if recipe.trains else None
+                if key not in plans:
+                    plans[key] = calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=form.name)
+                with pruned(model, plans[key]) as smaller:
                     excess = excess_loss(smaller, held_out, dense, form.name)
                 if excess.mean <= max_excess_loss:
                     high, least = middle, form.state_bytes(1, size)
                     searched = Searched(max_excess_loss, len(held_out), form.name, excess)
-                    best = plans[size].with_provenance(search=searched)
+                    best = plans[key].with_provenance(search=searched)
                 else:
                     low = middle
     if best is None:
@@ -148,8 +149,9 @@ class Fitting:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
         For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan. A projected state is tried in tiers too (`ghostssm.pruning.tiers`). The
-        plan's provenance has what was chosen and what all candidates lost as ``choice``.
+        that fit the same size share one plan, unless the recipe trains the whole model, which it does for each. A
+        projected state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and
+        what all candidates lost as ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
@@ -177,11 +179,13 @@ class Fitting:
         candidates: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
             for size in sorted(sizes, reverse=True):
-                plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple)
-                candidates += self._measured(plan, [dtype for dtype, fits in fitting.items() if fits == size])
-                if size == tiered and plan.is_projected:
-                    plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
-                    candidates += self._measured(plan, [TIERS.name])
+                fit = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
+                for alike in [[dtype] for dtype in fit] if recipe.trains else [fit]:
+                    plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=alike[0])
+                    candidates += self._measured(plan, [dtype for dtype in alike if dtype != TIERS.name])
+                    if TIERS.name in alike and plan.is_projected:
+                        plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
+                        candidates += self._measured(plan, [TIERS.name])
         candidates.sort(key=lambda each: each[0].excess.mean)
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in candidates))
         return candidates[0][1].with_provenance(choice=choice)
