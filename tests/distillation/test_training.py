@@ -144,7 +144,9 @@ def test_a_rounded_state() -> None:
     assert distilled().record.state_dtype == "float32"
 
 
-@pytest.mark.parametrize(("state_dtype", "rounded"), [("int8", "int8"), ("tiers", "float32"), (None, "float32")])
+@pytest.mark.parametrize(
+    ("state_dtype", "rounded"), [("int4", "int4"), ("int8", "float32"), ("tiers", "float32"), (None, "float32")]
+)
 def test_a_recipe_trains_for_the_dtype(state_dtype: str | None, rounded: str) -> None:
     calibration = ghostssm.Calibration(tiny_model(), random_windows(4, 20))
     plan = calibration.plan("random+distill1", 4, state_dtype=state_dtype)

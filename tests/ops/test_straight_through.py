@@ -67,6 +67,19 @@ def test_rounding_is_the_identity_to_gradients() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@needs_numba
+def test_gradients_do_not_depend_on_threads() -> None:
+    parts, storage = streams(2, 30, 20, 16), StateStorage(FORMATS["int8"])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(gradients(straight_through_scan, storage, parts)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
+
+
 @formats
 @needs_numba
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

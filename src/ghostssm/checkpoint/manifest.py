@@ -166,7 +166,8 @@ class Manifest(Value):
     @property
     def state_dtype(self) -> str | None:
         """The dtype that the state is to be kept in: trained for, chosen or asked for; None if nothing says so."""
-        return state_dtype_of(self.distillations) or (self.options and self.options.state_dtype)
+        decided = None if self.options is None else self.options.state_dtype
+        return state_dtype_of(self.distillations) or decided
 
     def write(self, folder: Path, place: Path | None = None) -> None:
         """Write the manifest of a folder whose other files are all written, with their hashes and today's versions.

@@ -99,7 +99,8 @@ class Plan(Value):
     @property
     def state_dtype(self) -> str | None:
         """The dtype that the state is to be kept in: trained for, chosen or asked for; None if nothing says so."""
-        return state_dtype_of(self.distillations) or (self.provenance and self.provenance.state_dtype)
+        decided = None if self.provenance is None else self.provenance.state_dtype
+        return state_dtype_of(self.distillations) or decided
 
     def kept_in(self, state_dtype: str | None) -> Plan:
         """The same plan for a state that is to be kept in a dtype; for None this plan."""

@@ -89,9 +89,9 @@ def smallest_plan(
             low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
             while high - low > 1:
                 size = trials[middle := (low + high) // 2]
-                key = size, form.name if recipe.trains else None
+                key = size, recipe.trained_in(form.name)
                 if key not in plans:
-                    plans[key] = calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=form.name)
+                    plans[key] = calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=key[1])
                 with pruned(model, plans[key]) as smaller:
                     excess = excess_loss(smaller, held_out, dense, form.name)
                 if excess.mean <= max_excess_loss:
@@ -149,9 +149,9 @@ class Fitting:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
         For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan, unless the recipe trains the whole model, which it does for each. A
-        projected state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and
-        what all candidates lost as ``choice``.
+        that fit the same size share one plan, unless the recipe trains the whole model for some of them. A projected
+        state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and what all
+        candidates lost as ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
@@ -180,8 +180,9 @@ class Fitting:
         with listening(progress) as tell:
             for size in sorted(sizes, reverse=True):
                 fit = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
-                for alike in [[dtype] for dtype in fit] if recipe.trains else [fit]:
-                    plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=alike[0])
+                for trained_in in dict.fromkeys(map(recipe.trained_in, fit)):
+                    alike = [dtype for dtype in fit if recipe.trained_in(dtype) == trained_in]
+                    plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=trained_in)
                     candidates += self._measured(plan, [dtype for dtype in alike if dtype != TIERS.name])
                     if TIERS.name in alike and plan.is_projected:
                         plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)

@@ -16,7 +16,7 @@ from ghostssm.choices import Trained
 from ghostssm.errors import InputError
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.recovery.distill.pair import choose_trained
-from ghostssm.recovery.distill.training import Settings, trainable
+from ghostssm.recovery.distill.training import Settings, training_dtype
 from ghostssm.text.sources import text_title
 from ghostssm.units import bytes_text
 from ghostssm.workflows.requests import DistillRequest
@@ -32,7 +32,8 @@ def settings(request: DistillRequest) -> Settings:
 
 def rounded_to(request: DistillRequest, student: Description) -> str:
     """The dtype that the student's state is rounded to in training."""
-    return request.state_dtype or trainable(student.pruning and student.pruning.state_dtype)
+    kept_in = None if student.pruning is None else student.pruning.state_dtype
+    return request.state_dtype or training_dtype(kept_in)
 
 
 def checked(request: DistillRequest) -> tuple[Description, Description]:

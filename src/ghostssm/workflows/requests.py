@@ -227,8 +227,8 @@ class DistillRequest(Request):
         learning_rate: the largest one, after a warmup; it falls along a cosine.
         trained: parameters that move: 'mixers', 'small' (no large matrix) or 'all'.
         state_dtype: train with the student's state rounded to this dtype after every token, in which it is to be
-            served: float32, bfloat16, float16, int8, fp8 or int4. If not given, that which it was pruned for, but for
-            tiers; else float32. Later verbs keep to it.
+            served: float32, bfloat16, float16, int8, fp8 or int4. If not given, int4 for a student that was pruned for
+            int4, else float32. Later verbs keep to it.
         hidden_weight: also learn the hidden states after every block, with this weight beside the divergence.
         accumulate: compute a batch in N parts, one after the other; memory holds the activations of one.
         checkpointing: keep the inputs of blocks only, and compute their insides twice.

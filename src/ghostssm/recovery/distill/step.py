@@ -12,7 +12,7 @@ from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Progress
 from ghostssm.recovery.base import ModelStep, register_step
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
-from ghostssm.recovery.distill.training import Listener, Settings, distill, trainable
+from ghostssm.recovery.distill.training import Listener, Settings, distill, training_dtype
 from ghostssm.text.windows import Windows
 
 TOKENS_PER_STEP = 4096
@@ -33,7 +33,7 @@ def _distill(
         copy.deepcopy(pruned).float(),
         dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float(),
     )
-    settings = Settings(amount, batch, seed=seed, state_dtype=trainable(state_dtype))
+    settings = Settings(amount, batch, seed=seed, state_dtype=training_dtype(state_dtype))
     distilled = distill(student, teacher, batches, settings, listener=Listener(progress))
     change_parameters(pruned, distilled.changes)
     return distilled.record
