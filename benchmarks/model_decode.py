@@ -11,12 +11,15 @@ import argparse
 import contextlib
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 from interleaved import model_130m, print_machine
 
 import ghostssm
 from ghostssm.evaluation.speed import first_channels
+from ghostssm.plan.decision import Projection
+from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
 
 
@@ -25,37 +28,54 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--state-dtype", nargs="+", default=["int8"], help="measured beside float32")
+    parser.add_argument("--projected", action="store_true", help="also states that all N channels are projected onto")
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bfloat16", action="store_true", help="weights in bfloat16")
     args = parser.parse_args()
 
     print_machine()
-    model = model_130m(dtype=torch.bfloat16 if args.bfloat16 else torch.float32)
-    sides = {"transformers, N = 128": (None, 128), "ours, N = 128": ("float32", 128)}
-    sides |= {f"ours, N' = {size}": ("float32", size) for size in args.state_size}
+    model = model_130m(dtype=torch.bfloat16 if args.bfloat16 else torch.float32, layers=args.layers)
     narrow = [dtype for dtype in args.state_dtype if dtype != "float32"]
-    sides |= {f"ours, N' = {size}, {dtype}": (dtype, size) for size in (128, *args.state_size) for dtype in narrow}
+    whole, plans = first_channels(model, 128), {size: first_channels(model, size) for size in args.state_size}
+    sides: dict[str, tuple[str | None, Plan]] = {"transformers, N = 128": (None, whole)}
+    sides["ours, N = 128"] = "float32", whole
+    sides |= {f"ours, N' = {size}": ("float32", plan) for size, plan in plans.items()}
+    if args.projected:
+        sides |= {f"ours, N' = {size}, projected": ("float32", projected(whole, size)) for size in plans}
+    sides |= {
+        f"ours, N' = {size}, {dtype}": (dtype, plan) for size, plan in {128: whole, **plans}.items() for dtype in narrow
+    }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     tokens: dict[str, torch.Tensor] = {}
     for _ in range(args.rounds):
-        for name, (dtype, size) in sides.items():
+        for name, (dtype, plan) in sides.items():
             with contextlib.ExitStack() as stack:
-                stack.enter_context(pruned(model, first_channels(model, size)))
+                smaller = stack.enter_context(pruned(model, plan))
                 if dtype:
-                    ghostssm.accelerate(model, state_dtype=dtype)
-                    stack.callback(ghostssm.restore, model)
-                tokens[name] = decode(model, args.batch, args.steps, seconds[name])
+                    ghostssm.accelerate(smaller, state_dtype=dtype)
+                    stack.callback(ghostssm.restore, smaller)
+                tokens[name] = decode(smaller, args.batch, args.steps, seconds[name])
 
     same = torch.equal(tokens["transformers, N = 128"], tokens["ours, N = 128"])
     print(f"batch {args.batch}, {model.dtype}; greedy tokens of ours and transformers identical: {same}")
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name, step in median.items():
         print(
-            f"{name:27}{args.batch / step:10,.1f} tokens/s  x{median['transformers, N = 128'] / step:6.2f} transformers"
+            f"{name:30}{args.batch / step:10,.1f} tokens/s  x{median['transformers, N = 128'] / step:6.2f} transformers"
             f"  x{median['ours, N = 128'] / step:5.2f} ours dense   step {min(seconds[name]) * 1e3:.0f} to "
             f"{max(seconds[name]) * 1e3:.0f} ms"
         )
+
+
+def projected(whole: Plan, size: int) -> Plan:
+    """All channels onto a smaller state; which maps do it has no influence on speed."""
+    decisions = {
+        name: replace(decision, projection=Projection(*(torch.randn(whole.n_groups, 128, size) / 11 for _ in "BC")))
+        for name, decision in whole.decisions.items()
+    }
+    return replace(whole, decisions=decisions)
 
 
 def decode(model: torch.nn.Module, batch: int, steps: int, seconds: list[float]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A training step, forward and backward of the language model's loss, with and without `ghostssm.accelerate`.
 
 Both sides share one model with random weights and the sizes of mamba2-130m, and take turns. transformers keeps far
-more for the backward pass than fits many machines: ``--layers 4`` needs a sixth of it.
+more for the backward pass than fits many machines: ``--layers 4`` needs a sixth of it. The products with weight
+matrices and the loss over the vocabulary are the same on both sides; they are timed alone as a third.
 
 python benchmarks/training_step.py --layers 4
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+import torch.nn.functional as F
 from interleaved import model_130m, print_machine, print_sides, seconds_by_side
 
 from ghostssm import accelerate, restore
@@ -38,7 +40,20 @@ def main() -> None:
         step()
         restore(model)
 
-    print_sides(seconds_by_side({"transformers": step, "accelerated": accelerated}, args.rounds), "transformers")
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+    def shared() -> None:
+        model.zero_grad(set_to_none=True)
+        for layer in layers:
+            given = torch.randn(args.batch * args.length, layer.in_features, requires_grad=True)
+            out = layer(given)
+            if layer is model.lm_head:
+                F.cross_entropy(out, ids.flatten()).backward()
+            else:
+                out.backward(out.detach())
+
+    sides = {"transformers": step, "accelerated": accelerated, "products and loss alone": shared}
+    print_sides(seconds_by_side(sides, args.rounds), "transformers")
 
 
 if __name__ == "__main__":

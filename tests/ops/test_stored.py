@@ -70,7 +70,7 @@ def test_stochastic_is_one_of_two_neighbours_and_right_on_average(form: StateFor
 
 @roundings
 @formats
-@pytest.mark.parametrize(("groups", "n", "p"), [(1, 32, 5), (2, 33, 40), (4, 7, 3)])
+@pytest.mark.parametrize(("groups", "n", "p"), [(1, 32, 5), (2, 33, 40), (4, 7, 3), (1, 60, 2), (1, 260, 1)])
 @needs_numba
 def test_compiled_loops_are_the_reference(form: StateFormat, rounding: str, groups: int, n: int, p: int) -> None:
     torch.manual_seed(n)

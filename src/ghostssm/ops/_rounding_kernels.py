@@ -11,8 +11,8 @@ import numpy as np
 _ROWS = 32
 """Rows of a head's state that are worked on at a time, as in `ghostssm.ops._kernels`."""
 _BFLOAT16, _FLOAT16, _INT8, _FP8, _INT4 = 1, 2, 3, 4, 5
-_LEAST_PEAK = np.float32(1e-30)
-_NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
+LEAST_PEAK = np.float32(1e-30)
+NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
 """Added to a number of less than 2^22 it leaves the nearest integer in the lowest bits of the sum."""
 _UNIT = np.float32(2.0**-24)
 _HALF = np.float32(0.5)
@@ -38,7 +38,7 @@ def _word(key, column):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _nearest_integer(value):  # type: ignore[no-untyped-def]
-    return np.float32(value + _NUMBER_TO_INTEGER).view(np.int32)
+    return np.float32(value + NUMBER_TO_INTEGER).view(np.int32)
 
 
 @numba.njit
@@ -149,7 +149,7 @@ def _write(kind, codes, halves, inverse, values, key, stochastic):  # type: igno
 @numba.njit
 def _scale(peak, largest):  # type: ignore[no-untyped-def]
     """What a row is multiplied with before it is rounded, and afterwards."""
-    if peak < _LEAST_PEAK:
+    if peak < LEAST_PEAK:
         return np.float32(0), np.float32(0)
     return np.float32(largest / peak), np.float32(peak * np.float32(np.float32(1) / largest))
 
@@ -241,15 +241,6 @@ def stored_scan(  # type: ignore[no-untyped-def]
             write, read = B[i, t, group], C[i, t, group]
             step = dt[i, t, head]
             decay = np.exp(step * A[head])
-            if kind == _INT8 and not stochastic:
-                for j in range(first, last):
-                    row = own[j * width : (j + 1) * width]
-                    added = step * inputs[j]
-                    total, peak = _update_int8(row, values, own_scales[j] * decay, added, write, read)
-                    outputs[j] = total + D[head] * inputs[j]
-                    inverse, own_scales[j] = _scale(peak, np.float32(127))
-                    _write_int8(row, inverse, values)
-                continue
             token_key = _next(own_key, first_token + t)
             for j in range(first, last):
                 row, half_row = own[j * width : (j + 1) * width], halves[i, head, j * n : (j + 1) * n]
@@ -316,7 +307,7 @@ def tiered_scan(  # type: ignore[no-untyped-def]
                 low, other = _update(next_values, decay, added, write[eights:], read[eights:])
                 peak = max(peak, other)
                 outputs[j] = high + low + D[head] * inputs[j]
-                own_peaks[j] = peak if peak >= _LEAST_PEAK else np.float32(0)
+                own_peaks[j] = peak if peak >= LEAST_PEAK else np.float32(0)
                 eighth, _ = _scale(peak, np.float32(127))
                 fourth, _ = _scale(peak, np.float32(7))
                 if stochastic:

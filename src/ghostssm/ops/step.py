@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import compiled
-from ghostssm.ops.state_format import BFLOAT16, FLOAT32_STORAGE, StateStorage
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.ops.stored import stored_scan_
+
+_COMPILED_WIDTH = 4
+"""Of the convolution, in every published model."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -22,7 +25,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
     """B or C (..., g, n) through maps (g, n, r): (..., g, r)."""
-    return torch.einsum("...gn,gnr->...gr", stream, maps.to(stream.dtype))
+    maps = maps.to(stream.dtype)
+    if len(maps) == 1:  # one product with a matrix takes half of the time
+        return stream @ maps[0]
+    return torch.einsum("...gn,gnr->...gr", stream, maps)
 
 
 def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,11 +41,11 @@ def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     Returns:
         (b, c), float32 or better.
     """
-    if compiled.usable(window, x, weight, bias) and window.is_contiguous():
+    if compiled.usable(window, x, weight, bias) and window.is_contiguous() and window.shape[2] == _COMPILED_WIDTH:
         out = torch.empty(x.shape, dtype=x.dtype)
         offset = torch.zeros(x.shape[1], dtype=x.dtype) if bias is None else bias
         compiled.kernels.conv_step(*compiled.arrays(window, x, weight, offset, out))
-        return out
+        return F.silu(out, inplace=True)
     window.copy_(torch.cat([window[..., 1:], x[..., None].to(window.dtype)], dim=-1))
     wide = torch.promote_types(x.dtype, torch.float32)  # half precision would round after every tap
     mixed = (window.to(wide) * weight).sum(-1)
@@ -65,16 +71,10 @@ def ssd_step_(
     Returns:
         y: (b, h, p), float32, of the state before it is rounded.
     """
-    fits = compiled.usable(x, dt, A, B, C, D) and state.is_contiguous()
-    if fits and storage.format is BFLOAT16 and not storage.stochastic:
-        y = torch.empty(x.shape, dtype=x.dtype)
-        bits = state.view(torch.uint16)  # a loop of its own takes two thirds of the time of the one for all formats
-        compiled.kernels.ssd_step_bfloat16(*compiled.arrays(bits, x, dt, A, B, C, D, y))
-        return y
     if storage.rounds:
         x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
         return stored_scan_(state, storage, x, dt, A, B, C, D)[:, 0]
-    if fits and compiled.usable(state):
+    if compiled.usable(state, x, dt, A, B, C, D) and state.is_contiguous():
         y = torch.empty(x.shape, dtype=x.dtype)
         compiled.kernels.ssd_step(*compiled.arrays(state, x, dt, A, B, C, D, y))
         return y

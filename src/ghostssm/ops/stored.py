@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ghostssm.ops import compiled
 from ghostssm.ops.ssd import ssd, ssd_step
-from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat, dequantise, quantise
+from ghostssm.ops.state_format import BFLOAT16, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
 
 def stored_scan_reference(
@@ -59,29 +60,57 @@ def stored_scan_(
         stored.copy_(after)
         return y
     form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
-    drawn = storage.stochastic, storage.key, storage.sequence, storage.token
-    streams = compiled.arrays(x, dt, A, B, C, D, y)
     if isinstance(form, TieredFormat):
-        first_codes, first_scales, _ = form.places(x.shape[3])
-        places = (np.array(first_codes), np.array(first_scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
-        memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
-        compiled.rounding_kernels.tiered_scan(*memory, *places, *drawn, *streams)
-        return y
-    heads = stored.flatten(2)
+        _scan_tiers(stored, form, storage, x, dt, A, B, C, D, y)
+    elif form in (INT8, BFLOAT16) and not storage.stochastic and B.shape[3] <= compiled.row_kernels.LARGEST_SIZE:
+        _scan_rows(stored, form, x, dt, A, B, C, D, y)
+    else:
+        _scan(stored, storage, x, dt, A, B, C, D, y)
+    return y
+
+
+def _scan(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
+    """The compiled loop for every format but tiers."""
+    form, heads = storage.format, stored.flatten(2)
+    p, n = streams[0].shape[3], streams[3].shape[3]
     unused = torch.zeros(1, 1, 1).expand(*heads.shape[:2], 1)
     codes = heads.view(torch.int8)
     halves = unused.to(torch.int16) if form.scaled else heads.view(torch.int16)
     scales = heads.view(torch.float32) if form.scaled else unused
     compiled.rounding_kernels.stored_scan(
         *compiled.arrays(codes, halves, scales),
-        form.row_bytes(B.shape[3]),
-        form.code_bytes(x.shape[3], B.shape[3]) // 4,
+        form.row_bytes(n),
+        form.code_bytes(p, n) // 4,
         form.kind,
         np.float32(form.largest or 0),
-        *drawn,
-        *streams,
+        *_drawn(storage),
+        *compiled.arrays(*streams),
     )
-    return y
+
+
+def _scan_rows(
+    stored: Tensor, form: StateFormat, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, y: Tensor
+) -> None:
+    """Those for int8 and bfloat16, rounded to the nearest, which are made for the size of the state."""
+    n = B.shape[3]
+    padding = (0, compiled.row_kernels.lanes_of(n) - n)
+    streams = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
+    if form is BFLOAT16:
+        compiled.row_kernels.bfloat16_scan(n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
+        return
+    memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
+    compiled.row_kernels.int8_scan(n)(*memory, form.code_bytes(x.shape[3], n) // 4, *streams)
+
+
+def _scan_tiers(stored: Tensor, form: TieredFormat, storage: StateStorage, *streams: Tensor) -> None:
+    first_codes, first_scales, _ = form.places(streams[0].shape[3])
+    places = (np.array(first_codes), np.array(first_scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
+    memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
+    compiled.rounding_kernels.tiered_scan(*memory, *places, *_drawn(storage), *compiled.arrays(*streams))
+
+
+def _drawn(storage: StateStorage) -> tuple[object, ...]:
+    return storage.stochastic, storage.key, storage.sequence, storage.token
 
 
 def ssd_stored(
