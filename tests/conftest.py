@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import secrets
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import typer.main
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
 
 from ghostssm.cli import main
@@ -23,6 +25,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# The command's parser is made once per process, as for users; to make it takes as long as a short command.
+typer.main.get_command = functools.cache(typer.main.get_command)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """End-to-end runs come first, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +137,15 @@ def folder_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
     """Save a tiny model, with its tokenizer, in the transformers dialect."""
 
     def save(name: str = "model", **overrides: Any) -> Path:
-        folder = tmp_path / name
-        tiny_model(**overrides).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
+        return save_model(tmp_path / name, tokenizer, **overrides)
 
     return save
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> Path:
+    tiny_model(**overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -160,7 +172,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
+    return write_text(tmp_path / "text.txt")
+
+
+def write_text(path: Path) -> Path:
     path.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(120)))
     return path
 

@@ -377,7 +377,7 @@ def test_a_default_dtype_that_a_script_has_set(recipe: str) -> None:
 class TestHarness:
     @pytest.fixture
     def harness(self) -> Any:
-        pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
+        pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'ghostssm[lm-eval]'")
         from ghostssm.workflows import harness
 
         return harness
@@ -418,7 +418,7 @@ class TestHarness:
 
 def test_sizes_of_falcon_h1_in_gguf(tmp_path: Path) -> None:
     """Its mixers are not ``expand`` times as wide as the model, and their heads are not those of attention."""
-    gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'ghostssm[gguf]'")
     model = tiny_hybrid("falcon_h1-norm", mamba_d_ssm=96, mamba_n_heads=12, mamba_proj_bias=False)
     model.save_pretrained(tmp_path / "model")
     checkpoint = ghostssm.load(str(tmp_path / "model"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,24 @@ def test_what_is_trained_is_trained_for_its_dtype(dtype: str) -> None:
     plan = plan_for_bytes(tiny_model(), random_windows(8, 40), "random+distill1", DENSE // 4, dtypes=(dtype,))
     assert plan.state_dtype == choice_of(plan).chosen.state_dtype == dtype
     assert plan.distillations[-1].state_dtype == {"int8": "float32", "int4": "int4"}[dtype]
+
+
+@pytest.mark.parametrize("recipe", ["output+repair", "balanced"])
+def test_progress_names_every_candidate_and_how_many_are_left(recipe: str) -> None:
+    told: list[str] = []
+    windows = random_windows(8, 40)
+    fitting = Fitting.of(tiny_model(), windows, lambda what, done, total: told.append(what))
+    assert set(told) == {"unpruned model: windows"}
+    told.clear()
+    bound = {"state_bytes": DENSE // 4, "multiple": 4}
+    plan = fitting.plan(Recipe.parse(recipe), **bound, progress=lambda what, done, total: told.append(what))
+    measured = dict.fromkeys(what for what in told if what.endswith(": windows"))
+    candidates = {(each.state_size, each.state_dtype) for each in choice_of(plan).candidates}
+    for left, what in enumerate(reversed(measured)):
+        named = re.fullmatch(rf"{re.escape(recipe)}, N' = (\d+) in (\w+), {left} more: windows", what)
+        assert named is not None, what
+        candidates.remove((int(named[1]), named[2]))
+    assert not candidates
 
 
 @pytest.mark.parametrize("recipe", ["output+repair", "balanced+per-layer"])

@@ -155,7 +155,7 @@ def test_a_model_has_its_name_and_not_its_place(tmp_path: Path) -> None:
             "No option is called 'calibration'; expected one of",
         ),
         (lambda model: ghostssm.prune(model, IDS), r"how much to keep: ghostssm.prune\(model, text, state_size=64\)"),
-        (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected an integer from 1"),
+        (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected a whole number"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, report=True), "with --output only"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, device="meta"), "is on cpu already"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, output="a", stream=True), "reads model and texts from"),
@@ -262,3 +262,10 @@ def test_arguments_beside_a_request_are_refused() -> None:
         ghostssm.prune(request, IDS, recipe="ghost", evaluate="stdlib")
     with pytest.raises(ghostssm.InputError, match="A CompareRequest says everything; leave state_sizes out"):
         ghostssm.compare(ghostssm.CompareRequest("reference", (4,)), state_sizes=8)
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    ids = torch.cat([IDS, OTHER_IDS])
+    found = ghostssm.compare(tiny_model(), ids, state_bytes="1/4", methods="magnitude", batches=1)
+    assert {batch for row in found.rows for batch in row.tokens_per_second} == {1}
+    assert {bound for row in found.rows for bound in row.within} == {"1/4"}

@@ -22,7 +22,8 @@ import torch
 import ghostssm
 from ghostssm.calibration.processes import Processes
 from ghostssm.errors import ProcessError
-from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
+from ghostssm.files.outputs import PLAN_FILE
+from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.conftest import Run, random_windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class MadeUp:
 
 @pytest.fixture
 def _losses_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
+    def made_up(model: Any, windows: object, progress: object, state_dtype: str = "float32") -> MadeUp:
         return MadeUp(16.0 - model.config.state_size)
 
     monkeypatch.setattr(search, "evaluate_in_float32", made_up)
@@ -73,7 +74,7 @@ def test_the_fewest_bytes_within_every_bound_are_found(
     """Over size and dtype, as trying all of them does; no pair of the two is measured that takes more than the best."""
     lost = {"float32": 0.0, "bfloat16": 0.5, "float16": 0.25, "int8": 2.0, "fp8": 3.0, "int4": 6.0}
 
-    def made_up(model: Any, windows: object, state_dtype: str = "float32") -> MadeUp:
+    def made_up(model: Any, windows: object, progress: object, state_dtype: str = "float32") -> MadeUp:
         return MadeUp(16.0 - model.config.state_size + lost[state_dtype])
 
     monkeypatch.setattr(search, "evaluate_in_float32", made_up)
@@ -152,3 +153,21 @@ def test_a_method_that_leaves_the_state_whole_is_refused() -> None:
 def test_too_few_windows_are_refused() -> None:
     with pytest.raises(InputError, match="at least 4"):
         smallest_plan(tiny_model(), random_windows(3, 60), "ghost", 1.0)
+
+
+def test_progress_names_what_is_tried_and_how_many_may_be_left() -> None:
+    """Every size and dtype once or twice, as one is planned before it is measured; the bound holds, and reaches 0."""
+    told: list[tuple[str, str, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if found := re.match(r"ghost, N' = (\d+) in (\w+), at most (\d+) more: (?:layers|windows)$", what):
+            told.append((found[1], found[2], int(found[3])))
+        else:
+            assert what == "unpruned model: windows"
+
+    plan = smallest_plan(tiny_model(), random_windows(8, 60), "ghost", 1e-3, multiple=2, progress=progress)
+    tried = list(dict.fromkeys(told))
+    assert len({each[:2] for each in tried}) == len(tried) > 3
+    assert all(left >= len(tried) - number for number, (_, _, left) in enumerate(tried, 1))
+    assert tried[-1][2] == 0
+    assert (str(plan.kept_state_size), search_of(plan).state_dtype) in [each[:2] for each in tried]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ghostssm.errors import InputError
+
 Groups = Literal["equal", "pooled"]
 """equal: every group keeps the same number of channels. pooled: the groups of a layer compete (the paper's rule)."""
+Rounding = Literal["nearest", "stochastic"]
+"""Of a number between two that a dtype has: to the nearer one, or to either, as likely as it is near."""
 Trained = Literal["mixers", "small", "all"]
 """Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
 DEFAULT_SEED = 42
@@ -15,3 +19,14 @@ DISTILL_STEPS = 300
 DISTILL_RATE = 3e-4
 """With batches of some thousand tokens. The built-in model got worse at 1e-3 before it got better, in 40 steps of 1024
 tokens never better; at 3e-4 it got better at once."""
+HELD_OUT_ONE_IN = 4
+"""Of the windows of a search, one in so many measures the excess loss; the others calibrate."""
+
+
+def check_searchable(windows: int) -> None:
+    """Raise InputError for so few calibration windows that none can be held out."""
+    if windows < HELD_OUT_ONE_IN:
+        raise InputError(
+            f"There are {windows} calibration windows; a search needs at least {HELD_OUT_ONE_IN}: "
+            f"--windows {HELD_OUT_ONE_IN}."
+        )

@@ -19,6 +19,11 @@ def on_screen(what: str, done: int, total: int) -> None:
     """Stands for the screen, where one was registered and somebody looks at it: the public functions' default."""
 
 
+def named(progress: Progress, name: str) -> Progress:
+    """A listener who tells another one under a name, as in ``ghost, N' = 48 in int8: layers``."""
+    return lambda what, done, total: progress(f"{name}: {what}", done, total)
+
+
 _screens: list[Callable[[], AbstractContextManager[Progress]]] = []
 
 

@@ -73,6 +73,9 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
 
 def short(value: Any) -> str:
     """A value in a few words, for a line that is about something else."""
+    if isinstance(value, str | PathLike):
+        text = str(value)
+        return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "...")
     from torch import Tensor, nn
 
     if isinstance(value, Tensor):
@@ -81,14 +84,11 @@ def short(value: Any) -> str:
         return f"<{type(value).__name__}>"
     if isinstance(value, Mapping) and len(value) > 1:
         return f"<{len(value)} entries>"
-    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes):
         listed = list(value)[:_LISTED]
         more = ", ..." if len(value) > _LISTED else ""
         text = f"[{', '.join(map(short, listed))}{more}]"
         return text if len(text) <= _LONGEST else f"<{len(value)} entries>"
     longest = _LONGEST_VALUE if isinstance(value, Value) else _LONGEST
-    if isinstance(value, str | PathLike):
-        value = str(value)
-        return repr(value if len(value) <= _LONGEST else value[: _LONGEST - 3] + "...")
     text = repr(value)
     return text if len(text) <= longest and "\n" not in text else f"<{type(value).__name__}>"

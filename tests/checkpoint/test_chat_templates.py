@@ -12,7 +12,7 @@ import pytest
 import ghostssm
 from ghostssm.errors import ModelError
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'ghostssm[gguf]'")
 
 FolderOf = Callable[..., Path]
 PLAIN, TOOLS = "{{ messages[0].content }}", "{{ tools }}"

@@ -18,7 +18,7 @@ from ghostssm.errors import InputError, ModelError, NumericalError, OutputError
 from tests.conftest import tiny_model
 from tests.engines.hybrids import HYBRIDS, hybrid_model
 
-gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'ghostssm[gguf]'")
 
 FolderOf = Callable[..., Path]
 IDS = torch.arange(1, 30)[None]
@@ -264,7 +264,7 @@ def test_the_package_is_asked_for_where_it_is_missing(
 ) -> None:
     checkpoint = ghostssm.load(str(folder_of()))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(InputError, match=r"pip install gguf\."):
+    with pytest.raises(InputError, match=r"needs gguf, .* pip install 'ghostssm\[gguf\]'\."):
         ghostssm.export_gguf(checkpoint, tmp_path / "model.gguf")
 
 

@@ -119,7 +119,7 @@ def test_mamba_ssm_config_that_ties_another_head(folder_of: FolderOf, tmp_path: 
 
 
 def test_gguf_has_the_head(folder_of: FolderOf, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'ghostssm[gguf]'")
     for factor, expected in ((1.0, set()), (2.0, {"output.weight"})):
         folder = with_head(folder_of(f"times {factor}"), factor)
         written = ghostssm.export_gguf(ghostssm.load(str(folder)), tmp_path / f"{factor}.gguf")

@@ -162,7 +162,7 @@ def test_what_an_export_leaves_out_is_added_to_the_manifest(folder_of: FolderOf,
 
 
 def test_gguf_names_what_it_has_no_place_for(run: Run, small: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    pytest.importorskip("gguf", reason="needs gguf: pip install 'ghostssm[gguf]'")
     code, out, _ = run("export", small, "--output", tmp_path / "model.gguf", "--json")
     keys = set(json.loads(out)["left_out"]["config_keys"])
     assert {"initializer_range", "chunk_size"} < keys

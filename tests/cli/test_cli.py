@@ -238,7 +238,7 @@ def test_a_narrow_state_is_measured_timed_and_generated_from(run: Run, small: Pa
     assert run("generate", small, "--prompt", "abc", "--max-new-tokens", 3, "--state-dtype", "fp8")[0] == 0
     for wrong, said in (
         (["--state-dtype", "int3"], "expected one of"),
-        (["--state-rounding", "up"], "expected nearest"),
+        (["--state-rounding", "up"], "is not one of 'nearest'"),
     ):
         for verb in (["evaluate", "--text", text_file], ["generate", "--prompt", "a"], ["bench", "--state-size", 8]):
             code, _, err = run(verb[0], small, *verb[1:], *wrong)
@@ -304,7 +304,7 @@ def test_evaluate_copying(run: Run, small: Path, tmp_path: Path) -> None:
 def test_generate(run: Run, small: Path) -> None:
     first = run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
     assert first[0] == 0
-    assert first == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)
+    assert first[:2] == run("generate", small, "--prompt", "abc", "--max-new-tokens", 5)[:2]
     assert run("generate", small, "--prompt", "abc", "--temperature", 1.5, "--seed", 1)[0] == 0
 
 

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import ghostssm
+from ghostssm.cli.main import app
 from tests.cli.test_cli import prune_arguments
-from tests.conftest import Run
+from tests.conftest import Run, save_model, write_text
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
+def command_line(place: Path) -> list[object]:
+    text = place / "text.txt"
+    arguments = [*prune_arguments(place / "model", text, place / "out"), "--stream", "--method", "ghost"]
+    return [*arguments, "--evaluate", text, "--text-windows", 3]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model, a text, and the output of a run that ended well."""
+    place = tmp_path_factory.mktemp("finished")
+    save_model(place / "model", tokenizer)
+    write_text(place / "text.txt")
+    app([*map(str, command_line(place))], standalone_mode=False)
+    shutil.copytree(place, place.with_name("kept"))
+    return place
+
+
 @pytest.fixture
-def streamed(run: Run, small: Path, text_file: Path, tmp_path: Path) -> list[object]:
+def tmp_path(finished: Path) -> Iterator[Path]:
+    """The finished run's own place, for its command line names it; every test finds it as the run left it."""
+    yield finished
+    shutil.rmtree(finished)
+    shutil.copytree(finished.with_name("kept"), finished)
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> list[object]:
     """The command line of a run that ended well."""
-    arguments = [*prune_arguments(small, text_file, tmp_path / "out"), "--stream", "--method", "ghost"]
-    arguments += ["--evaluate", text_file, "--text-windows", 3]
-    code, _, err = run(*arguments)
-    assert code == 0, err
-    return arguments
+    return command_line(tmp_path)
 
 
 def test_a_finished_run_ends_well(run: Run, streamed: list[object], tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
     assert lines[-2:] == ["reference", "light"]
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -152,23 +153,101 @@ def test_help_and_completion_load_neither_pytorch_nor_transformers(tmp_path: Pat
         ("prune m --state-size many --output o", "'--state-size': expected a whole number"),
         ("prune m --seed -1 --output o", "--seed is -1; expected from 0 to"),
         ("prune m", "Missing option '--output'"),
+        ("prune m --output o", "give one of --state-size, --budget, --max-excess-loss, --state-bytes"),
+        ("prune m --state-size 64 --state-bytes 1/4 --output o", "--state-size and --state-bytes each say how much"),
+        ("prune m --state-size 0 --output o", "--state-size is 0; expected 1 or more"),
+        ("prune m --budget 1.5 --output o", "--budget is 1.5; expected a share of the state above 0, up to 1"),
+        ("prune m --state-bytes a/4 --output o", "--state-bytes is 'a/4'; expected a share of the dense float32 state"),
+        (
+            "prune m --state-bytes 1/4 --windows 3 --output o",
+            "There are 3 calibration windows; a search needs at least 4",
+        ),
+        ("prune m --state-bytes 1/4 --stream --output o", "--state-bytes tries several sizes on the whole model"),
+        ("prune m --state-size 4 --multiple 4 --output o", "--multiple works with --per-layer, --max-excess-loss or"),
+        ("prune m --state-size 4 --resume --output o", "--resume works with --stream only"),
+        ("prune ./m --state-size 4 --output o", "There is no folder './m'"),
+        ("prune reference --state-size 4 --output .", "\\. is in use and can't be replaced"),
+        ("prune reference --state-size 4 --output o --calibration m.txt", "No text at 'm.txt'; expected a .txt"),
+        ("compare m", "Say how much to keep: give --state-size or --state-bytes"),
+        ("compare m --state-size 4 --state-bytes 1/4", "--state-size has no effect with --state-bytes"),
+        ("compare m --state-size 4 --state-rounding up", "'up' is not one of 'nearest', 'stochastic'"),
+        ("bench m --state-rounding stochastic", "A float32 state is not rounded"),
+        ("evaluate m --copying --last-words w", "Give at most one of --last-words, --copying and --tasks"),
+        ("evaluate reference --against ./m", "There is no folder './m'"),
+        ("distill m --teacher m --text wikitext2 --output o --steps 0", "--steps is 0; expected 1 or more"),
+        ("distill m --teacher m --text a --evaluate a --output o", "a is to be trained on and to be measured on"),
+        ("export m --untie --output o", "--untie is for --format transformers"),
+        ("generate ./m --prompt a", "There is no folder './m'"),
+        (
+            "generate reference --prompt a --state-dtype float32 --state-rounding stochastic",
+            "float32 state is not rounded",
+        ),
+        ("report m", "No folder at m; expected a folder that 'ghostssm prune --output DIR' wrote"),
+        ("verify m", "m is no folder; expected a checkpoint that ghostssm wrote"),
+        ("inspect m --context 4", "--context counts with --memory only"),
+        ("inspect m --memory much", "The memory is 'much'; expected a size with its unit"),
         ("compare", "Missing argument 'MODEL'"),
         ("prnue m", "No such command 'prnue'"),
     ],
 )
+=======
+WRONG = {
+    "prune m --method gost --output o": "No method is called 'gost'; .* Did you mean 'ghost'\\?",
+    "prune m --method ghost+refi100 --output o": "No recovery step is called 'refi'; .* Did you mean 'refit'\\?",
+    "compare m --state-size 4 --methods ghost outptu": "No method is called 'outptu'; .* 'output'\\?",
+    "inspect m --engine vlm": "No engine is called 'vlm'; .* Did you mean 'vllm'\\?",
+    "bench m --state-dtype int7": "No state dtype is called 'int7'; expected one of: float32, ",
+    "reproduce --output o --table sizes": "No table is called 'sizes'; .* Did you mean 'size'\\?",
+    "prune m --dialect mamba-ssm --output o": "'mamba-ssm' is not one of .* Did you mean 'mamba_ssm'\\?",
+    "prune m --state-size many --output o": "'--state-size': expected a whole number",
+    "prune m --seed -1 --output o": "--seed is -1; expected from 0 to",
+    "prune m": "Missing option '--output'",
+    "compare": "Missing argument 'MODEL'",
+    "prnue m": "No such command 'prnue'",
+}
+
+FORKED = """
+import os, sys, traceback
+from ghostssm.cli import main
+for number, line in enumerate(sys.argv[1:]):
+    if os.fork():
+        os.wait()
+        continue
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+    sys.argv = ["ghostssm", *line.split()]
+    try:
+        main()
+    except SystemExit as stop:
+        print("late" if {"torch", "transformers"} & set(sys.modules) else stop.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """What each wrong command line prints, in a process of its own that has only the command imported."""
+    place = tmp_path_factory.mktemp("wrong")
+    subprocess.run([sys.executable, "-c", FORKED, *WRONG], cwd=place, check=True)
+    names = ("out", "err")
+    return {
+        line: tuple((place / f"{number}.{name}").read_text() for name in names) for number, line in enumerate(WRONG)
+    }
+
+
+@pytest.mark.parametrize("line", WRONG)
+>>>>>>> quick-tests
 def test_what_is_wrong_in_a_command_line_is_told_in_one_line_before_pytorch_is_imported(
-    tmp_path: Path, arguments: str, told: str
+    refusals: dict[str, tuple[str, str]], line: str
 ) -> None:
-    script = (
-        "import sys\nfrom ghostssm.cli import main\n"
-        f"sys.argv = ['ghostssm', *{arguments.split()!r}]\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n"
-        "    assert not {'torch', 'transformers'} & set(sys.modules)\n    print(stop.code)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "2\n", done.stderr
-    assert re.fullmatch(rf"error: .*{told}.*\n", done.stderr)
-    assert "Value error" not in done.stderr
+    out, err = refusals[line]
+    assert out == "2\n", err
+    assert re.fullmatch(rf"error: .*{WRONG[line]}.*\n", err)
+    assert "Value error" not in err
 
 
 def test_errors_are_coloured_on_a_terminal_only(

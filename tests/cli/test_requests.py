@@ -17,6 +17,7 @@ from ghostssm.cli.main import app
 from ghostssm.cli.parsing import requested
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.workflows.options import Option, options_of
+from ghostssm.workflows.request_checks import check_request
 from ghostssm.workflows.requests import (
     BenchRequest,
     CompareRequest,
@@ -188,3 +189,20 @@ def test_a_run_goes_on_for_the_same_request_only(
     assert outcome.plan.kept_state_size == 4
     again = ghostssm.prune(request_of(resume=True, calibration=str(moved)))  # is finished
     assert again.plan.selections == outcome.plan.selections
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (PruneRequest("m", budget="0.5"), "--budget is '0.5'; expected a number"),  # type: ignore[arg-type]
+        (PruneRequest("m", state_size=8, windows=2.5), "--windows is 2.5; expected a whole"),  # type: ignore[arg-type]
+        (PruneRequest("m", state_size=8, groups="some"), "--groups is 'some'; expected equal or pooled"),  # type: ignore[arg-type]
+        (BenchRequest("m", 8), r"--state-size is 8; expected several values, or one as \(8,\)"),  # type: ignore[arg-type]
+        (BenchRequest("m", batches=(1, 0)), "--batch is 0; expected 1 or more"),
+        (CompareRequest("m", state_bytes=("1/4", "5/4")), "--state-bytes is '5/4'; expected a share .* below 1"),
+        (ExportRequest("m", "o", dtype="f23"), "--dtype is 'f23'; .* Did you mean 'f32'?"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_request_that_python_makes_is_checked_as_the_command_checks_its_own(request_: Any, message: str) -> None:
+    with pytest.raises(ghostssm.InputError, match=message):
+        check_request(request_)

@@ -29,7 +29,7 @@ MAX_LENGTH = 100
 
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Any]:
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'ghostssm[lm-eval]'")
     from ghostssm.workflows import harness
 
     with pytest.MonkeyPatch.context() as patch:
@@ -273,7 +273,7 @@ def test_without_the_package(run: Run, folder_of: Callable[..., Path], monkeypat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, err = run("evaluate", folder_of(), "--tasks", "lambada_openai")
     assert code == 2
-    assert "pip install 'lm-eval[hf]'" in err
+    assert "pip install 'ghostssm[lm-eval]'" in err
 
 
 @pytest.mark.slow

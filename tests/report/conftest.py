@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ghostssm.cli.main import app
-from tests.conftest import tiny_model
+from tests.conftest import save_model, write_text
 
 _LIBRARIES = ("altair", "vl_convert")
 collect_ignore = [] if all(map(find_spec, _LIBRARIES)) else ["test_browser.py", "test_report.py"]
@@ -22,10 +22,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     for library in _LIBRARIES:
         pytest.importorskip(library, reason="figures need altair and vl-convert-python")
     place = tmp_path_factory.mktemp("report")
-    tiny_model(n_groups=2).save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    text = place / "text.txt"
-    text.write_text("".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(120)))
+    save_model(place / "model", tokenizer, n_groups=2)
+    text = write_text(place / "text.txt")
     common = ["--calibration", text, "--windows", 3, "--window-length", 64, "--text-windows", 4, "--batch", 1, 2]
     folder, compared = place / "out", place / "compared.html"
     calls = [

@@ -51,9 +51,7 @@ def test_a_missing_library_is_said_before_the_work(run: Run, pages: dict[str, Pa
     ):
         code, out, err = run(*call)
         assert (code, out) == (2, "")
-        assert " ".join(err.split()).endswith(
-            "The figures need altair and vl-convert-python: pip install 'ghostssm[report]'"
-        )
+        assert " ".join(err.split()).endswith("which is not installed: pip install 'ghostssm[report]'.")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,8 @@ from ghostssm._version import __version__
 from ghostssm.checkpoint.dialects import dialect_named
 from ghostssm.checkpoint.loading import empty_model
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.source import REFERENCE, Source
+from ghostssm.checkpoint.place import REFERENCE
+from ghostssm.checkpoint.source import Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
 from ghostssm.ops.state_format import TIERS

@@ -249,23 +249,22 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
     """The facts of a model whose files are at hand, with mixers of the sizes that its config has.
 
     Returns:
-        None where the files are not that plain. Building the model then gives the facts, or shows the fault.
+        None where weights are not at hand, as of a model on the hub, or names and sizes are not those of the config.
+        Building the model then gives the facts, or loading it shows the fault.
     """
-    if family.shares_blocks:
-        return None
     try:
         tensors = stored_tensors(source.folder)
     except ModelError:
         return None
     dialect = dialect_named(source.dialect)
     stored = {dialect.to_transformers_name(name): value for name, value in tensors.items()}
+    stored = {name: value for name, value in stored.items() if not name.startswith(_UNREAD)}
     mixers = {int(match[2]): match[1] for name in stored if (match := _MIXER.fullmatch(name))}
     names = [mixers[index] for index in sorted(mixers)]
     embeddings = [name for name in stored if _EMBEDDINGS.fullmatch(name)]
     has_all_mixers = bool(names) and sorted(mixers) == _recurrent_layers(config, family)
-    has_unread = any(name.startswith(_UNREAD) for name in stored)
     has_head = _HEAD in stored or config.tie_word_embeddings
-    if not has_all_mixers or has_unread or not has_head or len(embeddings) != 1:
+    if not has_all_mixers or not has_head or len(embeddings) != 1:
         return None
     layouts = [family.layout(config)] * len(names)
     if family.is_own_class:
@@ -273,15 +272,16 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
         layouts = [layout.with_state_size(size) for layout, size in zip(layouts, sizes, strict=True)]
     if not all(_fits(stored, name, layout) for name, layout in zip(names, layouts, strict=True)):
         return None
-    tied = config.tie_word_embeddings and _is_tied(stored, embeddings[0])
-    counted = [name for name in stored if not _NO_PARAMETERS.fullmatch(name) and not (tied and name == _HEAD)]
+    # transformers has one switch for all weights that are shared.
+    shared = {_HEAD: embeddings[0], **family.shared_parts(config)} if config.tie_word_embeddings else {}
+    own = _with_values_of_their_own(stored, shared)
     return Facts(
         state_sizes=tuple(
             config.recurrent_state_size_of(layer) if family.is_own_class else layout.state_size
             for layer, layout in zip(sorted(mixers), layouts, strict=True)
         ),
-        parameters=sum(math.prod(stored[name].shape) for name in counted),
-        tied_head=tied,
+        parameters=sum(math.prod(stored[name].shape) for name in own if not _NO_PARAMETERS.fullmatch(name)),
+        tied_head=config.tie_word_embeddings and _HEAD not in own,
         channel_biases=sum(f"{names[0]}{part}.bias" in stored for part in ("in_proj", "conv1d")),
     )
 
@@ -304,7 +304,21 @@ def _fits(stored: Mapping[str, StoredTensor], mixer: str, layout: SSDLayout) -> 
     return shapes == expected
 
 
-def _is_tied(stored: Mapping[str, StoredTensor], embeddings: str) -> bool:
-    """Whether a head that the config ties is stored with the values of the embeddings, or not at all."""
-    head = stored.get(_HEAD)
-    return head is None or torch.equal(head.read(), stored[embeddings].read())
+def _with_values_of_their_own(stored: Mapping[str, StoredTensor], shared: Mapping[str, str]) -> list[str]:
+    """Names of stored tensors, without those that repeat the weight that they share; only repeated ones are read.
+
+    Args:
+        shared: from what a name has in it to what the name of the shared weight has in its place.
+    """
+
+    def weight_of(name: str) -> str:
+        part = next((part for part in shared if part in name), name)
+        return name.replace(part, shared.get(part, part))
+
+    first: dict[str, StoredTensor] = {}
+    own = []
+    for name in sorted(stored, key=lambda name: weight_of(name) != name):
+        other = first.setdefault(weight_of(name), stored[name])
+        if other is stored[name] or not torch.equal(other.read(), stored[name].read()):
+            own.append(name)
+    return own

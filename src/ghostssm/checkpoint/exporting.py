@@ -22,11 +22,11 @@ from ghostssm.checkpoint.side_files import SideFiles, carry_over, copy_file
 from ghostssm.checkpoint.source import find_source
 from ghostssm.checkpoint.streamed import open_blocks
 from ghostssm.errors import InputError, PlanError
-from ghostssm.files.outputs import OutputFolder, storing
+from ghostssm.files.outputs import PLAN_FILE, OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
 from ghostssm.plan.distillation import Distillation, state_dtype_of
-from ghostssm.plan.file import PLAN_FILE, TENSORS_FILE
+from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.units import dtype_name, text_name

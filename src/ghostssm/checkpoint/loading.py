@@ -168,6 +168,11 @@ def given_checkpoint(
     return Checkpoint(checkpoint.model, tokenizer, checkpoint.source) if own else checkpoint
 
 
+def _is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor Inf. Its sum tells in a tenth of the time, unless it overflows."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[str, StoredTensor]) -> None:
     """Raise NumericalError for the first tensor of a loaded model with NaN or Inf in it.
 
@@ -175,9 +180,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[
         stored: the tensors of its files, which tell a broken file from a dtype that is too narrow.
     """
     for name, value in tensors.items():
-        if torch.isfinite(value).all():
+        if _is_finite(value):
             continue
-        if all(torch.isfinite(tensor.read()).all() for tensor in stored.values()):
+        if all(_is_finite(tensor.read()) for tensor in stored.values()):
             raise NumericalError(
                 f"{name} in {source.folder} has numbers beyond {torch.finfo(value.dtype).max:g}, the largest of "
                 f"{dtype_name(value.dtype)}, in which the model is loaded. {_WIDEN}"
@@ -190,7 +195,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Source, stored: Mapping[
 def check_writable(tensors: Mapping[str, Tensor]) -> None:
     """Raise NumericalError for the first tensor that is to be written with NaN or Inf in it."""
     for name, value in tensors.items():
-        if not torch.isfinite(value).all():
+        if not _is_finite(value):
             raise NumericalError(
                 f"{name} would be written with NaN or Inf in {dtype_name(value.dtype)}, which was not done. {_WIDEN}"
             )

@@ -5,6 +5,7 @@ The hashes tell of accidents, not of attackers, who can write a manifest as well
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from ghostssm.checkpoint.left_out import LeftOut
+from ghostssm.checkpoint.place import is_hub_id
 from ghostssm.checkpoint.probe import Overflow, Probe
-from ghostssm.checkpoint.source import is_hub_id
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
 from ghostssm.plan.distillation import Distillation, distillations_from_json, state_dtype_of
@@ -26,7 +27,6 @@ from ghostssm.units import text_name
 from ghostssm.values import Value
 
 MANIFEST_FILE = "ghostssm.json"
-PAGE_FILE = "report.html"
 """A report in a checkpoint's folder; it may be written after the manifest, which does not list it."""
 RECORD_FILE = "report.json"
 """What the report shows besides the plan and the manifest."""
@@ -261,9 +261,12 @@ def file_hash(path: Path) -> str:
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that a result may depend on; None where one is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = None
-    return installed
+    return installed | {package: _version_of(package) for package in _PACKAGES}
+
+
+@functools.cache
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ghostssm.checkpoint.dialects import dialect_of
+from ghostssm.checkpoint.place import REFERENCE, folder_of, is_hub_id
 from ghostssm.checkpoint.weights import FORMATS, check_not_mistral, shard_places
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
@@ -23,11 +23,9 @@ from ghostssm.network import hub_answers
 from ghostssm.progress import stage
 from ghostssm.values import Value
 
-REFERENCE = "reference"
 _NOWHERE = Path(os.devnull)
 _HUB_CACHE_ENTRY = "models--"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _WEIGHTS = frozenset({".safetensors", ".bin"})
 _READ_BY_LOADERS = _WEIGHTS | {".json", ".txt", ".model", ".jinja"}
@@ -111,30 +109,14 @@ def find_source(spec: str, weights: bool = True) -> Source:
     Raises:
         ModelError: nothing there, the hub is out of reach, or config.json is missing or broken.
     """
-    hub_id = None
-    if spec == REFERENCE:
-        # Some installers link every file of a package to a store of their own.
-        folder = (Path(str(resources.files("ghostssm") / "reference")) / "config.json").resolve().parent
-    elif Path(spec).is_dir():
-        folder = Path(spec)
-    elif Path(spec).exists():
-        raise ModelError(f"{spec} is a file; expected the folder that holds config.json and the weights.")
-    elif spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise ModelError(f"There is no folder {spec!r}; expected one with config.json and the weights in it.")
-    elif is_hub_id(spec):
+    folder, hub_id = folder_of(spec), None
+    if folder is None:
         hub_id = spec
         with stage(f"fetching {spec} from the hub"):
             folder = _download(spec, weights)
-    else:
-        raise ModelError(f"No model at {spec!r}; expected a local folder, a hub id such as org/name, or '{REFERENCE}'.")
     check_links(folder)
     config = _read_config(folder)
     return Source(spec, folder, config, dialect_of(config, folder), hub_id, _stamps(folder))
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a model's on the hub: org/name."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -23,8 +23,10 @@ from transformers import (
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ghostssm.checkpoint.dialects import dialect_named
-from ghostssm.checkpoint.source import REFERENCE, Source, check_links, find_source
+from ghostssm.checkpoint.place import REFERENCE
+from ghostssm.checkpoint.source import Source, check_links, find_source
 from ghostssm.errors import ModelError
+from ghostssm.extras import needs_installed
 from ghostssm.files.reading import confined, is_plain_name, read_json_object
 from ghostssm.models.transformers_private import quiet_transformers
 from ghostssm.network import hub_answers
@@ -170,8 +172,8 @@ def _reader(folder: Path) -> Any:
         ]
         if missing:
             raise ModelError(
-                f"{folder} has its tokenizer as tokenizer.model only, and {' and '.join(missing)} to read it is not "
-                f"installed: pip install {' '.join(missing)}. Or bring its tokenizer.json."
+                f"{folder} has its tokenizer as tokenizer.model only, which {needs_installed(*missing)} Or bring its "
+                "tokenizer.json."
             )
         return AutoTokenizer if _class_of(folder) else LlamaTokenizer
     if _class_of(folder):

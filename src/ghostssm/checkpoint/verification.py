@@ -10,15 +10,16 @@ from reprlib import repr as short
 import torch
 
 from ghostssm.checkpoint.loading import Checkpoint, checked_tensors, load, model_config
-from ghostssm.checkpoint.manifest import MANIFEST_FILE, PAGE_FILE, RECORD_FILE, Manifest, file_hash
+from ghostssm.checkpoint.manifest import MANIFEST_FILE, RECORD_FILE, Manifest, file_hash
+from ghostssm.checkpoint.place import written_folder
 from ghostssm.checkpoint.probe import Probe, probe_in
 from ghostssm.checkpoint.source import find_source
 from ghostssm.errors import GhostError, ModelError, NumericalError
+from ghostssm.files.outputs import PAGE_FILE, PLAN_FILE
 from ghostssm.files.reading import is_plain_name
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer
 from ghostssm.plan.decision import Selection
-from ghostssm.plan.file import PLAN_FILE
 from ghostssm.plan.plan import Plan
 from ghostssm.units import listed
 from ghostssm.values import Value
@@ -81,9 +82,7 @@ def verify(folder: str | Path) -> Verification:
     Raises:
         ModelError: there is no such folder, or no manifest in it.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ModelError(f"{folder} is no folder; expected a checkpoint that ghostssm wrote.")
+    path = written_folder(folder)
     if not (path / MANIFEST_FILE).exists():
         Manifest.read(path)
     notes: list[str] = []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ghostssm.checkpoint.place import REFERENCE
 from ghostssm.errors import unknown_name
 
 METHODS = (
@@ -24,7 +25,6 @@ ENGINES = (
 STATE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")
 TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
-REFERENCE = "reference"
 STEPS = ("distill", "refit", "repair")
 _PER_LAYER = "per-layer"
 _REPAIRS = ("+repair", "+refit100+repair", "+per-layer")

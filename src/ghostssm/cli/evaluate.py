@@ -12,7 +12,7 @@ from ghostssm.cli.console import print_facts, print_json, print_table
 from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.progress import silent
 from ghostssm.report.screen import note, progress_reporter
-from ghostssm.units import plus_minus
+from ghostssm.units import counted, plus_minus
 from ghostssm.workflows.requests import EvaluateRequest
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _print(outcome: EvaluateOutcome) -> None:
             ]
         case LastWords(text, recall):
             facts = [
-                ("text", f"{text}, {outcome.passages} passages"),
+                ("text", f"{text}, {counted(outcome.passages, 'passage')}"),
                 ("loss of the last word", f"{recall.loss:.4f} nats"),
                 ("accuracy", f"{recall.accuracy:.2%}"),
             ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
-from ghostssm.choices import DEFAULT_SEED
+from ghostssm.checkpoint.place import folder_of
+from ghostssm.choices import DEFAULT_SEED, Rounding
 from ghostssm.cli.parsing import verb
+from ghostssm.errors import InputError
 from ghostssm.workflows.options import Option
+from ghostssm.workflows.request_checks import check_rounding
 from ghostssm.workflows.requests import DEVICE, MODEL, ROUNDING, SEED, STATE_DTYPE, TOKENIZER
 
 
@@ -18,10 +22,10 @@ def generate(
     temperature: Annotated[float, Option("NUMBER", least=0)] = 0.0,
     seed: Annotated[int, SEED] = DEFAULT_SEED,
     state_dtype: Annotated[str | None, STATE_DTYPE] = None,
-    state_rounding: Annotated[str, ROUNDING] = "nearest",
+    state_rounding: Annotated[Rounding, ROUNDING] = "nearest",
     tokenizer: Annotated[str | None, TOKENIZER] = None,
     device: Annotated[str, DEVICE] = "cpu",
-) -> None:
+) -> Callable[[], None]:
     """Write text that goes on from a prompt, token by token.
 
     ghostssm generate reference --prompt "def main(" --max-new-tokens 64
@@ -39,36 +43,40 @@ def generate(
         tokenizer: folder or hub id of the tokenizer, if the model has none.
         device: where to compute: cpu, cuda, cuda:1 ...
     """
-    import torch
-    from transformers import LogitsProcessorList, TextStreamer
-
-    import ghostssm
-    from ghostssm.checkpoint.description import chosen_state_dtype
-    from ghostssm.checkpoint.generation import FiniteLogits
-    from ghostssm.errors import InputError
-    from ghostssm.ops.state_format import StateStorage
-
+    folder_of(model)
+    if state_dtype is not None:  # else the checkpoint may say one
+        check_rounding(state_rounding, (state_dtype,))
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("The prompt is not UTF-8; expected text.") from None
-    StateStorage.of(state_dtype or "bfloat16", state_rounding)  # raises before anything is loaded
-    checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
-    vocabulary = checkpoint.require_tokenizer()
-    # As the tokenizer does by default, with a beginning of text where it adds one.
-    encoded = vocabulary(prompt, return_tensors="pt").to(device)
-    if encoded["input_ids"].shape[1] == 0:
-        raise InputError("The prompt is empty; expected some text.")
-    torch.manual_seed(seed)
-    state_dtype = state_dtype or chosen_state_dtype(checkpoint.source)
-    ghostssm.accelerate(checkpoint.model, state_dtype=state_dtype, state_rounding=state_rounding, seed=seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    checkpoint.model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(vocabulary, skip_special_tokens=True),
-        logits_processor=LogitsProcessorList([FiniteLogits(checkpoint)]),
-        pad_token_id=vocabulary.pad_token_id or vocabulary.eos_token_id or 0,
-        **sampling,
-    )
+
+    def work() -> None:
+        import torch
+        from transformers import LogitsProcessorList, TextStreamer
+
+        import ghostssm
+        from ghostssm.checkpoint.description import chosen_state_dtype
+        from ghostssm.checkpoint.generation import FiniteLogits
+
+        checkpoint = ghostssm.load(model, device=device, tokenizer=tokenizer)
+        vocabulary = checkpoint.require_tokenizer()
+        # As the tokenizer does by default, with a beginning of text where it adds one.
+        encoded = vocabulary(prompt, return_tensors="pt").to(device)
+        if encoded["input_ids"].shape[1] == 0:
+            raise InputError("The prompt is empty; expected some text.")
+        torch.manual_seed(seed)
+        kept = state_dtype or chosen_state_dtype(checkpoint.source)
+        ghostssm.accelerate(checkpoint.model, state_dtype=kept, state_rounding=state_rounding, seed=seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        checkpoint.model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(vocabulary, skip_special_tokens=True),
+            logits_processor=LogitsProcessorList([FiniteLogits(checkpoint)]),
+            pad_token_id=vocabulary.pad_token_id or vocabulary.eos_token_id or 0,
+            **sampling,
+        )
+
+    return work

@@ -7,6 +7,7 @@ import inspect as inspect_module
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from ghostssm._version import __version__
 from ghostssm.cli import bench, compare, distill, evaluate, export, generate, inspect, prune, report, reproduce, verify
 from ghostssm.cli.console import print_error, warnings_told
 from ghostssm.cli.memory import is_out_of_memory, out_of_memory_message
-from ghostssm.cli.parsing import SpacedListCommand, plain_in_help, usage_message
+from ghostssm.cli.parsing import Prepared, SpacedListCommand, plain_in_help, usage_message
 from ghostssm.errors import GhostError, InputError
 from ghostssm.files.interrupts import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_again, terminable
 from ghostssm.models.registration import check_transformers
@@ -24,6 +25,12 @@ from ghostssm.progress import stage
 from ghostssm.report.screen import watched
 
 _EXIT_FAILED, _EXIT_BAD_INPUT = 1, 2
+_WITHOUT_USE_CASE = {
+    "generate": "ghostssm.models.forward",
+    "report": "ghostssm.workflows.report_measuring",
+    "verify": "ghostssm.checkpoint.verification",
+}
+"""By verb what it imports that takes long; other verbs import the use case of their name."""
 
 _GUIDE = """Make trained Mamba-2 models decode with a much smaller recurrent state.
 
@@ -102,21 +109,21 @@ def _options(
     """What can be asked of the command itself."""
 
 
-def _with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
+def _with_exit_codes(verb: Prepared) -> Callable[..., None]:
     """A verb that ends in one message and an exit code, if it is interrupted or memory or disk fail."""
 
     @functools.wraps(verb)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             check_transformers()
+            work = verb(*args, **kwargs)
             with watched():
                 with stage("starting: PyTorch and transformers are loaded"):
-                    if verb is not inspect.inspect:  # which can do without model classes
-                        import transformers.modeling_utils  # noqa: F401
+                    import_module(_WITHOUT_USE_CASE.get(verb.__name__, f"ghostssm.workflows.{verb.__name__}"))
 
                 raise_again()
                 with terminable(), warnings_told():
-                    verb(*args, **kwargs)
+                    work()
         except KeyboardInterrupt as stop:
             print_error(_ending("interrupted", str(stop)))
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -139,7 +146,7 @@ def _ending(what: str, next_step: str) -> str:
     return f"{what}. {next_step}" if next_step else f"{what}; nothing half-written is left."
 
 
-def _help(verb: Callable[..., None]) -> str:
+def _help(verb: Prepared) -> str:
     """A verb's docstring up to its arguments, with its last paragraph as examples, line by line."""
     *paragraphs, examples = inspect_module.cleandoc(verb.__doc__ or "").partition("\n\nArgs:")[0].split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -147,7 +154,7 @@ def _help(verb: Callable[..., None]) -> str:
     return f"{text}\n\n\bExamples:\n{lines}"
 
 
-_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+_VERBS: dict[str, tuple[Prepared, ...]] = {
     "Look, prune, try": (inspect.inspect, prune.prune, distill.distill, report.report, generate.generate),
     "Measure": (evaluate.evaluate, compare.compare, bench.bench),
     "Run it elsewhere": (export.export, verify.verify),

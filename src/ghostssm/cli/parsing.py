@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -19,42 +19,55 @@ from typer.core import TyperCommand
 from ghostssm.cli.completion import KINDS, Kind
 from ghostssm.errors import InputError, did_you_mean
 from ghostssm.workflows.options import Described, Option, Panel, called_with, options_of
+from ghostssm.workflows.request_checks import check_places, check_request
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Asked = TypeVar("Asked", bound="DataclassInstance")
 Verb = Callable[..., None]
+Prepared = Callable[..., Callable[[], None]]
+"""A verb that takes what was parsed, refuses it or gives the work: what is refused needs no PyTorch for that."""
 AsJson = Annotated[bool, Option(panel="Other options", flag="--json", text="print the result as JSON.")]
 _PANELS = get_args(Panel)
 _LAST_OPTION = "ghostssm.last_option"
 
 
-def verb(function: Verb) -> Verb:
-    """Make a verb whose arguments are all its own."""
+def verb(function: Prepared) -> Prepared:
+    """Make a verb whose arguments are all its own. It checks them, and gives the work."""
 
     @wraps(function)
-    def called(**given: Any) -> None:
-        called_with(function, given)
+    def prepared(**given: Any) -> Callable[[], None]:
+        return called_with(function, given)
 
-    return _with_options(called, options_of(function))
+    return _with_options(prepared, options_of(function))
 
 
-def asks_for(kind: type[DataclassInstance]) -> Callable[[Verb], Verb]:
-    """Make a verb that takes the fields of a request beside its own arguments, and is called with the request.
+def asks_for(kind: type[Asked], amended: Callable[..., Asked] | None = None) -> Callable[[Verb], Prepared]:
+    """Make a verb that takes the fields of a request beside its own arguments, and is called with the checked request.
 
     The verb's first parameter is the request; in the help, its own options come before those of the request.
+
+    Args:
+        amended: gives the request as further options change it, which are its parameters after the request. The verb
+            gets those that it has a parameter for.
     """
 
-    def decorate(function: Verb) -> Verb:
-        own = options_of(function)
+    def decorate(function: Verb) -> Prepared:
+        own, changing = options_of(function), () if amended is None else options_of(amended)
+        taken = inspect.signature(function).parameters
 
         @wraps(function)
-        def called(**given: Any) -> None:
-            mine = {each.name: given.pop(each.name) for each in own}
-            function(requested(kind, given), **mine)
+        def prepared(**given: Any) -> Callable[[], None]:
+            mine = {each.name: given.pop(each.name) for each in (*own, *changing)}
+            request = requested(kind, given)
+            if amended is not None:
+                request = amended(request, **{each.name: mine[each.name] for each in changing})
+            check_request(request)
+            check_places(request)
+            return partial(function, request, **{name: mine[name] for name in mine if name in taken})
 
-        return _with_options(called, (*own, *options_of(kind)))
+        return _with_options(prepared, (*own, *changing, *options_of(kind)))
 
     return decorate
 
@@ -66,7 +79,7 @@ def requested(kind: type[Asked], given: Mapping[str, Any]) -> Asked:
     return called_with(kind, {**given, **absent})
 
 
-def _with_options(function: Verb, options: tuple[Described, ...]) -> Verb:
+def _with_options(function: Prepared, options: tuple[Described, ...]) -> Prepared:
     """Give a verb the signature from which typer makes its parser."""
     ordered = sorted(options, key=lambda each: _PANELS.index(each.option.panel))
     parameters = [_parameter(each) for each in ordered]
@@ -107,15 +120,13 @@ def _parsed_type(hint: Any) -> tuple[Any, bool]:
 
 def _check_of(described: Described) -> Callable[[Any], Any]:
     """The callback that raises InputError for a number out of bounds and for an unknown name."""
-    flag, least, most = described.flag, described.option.least, described.option.most
-    expected = f"{least} or more" if most is None else f"from {least} to {most}"
+    flag = described.flag
     known = KINDS.get(described.option.value, Kind())
 
     def check(value: Any) -> Any:
+        described.check(value)
         several = isinstance(value, list)
         for one in value if several else [] if value is None else [value]:
-            if least is not None and not (least <= one and (most is None or one <= most)):
-                raise InputError(f"{flag} is {one}; expected {expected}.")
             if several and isinstance(one, str) and "," in one and not known.commas:
                 names = " ".join(filter(None, map(str.strip, one.split(","))))
                 raise InputError(f"{flag} is {one!r}; expected names separated by spaces: {flag} {names}.")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from ghostssm.cli.console import print_facts, print_json, print_table, print_text
 from ghostssm.cli.parsing import AsJson, asks_for
-from ghostssm.cli.report import check_drawable
+from ghostssm.extras import check_drawable
+from ghostssm.files.outputs import PAGE_FILE
 from ghostssm.report.screen import carried_out, note
 from ghostssm.units import bytes_text, one_or_all
 from ghostssm.workflows.options import Option
@@ -17,19 +18,36 @@ from ghostssm.workflows.requests import PruneRequest
 
 if TYPE_CHECKING:
     from ghostssm import Description
-    from ghostssm.pruning.recipe import Recipe
     from ghostssm.workflows.prune_checks import PruneOutcome
 
 
-@asks_for(PruneRequest)
-def prune(
+def _amended(
     request: PruneRequest,
     repair: Annotated[bool | None, Option(panel="How", flag="--repair/--no-repair")] = None,
     refit: Annotated[int | None, Option("STEPS", "How", least=0)] = None,
-    distill: Annotated[int | None, Option("STEPS", "How")] = None,
+    distill: Annotated[int | None, Option("STEPS", "How", least=1)] = None,
     per_layer: Annotated[bool, Option(panel="How")] = False,
-    as_json: AsJson = False,
-) -> None:
+) -> PruneRequest:
+    """The request with its recipe changed by the options beside ``--method``; refused if its page can't be drawn.
+
+    Args:
+        repair: add the step 'repair' to the recipe, or take it out. It fits the output projection to the smaller state.
+        refit: add the step 'refit' to the recipe, with so many training steps per layer; 0 takes it out.
+        distill: steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.
+        per_layer: let every layer have a state size of its own: larger where a cut costs more.
+    """
+    if request.report:
+        check_drawable()
+    method, *steps = request.recipe.split("+")
+    changed = {"refit": refit, "repair": repair, "distill": distill, "per-layer": per_layer or None}
+    kept = [step for step in steps if changed.get(step.rstrip("0123456789")) is None]
+    first = [f"refit{refit}"] if refit else []
+    last = ["repair"] * bool(repair) + ([f"distill{distill}"] if distill else []) + ["per-layer"] * per_layer
+    return dataclasses.replace(request, recipe="+".join([method, *first, *kept, *last]))
+
+
+@asks_for(PruneRequest, amended=_amended)
+def prune(request: PruneRequest, as_json: AsJson = False) -> None:
     """Shrink the state of a model, from size N to N', and write a checkpoint that loads like the original.
 
     It needs one of --state-size, --budget, --max-excess-loss and --state-bytes. After the first layer it tells how
@@ -38,39 +56,15 @@ def prune(
 
     ghostssm prune state-spaces/mamba2-130m --state-size 64 --output smaller
     ghostssm prune MODEL --state-bytes 1/4 --engine vllm --output smaller
-
-    Args:
-        repair: add the step 'repair' to the recipe, or take it out. It fits the output projection to the smaller state.
-        refit: add the step 'refit' to the recipe, with so many training steps per layer; 0 takes it out.
-        distill: steps in which the whole pruned model then learns from the unpruned one, on the calibration windows.
-        per_layer: let every layer have a state size of its own: larger where a cut costs more.
     """
     import ghostssm
-    from ghostssm.checkpoint.manifest import PAGE_FILE
     from ghostssm.workflows.prune import prune as use_case
 
     begun = time.perf_counter()
-    if request.report:
-        check_drawable()
-    recipe = str(_recipe(request.recipe, repair, refit, distill, per_layer))
-    request = dataclasses.replace(request, recipe=recipe)
     outcome = carried_out(use_case, request)
     assert outcome.written is not None
     page = ghostssm.write_report(outcome.written, outcome.written / PAGE_FILE) if request.report else None
     _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
-
-
-def _recipe(method: str, repair: bool | None, refit: int | None, distill: int | None, per_layer: bool) -> Recipe:
-    """The recipe of ``--method``, changed by the options beside it."""
-    from ghostssm.pruning.recipe import Recipe
-    from ghostssm.recovery import Step
-
-    base, options = Recipe.parse(method), {"refit": refit, "repair": repair, "distill": distill}
-    kept = [step for step in base.steps if options.get(step.name) is None]
-    first = [Step("refit", refit)] if refit else []
-    last = [Step("repair")] if repair else []
-    last += [] if distill is None else [Step("distill", distill)]
-    return Recipe(base.method, (*first, *kept, *last), base.per_layer or per_layer)
 
 
 def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from ghostssm.cli.console import print_facts, print_json
 from ghostssm.cli.parsing import AsJson, verb
 from ghostssm.errors import InputError
+from ghostssm.extras import check_drawable
+from ghostssm.files.outputs import PAGE_FILE, PLAN_FILE, OutputFile
 from ghostssm.report.screen import note
 from ghostssm.units import bytes_text
 from ghostssm.workflows.options import Option
@@ -22,7 +25,7 @@ def report(
     state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     overwrite: Annotated[bool, Option()] = False,
     as_json: AsJson = False,
-) -> None:
+) -> Callable[[], None]:
     """Show a pruned checkpoint in one HTML file: what was removed, what it cost, what it bought.
 
     ghostssm report mamba2-130m-n64
@@ -35,16 +38,16 @@ def report(
             If not given, that which the checkpoint was pruned for, else float32.
         overwrite: replace the page if there is one.
     """
-    from ghostssm.checkpoint.manifest import PAGE_FILE
-    from ghostssm.files.outputs import OutputFile
-    from ghostssm.plan.file import PLAN_FILE
-
     where = Path(folder)
     if not (where / PLAN_FILE).is_file():
         fault = f"No {PLAN_FILE} in {folder}" if where.is_dir() else f"No folder at {folder}"
         raise InputError(f"{fault}; expected a folder that 'ghostssm prune --output DIR' wrote.")
     file = OutputFile(where / PAGE_FILE if output is None else output, overwrite)
     check_drawable()
+    return partial(_report, where, file, state_dtype, as_json)
+
+
+def _report(where: Path, file: OutputFile, state_dtype: str | None, as_json: bool) -> None:
     from ghostssm.report.building import checkpoint_report
     from ghostssm.report.page import write_page
 
@@ -65,19 +68,3 @@ def report(
     print_facts([("written", f"{file.path} ({bytes_text(size)})"), ("figures", titles)])
     for what, command in missing:
         note(f"not shown: {what}; it comes with: {command}")
-
-
-def check_page(page: str | None, overwrite: bool) -> None:
-    """Raise InputError at once, rather than after the work, if ``--report FILE`` can't be drawn or written."""
-    from ghostssm.files.outputs import OutputFile
-
-    if page is not None:
-        check_drawable()
-        OutputFile(page, overwrite)  # raises
-    elif overwrite:
-        raise InputError("--overwrite works with --report only; add that, or leave out --overwrite.")
-
-
-def check_drawable() -> None:
-    """Raise InputError at once, rather than after the work, if figures can't be drawn."""
-    import_module("ghostssm.report.figures")

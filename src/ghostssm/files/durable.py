@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ghostssm.files.interrupts import uninterrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Unfinished:
@@ -125,6 +125,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file of tensors on any device."""
+    import safetensors.torch  # which imports PyTorch; outputs are checked before that
+
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_durably(path, lambda place: safetensors.torch.save_file(plain, place, metadata={"format": "pt"}))
 

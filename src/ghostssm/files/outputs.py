@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from ghostssm.errors import OutputError, StorageError
 from ghostssm.files.durable import Unfinished
 
+PLAN_FILE, PAGE_FILE = "plan.json", "report.html"
+"""In the folder of a pruned checkpoint."""
 _CONFIG_FILE = "config.json"
 
 

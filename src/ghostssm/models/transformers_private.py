@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 def quiet_transformers() -> Iterator[None]:
     """Within the context transformers shows errors only; afterwards its settings are as before."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    loud = verbosity != logging.ERROR  # to set it empties the caches of all loggers
+    if loud:
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        if loud:
+            logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 

@@ -17,12 +17,12 @@ import safetensors.torch
 from torch import Tensor
 
 from ghostssm.errors import PlanError
+from ghostssm.files.outputs import PLAN_FILE
 from ghostssm.files.reading import read_json_object
 from ghostssm.files.tensors import FLOAT_DTYPES, Entry, read_header, read_tensor
 
 FORMAT = "ghostssm-plan"
 VERSION = 2
-PLAN_FILE = "plan.json"
 TENSORS_FILE = "plan.tensors"
 """In the safetensors format, but not by its suffix: vLLM and SGLang take every *.safetensors for a model's weights."""
 _LISTED_FAULTS = 20

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostssm.errors import PlanError
+from ghostssm.files.outputs import PLAN_FILE
 from ghostssm.models.layout import SSDLayout
 from ghostssm.models.mixer import Projection
 from ghostssm.ops.state_format import StateFormat, Tiers
@@ -213,7 +214,7 @@ class Plan(Value):
         Raises:
             PlanError: the file is missing or not a plan; lists everything that is wrong with it.
         """
-        place = Path(path) / file.PLAN_FILE if Path(path).is_dir() else Path(path).resolve()
+        place = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path).resolve()
         document = file.read_document(place)
         tensors = file.read_tensors(place.with_name(file.TENSORS_FILE), document)
 

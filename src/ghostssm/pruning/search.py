@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostssm.choices import DEFAULT_SEED, Groups
+from ghostssm.choices import DEFAULT_SEED, HELD_OUT_ONE_IN, Groups, check_searchable
 from ghostssm.errors import InputError, NumericalError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32
 from ghostssm.models.families import layout_of, mixers_of
@@ -20,13 +21,13 @@ from ghostssm.plan.choice import Candidate, Choice
 from ghostssm.plan.measurement import Difference, Searched
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import pruned
-from ghostssm.progress import Progress, listening, on_screen
+from ghostssm.progress import Progress, listening, named, on_screen, silent
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
 from ghostssm.pruning.tiers import in_tiers, widest_tiered
 from ghostssm.text.windows import Windows
 
-_HELD_OUT_ONE_IN = 4
+_UNPRUNED = "unpruned model"
 
 
 def smallest_plan(
@@ -78,22 +79,26 @@ def smallest_plan(
     if state_sizes is None:
         sizes = [*sizes, limit]  # a narrower dtype alone may do
     forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
+    narrowest_first = sorted(forms, key=lambda form: form.state_bytes(1, limit))
     least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
     calibration = Calibration(model, windows)
-    dense = evaluate_in_float32(model, held_out)
     plans: dict[tuple[int, str | None], Plan] = {}
     best: Plan | None = None
     with listening(progress) as tell:
-        for form in sorted(forms, key=lambda each: each.state_bytes(1, limit)):
-            trials = [size for size in sizes if form.state_bytes(1, size) < least]
+        dense = evaluate_in_float32(model, held_out, named(tell, _UNPRUNED))
+        for place, form in enumerate(narrowest_first):
+            trials = _smaller(form, sizes, least)
             low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
             while high - low > 1:
                 size = trials[middle := (low + high) // 2]
+                most = [high - low - 1, *(len(_smaller(other, sizes, least)) for other in narrowest_first[place + 1 :])]
+                left = sum(map(int.bit_length, most))  # a bisection's steps
+                of_this = _candidate(tell, recipe, size, [form.name], left, "at most ")
                 key = size, recipe.trained_in(form.name)
                 if key not in plans:
-                    plans[key] = calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=key[1])
+                    plans[key] = calibration.plan(recipe, size, groups, seed, of_this, multiple, state_dtype=key[1])
                 with pruned(model, plans[key]) as smaller:
-                    excess = excess_loss(smaller, held_out, dense, form.name)
+                    excess = excess_loss(smaller, held_out, dense, form.name, of_this)
                 if excess.mean <= max_excess_loss:
                     high, least = middle, form.state_bytes(1, size)
                     searched = Searched(max_excess_loss, len(held_out), form.name, excess)
@@ -107,6 +112,18 @@ def smallest_plan(
             f"{' or '.join(form.name for form in forms)}; allow more, or try another method."
         )
     return best
+
+
+def _candidate(
+    progress: Progress, recipe: Recipe, size: int, dtypes: Sequence[str], left: int, bound: str = ""
+) -> Progress:
+    """Who is told of one candidate, by its name and how many of those that are left come after it."""
+    return named(progress, f"{recipe}, N' = {size} in {' and '.join(dtypes)}, {bound}{left - 1} more")
+
+
+def _smaller(form: StateFormat, sizes: Iterable[int], row_bytes: int) -> list[int]:
+    """The sizes of which a row takes less than so many bytes."""
+    return [size for size in sizes if form.state_bytes(1, size) < row_bytes]
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ class Fitting:
     dense: Evaluation
 
     @classmethod
-    def of(cls, model: PreTrainedModel, windows: Windows) -> Fitting:
+    def of(cls, model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> Fitting:
         """Split the windows, and measure the unpruned model.
 
         Raises:
@@ -132,7 +149,8 @@ class Fitting:
             NumericalError: the dense model's loss is not finite.
         """
         windows, held_out = split(windows)
-        return cls(Calibration(model, windows), held_out, evaluate_in_float32(model, held_out))
+        dense = evaluate_in_float32(model, held_out, named(progress, _UNPRUNED))
+        return cls(Calibration(model, windows), held_out, dense)
 
     def plan(
         self,
@@ -178,28 +196,32 @@ class Fitting:
             sizes |= set() if tiered is None else {tiered}
         candidates: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
+            count = len(fitting) + (tiered is not None)
             for size in sorted(sizes, reverse=True):
-                fit = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
-                for trained_in in dict.fromkeys(map(recipe.trained_in, fit)):
-                    alike = [dtype for dtype in fit if recipe.trained_in(dtype) == trained_in]
-                    plan = self.calibration.plan(recipe, size, groups, seed, tell, multiple, state_dtype=trained_in)
-                    candidates += self._measured(plan, [dtype for dtype in alike if dtype != TIERS.name])
+                told = partial(_candidate, tell, recipe, size)
+                shared = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
+                for trained_in in dict.fromkeys(map(recipe.trained_in, shared)):
+                    alike = [dtype for dtype in shared if recipe.trained_in(dtype) == trained_in]
+                    stock = [dtype for dtype in alike if dtype != TIERS.name]
+                    of_all = told(stock or alike, count - len(candidates))
+                    plan = self.calibration.plan(recipe, size, groups, seed, of_all, multiple, state_dtype=trained_in)
+                    for dtype in stock:
+                        candidates.append(self._measured(plan, dtype, told([dtype], count - len(candidates))))
                     if TIERS.name in alike and plan.is_projected:
-                        plan = in_tiers(model, plan, self.calibration.windows, state_bytes, tell)
-                        candidates += self._measured(plan, [TIERS.name])
+                        of_tiers = told([TIERS.name], count - len(candidates))
+                        plan = in_tiers(model, plan, self.calibration.windows, state_bytes, of_tiers)
+                        candidates.append(self._measured(plan, TIERS.name, of_tiers))
         candidates.sort(key=lambda each: each[0].excess.mean)
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in candidates))
         return candidates[0][1].with_provenance(choice=choice)
 
-    def _measured(self, plan: Plan, dtypes: Sequence[str]) -> list[tuple[Candidate, Plan]]:
-        """What a plan loses with its state in some dtypes."""
-        model, size, measured = self.calibration.model, plan.mean_state_size, []
+    def _measured(self, plan: Plan, dtype: str, progress: Progress) -> tuple[Candidate, Plan]:
+        """What a plan loses with its state in a dtype."""
+        model = self.calibration.model
+        taken = plan.state_bytes(layout_of(model.config), dtype)
         with pruned(model, plan) as smaller:
-            for dtype in dtypes:
-                taken = plan.state_bytes(layout_of(model.config), dtype)
-                excess = excess_loss(smaller, self.held_out, self.dense, dtype)
-                measured.append((Candidate(size, dtype, taken, excess), plan))
-        return measured
+            excess = excess_loss(smaller, self.held_out, self.dense, dtype, progress)
+        return Candidate(plan.mean_state_size, dtype, taken, excess), plan
 
 
 def widest_fit(row_bytes: float, sizes: Iterable[int], dtypes: Iterable[str] | None = None) -> dict[str, int]:
@@ -263,11 +285,15 @@ def check_shrinks(recipe: Recipe) -> None:
 
 
 def excess_loss(
-    model: PreTrainedModel, windows: Windows, dense: Evaluation, state_dtype: str = "float32"
+    model: PreTrainedModel,
+    windows: Windows,
+    dense: Evaluation,
+    state_dtype: str = "float32",
+    progress: Progress = silent,
 ) -> Difference:
     """The loss minus the dense one; infinite where the model overflows, which a state that is too small may cause."""
     try:
-        return evaluate_in_float32(model, windows, state_dtype=state_dtype).excess_over(dense)
+        return evaluate_in_float32(model, windows, progress, state_dtype).excess_over(dense)
     except NumericalError:
         return Difference(math.inf, math.nan)
 
@@ -278,12 +304,11 @@ def split(windows: Windows) -> tuple[Windows, Windows]:
     Raises:
         InputError: fewer than four windows.
     """
-    if len(windows) < _HELD_OUT_ONE_IN:
-        raise InputError(f"There are {len(windows)} calibration windows; a search needs at least 4: --windows 4.")
+    check_searchable(len(windows))
     apart = held_out_rows(len(windows))
     return windows.part(~apart), windows.part(apart)
 
 
 def held_out_rows(count: int) -> Tensor:
     """Which of so many calibration windows a search holds out: (count,), bool."""
-    return torch.arange(count) % _HELD_OUT_ONE_IN == 1
+    return torch.arange(count) % HELD_OUT_ONE_IN == 1

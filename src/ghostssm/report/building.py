@@ -10,7 +10,7 @@ from typing import Any
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.source import is_hub_id
+from ghostssm.checkpoint.place import is_hub_id
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint, capacity_cells
 from ghostssm.errors import ModelError
 from ghostssm.evaluation.roofline import Machine

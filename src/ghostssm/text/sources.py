@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghostssm.errors import InputError, TextError
+from ghostssm.extras import check_installed
 from ghostssm.network import hub_answers
 from ghostssm.progress import stage
 from ghostssm.text.files import check_size, is_row_format, is_text, read_file, read_folder, read_parquet
@@ -101,15 +102,28 @@ def text_title(spec: str, role: Role) -> str:
 
 def iterate_text(spec: str, role: Role) -> Iterator[str]:
     """The parts of a TEXT, of a folder one file in memory at a time; arguments and errors as `read_text`."""
+    check_text(spec)
     if spec in _CORPORA:
         yield from _CORPORA[spec](role)
-    elif _is_there(spec):
-        yield from read_folder(Path(spec)) if Path(spec).is_dir() else read_file(Path(spec))
     else:
+        yield from read_folder(Path(spec)) if Path(spec).is_dir() else read_file(Path(spec))
+
+
+def check_text(spec: str) -> None:
+    """Raise TextError for the name of a text that is not there."""
+    if not is_text_name(spec):
         raise TextError(
             f"No text at {short(spec)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
             f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
         )
+
+
+def check_streamable(spec: str) -> None:
+    """Raise TextError for the name of a text that is not there, nor can be a dataset's on the hub."""
+    if is_dataset(spec):
+        check_installed(f"{spec!r} is no file here, and a dataset on the hub", "datasets", kind=TextError)
+    else:
+        check_text(spec)
 
 
 def is_corpus(spec: object) -> bool:
@@ -120,6 +134,11 @@ def is_corpus(spec: object) -> bool:
 def is_text_name(spec: str) -> bool:
     """Whether a string names a corpus, or a file or folder that is there."""
     return spec in _CORPORA or _is_there(spec)
+
+
+def is_dataset(spec: str) -> bool:
+    """Whether a TEXT is a dataset on the hub: ORG/NAME, and nothing of that name here."""
+    return spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not Path(spec).exists()
 
 
 def _is_there(name: str) -> bool:

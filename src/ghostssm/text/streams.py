@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.errors import TextError
-from ghostssm.text.sources import iterate_text, text_title
+from ghostssm.text.sources import check_streamable, is_dataset, iterate_text, text_title
 from ghostssm.text.windows import encoded
 
 WINDOWS_AT_ONCE = 4096
@@ -103,19 +102,10 @@ class StreamedText:
         return islice(iterate_text(self.spec, "calibration"), first, None)
 
 
-def is_dataset(spec: str) -> bool:
-    """Whether a TEXT is a dataset on the hub: ORG/NAME, and nothing of that name here."""
-    return spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not Path(spec).exists()
-
-
 def _dataset(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise TextError(
-            f"{name!r} is no file here, and a dataset on the hub needs the package datasets: "
-            "pip install 'ghostssm[distill]'."
-        ) from None
+    check_streamable(name)
+    import datasets
+
     try:
         return datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the hub client's faults share no base class

@@ -16,6 +16,7 @@ from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.workflows.inputs import tell_idle_gpu
+from ghostssm.workflows.request_checks import check_request
 from ghostssm.workflows.requests import BenchRequest
 from ghostssm.workflows.state_size import check_dtypes
 
@@ -79,8 +80,7 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
     """
     batches, prompt = request.batches, request.prompt_length
-    if min(batches) < 1:
-        raise InputError(f"The batch size is {min(batches)}; expected at least 1.")
+    check_request(request)
     described = describe(request.model)
     if not described.is_stock:
         raise InputError(f"{request.model} has a projected state or a state size per layer; bench the original model.")
@@ -88,7 +88,6 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     for size in request.state_sizes:
         check_state_size(size, dense)
     check_dtypes(request.state_dtypes)
-    StateStorage.of("bfloat16", request.state_rounding)
     narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
     storages = (StateStorage(), *(StateStorage.of(dtype, request.state_rounding) for dtype in narrow))
     tell_idle_gpu(notify, request.device)

@@ -30,10 +30,10 @@ from ghostssm.workflows import compare as comparing
 from ghostssm.workflows import prune as pruning
 from ghostssm.workflows.compare_result import Comparison
 from ghostssm.workflows.inputs import Inputs
-from ghostssm.workflows.options import called_with
+from ghostssm.workflows.options import called_with, options_of
 from ghostssm.workflows.prune_checks import PruneOutcome, checked
+from ghostssm.workflows.request_checks import AMOUNTS
 from ghostssm.workflows.requests import CalibratingRequest, CompareRequest, PruneRequest, Request
-from ghostssm.workflows.state_size import AMOUNTS
 
 _WINDOW_LENGTH = 2048
 Asked = TypeVar("Asked", bound=Request)
@@ -304,7 +304,11 @@ def _asked(kind: type[Asked], options: Mapping[str, Any], **named: Any) -> Asked
     for name in options:
         if name not in free:
             raise unknown_name("option", name, [*free, "text", "evaluate", "column"])
-    return called_with(kind, named | dict(options))
+    several = {each.name for each in options_of(kind) if each.is_several}  # type: ignore[arg-type]
+    lists = {
+        name: [value] for name, value in options.items() if name in several and not isinstance(value, list | tuple)
+    }
+    return called_with(kind, named | dict(options) | lists)
 
 
 def _check_alone(request: Request, text: GivenText, **others: Any) -> None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.choices import DEFAULT_SEED, Groups
-from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
@@ -33,7 +32,8 @@ from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
 from ghostssm.workflows.report_measuring import observe, sample
-from ghostssm.workflows.requests import CompareRequest, check_heeded
+from ghostssm.workflows.request_checks import check_places, check_request
+from ghostssm.workflows.requests import CompareRequest
 from ghostssm.workflows.state_size import bound_on_bytes, check_dtypes
 
 _CALIBRATION_COST = 3.0
@@ -50,15 +50,13 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
+    check_request(request)
     recipes = [Recipe.parse(method) for method in request.methods]
     described = described or describe(request.model)
     check_original(described.is_stock)
-    if not (request.state_sizes or request.state_bytes):
-        raise InputError("Say how much to keep: give --state-size or --state-bytes.")
     for size in request.state_sizes:
         check_state_size(size, described.layout.state_size)
     if request.state_bytes:
-        check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
         for bound in request.state_bytes:  # each must leave something to choose from
             fits_in(bound_on_bytes(bound, described.state_bytes()), described.layout, described.layers)
         for recipe in recipes:
@@ -66,7 +64,6 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     every = (Recipe(name) for name in method_names())
     recipes = recipes or [recipe for recipe in every if recipe.registered.shrinks or not request.state_bytes]
     check_dtypes(request.state_dtypes)
-    StateStorage.of("bfloat16", request.state_rounding)  # raises for an unknown rounding
     _storages(request)
     return replace(request, methods=tuple(map(str, recipes))), described
 
@@ -123,6 +120,7 @@ def compare(request: CompareRequest, *, progress: Progress = silent, notify: Not
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
         NumericalError: numbers that are not finite; names the layer.
     """
+    check_places(request)
     request, described = checked(request)
     tell_idle_gpu(notify, request.device)
     checkpoint = load(request.model, dtype=torch.float32, device=request.device, tokenizer=request.tokenizer)

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ghostssm.checkpoint.description import Description
-from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.evaluation.roofline import Machine
 from ghostssm.evaluation.speed import Rate
+from ghostssm.extras import check_installed
 from ghostssm.plan.plan import Plan
 from ghostssm.text.windows import Windows
 from ghostssm.units import bytes_text, plus_minus
@@ -154,10 +154,9 @@ class Comparison(Value):
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError:
-            raise InputError("A DataFrame needs pandas, which is not installed: pip install pandas.") from None
+        check_installed("A DataFrame", "pandas")
+        import pandas
+
         speeds = [
             {f"tokens_per_second_{batch}": speed for batch, speed in row.tokens_per_second.items()} for row in self.rows
         ]
@@ -174,7 +173,7 @@ def comparison_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     one_dtype = len({row.state_dtype for row in rows}) == 1
     bounded = any(row.within for row in rows)
     headers = ["method", *["within"] * bounded, "N'", *["dtype"] * (not one_dtype)]
-    headers += ["perplexity", "bits/byte", "excess loss", "state/seq"]
+    headers += ["perplexity", "bits per byte", "excess loss", "state per sequence"]
     headers += [f"tok/s, batch {batch}" for batch in batches]
     ranked = sorted(rows, key=lambda row: (-row.state_bytes, row.excess))
     return headers, [[*_cells(row, one_dtype, bounded), *(row.rate(batch).text for batch in batches)] for row in ranked]

@@ -20,7 +20,7 @@ from ghostssm.checkpoint.loading import Checkpoint, load
 from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
-from ghostssm.files.outputs import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFolder
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
@@ -67,8 +67,6 @@ def distill(request: DistillRequest, *, progress: Progress = silent, notify: Not
         StorageError: writing failed; what was kept can be resumed.
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
     """
-    for model in (request.student, request.teacher):
-        check_apart(request.output, model)
     described = checked(request)
     request = dataclasses.replace(request, state_dtype=rounded_to(request, described[0]))
     tell_idle_gpu(notify, request.device)

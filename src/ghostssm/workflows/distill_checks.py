@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,8 +15,8 @@ from ghostssm.errors import InputError
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.recovery.distill.pair import choose_trained
 from ghostssm.recovery.distill.training import Settings, training_dtype
-from ghostssm.text.sources import text_title
 from ghostssm.units import bytes_text
+from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import DistillRequest
 
 _TRIED_TEXT = "The state's 3rd channel — déjà vu?\n\tif x[i] != 0x1F: return None  # 12,345.6\n" * 2
@@ -42,30 +40,12 @@ def checked(request: DistillRequest) -> tuple[Description, Description]:
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
+    check_request(request)
+    check_places(request)
     settings(request)
-    if request.save_minutes < 0 or request.window_length < 2:
-        raise InputError(
-            f"--save-minutes is {request.save_minutes:g} and --window-length {request.window_length}; expected at "
-            "least 0 and 2."
-        )
-    titles = {text_title(text, "evaluation") for text in request.evaluate}
-    if (title := text_title(request.text, "calibration")) in titles:
-        raise InputError(f"{title} is to be trained on and to be measured on; name other text with --evaluate.")
-    if request.teacher_device is not None and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("Several processes shard the teacher as they do the student; leave out --teacher-device.")
-    if request.log_to is not None:
-        _check_tracker(request.log_to)
     student, teacher = describe(request.student), describe(request.teacher)
     _check_pair(student, teacher)
     return student, teacher
-
-
-def _check_tracker(name: str) -> None:
-    missing = [package for package in ("accelerate", name) if find_spec(package) is None]
-    if missing:
-        raise InputError(
-            f"--log-to {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave out --log-to."
-        )
 
 
 def _check_pair(student: Description, teacher: Description) -> None:

@@ -17,19 +17,20 @@ from ghostssm.errors import InputError
 from ghostssm.evaluation import copying, perplexity
 from ghostssm.evaluation.perplexity import Evaluation, measurement_of
 from ghostssm.evaluation.recall import Recall, last_words
-from ghostssm.ops.state_format import BFLOAT16, FLOAT32, FLOAT32_STORAGE, StateStorage
+from ghostssm.extras import needs_installed
+from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference, Measurement
 from ghostssm.progress import Notify, Progress, silent, unheard
 from ghostssm.text.sources import read_passages
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.inputs import tell_idle_gpu, windows_of
-from ghostssm.workflows.requests import EvaluateRequest, check_belonging, check_heeded
+from ghostssm.workflows.request_checks import check_places, check_request
+from ghostssm.workflows.requests import EvaluateRequest
 
 if TYPE_CHECKING:
     from ghostssm.workflows.harness import Score
 
 _HARNESS_BATCH = 8
-_BELONGS_TO = {"include_path": ("tasks",), "limit": ("tasks", "last_words"), "offload": ("stream",)}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,10 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
         NumericalError: a loss that is not finite.
     """
-    _check(request)
+    check_request(request)
+    check_places(request)
+    if request.state_dtype is not None:
+        StateStorage.of(request.state_dtype)  # raises for what no model can have
     check_device(request.device)
     if request.tasks:
         return _scored(request)
@@ -177,23 +181,6 @@ def _storage(request: EvaluateRequest, source: Source, notify: Notify) -> StateS
     if request.state_dtype is None and chosen != FLOAT32.name:
         notify(f"the state is kept in {chosen}, for which the checkpoint was made; --state-dtype takes another")
     return StateStorage.of(request.state_dtype or chosen, request.state_rounding)
-
-
-def _check(request: EvaluateRequest) -> None:
-    """Raise InputError for options that do not go together."""
-    instead = (request.last_words is not None, request.copying, bool(request.tasks))
-    if sum(instead) > 1:
-        raise InputError("Give at most one of --last-words, --copying and --tasks.")
-    check_belonging(request, _BELONGS_TO)
-    state = ("state_dtype", "state_rounding")
-    check_heeded(request, "tasks", "text", "text_windows", "against", *state)
-    check_heeded(request, "last_words", "text", "text_windows", "window_length", "against", *state)
-    check_heeded(request, "copying", "against", *state)
-    StateStorage.of(request.state_dtype or BFLOAT16, request.state_rounding)  # raises for what no model can have
-    if request.limit is not None and request.limit < 1:
-        raise InputError(f"--limit is {request.limit}; expected at least 1 document or passage.")
-    if request.stream and any(instead):
-        raise InputError("--last-words, --copying and --tasks need the whole model in memory; leave out --stream.")
 
 
 def _loaded(request: EvaluateRequest, model: str) -> Checkpoint:
@@ -249,10 +236,7 @@ def _scored(request: EvaluateRequest) -> TaskScores:
     try:
         from ghostssm.workflows import harness
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"--tasks needs lm-evaluation-harness, but the module {error.name!r} is not installed; "
-            "install it with: pip install 'lm-eval[hf]'."
-        ) from None
+        raise InputError(f"--tasks {needs_installed(str(error.name))}") from None
     names = [name for value in request.tasks for name in value.split(",") if name]
     tasks = harness.load_tasks(names, request.include_path)
     model = harness.GhostLM(

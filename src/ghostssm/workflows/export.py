@@ -13,10 +13,10 @@ from ghostssm.checkpoint.gguf import export_gguf
 from ghostssm.checkpoint.left_out import LeftOut, left_out
 from ghostssm.checkpoint.loading import load
 from ghostssm.checkpoint.tokenizer import renamed_class
-from ghostssm.errors import InputError
-from ghostssm.files.outputs import OutputFile, OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFile, OutputFolder
 from ghostssm.models.families import mixers_of
 from ghostssm.plan.surgery import pad_state
+from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import ExportRequest
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -58,7 +58,9 @@ def export(request: ExportRequest) -> ExportOutcome:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
         StorageError: writing failed; nothing half-written is left.
     """
-    place = _checked(request)
+    check_request(request)
+    check_places(request)
+    place = (OutputFile if request.format == "gguf" else OutputFolder)(request.output, request.overwrite)
     dtype = None if isinstance(place, OutputFile) or request.dtype is None else _DTYPES[request.dtype]
     checkpoint = load(request.model, dtype=dtype, tokenizer=request.tokenizer)
     if request.pad_to is not None:
@@ -81,14 +83,3 @@ def export(request: ExportRequest) -> ExportOutcome:
         size = sum(file.stat().st_size for file in path.iterdir())
     sizes = sorted({mixer.layout.state_size for mixer in mixers_of(checkpoint.model)})
     return ExportOutcome(path, request.format, stored, tuple(sizes), size, notes, missing)
-
-
-def _checked(request: ExportRequest) -> OutputFile | OutputFolder:
-    """Where the result is to go; raises InputError for options that contradict each other."""
-    if request.dtype == "q8_0" and request.format != "gguf":
-        raise InputError(f"--dtype q8_0 is a number format of GGUF; expected f32, f16 or bf16 for {request.format}.")
-    if request.untie and request.format == "gguf":
-        raise InputError("--untie is for --format transformers; llama.cpp knows tied heads, so leave it out for GGUF.")
-    check_apart(request.output, request.model)
-    kind = OutputFile if request.format == "gguf" else OutputFolder
-    return kind(request.output, request.overwrite)

@@ -14,6 +14,7 @@ from ghostssm.errors import InputError
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import BFLOAT16, StateFormat
 from ghostssm.units import memory_bytes
+from ghostssm.workflows.request_checks import check_request
 from ghostssm.workflows.requests import CalibratingRequest, InspectRequest
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def inspect(request: InspectRequest) -> InspectOutcome:
     Raises:
         InputError: a fault of the request or of what it names.
     """
-    if request.context is not None and not request.memories:
-        raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
+    check_request(request)
     context = DEFAULT_CONTEXT if request.context is None else request.context
     memories = [memory_bytes(size) for size in request.memories]
     described = describe(request.model)

@@ -11,11 +11,15 @@ the command's parser of these. Nothing here imports PyTorch, so that a help is t
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from ghostssm.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,6 +83,33 @@ class Described(NamedTuple):
     def flag(self) -> str:
         return self.option.flag or "--" + self.name.replace("_", "-")
 
+    @property
+    def is_several(self) -> bool:
+        return tuple in _kinds(self.type)
+
+    def check(self, value: Any) -> None:
+        """Raise InputError for a value, or one of several, that is of another type, out of bounds or no choice."""
+        kinds, choices = _kinds(self.type), _choices(self.type)
+        if self.is_several and value is not None and not isinstance(value, list | tuple):
+            raise InputError(f"{self.flag} is {value!r}; expected several values, or one as ({value!r},).")
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if one is None:
+                continue
+            if float in kinds and not isinstance(one, Real):
+                raise InputError(f"{self.flag} is {one!r}; expected a number.")
+            if int in kinds and not isinstance(one, Integral):
+                raise InputError(f"{self.flag} is {one!r}; expected a whole number.")
+            if choices and one not in choices:
+                names = " or ".join(choices)
+                raise InputError(f"{self.flag} is {one!r}; expected {names}.{did_you_mean(str(one), choices)}")
+            self._check_bounds(one)
+
+    def _check_bounds(self, number: Any) -> None:
+        least, most = self.option.least, self.option.most
+        if least is not None and not least <= number <= (math.inf if most is None else most):
+            expected = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise InputError(f"{self.flag} is {number}; expected {expected}.")
+
 
 @cache
 def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[Described, ...]:
@@ -94,6 +125,19 @@ def options_of(source: type[DataclassInstance] | Callable[..., Any]) -> tuple[De
         for option in get_args(hints[name])[1:]
         if isinstance(option, Option)
     )
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a value may have; of several values `tuple`, and the types of one."""
+    several = {tuple} if get_origin(hint) is tuple else set()
+    return several.union(*map(_kinds, get_args(hint))) if get_args(hint) else {hint}
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """What a Literal, or one that may be None, allows; empty for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) for choice in _choices(part))
 
 
 def _texts(source: Any) -> dict[str, str]:

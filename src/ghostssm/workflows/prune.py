@@ -16,7 +16,7 @@ from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
-from ghostssm.files.outputs import OutputFolder, check_apart
+from ghostssm.files.outputs import OutputFolder
 from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
@@ -30,6 +30,7 @@ from ghostssm.workflows.inputs import Inputs, tell_idle_gpu
 from ghostssm.workflows.prune_checks import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
 from ghostssm.workflows.report_measuring import decode_speeds, observe, sample
 from ghostssm.workflows.report_record import Record, WindowLosses
+from ghostssm.workflows.request_checks import check_places
 from ghostssm.workflows.requests import PruneRequest
 
 
@@ -46,10 +47,10 @@ def prune(request: PruneRequest, *, progress: Progress = silent, notify: Notify 
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
         HubError: the upload failed; what was to be uploaded is on the disk.
     """
+    check_places(request)
     folder = None
-    if request.output is not None:
-        check_apart(request.output, request.model)
-        folder = None if request.stream else OutputFolder(request.output, request.overwrite)
+    if request.output is not None and not request.stream:
+        folder = OutputFolder(request.output, request.overwrite)
     job = checked(request, notify)
     tell_idle_gpu(notify, request.device)
     if request.stream:
@@ -120,7 +121,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         return plan.kept_in(asked.state_dtype)
     how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
     if target.state_bytes is not None:
-        return Fitting.of(model, windows).plan(job.recipe, target.state_bytes, **how)
+        return Fitting.of(model, windows, progress).plan(job.recipe, target.state_bytes, **how)
     assert target.max_excess_loss is not None
     return smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
 

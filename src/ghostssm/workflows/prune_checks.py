@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.hub import check_hub_target
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
-from ghostssm.errors import InputError
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
@@ -20,7 +18,8 @@ from ghostssm.pruning.run import DEFAULT_MULTIPLE, check_original
 from ghostssm.pruning.search import check_shrinks, fits_in, held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, tell_same_text, windows_of
-from ghostssm.workflows.requests import PruneRequest, check_belonging, check_heeded
+from ghostssm.workflows.request_checks import check_request
+from ghostssm.workflows.requests import PruneRequest
 from ghostssm.workflows.state_size import (
     Target,
     check_dtypes,
@@ -33,15 +32,6 @@ from ghostssm.workflows.state_size import (
 DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
 """On fewer held-out windows, the standard error of an excess loss is a guess itself."""
-_BELONGS_TO = {
-    "text_windows": ("evaluate",),
-    "batches": ("report",),
-    "private": ("push_to_hub",),
-    "offload": ("stream",),
-    "resume": ("stream",),
-    **dict.fromkeys(("untie", "report", "push_to_hub", "stream", "overwrite"), ("output",)),
-}
-"""Options that have no effect without another one."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -114,21 +104,11 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     Raises:
         InputError: a fault of the request, or of what it names; says what was found and what was expected.
     """
-    check_belonging(request, _BELONGS_TO)
-    check_heeded(request, "state_bytes", "state_dtype")
+    check_request(request)
     if request.state_dtype is not None:
         check_dtypes([request.state_dtype])
     check_engines(request)
-    if request.stream:
-        _check_streamed(request)
-    elif os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("Several processes share a run with --stream only; add that, or start one process.")
     recipe = Recipe.parse(request.recipe)
-    searched = request.max_excess_loss is not None or request.state_bytes is not None
-    if request.multiple is not None and not (recipe.per_layer or searched):
-        raise InputError(
-            "--multiple works with --per-layer, --max-excess-loss or --state-bytes only; leave out --multiple."
-        )
     described = described or describe(request.model)
     check_original(described.is_stock)
     check_dialect(request.dialect, described.family, not recipe.stock, request.untie)
@@ -137,7 +117,7 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
     if request.stream:
         recipe.check_streamable()
     target = wanted_target(request, described)
-    if searched:
+    if target.size is None:
         check_shrinks(recipe)
     if request.engines:
         target = suited_target(target, described, recipe, request, notify)
@@ -148,18 +128,3 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
             target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple=job.multiple
         )
     return job
-
-
-def _check_streamed(request: PruneRequest) -> None:
-    """Raise InputError for what needs the whole model at once."""
-    if request.batches is not None:
-        raise InputError(
-            "--batch decodes with the whole model, which --stream never has; leave it out, and see ghostssm bench."
-        )
-    if request.report and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("--report looks at the unpruned model in one process; leave it out, or start one process.")
-    for option, bound in (("--max-excess-loss", request.max_excess_loss), ("--state-bytes", request.state_bytes)):
-        if bound is not None:
-            raise InputError(
-                f"{option} tries several sizes on the whole model, which --stream can't; give --state-size or --budget."
-            )

@@ -42,6 +42,7 @@ from ghostssm.workflows.paper_tables import (
     source,
     tables_named,
 )
+from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import ReproduceRequest
 
 RESULTS_FILE, MARKDOWN_FILE = "results.json", "results.md"
@@ -117,6 +118,8 @@ def reproduce(request: ReproduceRequest, *, progress: Progress = silent, notify:
         InputError: a fault of the request or of what it names, found before anything is loaded where it can be.
         OutputError: the folder holds other results, or can't be written.
     """
+    check_request(request)
+    check_places(request)
     check_device(request.device)
     models, wanted = _checked(request)
     texts = {

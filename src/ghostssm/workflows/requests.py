@@ -1,7 +1,7 @@
 """The requests of all use cases: the only list of options, for Python and for the command.
 
 A field with an `Option` is an option of the command as well; its entry under ``Attributes`` is its text in the help.
-Nothing here imports PyTorch; the checks of a request stand with its use case.
+Nothing here imports PyTorch; no more do the checks that need nothing but a request (`request_checks`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ghostssm.choices import DEFAULT_RECIPE, DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Groups, Trained
-from ghostssm.errors import InputError
+from ghostssm.choices import DEFAULT_RECIPE, DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Groups, Rounding, Trained
 from ghostssm.units import text_name
 from ghostssm.values import Value
-from ghostssm.workflows.options import Option, Usual, flag
+from ghostssm.workflows.options import Option, Usual
 
 _NOT_IN_RESULT = frozenset(
     {"output", "stream", "overwrite", "offload", "resume", "push_to_hub", "private", "device"}
@@ -51,8 +50,8 @@ class Request:
         device: where to compute: cpu, cuda, cuda:1 ...
     """
 
-    window_length: Annotated[int, Option("TOKENS", "Text")] = 2048
-    text_windows: Annotated[int | None, Option("COUNT", "Text")] = None
+    window_length: Annotated[int, Option("TOKENS", "Text", least=2)] = 2048
+    text_windows: Annotated[int | None, Option("COUNT", "Text", least=1)] = None
     tokenizer: Annotated[str | None, TOKENIZER] = None
     device: Annotated[str, DEVICE] = "cpu"
 
@@ -82,7 +81,7 @@ class CalibratingRequest(Request):
     """
 
     calibration: Annotated[str, TEXT] = "wikitext2"
-    windows: Annotated[int, Option("COUNT", "Text")] = 128
+    windows: Annotated[int, Option("COUNT", "Text", least=1)] = 128
     seed: Annotated[int, SEED] = DEFAULT_SEED
 
 
@@ -131,9 +130,9 @@ class PruneRequest(Value, CalibratingRequest):
 
     model: Annotated[str, MODEL]
     output: Annotated[str | None, Option("DIR", required=True)] = None
-    state_size: Annotated[int | None, Option("N'")] = None
+    state_size: Annotated[int | None, Option("N'", least=1)] = None
     budget: Annotated[float | None, Option("SHARE")] = None
-    max_excess_loss: Annotated[float | None, Option("NATS")] = None
+    max_excess_loss: Annotated[float | None, Option("NATS", least=0)] = None
     state_bytes: Annotated[str | None, Option("SHARE|SIZE")] = None
     recipe: Annotated[str, Option("RECIPE", flag="--method")] = DEFAULT_RECIPE
     state_dtype: Annotated[str | None, STATE_DTYPE] = None
@@ -176,14 +175,14 @@ class CompareRequest(Value, CalibratingRequest):
     """
 
     model: Annotated[str, MODEL]
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = ()
     methods: Annotated[tuple[str, ...], Option("RECIPE")] = ()
     text: Annotated[str, TEXT] = "wikitext2"
     groups: Annotated[Groups, GROUPS] = "equal"
     batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = (1, 32)
     report: bool = False
     state_dtypes: Annotated[tuple[str, ...], STATE_DTYPE] = ("float32",)
-    state_rounding: Annotated[str, ROUNDING] = "nearest"
+    state_rounding: Annotated[Rounding, ROUNDING] = "nearest"
     state_bytes: Annotated[tuple[str, ...], Option("SHARE|SIZE")] = ()
 
 
@@ -203,7 +202,7 @@ class InspectRequest:
     """
 
     model: Annotated[str, MODEL]
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = ()
     batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = ()
     state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = ()
     memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = ()
@@ -246,20 +245,20 @@ class DistillRequest(Request):
     teacher: Annotated[str, Option("MODEL")]
     text: Annotated[str, Option("TEXT")]
     output: Annotated[str, Option("DIR")]
-    steps: Annotated[int, Option("N")] = DISTILL_STEPS
-    batch: Annotated[int, Option("B")] = 8
-    window_length: Annotated[int, Option("TOKENS", "Text")] = field(default=512, kw_only=True)
-    learning_rate: Annotated[float, Option("X", "How")] = DISTILL_RATE
+    steps: Annotated[int, Option("N", least=1)] = DISTILL_STEPS
+    batch: Annotated[int, Option("B", least=1)] = 8
+    window_length: Annotated[int, Option("TOKENS", "Text", least=2)] = field(default=512, kw_only=True)
+    learning_rate: Annotated[float, Option("X", "How", least=0)] = DISTILL_RATE
     trained: Annotated[Trained, Option("WHICH", "How", flag="--train")] = "mixers"
     state_dtype: Annotated[str | None, STATE_DTYPE] = None
-    hidden_weight: Annotated[float, Option("X", "How")] = 0.0
-    accumulate: Annotated[int, Option("N", "Scale")] = 1
+    hidden_weight: Annotated[float, Option("X", "How", least=0)] = 0.0
+    accumulate: Annotated[int, Option("N", "Scale", least=1)] = 1
     checkpointing: Annotated[bool, Option(panel="Scale")] = False
     bfloat16: Annotated[bool, Option(panel="Scale")] = False
     seed: Annotated[int, SEED] = DEFAULT_SEED
     evaluate: Annotated[tuple[str, ...], Option("TEXT", "Output")] = ()
     teacher_device: Annotated[str | None, Option("DEVICE", "Scale")] = None
-    save_minutes: Annotated[float, Option("X", "Output")] = 10.0
+    save_minutes: Annotated[float, Option("X", "Output", least=0)] = 10.0
     resume: Annotated[bool, Option(panel="Output")] = False
     overwrite: Annotated[bool, Option(panel="Output")] = False
     log_to: Annotated[Literal["tensorboard", "wandb"] | None, Option("NAME", "Output")] = None
@@ -292,11 +291,11 @@ class EvaluateRequest(Request):
     copying: Annotated[bool, Option()] = False
     tasks: Annotated[tuple[str, ...], Option("TASK")] = ()
     include_path: Annotated[str | None, Option("FOLDER")] = None
-    limit: Annotated[int | None, Option("COUNT")] = None
+    limit: Annotated[int | None, Option("COUNT", least=1)] = None
     stream: Annotated[bool, Option(panel="Larger than memory")] = False
     offload: Annotated[Path | None, Option("FOLDER", "Larger than memory")] = None
     state_dtype: Annotated[str | None, STATE_DTYPE] = None
-    state_rounding: Annotated[str, ROUNDING] = "nearest"
+    state_rounding: Annotated[Rounding, ROUNDING] = "nearest"
 
 
 @dataclass(frozen=True)
@@ -314,12 +313,12 @@ class BenchRequest:
     """
 
     model: Annotated[str, MODEL]
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = (64, 32)
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = (64, 32)
     batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = (1, 8, 32)
     prompt_length: Annotated[int, Option("TOKENS", least=1)] = 128
     device: Annotated[str, DEVICE] = "cpu"
     state_dtypes: Annotated[tuple[str, ...], STATE_DTYPE] = ("float32",)
-    state_rounding: Annotated[str, ROUNDING] = "nearest"
+    state_rounding: Annotated[Rounding, ROUNDING] = "nearest"
 
 
 @dataclass(frozen=True)
@@ -367,7 +366,7 @@ class ReproduceRequest(CalibratingRequest):
     models: Annotated[tuple[str, ...], Option("CHECKPOINT")] = ()
     tables: Annotated[tuple[str, ...], Option("TABLE", flag="--table")] = ()
     methods: Annotated[tuple[str, ...], Option("RECIPE")] = ()
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size")] = ()
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = ()
     text: Annotated[str, Option("TEXT", "Text")] = "wikitext2"
     calibration: Annotated[str, Option("TEXT", "Text")] = field(default="wikitext2", kw_only=True)
 
@@ -376,19 +375,3 @@ class ReproduceRequest(CalibratingRequest):
         """The numbers that decide a result, besides model, method and texts."""
         names = ("windows", "text_windows", "window_length", "seed")
         return {name: getattr(self, name) for name in names}
-
-
-def check_belonging(request: Request, owners: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise InputError for an option without any of its ``owners``, the options that it works with."""
-    for name, others in owners.items():
-        if request.differs(name) and not any(getattr(request, other) for other in others):
-            mine, needed = flag(type(request), name), " or ".join(flag(type(request), other) for other in others)
-            raise InputError(f"{mine} works with {needed} only; add that, or leave out {mine}.")
-
-
-def check_heeded(request: Request, owner: str, *names: str) -> None:
-    """Raise InputError for options that have no effect because ``owner`` is given too."""
-    for name in names:
-        if getattr(request, owner) and request.differs(name):
-            mine, other = flag(type(request), name), flag(type(request), owner)
-            raise InputError(f"{mine} has no effect with {other}; leave out that, or leave out {mine}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
@@ -14,12 +13,8 @@ from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
-from ghostssm.units import memory_bytes
-from ghostssm.workflows.options import flag
+from ghostssm.workflows.request_checks import share_or_bytes
 from ghostssm.workflows.requests import PruneRequest
-
-AMOUNTS = ("state_size", "budget", "max_excess_loss", "state_bytes")
-"""Fields of a pruning request, of which one says how much of the state to keep."""
 
 
 @dataclass(frozen=True)
@@ -41,50 +36,31 @@ class Target:
 
 
 def wanted_target(request: PruneRequest, described: Description) -> Target:
-    """How much of a model's state one of the request's four options keeps.
+    """How much of a model's state a checked request keeps.
 
     Raises:
-        InputError: none of them is given, or several, or one out of range.
+        InputError: more than there is, or nothing.
     """
-    flags = {name: flag(PruneRequest, name) for name in AMOUNTS}
-    given = [flags[name] for name in AMOUNTS if getattr(request, name) is not None]
-    if not given:
-        raise InputError(f"Say how much to keep: give one of {', '.join(flags.values())}.")
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} each say how much to keep; give one of them.")
     if (most := request.max_excess_loss) is not None:
-        if not most >= 0:
-            raise InputError(f"--max-excess-loss is {most:g}; expected 0 or more nats per token.")
         return Target(max_excess_loss=most, dtypes=request.state_dtype and (request.state_dtype,))
     if request.state_bytes is not None:
         return Target(state_bytes=bound_on_bytes(request.state_bytes, described.state_bytes()))
     size, limit = request.state_size, described.layout.state_size
-    if (budget := request.budget) is not None:
-        if not 0 < budget <= 1:
-            raise InputError(f"--budget is {budget:g}; expected a share of the state above 0, up to 1.")
-        size = max(1, round(budget * limit))
+    if request.budget is not None:
+        size = max(1, round(request.budget * limit))
     assert size is not None
     check_state_size(size, limit)
     return Target(size)
 
 
 def bound_on_bytes(text: str, dense: int) -> int:
-    """The bytes that a text says: a share of the dense float32 state, such as ``1/8``, or a size with its unit.
+    """The bytes that ``--state-bytes`` says, of a model whose state takes so many in float32.
 
     Raises:
-        InputError: it is neither, or not below the dense state's bytes.
+        InputError: as `share_or_bytes`, or not below the dense state's bytes.
     """
-    try:
-        bound = int(Fraction(text) * dense)
-    except ZeroDivisionError:
-        bound = 0
-    except ValueError:
-        if "B" not in text.upper():
-            raise InputError(
-                f"--state-bytes is {text!r}; expected a share of the dense float32 state, such as 1/8, or a size with "
-                "its unit, such as 6MiB."
-            ) from None
-        bound = memory_bytes(text, "value of --state-bytes")
+    said = share_or_bytes(text)
+    bound = said if isinstance(said, int) else int(said * dense)
     if not 0 < bound < dense:
         raise InputError(
             f"--state-bytes is {text}, which is {bound:,} bytes per sequence; expected more than 0, and less than the "

@@ -19,8 +19,10 @@ from ghostssm.checkpoint.gguf.tokenizer import Vocabulary, vocabulary_of
 from ghostssm.checkpoint.left_out import LeftOut, keys_left_out, unread_tensors
 from ghostssm.checkpoint.loading import Checkpoint, in_memory
 from ghostssm.checkpoint.manifest import Manifest
-from ghostssm.checkpoint.source import Source, is_hub_id
-from ghostssm.errors import InputError, ModelError, NumericalError
+from ghostssm.checkpoint.place import is_hub_id
+from ghostssm.checkpoint.source import Source
+from ghostssm.errors import ModelError, NumericalError
+from ghostssm.extras import check_installed
 from ghostssm.files.outputs import OutputFile, storing
 from ghostssm.models.families import layout_of
 from ghostssm.units import sizes_text
@@ -137,12 +139,9 @@ class _ReadConfig:
 
 
 def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError(
-            "GGUF files are written by the gguf package, which is not installed: pip install gguf."
-        ) from None
+    check_installed("A GGUF file", "gguf")
+    import gguf
+
     return gguf
 
 

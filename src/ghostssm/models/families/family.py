@@ -7,6 +7,7 @@ module without one of them is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ class Family:
         cache_argument: the name of the model's argument for its cache, and of the cache in its output.
         is_hybrid: whether layers of other kinds stand between the Mamba-2 ones.
         is_own_class: whether it is our own class, for a projected state or a state size per layer.
-        shares_blocks: whether several layers have one set of weights in common, which files may hold more than once.
+        shared_parts: of a config, parts of layers that have their weights from another layer's: from the one's path to
+            the other's. Files may hold them more than once.
         unread_layers_keys: the config's keys for layers that transformers' class leaves in the files. The first counts
             these layers; transformers' config works out the others, for other engines. Empty without such layers.
     """
@@ -63,7 +65,7 @@ class Family:
     cache_argument: str = "past_key_values"
     is_hybrid: bool = True
     is_own_class: bool = False
-    shares_blocks: bool = False
+    shared_parts: Callable[[PreTrainedConfig], Mapping[str, str]] = lambda config: {}
     unread_layers_keys: tuple[str, ...] = ()
 
     def layout(self, config: PreTrainedConfig) -> SSDLayout:

@@ -1,8 +1,17 @@
 """Every family of transformers' own model classes that has Mamba-2 mixers."""
 
+from transformers import PreTrainedConfig
+
 from ghostssm.models.families import published
 from ghostssm.models.families.family import ConfigKeys, Family
 from ghostssm.models.families.registry import register
+
+
+def _shared_in_zamba2(config: PreTrainedConfig) -> dict[str, str]:
+    """Its transformer blocks, of which there are a few, take turns before the hybrid layers."""
+    blocks = [f"layers.{layer}.shared_transformer." for layer in config.hybrid_layer_ids]
+    return {block: blocks[index % config.num_mem_blocks] for index, block in enumerate(blocks)}
+
 
 MAMBA2 = Family(
     "mamba2",
@@ -28,7 +37,7 @@ HYBRIDS = (
         "zamba2",
         ConfigKeys(num_heads="n_mamba_heads", head_dim="mamba_headdim", n_groups="mamba_ngroups"),
         mixer_paths=("mamba", "mamba_decoder.mamba"),  # alone, and after a shared transformer block
-        shares_blocks=True,
+        shared_parts=_shared_in_zamba2,
     ),
 )
 for _family in (MAMBA2, *HYBRIDS):

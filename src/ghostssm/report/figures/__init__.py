@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ghostssm.errors import InputError
+from ghostssm.extras import check_drawable
 from ghostssm.workflows.report_record import as_json
 
-try:
-    import altair as alt
-    import vl_convert
-except ModuleNotFoundError:
-    raise InputError("The figures need altair and vl-convert-python: pip install 'ghostssm[report]'") from None
+check_drawable()
+import altair as alt  # noqa: E402
+import vl_convert  # noqa: E402
 
 Rows = Sequence[Mapping[str, Any]]
 """A table; all rows have the same keys."""
