@@ -1,10 +1,13 @@
 """What distillation gives back, against the tokens that it takes: starts x parameters x learning rates x steps x seeds.
 
     python benchmarks/distillation.py --state-size 64 --starts ghost output+repair --steps 75 300 600 --seeds 0 1 2
+    python benchmarks/distillation.py --state-size 64 --starts output+repair --state-dtype int4 --rounded float32 int4
 
 Each line is one training, measured on text that nothing was trained on: excess loss over the dense model with its
 paired standard error, and as a share of what GHOST's choice loses without distillation. Losses are of the weights as
-they would be stored, in the model's own dtype. Lines of several seeds are followed by their mean and spread.
+they would be stored, in the model's own dtype, with the state in --state-dtype. --rounded says what the state is
+rounded to in training; a line after those of all but the first has the paired difference to the first. Lines of several
+seeds are followed by their mean and spread.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 import ghostssm
+from ghostssm.evaluation.perplexity import Evaluation, evaluate
+from ghostssm.ops.state_format import FORMATS, StateStorage
 from ghostssm.plan.surgery import apply_plan, change_parameters
 from ghostssm.recovery.distill.batches import Batches
 from ghostssm.recovery.distill.training import Settings, distill
@@ -43,11 +48,14 @@ def main() -> None:
         options.window_length,
         options.text_windows,
     )
-    dense = ghostssm.evaluate(model, evaluation)
+    dense = evaluate(model, evaluation)
+
+    def measured(student: PreTrainedModel) -> Evaluation:
+        as_stored = copy.deepcopy(student).to(stored).float()
+        return evaluate(as_stored, evaluation, storage=StateStorage.of(options.state_dtype))
 
     def excess(student: PreTrainedModel) -> ghostssm.Difference:
-        rounded = copy.deepcopy(student).to(stored).float()
-        return ghostssm.evaluate(rounded, evaluation).excess_over(dense)
+        return measured(student).excess_over(dense)
 
     def student_of(recipe: str) -> PreTrainedModel:
         return apply_plan(copy.deepcopy(model), plans[recipe])
@@ -56,20 +64,29 @@ def main() -> None:
     ghost = excess(student_of("ghost")).mean
     for name in plans:
         _print(name, "", 0, 0, 0, excess(student_of(name)), ghost, 0.0)
-    cells = itertools.product(options.starts, options.trained, options.rates, options.steps)
-    for start, trained, rate, steps in cells:
+    cells = itertools.product(options.starts, options.trained, options.rates, options.steps, options.rounded)
+    first: dict[int, Evaluation] = {}
+    for start, trained, rate, steps, rounded in cells:
         found = []
         for seed in options.seeds:
             batches = Batches(StreamedText(options.text, vocabulary, options.window_length), options.batch, seed)
-            settings = Settings(steps, options.batch, rate, trained, options.hidden_weight, seed=seed)
+            settings = Settings(
+                steps, options.batch, rate, trained, options.hidden_weight, seed=seed, state_dtype=rounded
+            )
             begun = time.perf_counter()
             result = distill(student_of(start), model, batches, settings)
             seconds = time.perf_counter() - begun
             student = student_of(start)
             change_parameters(student, result.changes)
             student.tie_weights()
-            found.append(excess(student))
+            losses = measured(student)
+            found.append(losses.excess_over(dense))
             _print(start, trained, rate, seed, result.record.tokens, found[-1], ghost, seconds)
+            if rounded == options.rounded[0]:
+                first[seed] = losses
+            else:
+                more = losses.excess_over(first[seed]).text
+                print(f"    rounded to {rounded} in training: {more} over {options.rounded[0]}", flush=True)
         if len(found) > 1:
             means = [each.mean for each in found]
             mean, spread = statistics.mean(means), statistics.stdev(means)
@@ -106,6 +123,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--state-dtype", default="float32", help="that the losses are measured in")
+    parser.add_argument("--rounded", nargs="+", default=["float32"], choices=FORMATS, help="to these in training")
     parser.add_argument("--hidden-weight", type=float, default=0.0)
     parser.add_argument("--windows", type=int, default=32, help="to calibrate on")
     parser.add_argument("--text-windows", type=int, default=128)

@@ -52,6 +52,13 @@ def test_the_widest_fit_is_the_last_whose_numbers_and_scale_fit(row_bytes: float
     assert set(widest_fit(64, [4, 8, 16], ["int8", "float32"]).items()) == {("float32", 16), ("int8", 16)}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_is_trained_is_trained_for_its_dtype(dtype: str) -> None:
+    plan = plan_for_bytes(tiny_model(), random_windows(8, 40), "random+distill1", DENSE // 4, dtypes=(dtype,))
+    assert plan.state_dtype == choice_of(plan).chosen.state_dtype == dtype
+    assert plan.distillations[-1].state_dtype == {"int8": "float32", "int4": "int4"}[dtype]
+
+
 @pytest.mark.parametrize("recipe", ["output+repair", "balanced"])
 def test_progress_names_every_candidate_and_how_many_are_left(recipe: str) -> None:
     told: list[str] = []

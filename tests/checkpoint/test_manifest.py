@@ -40,6 +40,7 @@ WHOLE = Manifest(
             curve=(Point(0, 0, 0.5, Difference(0.25, 0.125)), Point(2, 128, 0.25, Difference(0.125, 0.0625))),
             ended="all steps were taken",
             before=(Measurement("text.txt", 1, 64, 2.5, 2.75, Difference(0.25, 0.125)),),
+            state_dtype="int8",
         ),
     ),
     measured=Measurement("text.txt", 1, 64, 2.5, 2.75, Difference(0.25, 0.125)),

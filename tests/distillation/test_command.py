@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 import ghostssm
 from ghostssm.checkpoint.manifest import Manifest
+from ghostssm.evaluation.perplexity import evaluate
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.recovery.distill.training import Training
 from ghostssm.workflows import distill_checks
 from ghostssm.workflows.distill import DistillOutcome, distill
@@ -73,6 +75,26 @@ def test_a_student_of_ghostssm(request_of: Callable[..., DistillRequest], tmp_pa
     assert found.after[0].excess.mean == pytest.approx(healed.excess_over(dense).mean, abs=1e-6)
     assert found.before[0].pruned_loss != found.after[0].pruned_loss
     assert not (tmp_path / "healed.run").exists()
+
+
+def test_a_student_for_a_dtype(request_of: Callable[..., DistillRequest], tmp_path: Path) -> None:
+    """Whatever reads the result later keeps its state in that dtype; the losses are measured so."""
+    asked = request_of(evaluate=(str(tmp_path / "other.txt"),), state_dtype="int4", steps=2)
+    written = distill(asked).written
+    assert ghostssm.verify(written).passed
+    assert Manifest.read(written).distillations[0].state_dtype == "int4"
+    assert ghostssm.describe(str(written)).pruning.state_dtype == "int4"
+    card = (written / "README.md").read_text()
+    assert "with the state rounded to int4 after every token" in card
+    assert "**The state is meant to be kept in int4**" in card
+    text = ghostssm.read_text(asked.evaluate[0], "evaluation")
+    windows = ghostssm.evaluation_windows(text, ghostssm.load(asked.teacher).require_tokenizer(), 40)
+    losses = evaluate(ghostssm.load(str(written)).model.float(), windows, storage=StateStorage.of("int4"))
+    assert Manifest.read(written).measured.pruned_loss == pytest.approx(losses.loss, abs=1e-6)
+    again = distill(replace(asked, student=str(written), output=str(tmp_path / "again"), state_dtype=None))
+    assert again.distillation.state_dtype == "int4"
+    with pytest.raises(ghostssm.errors.InputError, match="state dtype is tiers; expected one of float32"):
+        distill(replace(asked, state_dtype="tiers"))
 
 
 def test_distilled_twice(request_of: Callable[..., DistillRequest], tmp_path: Path) -> None:

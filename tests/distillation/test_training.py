@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ghostssm
 from ghostssm.errors import InputError
+from ghostssm.evaluation.perplexity import evaluate
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.recovery.distill import training as training_module
@@ -99,8 +102,10 @@ def test_the_first_gradient_is_autograds() -> None:
     "other",
     [{"accumulate": 4}, {"checkpointing": True}],
 )
-def test_the_same_in_less_memory(other: dict[str, Any]) -> None:
-    expected, found = distilled(), distilled(Settings(**vars(QUICK) | other))
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_the_same_in_less_memory(other: dict[str, Any], state_dtype: str) -> None:
+    settings = dataclasses.replace(QUICK, state_dtype=state_dtype)
+    expected, found = distilled(settings), distilled(dataclasses.replace(settings, **other))
     for before, after in zip(expected.record.curve, found.record.curve, strict=True):
         assert after.divergence == pytest.approx(before.divergence, rel=1e-4)
 
@@ -115,6 +120,45 @@ def test_hidden_states() -> None:
     """Learning them alone brings the distributions together too."""
     found = distilled(Settings(**vars(QUICK) | {"hidden_weight": 100.0}))
     assert found.record.best.divergence < found.record.curve[0].divergence
+
+
+def test_a_rounded_state() -> None:
+    """The losses are those of a state that is rounded after every token, and the student learns with it."""
+    teacher = tiny_model()
+    batches = Batches(HeldWindows(WINDOWS), 4, 1)
+    windows = dataclasses.replace(WINDOWS, ids=batches.held_out)
+
+    def excess(student: Any) -> float:
+        rounded = evaluate(student, windows, storage=StateStorage.of("int4"))
+        return rounded.excess_over(evaluate(teacher, windows)).mean
+
+    student, fresh = student_of(teacher), student_of(teacher)
+    first = excess(fresh)
+    found = distill(student, teacher, batches, dataclasses.replace(QUICK, state_dtype="int4"))
+    fresh.load_state_dict(dict(found.changes), strict=False)
+    record = found.record
+    assert record.state_dtype == "int4"
+    assert record.curve[0].excess.mean == pytest.approx(first, abs=1e-4)
+    assert record.best.excess.mean == pytest.approx(excess(fresh), abs=1e-4)
+    assert record.best.divergence < 0.98 * record.curve[0].divergence
+    assert distilled().record.state_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "rounded"), [("int4", "int4"), ("int8", "float32"), ("tiers", "float32"), (None, "float32")]
+)
+def test_a_recipe_trains_for_the_dtype(state_dtype: str | None, rounded: str) -> None:
+    calibration = ghostssm.Calibration(tiny_model(), random_windows(4, 20))
+    plan = calibration.plan("random+distill1", 4, state_dtype=state_dtype)
+    assert [each.state_dtype for each in plan.distillations] == [rounded]
+
+
+def test_a_record_of_earlier_releases_is_read() -> None:
+    """They did not round, and so had no entry for it."""
+    record = distilled().record
+    document = record.as_json()
+    del document["state_dtype"]
+    assert Distillation.from_json(document) == record
 
 
 @pytest.mark.parametrize("trained", ["mixers", "small", "all"])

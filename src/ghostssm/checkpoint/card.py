@@ -182,8 +182,8 @@ def distillation_lines(distillations: Sequence[Distillation]) -> list[str]:
     """Lines of a list that say what each training of the whole model was."""
     return [
         f"- distilled: {each.steps} steps, {each.tokens:,} tokens of {text_name(each.text)}, on the next-token "
-        f"distributions of {each.teacher or 'the base model'}; gradients through the whole model moved "
-        f"{MOVED[each.trained]}. Excess loss on {each.held_out_windows} held-out windows of that text: "
+        f"distributions of {each.teacher or 'the base model'}{each.rounded_text}; gradients through the whole model "
+        f"moved {MOVED[each.trained]}. Excess loss on {each.held_out_windows} held-out windows of that text: "
         f"{each.curve[0].excess_text} before, {each.best.excess_text} after"
         for each in distillations
     ]

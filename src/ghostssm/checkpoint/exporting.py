@@ -25,7 +25,7 @@ from ghostssm.errors import InputError, PlanError
 from ghostssm.files.outputs import PLAN_FILE, OutputFolder, storing
 from ghostssm.files.reading import read_json_object
 from ghostssm.models.families import family_of, mixers_of
-from ghostssm.plan.distillation import Distillation
+from ghostssm.plan.distillation import Distillation, state_dtype_of
 from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -82,7 +82,8 @@ def export_checkpoint(
             if distilled is not None:
                 manifest = _distilled(manifest, checkpoint, distilled, measured, request)
             files.write("the model card", lambda place: _write_card(checkpoint, place, dialect, manifest, distilled))
-            saving.write_model(checkpoint, folder.partial, dialect)
+            trained_for = None if distilled is None else state_dtype_of([distilled])
+            saving.write_model(checkpoint, folder.partial, dialect, trained_for)
         if manifest is not None:
             lost = (manifest.left_out or LeftOut()) | left_out(checkpoint.source, checkpoint.model, folder.partial)
             probe, overflow = probed(folder.partial)

@@ -20,7 +20,7 @@ from ghostssm.checkpoint.place import is_hub_id
 from ghostssm.checkpoint.probe import Overflow, Probe
 from ghostssm.errors import ModelError
 from ghostssm.files.reading import confined, read_json_object
-from ghostssm.plan.distillation import Distillation, distillations_from_json
+from ghostssm.plan.distillation import Distillation, distillations_from_json, state_dtype_of
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import text_name
@@ -165,8 +165,9 @@ class Manifest(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
-        return None if self.options is None else self.options.state_dtype
+        """The dtype that the state is to be kept in: trained for, chosen or asked for; None if nothing says so."""
+        decided = None if self.options is None else self.options.state_dtype
+        return state_dtype_of(self.distillations) or decided
 
     def write(self, folder: Path, place: Path | None = None) -> None:
         """Write the manifest of a folder whose other files are all written, with their hashes and today's versions.

@@ -27,7 +27,7 @@ def distill(request: DistillRequest, as_json: AsJson = False) -> None:
         return
     facts = [
         ("written", str(outcome.written)),
-        ("trained", f"{done.steps} steps, {done.tokens:,} tokens of {done.text}; {done.ended}"),
+        ("trained", f"{done.steps} steps, {done.tokens:,} tokens of {done.text}{done.rounded_text}; {done.ended}"),
         (
             f"excess loss, {done.held_out_windows} held-out windows",
             f"{done.curve[0].excess_text} -> {done.best.excess_text} nats per token (step {done.kept_step})",

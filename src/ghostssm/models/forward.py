@@ -27,6 +27,7 @@ from ghostssm.ops.decode import StepWeights, block_norm, decode_step_, norm_step
 from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 from ghostssm.ops.step import at_least_float32
 from ghostssm.ops.stored import ssd_stored
+from ghostssm.ops.straight_through import straight_through_scan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
 
 
 def rounded_forward(storage: StateStorage, first_sequence: int = 0) -> Forward:
-    """Our forward with a state that is rounded after every token.
+    """Our forward with a state that is rounded after every token; to gradients, rounding is the identity.
 
     Args:
         first_sequence: number of the batch's first sequence, by which random numbers are drawn.
@@ -182,6 +183,8 @@ def fast_forward(
         ).transpose(1, 2)
     s = split_streams(mixer, context, dt, z, attention_mask)
     streams = (s.x, s.dt, mixer.A, s.B, s.C, at_least_float32(mixer.D))
+    if every_token and storage.rounds and torch.is_grad_enabled() and s.x.requires_grad:
+        return mixer_output(mixer, straight_through_scan(storage, *streams), z)
     y, final_state = ssd_stored(*streams, state, storage, every_token=every_token)
     if cache_params is not None:
         cache_params.update_recurrent_state(final_state, layer_idx=layer)

@@ -30,6 +30,8 @@ backward_kernels = _Loops("ghostssm.ops._kernels_backward")
 """Those of the backward pass, if there are kernels."""
 rounding_kernels = _Loops("ghostssm.ops._rounding_kernels")
 """Those of states in fewer bits, if there are kernels."""
+straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
+"""Those of the backward pass through such states, if there are kernels."""
 row_kernels = _Loops("ghostssm.ops._row_kernels")
 """Those of int8 and bfloat16, rounded to the nearest, if there are kernels."""
 

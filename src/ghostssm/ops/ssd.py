@@ -167,9 +167,7 @@ class CompiledScan(torch.autograd.Function):
         dx = torch.empty((b, length if ctx.needs_input_grad[0] else 0, *x.shape[2:]), dtype=x.dtype)
         ddt, skip = torch.empty(dt.shape, dtype=x.dtype), _skip(A, D)
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
-        heads_per_part = min(h // groups, -(-b * h // _PARTS))
-        parts = -(-(h // groups) // heads_per_part)
-        dB, dC = torch.zeros(2, b, groups, parts, length, n, dtype=x.dtype)
+        dB, dC = torch.zeros(2, b, groups, gradient_parts(b, h, groups), length, n, dtype=x.dtype)
         compiled.backward_kernels.ssd_scan_backward(
             *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
         )
@@ -200,6 +198,12 @@ class FusedScan(torch.autograd.Function):
         return tuple(
             gradient if asked else None for gradient, asked in zip(gradients, ctx.needs_input_grad, strict=True)
         )
+
+
+def gradient_parts(b: int, h: int, groups: int) -> int:
+    """Sums over some of a group's heads each, in which a compiled backward pass computes the gradients of B and C."""
+    heads_per_part = min(h // groups, -(-b * h // _PARTS))
+    return -(-(h // groups) // heads_per_part)
 
 
 class ChunkedScan(torch.autograd.Function):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ghostssm.choices import Trained
+from ghostssm.ops.state_format import FLOAT32, FORMATS
 from ghostssm.plan.measurement import Difference, Measurement
 
 MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
@@ -55,6 +56,7 @@ class Distillation:
         overlap: of the pieces of 32 tokens of these other texts, the share that was trained on; None if there are none.
         before: losses on other texts, of the student as it came.
         after: the same, of the student as it went.
+        state_dtype: that the student's state was rounded to after every token.
     """
 
     teacher: str | None
@@ -73,11 +75,18 @@ class Distillation:
     overlap: float | None = None
     before: Sequence[Measurement] = field(default=())
     after: Sequence[Measurement] = field(default=())
+    state_dtype: str = FLOAT32.name
 
     @property
     def best(self) -> Point:
         """The point whose parameters were kept."""
         return next(point for point in self.curve if point.step == self.kept_step)
+
+    @property
+    def rounded_text(self) -> str:
+        """What to add to a sentence on how the student was trained; empty if its state was not rounded."""
+        rounded = self.state_dtype != FLOAT32.name
+        return f", with the state rounded to {self.state_dtype} after every token" if rounded else ""
 
     def as_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -88,6 +97,7 @@ class Distillation:
     def from_json(cls, document: Any) -> Distillation | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
+            document = {"state_dtype": FLOAT32.name} | document  # earlier releases did not round
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(_point_from_json(point) for point in values["curve"])
             measured = {
@@ -95,9 +105,15 @@ class Distillation:
                 for name in ("before", "after")
             }
             read = cls(**values | {"curve": curve} | measured)
-            return read if read.best.step == read.kept_step and type(read.tokens) is int else None
+            whole = read.best.step == read.kept_step and type(read.tokens) is int and read.state_dtype in FORMATS
+            return read if whole else None
         except (KeyError, TypeError, ValueError, StopIteration):
             return None
+
+
+def state_dtype_of(distillations: Sequence[Distillation]) -> str | None:
+    """The dtype that the last training with a rounded state was for; None if there was none."""
+    return next((each.state_dtype for each in reversed(distillations) if each.state_dtype != FLOAT32.name), None)
 
 
 def distillations_from_json(document: Any) -> tuple[Distillation, ...]:

@@ -17,7 +17,7 @@ from ghostssm.models.mixer import Projection
 from ghostssm.ops.state_format import StateFormat, Tiers
 from ghostssm.plan import file
 from ghostssm.plan.decision import Decision, Selection
-from ghostssm.plan.distillation import Distillation, distillations_from_json
+from ghostssm.plan.distillation import Distillation, distillations_from_json, state_dtype_of
 from ghostssm.plan.provenance import Provenance
 from ghostssm.units import sizes_text
 from ghostssm.values import Value
@@ -99,8 +99,9 @@ class Plan(Value):
 
     @property
     def state_dtype(self) -> str | None:
-        """The dtype that the state is to be kept in, chosen or asked for; None if neither."""
-        return None if self.provenance is None else self.provenance.state_dtype
+        """The dtype that the state is to be kept in: trained for, chosen or asked for; None if nothing says so."""
+        decided = None if self.provenance is None else self.provenance.state_dtype
+        return state_dtype_of(self.distillations) or decided
 
     def kept_in(self, state_dtype: str | None) -> Plan:
         """The same plan for a state that is to be kept in a dtype; for None this plan."""

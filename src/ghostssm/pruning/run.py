@@ -105,6 +105,7 @@ class Calibration:
         progress: Progress | None = on_screen,
         multiple: int = DEFAULT_MULTIPLE,
         journal: Journal | None = None,
+        state_dtype: str | None = None,
     ) -> Plan:
         """Decide what becomes of every mixer's state.
 
@@ -117,6 +118,7 @@ class Calibration:
             progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
+            state_dtype: that the state is to be kept in, for steps that train the whole model.
 
         Raises:
             InputError: a state size out of range, or no such recipe.
@@ -156,7 +158,7 @@ class Calibration:
                     ),
                 ),
             )
-            return run.recovered(plan)
+            return run.recovered(plan, state_dtype)
 
 
 @dataclasses.dataclass
@@ -181,8 +183,8 @@ class _Run:
             self._front_to_back(sizes, known)
         return self.journal.decisions()
 
-    def recovered(self, plan: Plan) -> Plan:
-        """The plan with what the recipe's steps of model scope change."""
+    def recovered(self, plan: Plan, state_dtype: str | None) -> Plan:
+        """The plan with what the recipe's steps of model scope change, for a state that is to be kept in a dtype."""
         steps = [(step, step.registered) for step in self.recipe.steps]
         for step, registered in steps:
             if isinstance(registered, ModelStep):
@@ -190,7 +192,7 @@ class _Run:
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
                 training = registered.recover(
-                    pruned, dense, self.calibration.windows, step.amount or 0, self.seed, self.progress
+                    pruned, dense, self.calibration.windows, step.amount or 0, self.seed, state_dtype, self.progress
                 )
                 plan = with_changes_of(plan, pruned, before)
                 if training is not None:

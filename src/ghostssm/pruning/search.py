@@ -82,7 +82,7 @@ def smallest_plan(
     narrowest_first = sorted(forms, key=lambda form: form.state_bytes(1, limit))
     least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
     calibration = Calibration(model, windows)
-    plans: dict[int, Plan] = {}
+    plans: dict[tuple[int, str | None], Plan] = {}
     best: Plan | None = None
     with listening(progress) as tell:
         dense = evaluate_in_float32(model, held_out, named(tell, _UNPRUNED))
@@ -94,14 +94,15 @@ def smallest_plan(
                 most = [high - low - 1, *(len(_smaller(other, sizes, least)) for other in narrowest_first[place + 1 :])]
                 left = sum(map(int.bit_length, most))  # a bisection's steps
                 of_this = _candidate(tell, recipe, size, [form.name], left, "at most ")
-                if size not in plans:
-                    plans[size] = calibration.plan(recipe, size, groups, seed, of_this, multiple)
-                with pruned(model, plans[size]) as smaller:
+                key = size, recipe.trained_in(form.name)
+                if key not in plans:
+                    plans[key] = calibration.plan(recipe, size, groups, seed, of_this, multiple, state_dtype=key[1])
+                with pruned(model, plans[key]) as smaller:
                     excess = excess_loss(smaller, held_out, dense, form.name, of_this)
                 if excess.mean <= max_excess_loss:
                     high, least = middle, form.state_bytes(1, size)
                     searched = Searched(max_excess_loss, len(held_out), form.name, excess)
-                    best = plans[size].with_provenance(search=searched)
+                    best = plans[key].with_provenance(search=searched)
                 else:
                     low = middle
     if best is None:
@@ -166,8 +167,9 @@ class Fitting:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
         For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan. A projected state is tried in tiers too (`ghostssm.pruning.tiers`). The
-        plan's provenance has what was chosen and what all candidates lost as ``choice``.
+        that fit the same size share one plan, unless the recipe trains the whole model for some of them. A projected
+        state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and what all
+        candidates lost as ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
@@ -197,15 +199,18 @@ class Fitting:
             count = len(fitting) + (tiered is not None)
             for size in sorted(sizes, reverse=True):
                 told = partial(_candidate, tell, recipe, size)
-                shared = [dtype for dtype, fits in fitting.items() if fits == size]
-                of_all = told(shared or [TIERS.name], count - len(candidates))
-                plan = self.calibration.plan(recipe, size, groups, seed, of_all, multiple)
-                for dtype in shared:
-                    candidates.append(self._measured(plan, dtype, told([dtype], count - len(candidates))))
-                if size == tiered and plan.is_projected:
-                    of_tiers = told([TIERS.name], count - len(candidates))
-                    plan = in_tiers(model, plan, self.calibration.windows, state_bytes, of_tiers)
-                    candidates.append(self._measured(plan, TIERS.name, of_tiers))
+                shared = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
+                for trained_in in dict.fromkeys(map(recipe.trained_in, shared)):
+                    alike = [dtype for dtype in shared if recipe.trained_in(dtype) == trained_in]
+                    stock = [dtype for dtype in alike if dtype != TIERS.name]
+                    of_all = told(stock or alike, count - len(candidates))
+                    plan = self.calibration.plan(recipe, size, groups, seed, of_all, multiple, state_dtype=trained_in)
+                    for dtype in stock:
+                        candidates.append(self._measured(plan, dtype, told([dtype], count - len(candidates))))
+                    if TIERS.name in alike and plan.is_projected:
+                        of_tiers = told([TIERS.name], count - len(candidates))
+                        plan = in_tiers(model, plan, self.calibration.windows, state_bytes, of_tiers)
+                        candidates.append(self._measured(plan, TIERS.name, of_tiers))
         candidates.sort(key=lambda each: each[0].excess.mean)
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in candidates))
         return candidates[0][1].with_provenance(choice=choice)

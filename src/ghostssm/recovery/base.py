@@ -52,8 +52,8 @@ class ModelStep:
         name: in recipes, in lower case.
         summary: one line for the command line's help.
         recover: changes parameters of the pruned model in place; gets the pruned and the dense model, the calibration
-            windows, the step's amount, a seed and a listener. What it gives, if it trains the whole model by gradients,
-            goes into the plan.
+            windows, the step's amount, a seed, the dtype that the state is to be kept in, or None, and a listener. What
+            it gives, if it trains the whole model by gradients, goes into the plan.
         default_amount: of a step that is written with a number; None for one without.
         streamable: never: the whole model is in memory.
         shareable: never: one process has all windows.
@@ -62,7 +62,7 @@ class ModelStep:
 
     name: str
     summary: str
-    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, Progress], Distillation | None]
+    recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, str | None, Progress], Distillation | None]
     default_amount: int | None = None
     streamable: Literal[False] = False
     shareable: Literal[False] = False

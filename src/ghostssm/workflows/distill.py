@@ -21,6 +21,7 @@ from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
 from ghostssm.files.outputs import OutputFolder
+from ghostssm.ops.state_format import FLOAT32
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.surgery import change_parameters
@@ -32,7 +33,7 @@ from ghostssm.recovery.distill.training import distill as train
 from ghostssm.text.sources import read_text
 from ghostssm.text.streams import StreamedText
 from ghostssm.text.windows import Windows, evaluation_windows
-from ghostssm.workflows.distill_checks import check_room, check_tokenizers, checked, settings
+from ghostssm.workflows.distill_checks import check_room, check_tokenizers, checked, rounded_to, settings
 from ghostssm.workflows.inputs import tell_idle_gpu
 from ghostssm.workflows.requests import DistillRequest
 
@@ -67,6 +68,7 @@ def distill(request: DistillRequest, *, progress: Progress = silent, notify: Not
         IncompleteError: the checkpoint is written, but something is missing beside its weights.
     """
     described = checked(request)
+    request = dataclasses.replace(request, state_dtype=rounded_to(request, described[0]))
     tell_idle_gpu(notify, request.device)
     request = dataclasses.replace(request, device=own_device(request.device))
     processes = Processes.join(request.device)
@@ -119,6 +121,7 @@ class _Job:
         self.notify(
             f"distilling on {batches.source.name}: {asked.steps} steps of {asked.batch} windows of "
             f"{asked.window_length} tokens; {len(batches.held_out)} windows are held out"
+            f"{'' if asked.state_dtype == FLOAT32.name else f'; the state is rounded to {asked.state_dtype}'}"
         )
         with keeper:
             wanted = [evaluate_in_float32(dense.model, text, self.progress) for text in texts]
@@ -174,7 +177,8 @@ class _Job:
     def _measured(
         self, checkpoint: Checkpoint, texts: Sequence[Windows], wanted: Sequence[Evaluation]
     ) -> list[Measurement]:
-        state_dtype = chosen_state_dtype(checkpoint.source)
+        rounded = self.asked.state_dtype
+        state_dtype = chosen_state_dtype(checkpoint.source) if rounded in (None, FLOAT32.name) else rounded
         losses = [evaluate_in_float32(checkpoint.model, text, self.progress, state_dtype) for text in texts]
         return [measurement_of(*each) for each in zip(texts, wanted, losses, strict=True)]
 

@@ -12,8 +12,9 @@ from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import empty_model
 from ghostssm.choices import Trained
 from ghostssm.errors import InputError
+from ghostssm.ops.state_format import FLOAT32
 from ghostssm.recovery.distill.pair import choose_trained
-from ghostssm.recovery.distill.training import Settings
+from ghostssm.recovery.distill.training import Settings, training_dtype
 from ghostssm.units import bytes_text
 from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import DistillRequest
@@ -23,7 +24,14 @@ _TRIED_TEXT = "The state's 3rd channel — déjà vu?\n\tif x[i] != 0x1F: return
 
 def settings(request: DistillRequest) -> Settings:
     """How the student is trained; refuses numbers out of range."""
-    return Settings(**{name: getattr(request, name) for name in Settings.__dataclass_fields__})
+    values = {name: getattr(request, name) for name in Settings.__dataclass_fields__}
+    return Settings(**values | {"state_dtype": request.state_dtype or FLOAT32.name})
+
+
+def rounded_to(request: DistillRequest, student: Description) -> str:
+    """The dtype that the student's state is rounded to in training."""
+    kept_in = None if student.pruning is None else student.pruning.state_dtype
+    return request.state_dtype or training_dtype(kept_in)
 
 
 def checked(request: DistillRequest) -> tuple[Description, Description]:

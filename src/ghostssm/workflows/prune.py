@@ -117,7 +117,7 @@ def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Pro
         "progress": progress,
     }
     if target.size is not None:
-        plan = Calibration(model, windows).plan(job.recipe, target.size, **how)
+        plan = Calibration(model, windows).plan(job.recipe, target.size, **how, state_dtype=asked.state_dtype)
         return plan.kept_in(asked.state_dtype)
     how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
     if target.state_bytes is not None:

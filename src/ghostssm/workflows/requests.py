@@ -225,6 +225,9 @@ class DistillRequest(Request):
         window_length: tokens per window.
         learning_rate: the largest one, after a warmup; it falls along a cosine.
         trained: parameters that move: 'mixers', 'small' (no large matrix) or 'all'.
+        state_dtype: train with the student's state rounded to this dtype after every token, in which it is to be
+            served: float32, bfloat16, float16, int8, fp8 or int4. If not given, int4 for a student that was pruned for
+            int4, else float32. Later verbs keep to it.
         hidden_weight: also learn the hidden states after every block, with this weight beside the divergence.
         accumulate: compute a batch in N parts, one after the other; memory holds the activations of one.
         checkpointing: keep the inputs of blocks only, and compute their insides twice.
@@ -247,6 +250,7 @@ class DistillRequest(Request):
     window_length: Annotated[int, Option("TOKENS", "Text", least=2)] = field(default=512, kw_only=True)
     learning_rate: Annotated[float, Option("X", "How", least=0)] = DISTILL_RATE
     trained: Annotated[Trained, Option("WHICH", "How", flag="--train")] = "mixers"
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None
     hidden_weight: Annotated[float, Option("X", "How", least=0)] = 0.0
     accumulate: Annotated[int, Option("N", "Scale", least=1)] = 1
     checkpointing: Annotated[bool, Option(panel="Scale")] = False

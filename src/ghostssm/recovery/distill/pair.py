@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from ghostssm.calibration.processes import Processes
 from ghostssm.choices import Trained
 from ghostssm.models.families import family_of, mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import replaced_forward, rounded_forward
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.recovery.distill.loss import Readout, divergence, window_losses, without_head
 
 
@@ -103,17 +104,23 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor, with_blocks: bool) -> tu
 
 @contextmanager
 def prepared(
-    student: Student, teacher: Teacher, processes: Processes, checkpointing: bool, bfloat16: bool
+    student: Student,
+    teacher: Teacher,
+    processes: Processes,
+    checkpointing: bool,
+    bfloat16: bool,
+    storage: StateStorage,
 ) -> Iterator[None]:
     """Within the context both run our forward pass, sharded over the processes, and in bfloat16 if asked to.
 
     Args:
         checkpointing: keep the inputs of the student's blocks only, and run each once more in the backward pass.
+        storage: of the student's state, after every token.
     """
     models = (student.model, teacher.model)
     devices = {model.device.type for model in models}
     blocks = [family_of(model.config).blocks(model) for model in models]
-    mixers = [mixer for model in models for mixer in mixers_of(model)]
+    mixers = [mixers_of(model) for model in models]
     for block in blocks[0] if checkpointing else ():
         block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
     if processes.size > 1:
@@ -124,7 +131,8 @@ def prepared(
     # Autocast, and not narrower weights: A_log and dt_bias are exponentiated, and small steps must not be rounded away.
     narrow = [torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext() for device in devices]
     try:
-        with replaced_forward(mixers), narrow[0], narrow[-1]:
+        rounded = rounded_forward(storage)
+        with replaced_forward(mixers[1]), replaced_forward(mixers[0], rounded), narrow[0], narrow[-1]:
             yield
     finally:
         for block in blocks[0] if checkpointing else ():

@@ -12,14 +12,20 @@ from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Progress
 from ghostssm.recovery.base import ModelStep, register_step
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
-from ghostssm.recovery.distill.training import Listener, Settings, distill
+from ghostssm.recovery.distill.training import Listener, Settings, distill, training_dtype
 from ghostssm.text.windows import Windows
 
 TOKENS_PER_STEP = 4096
 
 
 def _distill(
-    pruned: PreTrainedModel, dense: PreTrainedModel, windows: Windows, amount: int, seed: int, progress: Progress
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    windows: Windows,
+    amount: int,
+    seed: int,
+    state_dtype: str | None,
+    progress: Progress,
 ) -> Distillation:
     batch = max(1, min(TOKENS_PER_STEP // windows.length, len(windows) - max(1, len(windows) // 8)))
     batches = Batches(HeldWindows(windows), batch, seed)
@@ -27,7 +33,8 @@ def _distill(
         copy.deepcopy(pruned).float(),
         dense if dense.dtype.itemsize >= 4 else copy.deepcopy(dense).float(),
     )
-    distilled = distill(student, teacher, batches, Settings(amount, batch, seed=seed), listener=Listener(progress))
+    settings = Settings(amount, batch, seed=seed, state_dtype=training_dtype(state_dtype))
+    distilled = distill(student, teacher, batches, settings, listener=Listener(progress))
     change_parameters(pruned, distilled.changes)
     return distilled.record
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ghostssm.calibration.processes import Processes
 from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained
 from ghostssm.errors import InputError
+from ghostssm.ops.state_format import FLOAT32, FORMATS, INT4, StateStorage
 from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
@@ -36,6 +37,14 @@ _DIVERGED = 3.0
 """The training ends when the divergence on the held-out windows is so many times the first one."""
 
 
+def training_dtype(kept_in: str | None) -> str:
+    """The dtype that a student's state is rounded to in training, of one that is to be kept in a dtype.
+
+    It is int4 for int4. Wider ones lose too little to win back, so that float32 does.
+    """
+    return INT4.name if kept_in == INT4.name else FLOAT32.name
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a student is trained.
@@ -47,6 +56,8 @@ class Settings:
         accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
         checkpointing: hold the inputs of blocks only, and compute their insides twice.
         bfloat16: compute in bfloat16; weights, gradients and Adam's moments stay float32.
+        state_dtype: that the student's state is rounded to after every token, as it will be served; gradients take the
+            rounding for the identity.
     """
 
     steps: int = DISTILL_STEPS
@@ -58,6 +69,7 @@ class Settings:
     checkpointing: bool = False
     bfloat16: bool = False
     seed: int = DEFAULT_SEED
+    state_dtype: str = FLOAT32.name
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
@@ -69,6 +81,8 @@ class Settings:
         ):
             if not fits:
                 raise InputError(f"The {name} is {value}; expected a positive number.")
+        if self.state_dtype not in FORMATS:
+            raise InputError(f"The state dtype is {self.state_dtype}; expected one of {', '.join(FORMATS)}.")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, the first being 1: up in a line, down along half a cosine."""
@@ -259,7 +273,8 @@ def distill(
         )
     own, dense = Student(student, settings.hidden_weight), Teacher(teacher, student.device, settings.hidden_weight > 0)
     choose_trained(student, settings.trained)
-    with prepared(own, dense, processes, settings.checkpointing, settings.bfloat16):
+    storage = StateStorage.of(settings.state_dtype)
+    with prepared(own, dense, processes, settings.checkpointing, settings.bfloat16, storage):
         parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
         training = Training(own, dense, batches, settings, parameters, processes)
         if keeper is not None and (state := keeper.read()) is not None:
@@ -277,6 +292,7 @@ def distill(
         seed=settings.seed,
         learning_rate=settings.learning_rate,
         trained=settings.trained,
+        state_dtype=settings.state_dtype,
         held_out_windows=len(batches.held_out),
         curve=tuple(training.curve),
         ended=training.ended,

@@ -28,7 +28,7 @@ def distillation_figure(trainings: Mapping[str, Distillation]) -> Figure:
             f"{label}: {training.tokens:,} tokens of {text_name(training.text)} in {training.steps} steps moved "
             f"{MOVED[training.trained]}; excess loss on {training.held_out_windows} held-out windows of that text "
             f"{training.curve[0].excess_text} before, {training.best.excess_text} after step {training.kept_step}, "
-            "which was kept"
+            f"which was kept{training.rounded_text}"
         )
     return Figure(
         "distillation",
