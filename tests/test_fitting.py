@@ -178,9 +178,9 @@ def test_the_config_tells_engines_that_look_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["--state-bytes", "0"], "expected more than 0"),
-        (["--state-bytes", "1/0"], "expected more than 0"),
-        (["--state-bytes", "1"], "less than the"),
+        (["--state-bytes", "0"], "above 0 and below 1"),
+        (["--state-bytes", "1/0"], "above 0 and below 1"),
+        (["--state-bytes", "1"], "above 0 and below 1"),
         (["--state-bytes", "6GiB"], "less than the"),
         (["--state-bytes", "6xB"], "such as"),
         (["--state-bytes", "half"], "such as 1/8"),

@@ -130,7 +130,7 @@ def test_a_provenance_without_a_search(foreign: dict[str, Any]) -> None:
 
 
 def test_a_size_whose_loss_overflows_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(model: Any, windows: Any, state_dtype: str = "float32") -> Any:
+    def measured(model: Any, windows: Any, progress: Any = None, state_dtype: str = "float32") -> Any:
         if model.config.state_size < 12:
             raise NumericalError("overflow")
         return evaluate(model, windows)

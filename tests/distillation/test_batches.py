@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,8 @@ def test_a_dataset_on_the_hub(tokenizer: PreTrainedTokenizerFast, monkeypatch: p
             return iter([{"text": f"row {number} of the corpus"} for number in range(self.first, 40)])
 
     class Datasets:
+        __spec__ = ModuleSpec("datasets", None)  # as an installed package has
+
         @staticmethod
         def load_dataset(name: str, split: str, streaming: bool) -> Rows:
             asked.append((name, split, streaming))

@@ -252,7 +252,7 @@ def test_data_out_of_reach(harness: Any, task_folder: Path, monkeypatch: pytest.
         (["--tasks", "x", "--copying"], "at most one of"),
         (["--limit", 5], "works with --tasks or --last-words only"),
         (["--tasks", "x", "--limit", 0], "--limit is 0"),
-        (["--tasks", "x", "--device", "cuda:99"], "'cuda:99'"),
+        (["--copying", "--device", "cuda:99"], "'cuda:99'"),
     ],
 )
 def test_options_that_contradict(run: Run, folder_of: Callable[..., Path], options: list[object], message: str) -> None:
@@ -261,7 +261,8 @@ def test_options_that_contradict(run: Run, folder_of: Callable[..., Path], optio
     assert message in err
 
 
-def test_a_model_that_is_not_there(run: Run) -> None:
+def test_a_model_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostssm.extras.find_spec", lambda name: name)  # the package is there
     code, _, err = run("evaluate", "nowhere", "--tasks", "x")
     assert code == 2
     assert "No model at 'nowhere'" in err

@@ -148,6 +148,7 @@ def test_a_distilled_folder_is_repeated_by_distill(pages: dict[str, Path], monke
         raise InputError("enough")
 
     monkeypatch.setattr("ghostssm.workflows.distill.distill", carry_out)
+    monkeypatch.setattr("ghostssm.cli.parsing.check_places", lambda request: None)  # it names folders of another place
     with pytest.raises(InputError, match="enough"):
         app(shlex.split(repeating_command(plan, manifest))[1:], standalone_mode=False)
     assert asked[0].as_json() == manifest.request
@@ -195,6 +196,7 @@ def test_the_command_asks_for_what_was_asked_for(pages: dict[str, Path], monkeyp
         raise InputError("enough")
 
     monkeypatch.setattr("ghostssm.workflows.prune.prune", carry_out)
+    monkeypatch.setattr("ghostssm.cli.parsing.check_places", lambda request: None)
     with pytest.raises(InputError, match="enough"):
         app(words[1:], standalone_mode=False)
     assert asked[0].as_json() == manifest.request

@@ -24,11 +24,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def project_streams(stream: Tensor, maps: Tensor) -> Tensor:
-    """B or C (..., g, n) through maps (g, n, r): (..., g, r)."""
-    maps = maps.to(stream.dtype)
-    if len(maps) == 1:  # one product with a matrix takes half of the time
-        return stream @ maps[0]
-    return torch.einsum("...gn,gnr->...gr", stream, maps)
+    """B or C (..., g, n) through maps (g, n, r): (..., g, r).
+
+    A batched product, also of one group: what a plain one gives in the last bit depends on where the tensors lie.
+    """
+    return torch.einsum("...gn,gnr->...gr", stream, maps.to(stream.dtype))
 
 
 def conv_step_(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -265,8 +265,8 @@ def share_or_bytes(text: str) -> Fraction | int:
         share = Fraction(0)
     if not 0 < share < 1:
         raise InputError(
-            f"--state-bytes is {text!r}; expected a share of the dense float32 state below 1, such as 1/8, or a size "
-            "with its unit, such as 6MiB."
+            f"--state-bytes is {text!r}; expected a share of the dense float32 state above 0 and below 1, such as 1/8, "
+            "or a size with its unit, such as 6MiB."
         )
     return share
 
