@@ -48,14 +48,15 @@ def causal_conv(x, taps, bias, out):  # type: ignore[no-untyped-def]
 def conv_step(windows, x, taps, bias, out):  # type: ignore[no-untyped-def]
     """windows (b, c, 4) in place, x (b, c), taps (c, 4), bias (c,), out (b, c), before SiLU: float32.
 
-    Written out for the one width that models have, it runs in vector lanes over the channels.
+    Written out for the one width that models have, it runs in vector lanes over the channels. The order of the sum is
+    that of `causal_conv`, so that a state that is rounded stochastically is the same by either way.
     """
     b, c, _ = windows.shape
     for i in numba.prange(b):
         window, new, mixed = windows[i], x[i], out[i]
         for j in range(c):
             first, second, third, last = window[j, 1], window[j, 2], window[j, 3], new[j]
-            mixed[j] = bias[j] + first * taps[j, 0] + second * taps[j, 1] + third * taps[j, 2] + last * taps[j, 3]
+            mixed[j] = bias[j] + last * taps[j, 3] + third * taps[j, 2] + second * taps[j, 1] + first * taps[j, 0]
             window[j, 0], window[j, 1], window[j, 2], window[j, 3] = first, second, third, last
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from ghostssm.ops._rounding_kernels import _next, _read, _scale, _write
+from ghostssm.ops._rounding_kernels import next_word, read_row, row_scale, write_row
 
 ROWS = 8
 """Rows of a head's state that are walked together: the codes of all tokens are kept for these alone."""
@@ -54,21 +54,21 @@ def _walk(rows, head, group, form, key, kept, decays, x, dt, B, C, D, dy, dx, dd
     values, gradients = work[ROWS], work[:ROWS]
     gradients[:] = 0
     for t in range(length):
-        token_key = _next(key, t)
+        token_key = next_word(key, t)
         for j in range(first, last):
             row, added = j - first, dt[t, head] * x[t, head, j]
-            _read(kind, codes[t, row], halves[t, row], scales[t, row], values)
+            read_row(kind, codes[t, row], halves[t, row], scales[t, row], values)
             peak = _update(values, decays[t], added, B[t, group], dy[t, head, j], dC[t])
             inverse = np.float32(0)
             scales[t + 1, row] = np.float32(1)
             if largest > 0:
-                inverse, scales[t + 1, row] = _scale(peak, largest)
-            row_key = _next(token_key, head * x.shape[2] + j)
-            _write(kind, codes[t + 1, row], halves[t + 1, row], inverse, values, row_key, stochastic)
+                inverse, scales[t + 1, row] = row_scale(peak, largest)
+            row_key = next_word(token_key, head * x.shape[2] + j)
+            write_row(kind, codes[t + 1, row], halves[t + 1, row], inverse, values, row_key, stochastic)
     for t in range(length - 1, -1, -1):
         for j in range(first, last):
             row, added = j - first, dt[t, head] * x[t, head, j]
-            _read(kind, codes[t, row], halves[t, row], scales[t, row], values)
+            read_row(kind, codes[t, row], halves[t, row], scales[t, row], values)
             along_write, along_state = _update_gradient(
                 gradients[row], decays[t + 1], dy[t, head, j], C[t, group], B[t, group], added, values, dB[t]
             )
@@ -126,7 +126,7 @@ def straight_through_backward(  # type: ignore[no-untyped-def]
             i, group, part = index // (groups * parts), (index // parts) % groups, index % parts
             first = group * heads_per_group + part * heads_per_part
             heads = first, min(first + heads_per_part, (group + 1) * heads_per_group)
-            own_key = np.uint32(_next(np.uint32(key), first_sequence + i) + np.uint32(first_token))
+            own_key = np.uint32(next_word(np.uint32(key), first_sequence + i) + np.uint32(first_token))
             _backward_of_heads(
                 heads, group, form, own_key, kept, x[i], dt[i], A, B[i], C[i], D, dy[i],
                 dx[i], ddt[i], dA[i], dB[i, group, part], dC[i, group, part], dD[i],

@@ -27,7 +27,7 @@ def _mix(word):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _next(word, number):  # type: ignore[no-untyped-def]
+def next_word(word, number):  # type: ignore[no-untyped-def]
     return _mix(np.uint32(word + np.uint32(number)))
 
 
@@ -84,7 +84,7 @@ def _widened(code, mantissa, bias):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _read(kind, codes, halves, scale, values):  # type: ignore[no-untyped-def]
+def read_row(kind, codes, halves, scale, values):  # type: ignore[no-untyped-def]
     """A stored row's numbers, n of them: its codes, or its halves, n of them."""
     n = values.shape[0]
     if kind == _BFLOAT16:
@@ -112,7 +112,7 @@ def _read(kind, codes, halves, scale, values):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _write(kind, codes, halves, inverse, values, key, stochastic):  # type: ignore[no-untyped-def]
+def write_row(kind, codes, halves, inverse, values, key, stochastic):  # type: ignore[no-untyped-def]
     """Round a row's numbers and store them."""
     n = values.shape[0]
     if kind == _BFLOAT16:
@@ -147,7 +147,7 @@ def _write(kind, codes, halves, inverse, values, key, stochastic):  # type: igno
 
 
 @numba.njit
-def _scale(peak, largest):  # type: ignore[no-untyped-def]
+def row_scale(peak, largest):  # type: ignore[no-untyped-def]
     """What a row is multiplied with before it is rounded, and afterwards."""
     if peak < LEAST_PEAK:
         return np.float32(0), np.float32(0)
@@ -156,14 +156,14 @@ def _scale(peak, largest):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _write_int8(codes, inverse, values):  # type: ignore[no-untyped-def]
-    """`_write` to the nearest int8: small enough for the compiler to put it into the loop."""
+    """`write_row` to the nearest int8: small enough for the compiler to put it into the loop."""
     for k in range(values.shape[0]):
         codes[k] = np.int8(_nearest_integer(np.float32(values[k] * inverse)))
 
 
 @numba.njit
 def _write_int4(codes, inverse, values):  # type: ignore[no-untyped-def]
-    """`_write` to the nearest int4, for the same reason."""
+    """`write_row` to the nearest int4, for the same reason."""
     half, n = codes.shape[0], values.shape[0]
     lower, upper = values[:half], values[half:]
     for k in range(upper.shape[0]):
@@ -235,23 +235,23 @@ def stored_scan(  # type: ignore[no-untyped-def]
         own, own_scales = codes[i, head], scales[i, head, first_scale:]
         values = np.empty(n, np.float32)
         first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
-        own_key = _next(np.uint32(key), first_sequence + i)
+        own_key = next_word(np.uint32(key), first_sequence + i)
         for t in range(length):
             inputs, outputs = x[i, t, head], y[i, t, head]
             write, read = B[i, t, group], C[i, t, group]
             step = dt[i, t, head]
             decay = np.exp(step * A[head])
-            token_key = _next(own_key, first_token + t)
+            token_key = next_word(own_key, first_token + t)
             for j in range(first, last):
                 row, half_row = own[j * width : (j + 1) * width], halves[i, head, j * n : (j + 1) * n]
                 scale = own_scales[j] if largest > 0 else np.float32(1)
-                _read(kind, row, half_row, scale, values)
+                read_row(kind, row, half_row, scale, values)
                 total, peak = _update(values, decay, step * inputs[j], write, read)
                 outputs[j] = total + D[head] * inputs[j]
                 inverse = np.float32(0)
                 if largest > 0:
-                    inverse, own_scales[j] = _scale(peak, largest)
-                _write(kind, row, half_row, inverse, values, _next(token_key, head * p + j), stochastic)
+                    inverse, own_scales[j] = row_scale(peak, largest)
+                write_row(kind, row, half_row, inverse, values, next_word(token_key, head * p + j), stochastic)
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -290,30 +290,30 @@ def tiered_scan(  # type: ignore[no-untyped-def]
         own, own_peaks = codes[i, first_code[head] :], peaks[i, first_peak[head] :]
         first_values, next_values = np.empty(eights, np.float32), np.empty(narrow[head], np.float32)
         first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
-        own_key = _next(np.uint32(key), first_sequence + i)
+        own_key = next_word(np.uint32(key), first_sequence + i)
         for t in range(length):
             inputs, outputs = x[i, t, head], y[i, t, head]
             write, read = B[i, t, group, :n], C[i, t, group, :n]
             step = dt[i, t, head]
             decay = np.exp(step * A[head])
-            token_key = _next(own_key, first_token + t)
+            token_key = next_word(own_key, first_token + t)
             for j in range(first, last):
                 eight, four = own[j * width : j * width + eights], own[j * width + eights : (j + 1) * width]
                 added = step * inputs[j]
-                _, eighth = _scale(own_peaks[j], np.float32(127))
-                _, fourth = _scale(own_peaks[j], np.float32(7))
+                _, eighth = row_scale(own_peaks[j], np.float32(127))
+                _, fourth = row_scale(own_peaks[j], np.float32(7))
                 high, peak = _update_int8(eight, first_values, eighth * decay, added, write[:eights], read[:eights])
-                _read(_INT4, four, none, fourth, next_values)
+                read_row(_INT4, four, none, fourth, next_values)
                 low, other = _update(next_values, decay, added, write[eights:], read[eights:])
                 peak = max(peak, other)
                 outputs[j] = high + low + D[head] * inputs[j]
                 own_peaks[j] = peak if peak >= LEAST_PEAK else np.float32(0)
-                eighth, _ = _scale(peak, np.float32(127))
-                fourth, _ = _scale(peak, np.float32(7))
+                eighth, _ = row_scale(peak, np.float32(127))
+                fourth, _ = row_scale(peak, np.float32(7))
                 if stochastic:
-                    row_key = _next(token_key, head * p + j)
-                    _write(_INT8, eight, none, eighth, first_values, row_key, stochastic)
-                    _write(_INT4, four, none, fourth, next_values, row_key, stochastic)
+                    row_key = next_word(token_key, head * p + j)
+                    write_row(_INT8, eight, none, eighth, first_values, row_key, stochastic)
+                    write_row(_INT4, four, none, fourth, next_values, row_key, stochastic)
                 else:
                     _write_int8(eight, eighth, first_values)
                     _write_int4(four, fourth, next_values)
