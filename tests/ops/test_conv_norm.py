@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from ghostssm.ops import compiled
 from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm, multiplied_rms_norm
+from tests.programs import in_process
 
 pytestmark = pytest.mark.skipif(not compiled.HAS_KERNELS, reason="numba is not installed")
 
@@ -102,6 +100,7 @@ from ghostssm.ops._row_kernels import bfloat16_scan, int8_scan
 from ghostssm.ops.conv_norm import causal_conv, gated_rms_norm
 from ghostssm.ops.state_format import FORMATS, StateStorage, quantise
 from ghostssm.ops.stored import stored_scan_
+from tests.programs import in_process
 torch.manual_seed(0)
 y, z, norm, taps, bias = (torch.randn(s).requires_grad_() for s in ((2, 41, 48), (2, 41, 48), (48,), (48, 4), (48,)))
 for gate_first in (True, False):
@@ -121,12 +120,9 @@ print(sum(sum(each(40).stats.cache_misses.values()) for each in (int8_scan, bflo
 @pytest.mark.slow
 def test_code_from_numbas_cache_rounds_as_when_it_was_compiled(tmp_path: Path) -> None:
     """Else a run that goes on in a new process would end with other bits."""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", ROUNDED]
-    compiled_now, found = (
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout for _ in range(2)
-    )
-    (*compiled_now, misses), (*found, misses_again) = compiled_now.split(), found.split()
+    both = [in_process(ROUNDED, environment={"NUMBA_CACHE_DIR": str(tmp_path)}) for _ in range(2)]
+    assert [done.returncode for done in both] == [0, 0], both
+    (*compiled_now, misses), (*found, misses_again) = (done.stdout.split() for done in both)
     assert found == compiled_now
     assert len(found) == 24
     assert (misses, misses_again) == ("2", "0")  # also code that is made for a state's size is kept
