@@ -1,7 +1,7 @@
-"""Programs in processes of their own that need not wait for the libraries: a server that has them is forked for each.
+"""Programs and functions in processes of their own that need not wait for the libraries: servers that have them fork.
 
-The server has imported PyTorch and what takes longest beside it. transformers, ghostssm, huggingface_hub and numba are
-imported by the program, in its order and under its environment.
+The server of programs has imported PyTorch and what takes longest beside it. transformers, ghostssm, huggingface_hub
+and numba are imported by the program, in its order and under its environment.
 
     python -m tests.programs    # the server: a JSON line for each program, an exit code for each line
 """
@@ -12,6 +12,7 @@ import atexit
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,9 +20,18 @@ import tempfile
 import traceback
 import types
 from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 _LIBRARIES = ("torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "safetensors.torch")
+
+
+def fork_server() -> ForkServerContext:
+    """For functions of tests in processes of their own, which begin as after a first run of everything."""
+    context = multiprocessing.get_context("forkserver")
+    users = ["tests.test_processes", "tests.test_resuming", "tests.distillation.test_command", "tests.cli.test_faults"]
+    context.set_forkserver_preload(["tests.warm", *users])
+    return context
 
 
 def in_process(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -27,6 +26,7 @@ from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.conftest import Run, random_windows
+from tests.programs import fork_server
 from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 
 WINDOWS = random_windows(11, 40)  # six batches, of which the last has one window
@@ -93,8 +93,7 @@ def together(
     size: int, spec: str, output: Path, recipe: str, *, end: tuple[int, str] | None = None, **options: Any
 ) -> dict[int, Outcome]:
     """Run in so many processes; what became of those that told."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostssm.workflows.prune", "transformers.models.mamba2.modeling_mamba2", __name__])
+    context = fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
