@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,7 +25,7 @@ from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.conftest import Run, random_windows
-from tests.programs import fork_server
+from tests.programs import fork_server, in_process
 from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 
 WINDOWS = random_windows(11, 40)  # six batches, of which the last has one window
@@ -194,14 +193,9 @@ def test_more_processes_than_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    return subprocess.run(
-        [*command, "-m", "ghostssm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    program = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
+    options = [f"--nproc-per-node={count}", "--standalone", "-m", "ghostssm"]
+    return in_process(program, *options, *arguments)
 
 
 @pytest.mark.slow

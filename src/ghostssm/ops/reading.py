@@ -45,7 +45,8 @@ def read_states(
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     after = x.new_zeros(b, h, p, n) if state is None else state.clone(memory_format=torch.contiguous_format)
     reads = x.new_empty(len(positions), b, g, u.shape[3], n)
-    compiled.kernels.read_states(*compiled.arrays(after, x, dt, A, B, u, torch.tensor(positions), reads))
+    loop, pieces = compiled.kernels.read_states, b * g * compiled.kernels.column_blocks(n)
+    compiled.in_threads(loop, pieces, after, x, dt, A, B, u, torch.tensor(positions), reads)
     return reads.transpose(0, 1), after
 
 

@@ -168,9 +168,8 @@ class CompiledScan(torch.autograd.Function):
         ddt, skip = torch.empty(dt.shape, dtype=x.dtype), _skip(A, D)
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         dB, dC = torch.zeros(2, b, groups, gradient_parts(b, h, groups), length, n, dtype=x.dtype)
-        compiled.backward_kernels.ssd_scan_backward(
-            *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
-        )
+        loop, pieces = compiled.backward_kernels.ssd_scan_backward, dB.shape[:3].numel()
+        compiled.in_threads(loop, pieces, state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
         dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
         dD = None if D is None else dD.sum(0).to(D.dtype)
         found = ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
