@@ -39,7 +39,7 @@ def _update_gradient(gradient, decay, dy, read, write, added, before, dwrite):  
     return along_write, along_state
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _walk(rows, head, group, form, key, kept, decays, x, dt, B, C, D, dy, dx, ddt, log_decays, dB, dC):  # type: ignore[no-untyped-def]
     """Some rows of a head, forwards and backwards over one sequence.
 
@@ -77,7 +77,7 @@ def _walk(rows, head, group, form, key, kept, decays, x, dt, B, C, D, dy, dx, dd
             log_decays[t] += decays[t] * along_state
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _backward_of_heads(heads, group, form, key, kept, x, dt, A, B, C, D, dy, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
     """`straight_through_backward` for some heads of one group of one sequence; no argument has an axis for these."""
     length, _, p = x.shape

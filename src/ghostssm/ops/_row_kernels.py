@@ -6,7 +6,9 @@ are rounded to the nearest after every token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -43,6 +45,25 @@ def lanes_of(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
+class RowLoop:
+    """A loop over heads, compiled for one thread, and for several once there are several, which takes thrice as long.
+
+    Both give the same bits: `ghostssm.ops._lanes` fixes the order of every sum.
+
+    Attributes:
+        alone: numba's function for one thread.
+    """
+
+    def __init__(self, loop: Callable[..., None], **options: Any):
+        self.alone = numba.njit(cache=True, **options)(loop)
+        split = FunctionType(loop.__code__, loop.__globals__, loop.__name__, None, loop.__closure__)
+        split.__qualname__ = f"{loop.__qualname__}_in_threads"  # numba's cache tells functions apart by their names
+        self._in_threads = numba.njit(cache=True, parallel=True, **options)(split)
+
+    def __call__(self, *arguments: object) -> None:
+        (self._in_threads if numba.get_num_threads() > 1 else self.alone)(*arguments)
+
+
 @numba.njit(inline="always", error_model="numpy")
 def _two_int8_rows(n, lanes, codes, at, other_codes, other_at, rate, other_rate, write, read):  # type: ignore[no-untyped-def]
     """Update and round two rows; their products with C, and their largest magnitudes, in their units."""
@@ -72,7 +93,7 @@ def _two_bfloat16_rows(n, lanes, halves, at, other_halves, other_at, decay, adde
 
 
 @cache
-def int8_scan(n: int) -> Any:
+def int8_scan(n: int) -> RowLoop:
     """The loop for rows of ``n`` numbers, compiled when it is first called, or taken from numba's cache.
 
     A row is worked on in units of its decayed scale: with codes q, scale s, and what is added, u B,
@@ -84,7 +105,6 @@ def int8_scan(n: int) -> Any:
     lanes = lanes_of(n)
     lines = -(-2 * n // _LINE)
 
-    @numba.njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
     def scan(codes, scales, first_scale, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
         """Arguments as `ghostssm.ops._rounding_kernels.stored_scan` has them, B and C with zeros up to whole lanes."""
         b, length, h, p = x.shape
@@ -120,16 +140,15 @@ def int8_scan(n: int) -> Any:
                     outputs[j] = totals[j] * units[j] + D[head] * inputs[j]
                     own_scales[j] = peaks[j] * units[j] * (np.float32(1) / np.float32(127))
 
-    return scan
+    return RowLoop(scan, fastmath=True, error_model="numpy")
 
 
 @cache
-def bfloat16_scan(n: int) -> Any:
+def bfloat16_scan(n: int) -> RowLoop:
     """As `int8_scan`; a number is the upper half of a float32."""
     lanes = lanes_of(n)
     lines = -(-4 * n // _LINE)
 
-    @numba.njit(parallel=True, fastmath=True, cache=True)
     def scan(halves, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
         """halves int16 (b, h, p * n) in place; the rest as `int8_scan` has it."""
         b, length, h, p = x.shape
@@ -157,4 +176,4 @@ def bfloat16_scan(n: int) -> Any:
                     if not last:
                         outputs[j + 1] = other_total + D[head] * other_input
 
-    return scan
+    return RowLoop(scan, fastmath=True)
