@@ -158,6 +158,11 @@ def test_the_command(run: Run, request_of: Callable[..., DistillRequest], tmp_pa
     assert code == 0, err
     assert "ghost+distill2" in out
     assert "ghost+distill2 saw gradients through the whole model, on 560 tokens" in err
+    code, out, err = run(*verb[:-4], *verb[-3:], "--state-dtype", "float32", "int8", "int4", "--json", *options)
+    assert code == 0, err
+    rows = {(row["method"], row["state_dtype"]) for row in json.loads(out) if "distill" in row["method"]}
+    trained = "ghost+distill2 trained in int4"
+    assert rows == {("ghost+distill2", "float32"), ("ghost+distill2", "int8"), (trained, "int4")}
 
 
 def _faulty(asked: DistillRequest, tmp_path: Path, **sizes: Any) -> str:

@@ -36,10 +36,10 @@ def read_states(
         M, (b, s, g, d, n), and the state after the last token, (b, h, p, n).
     """
     if len(positions) and gpu.usable_in_float32(x, dt, A, B, u, state):
-        found: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
+        read: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
             x, dt, A, B, u, torch.tensor(positions, device=x.device), state
         )
-        return found
+        return read
     if not compiled.usable(x, dt, A, B, u, state):
         return read_states_chunked(x, dt, A, B, u, positions, state)
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]

@@ -189,12 +189,12 @@ class StateStorage:
         """
         if rounding not in ("nearest", "stochastic"):
             raise InputError(f"The state rounding is {rounding!r}; expected nearest or stochastic.")
-        found = StateFormat.of(dtype)
-        if rounding == "stochastic" and found is FLOAT32:
+        form = StateFormat.of(dtype)
+        if rounding == "stochastic" and form is FLOAT32:
             raise InputError(
                 "A float32 state is not rounded; expected a narrower state dtype with stochastic rounding."
             )
-        return cls(found, rounding == "stochastic", seed)
+        return cls(form, rounding == "stochastic", seed)
 
     @property
     def rounds(self) -> bool:

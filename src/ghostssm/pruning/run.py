@@ -225,12 +225,12 @@ class _Run:
     def _curves_by_block(self) -> list[list[float] | None]:
         """The curve of each block's mixer; None for a block without one."""
         findings, processes = self.journal.curves, self.calibration.processes
-        if len(findings.found) == len(self.calibration.blocks.modules):
-            return findings.found
+        if len(findings.entries) == len(self.calibration.blocks.modules):
+            return findings.entries
         walk = self.calibration.walk()
         findings.restore(walk.hidden)
-        for block in walk.blocks(len(findings.found)):
-            index = sum(curve is not None for curve in findings.found)
+        for block in walk.blocks(len(findings.entries)):
+            index = sum(curve is not None for curve in findings.entries)
             errors = None if block.mixer is None else self._measured_errors(block, block.mixer, index)
             block.advance()
             squares = torch.linalg.vector_norm(walk.hidden, dim=-1).double().square().mean(-1)
@@ -238,7 +238,7 @@ class _Run:
             energy = sum(energies) / len(energies)
             findings.add(None if errors is None else [error / energy for error in errors], walk.hidden)
             self.progress("budget", block.index + 1, len(walk))
-        return findings.found
+        return findings.entries
 
     def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> list[float]:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left."""

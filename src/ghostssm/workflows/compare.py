@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -96,15 +96,17 @@ def measure_cell(
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
     progress: Progress = silent,
+    state_dtype: str | None = None,
 ) -> Outcome[Measured]:
     """Prune by a method to a state size, and measure. The model is left as it was.
 
     Args:
         calibration: the same for all cells of a model, so that they share evidence.
         measure: gets the pruned model.
+        state_dtype: for a step that trains the whole model: what its state is rounded to there.
     """
     begun = time.perf_counter()
-    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress)
+    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress, state_dtype=state_dtype)
     seconds = time.perf_counter() - begun
     with pruned(calibration.model, plan) as smaller:
         return Outcome(plan, measure(smaller), seconds)
@@ -223,7 +225,9 @@ class _Cells:
 
     def __len__(self) -> int:
         """How many models are measured, the dense one included."""
-        return 1 + len(self.recipes) * len(self.request.state_sizes or self.request.state_bytes)
+        if self.request.state_bytes:
+            return 1 + len(self.recipes) * len(self.request.state_bytes)
+        return 1 + sum(len(self._by_training(recipe)) for recipe in self.recipes) * len(self.request.state_sizes)
 
     def costs(self) -> list[float]:
         """About how long each of them takes; the loss on one token is the unit. The dense model is left out."""
@@ -232,7 +236,7 @@ class _Cells:
         return [
             tokens + number * calibrated * recipe.cost
             for recipe in self.recipes
-            for number in plans or [1] * len(self.request.state_sizes)
+            for number in plans or [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
         ]
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
@@ -242,14 +246,23 @@ class _Cells:
         return outcomes
 
     def _at_sizes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
+        """A recipe that trains the whole model for some of the dtypes makes a plan of its own for these."""
         calibration, request = Calibration(self.model, self.calibration), self.request
-        losses = partial(_losses, windows=self.windows, storages=_storages(request))
-        cells = [(str(recipe), size) for recipe in self.recipes for size in request.state_sizes]
-        outcomes = {}
-        for done, cell in enumerate(cells, 1):
-            progress("models", done, len(self))
-            outcomes[cell] = measure_cell(calibration, cell, losses, groups=request.groups, seed=request.seed)
+        outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
+        for recipe, size in product(self.recipes, request.state_sizes):
+            for trained_in, dtypes in self._by_training(recipe).items():
+                progress("models", len(outcomes) + 1, len(self))
+                losses = partial(_losses, windows=self.windows, storages=[_storage(request, each) for each in dtypes])
+                how: dict[str, Any] = {"groups": request.groups, "seed": request.seed, "state_dtype": trained_in}
+                narrow = trained_in not in (None, FLOAT32.name)
+                name = f"{recipe} trained in {trained_in}" if narrow else str(recipe)
+                outcomes[name, size] = measure_cell(calibration, (str(recipe), size), losses, **how)
         return outcomes
+
+    def _by_training(self, recipe: Recipe) -> dict[str | None, list[str]]:
+        """The dtypes that were asked for, by the one for which the recipe trains the whole model."""
+        trained = [(recipe.trained_in(dtype), dtype) for dtype in self.request.state_dtypes]
+        return {each: [dtype for in_, dtype in trained if in_ == each] for each, _ in trained}
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size.
