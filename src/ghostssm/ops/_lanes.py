@@ -164,8 +164,10 @@ def _joined_halves(builder, bytes_, used, lanes):
     """The numbers of int4: of so many bytes the lower halves, then the upper."""
     half, count = INT4.row_bytes(used), bytes_.type.count
     lower = builder.ashr(builder.shl(bytes_, _constant(28, count)), _constant(28, count))
-    both = [builder.sitofp(each, _floats(count)) for each in (lower, builder.ashr(bytes_, _constant(4, count)))]
-    joined = _shuffled(builder, *both, [*range(half), *range(count, count + used - half), *([0] * (lanes - used))])
+    upper = builder.ashr(bytes_, _constant(4, count))
+    lower, upper = builder.sitofp(lower, _floats(count)), builder.sitofp(upper, _floats(count))
+    chosen = [*range(half), *range(count, count + used - half), *([0] * (lanes - used))]
+    joined = _shuffled(builder, lower, upper, chosen)
     return _padded(builder, joined, used, lanes)
 
 
