@@ -91,6 +91,21 @@ def pruned_from_files(spec: str, output: Path, recipe: str, **options: Any) -> P
     return output
 
 
+def test_a_refit_heeds_the_dtype_on_both_roads(tmp_path: Path) -> None:
+    spec, recipe = saved(tiny_model(), tmp_path / "model"), "magnitude+refit3"
+    checkpoint = ghostssm.load(spec)
+    plans = {
+        dtype: ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, state_dtype=dtype)
+        for dtype in (None, "int4")
+    }
+    output = pruned_from_files(spec, tmp_path / "out", recipe, state_dtype="int4")
+    expected = dict(ghostssm.apply_plan(checkpoint.model, plans["int4"]).named_parameters())
+    for name, value in ghostssm.load(output).model.named_parameters():
+        assert torch.equal(value, expected[name]), name
+    changed = plans["int4"].changes
+    assert any(not torch.equal(value, plans[None].changes[name]) for name, value in changed.items())
+
+
 @pytest.mark.parametrize("case", ["mamba2", *CASES])
 def test_opened_blocks_hold_what_a_loaded_model_holds(case: str, tmp_path: Path) -> None:
     spec = saved(model_of(case).to(torch.bfloat16), tmp_path / "model")

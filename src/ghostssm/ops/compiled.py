@@ -35,7 +35,7 @@ rounding_kernels = _Loops("ghostssm.ops._rounding_kernels")
 straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
 """Those of the backward pass through such states, if there are kernels."""
 row_kernels = _Loops("ghostssm.ops._row_kernels")
-"""Those of int8 and bfloat16, rounded to the nearest, if there are kernels."""
+"""Those of states that are rounded to the nearest, if there are kernels."""
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

@@ -125,7 +125,8 @@ class TieredFormat(StateFormat):
         if tiers is None:
             raise InputError(
                 "The state dtype is tiers, but the model does not say how many channels it keeps in how many bits; "
-                f"expected a model of `ghostssm prune --method balanced --state-bytes`, or one of {', '.join(FORMATS)}."
+                "expected a model for which `ghostssm prune --method balanced` chose tiers, with --state-bytes or "
+                f"--max-excess-loss, or one of {', '.join(FORMATS)}."
             )
         return replace(self, tiers=tiers)
 

@@ -246,7 +246,7 @@ class _Cells:
         return outcomes
 
     def _at_sizes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
-        """A recipe that trains the whole model for some of the dtypes makes a plan of its own for these."""
+        """A recipe that trains for some of the dtypes makes a plan of its own for these."""
         calibration, request = Calibration(self.model, self.calibration), self.request
         outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
         for recipe, size in product(self.recipes, request.state_sizes):
@@ -254,13 +254,13 @@ class _Cells:
                 progress("models", len(outcomes) + 1, len(self))
                 losses = partial(_losses, windows=self.windows, storages=[_storage(request, each) for each in dtypes])
                 how: dict[str, Any] = {"groups": request.groups, "seed": request.seed, "state_dtype": trained_in}
-                narrow = trained_in not in (None, FLOAT32.name)
-                name = f"{recipe} trained in {trained_in}" if narrow else str(recipe)
-                outcomes[name, size] = measure_cell(calibration, (str(recipe), size), losses, **how)
+                outcomes[_trained(recipe, trained_in), size] = measure_cell(
+                    calibration, (str(recipe), size), losses, **how
+                )
         return outcomes
 
     def _by_training(self, recipe: Recipe) -> dict[str | None, list[str]]:
-        """The dtypes that were asked for, by the one for which the recipe trains the whole model."""
+        """The dtypes that were asked for, by the one for which the recipe trains."""
         trained = [(recipe.trained_in(dtype), dtype) for dtype in self.request.state_dtypes]
         return {each: [dtype for in_, dtype in trained if in_ == each] for each, _ in trained}
 
@@ -277,9 +277,10 @@ class _Cells:
             plan = fitting.plan(recipe, self._bytes_of(bound), groups=request.groups, seed=request.seed, progress=None)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
-            name = f"{recipe} in {bound}" if plan.tiers else str(recipe)
-            cell, dtype = (name, plan.provenance.requested_state_size), plan.provenance.state_dtype
+            dtype = plan.provenance.state_dtype
             assert dtype is not None
+            name = f"{recipe} in {bound}" if plan.tiers else _trained(recipe, recipe.trained_in(dtype))
+            cell = name, plan.provenance.requested_state_size
             with pruned(self.model, plan) as smaller:
                 measured = _losses(smaller, self.windows, [StateStorage.of(dtype)])
             known = outcomes[cell].measured if cell in outcomes else {}
@@ -294,6 +295,11 @@ class _Cells:
         layout = layout_of(self.model.config)
         rows = len(mixers_of(self.model)) * layout.intermediate_size
         return bound_on_bytes(bound, rows * FLOAT32.state_bytes(1, layout.state_size))
+
+
+def _trained(recipe: Recipe, dtype: str | None) -> str:
+    """A recipe's name, with the dtype for which it trains if that is a narrow one."""
+    return str(recipe) if dtype in (None, FLOAT32.name) else f"{recipe} trained in {dtype}"
 
 
 def _losses(model: PreTrainedModel, windows: Windows, storages: Sequence[StateStorage]) -> dict[str, Evaluation]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ghostssm.calibration.processes import Processes
 from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained
 from ghostssm.errors import InputError
-from ghostssm.ops.state_format import FLOAT32, FORMATS, INT4, StateStorage
+from ghostssm.ops.state_format import FLOAT32, FORMATS, StateStorage
 from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
@@ -43,14 +43,6 @@ _CAUTION = 0.3
 """Factor on the learning rate, each time."""
 _MOST_SETBACKS = 3
 """After these it ends."""
-
-
-def training_dtype(kept_in: str | None) -> str:
-    """The dtype that a student's state is rounded to in training, of one that is to be kept in a dtype.
-
-    It is int4 for int4. Wider ones lose too little to win back, so that float32 does.
-    """
-    return INT4.name if kept_in == INT4.name else FLOAT32.name
 
 
 @dataclass(frozen=True)
