@@ -124,7 +124,7 @@ def main() -> None:
             student.tie_weights()
             losses = measured(student)
             found.append(losses.excess_over(dense))
-            _print(start, trained, rate, seed, result.record.tokens, found[-1], ghost, seconds)
+            _print(start, trained, result.record.learning_rate, seed, result.record.tokens, found[-1], ghost, seconds)
             if rounded == options.rounded[0]:
                 first[seed] = losses
             else:
@@ -147,7 +147,7 @@ def _print(
     seconds: float,
 ) -> None:
     print(
-        f"{start:24} {trained:7} rate {rate:<7g} seed {seed} {tokens:>10,} tokens  "
+        f"{start:24} {trained:7} rate {rate:<7.2g} seed {seed} {tokens:>10,} tokens  "
         f"{found.mean:.4f} ± {found.standard_error:.4f}  {found.mean / ghost:.3f} of GHOST's  {seconds:.0f} s",
         flush=True,
     )
@@ -162,7 +162,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--state-size", type=int, default=64)
     parser.add_argument("--starts", nargs="+", default=["ghost", "output+repair", "output+refit100+repair"])
     parser.add_argument("--trained", nargs="+", default=["mixers"], choices=["mixers", "small", "all"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[None], help="that which suits the start if not given"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=[75, 300, 600])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batch", type=int, default=8)

@@ -190,6 +190,19 @@ def test_never_worse_and_stopped() -> None:
     assert all(torch.equal(value, before[name]) for name, value in found.changes.items())
 
 
+def test_the_rate_suits_the_student() -> None:
+    """It goes with the root of how far the student is from its teacher."""
+    teacher, window = tiny_model(), Batches(HeldWindows(WINDOWS), 4, 1)
+    records = {
+        size: distill(student_of(teacher, size), teacher, window, Settings(steps=1, batch=4)).record for size in (4, 14)
+    }
+    for record in records.values():
+        assert record.learning_rate == pytest.approx(2e-3 * math.sqrt(record.curve[0].divergence))
+    assert records[14].learning_rate < 0.9 * records[4].learning_rate
+    same = distill(copy.deepcopy(teacher), teacher, window, Settings(steps=1, batch=4)).record
+    assert 0 < same.learning_rate < 1e-5
+
+
 class _Keeper:
     """Holds the first state after a setback, and gives it to a later training."""
 
@@ -222,7 +235,7 @@ def test_too_high_a_rate_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, tensors[name.replace("best:", "now:")]) for name, value in best.items())
     record = whole.record
     assert record.best.divergence < 0.95 * record.curve[0].divergence
-    assert rates[40]["learning_rate"] == pytest.approx(0.3 ** len(record.setbacks) * settings.rate_at(40))
+    assert rates[40]["learning_rate"] == pytest.approx(0.1 * 0.3 ** len(record.setbacks) * settings.share_at(40))
     resumed = distilled(settings, keeper=cast(Any, keeper))
     assert resumed.record == record
     assert all(torch.equal(value, resumed.changes[name]) for name, value in whole.changes.items())

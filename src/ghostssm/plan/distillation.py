@@ -48,7 +48,7 @@ class Distillation:
         tokens: trained on, in all steps.
         kept_step: whose parameters were kept.
         seed: as it was asked for.
-        learning_rate: as it was asked for.
+        learning_rate: the largest one, before any setback.
         trained: which parameters moved.
         held_out_windows: set apart from the text.
         curve: on these windows, from before the first step on.

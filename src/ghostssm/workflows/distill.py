@@ -207,7 +207,7 @@ def _tracked(asked: DistillRequest, is_first: bool) -> Iterator[Callable[[dict[s
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=asked.log_to, project_dir=f"{Path(asked.output)}.log")
-    accelerator.init_trackers("ghostssm-distill", config={"steps": asked.steps, "learning_rate": asked.learning_rate})
+    accelerator.init_trackers("ghostssm-distill", config={"steps": asked.steps})
     try:
         yield lambda numbers, step: accelerator.log(numbers, step=step)
     finally:

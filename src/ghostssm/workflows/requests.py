@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ghostssm.choices import DEFAULT_RECIPE, DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Groups, Rounding, Trained
+from ghostssm.choices import DEFAULT_RECIPE, DEFAULT_SEED, DISTILL_STEPS, Groups, Rounding, Trained
 from ghostssm.units import text_name
 from ghostssm.values import Value
 from ghostssm.workflows.options import Option, Usual
@@ -223,7 +223,8 @@ class DistillRequest(Request):
         steps: steps to take, of Adam.
         batch: windows per step, over all processes and accumulated parts.
         window_length: tokens per window.
-        learning_rate: the largest one, after a warmup; it falls along a cosine.
+        learning_rate: the largest one, after a warmup; it falls along a cosine. If not given: 0.002 times the root of
+            how far the student is from its teacher at first (their divergence, nats per token).
         trained: parameters that move: 'mixers', 'small' (no large matrix) or 'all'.
         state_dtype: train with the student's state rounded to this dtype after every token, in which it is to be
             served: float32, bfloat16, float16, int8, fp8 or int4. If not given, int4 for a student that was pruned for
@@ -248,7 +249,7 @@ class DistillRequest(Request):
     steps: Annotated[int, Option("N", least=1)] = DISTILL_STEPS
     batch: Annotated[int, Option("B", least=1)] = 8
     window_length: Annotated[int, Option("TOKENS", "Text", least=2)] = field(default=512, kw_only=True)
-    learning_rate: Annotated[float, Option("X", "How", least=0)] = DISTILL_RATE
+    learning_rate: Annotated[float | None, Option("X", "How", least=0)] = None
     trained: Annotated[Trained, Option("WHICH", "How", flag="--train")] = "mixers"
     state_dtype: Annotated[str | None, STATE_DTYPE] = None
     hidden_weight: Annotated[float, Option("X", "How", least=0)] = 0.0

@@ -1,7 +1,9 @@
 """The training of a student: Adam with warmup and cosine, judged on held-out windows, kept so that it can go on.
 
-Which rate is too high depends on how near the student already is to its teacher. So a training that diverges goes back
-to its best parameters, and on from there at a lower rate.
+Which rate is too high depends on how near the student already is to its teacher: every step of Adam moves a parameter
+by about the rate, and such noise costs a divergence that goes with its square. So the rate goes with the root of the
+first divergence, unless it is given; and a training that diverges goes back to its best parameters, and on from there
+at a lower rate.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ _CAUTION = 0.3
 """Factor on the learning rate, each time."""
 _MOST_SETBACKS = 3
 """After these it ends."""
+_LEAST_DIVERGENCE, _MOST_DIVERGENCE = 1e-6, 1.0
+"""What the rate is chosen for: below, there is nothing to learn; above, the student is no better than chance."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Settings:
 
     Attributes:
         steps: of Adam. batch: windows per step, over all processes and accumulated parts.
-        learning_rate: the largest, after the warmup. trained: which parameters move.
+        learning_rate: the largest, after the warmup; None for one that suits the first divergence.
+        trained: which parameters move.
         hidden_weight: of the relative squared error of the hidden states after every block, beside the divergence.
         accumulate: parts that a batch is computed in, one after the other; memory holds the activations of one.
         checkpointing: hold the inputs of blocks only, and compute their insides twice.
@@ -62,7 +67,7 @@ class Settings:
 
     steps: int = DISTILL_STEPS
     batch: int = 8
-    learning_rate: float = DISTILL_RATE
+    learning_rate: float | None = None
     trained: Trained = "mixers"
     hidden_weight: float = 0.0
     accumulate: int = 1
@@ -76,7 +81,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         for name, value, fits in (
-            ("learning rate", self.learning_rate, 0 < self.learning_rate < math.inf),
+            ("learning rate", self.learning_rate, self.learning_rate is None or 0 < self.learning_rate < math.inf),
             ("hidden weight", self.hidden_weight, 0 <= self.hidden_weight < math.inf),
         ):
             if not fits:
@@ -84,12 +89,12 @@ class Settings:
         if self.state_dtype not in FORMATS:
             raise InputError(f"The state dtype is {self.state_dtype}; expected one of {', '.join(FORMATS)}.")
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of a step, the first being 1: up in a line, down along half a cosine."""
+    def share_at(self, step: int) -> float:
+        """Of the largest rate, what a step has, the first being 1: up in a line, down along half a cosine."""
         warmup = max(1, round(_WARMUP_SHARE * self.steps))
         if step <= warmup:
-            return self.learning_rate * step / warmup
-        return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))) / 2
+            return step / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))) / 2
 
 
 @dataclass
@@ -128,7 +133,7 @@ class Training:
         """
         self.student, self.teacher, self.batches, self.settings = student, teacher, batches, settings
         self.parameters, self.processes = parameters, processes
-        self.optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate, betas=_BETAS)
+        self.optimizer = torch.optim.Adam(parameters.values(), betas=_BETAS)
         self.step, self.curve, self.ended, self.setbacks = 0, list[Point](), "", list[str]()
         self.best = self._copy()
         self._lessons: list[tuple[Tensor, Lesson]] = []
@@ -143,9 +148,17 @@ class Training:
         """The look that was best so far, whose parameters are kept."""
         return min(self.curve, key=lambda point: point.divergence if math.isfinite(point.divergence) else math.inf)
 
+    @property
+    def learning_rate(self) -> float:
+        """The largest one, before any setback; the first look decides it, if it was not given."""
+        if self.settings.learning_rate is not None:
+            return self.settings.learning_rate
+        first = self.curve[0].divergence
+        return DISTILL_RATE * math.sqrt(max(min(first, _MOST_DIVERGENCE), _LEAST_DIVERGENCE))
+
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, the first being 1, after the setbacks so far."""
-        return self.settings.rate_at(step) * _CAUTION ** len(self.setbacks)
+        return self.learning_rate * self.settings.share_at(step) * _CAUTION ** len(self.setbacks)
 
     def take_step(self) -> float:
         """One step of Adam on the next batch; gives its loss. Where that is not finite, the training goes back."""
@@ -303,7 +316,7 @@ def distill(
         tokens=training.tokens,
         kept_step=training.kept.step,
         seed=settings.seed,
-        learning_rate=settings.learning_rate,
+        learning_rate=training.learning_rate,
         trained=settings.trained,
         state_dtype=settings.state_dtype,
         held_out_windows=len(batches.held_out),
