@@ -25,7 +25,7 @@ import ghostssm
 from ghostssm.evaluation.speed import peak_bytes, reset_peak
 from ghostssm.text.windows import Windows
 
-RECIPES = ("ghost", "output", "balanced", "output+refit60+repair", "balanced+per-layer")
+RECIPES = ("ghost", "output", "balanced", "output+refit100+repair", "balanced+per-layer")
 _LINES = 25
 
 

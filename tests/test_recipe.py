@@ -19,7 +19,7 @@ def test_there_and_back(text: str) -> None:
 
 def test_defaults() -> None:
     assert str(Recipe.parse("output+refit+repair")) == DEFAULT_RECIPE
-    assert str(Recipe.parse("ghost+refit")) == "ghost+refit60"
+    assert str(Recipe.parse("ghost+refit")) == "ghost+refit100"
     assert Recipe.parse("ghost") == Recipe("ghost", steps=(), per_layer=False)
     assert Recipe.parse(DEFAULT_RECIPE).stock
 

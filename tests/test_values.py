@@ -52,7 +52,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "measurement": outcome.measured,
         "layout": ghostssm.describe(str(folder)).layout,
         "method": ghostssm.method_named("balanced"),
-        "recipe": ghostssm.Recipe.parse("output+refit60+repair"),
+        "recipe": ghostssm.Recipe.parse("output+refit100+repair"),
         "advice": ghostssm.advise(ghostssm.describe(str(folder)).layout, "mamba2")[0],
         "cut": ghostssm.Cut(8),
     }

@@ -13,7 +13,7 @@ Rounding = Literal["nearest", "stochastic"]
 Trained = Literal["mixers", "small", "all"]
 """Which parameters move: all of the Mamba-2 mixers, those that are no large matrix, or every one."""
 DEFAULT_SEED = 42
-DEFAULT_RECIPE = "output+refit60+repair"
+DEFAULT_RECIPE = "output+refit100+repair"
 """What loses least among the recipes whose results load in stock classes."""
 DISTILL_STEPS = 300
 DISTILL_RATE = 3e-4

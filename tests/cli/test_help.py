@@ -115,7 +115,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert completed("compare", "m", "--state-dtype", "int8", "bf") == ["bfloat16"]
     assert completed("compare", "m", "--methods", "random", "ghost+") == [
         "ghost+repair",
-        "ghost+refit60+repair",
+        "ghost+refit100+repair",
         "ghost+per-layer",
     ]
     assert completed("prune", "m", "--engine", "vl") == ["vllm"]

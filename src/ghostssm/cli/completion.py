@@ -27,7 +27,7 @@ TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
 STEPS = ("distill", "refit", "repair")
 _PER_LAYER = "per-layer"
-_REPAIRS = ("+repair", "+refit60+repair", "+per-layer")
+_REPAIRS = ("+repair", "+refit100+repair", "+per-layer")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 

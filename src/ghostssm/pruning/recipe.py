@@ -16,7 +16,7 @@ _STEP_COST, _COST_PER_AMOUNT = 0.5, 0.05
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method with recovery steps, written as ``output``, ``ghost+repair``, ``output+refit60+repair`` or
+    """A method with recovery steps, written as ``output``, ``ghost+repair``, ``output+refit100+repair`` or
     ``balanced+per-layer``.
 
     Attributes:
@@ -48,7 +48,7 @@ class Recipe:
         except InputError as error:
             raise InputError(
                 f"The recipe {text!r} can't be read: {error} A recipe is METHOD, then any of "
-                f"{', '.join(f'+{name}' for name in (*step_names(), _PER_LAYER))}; some take a number, as +refit60."
+                f"{', '.join(f'+{name}' for name in (*step_names(), _PER_LAYER))}; some take a number, as +refit100."
             ) from None
         return cls(method, steps, _PER_LAYER in parts)
 

@@ -29,7 +29,7 @@ class MixerStep:
         summary: one line for the command line's help.
         recover: changes the parameters of a pruned mixer, and of its projection, in place; gets the block, the step's
             amount and a seed. What the dense mixer gave is in the block's ``dense_outputs``.
-        default_amount: of a step that is written with a number, such as ``refit60``; None for one without.
+        default_amount: of a step that is written with a number, such as ``refit100``; None for one without.
         streamable: whether one block in memory at a time is enough.
         shareable: whether several processes may share the windows.
         scope: always ``mixer``.
@@ -89,11 +89,11 @@ def step_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Step:
-    """A recovery step as a recipe has it: ``repair``, or with its amount ``refit60``.
+    """A recovery step as a recipe has it: ``repair``, or with its amount ``refit100``.
 
     Attributes:
         name: one of `step_names`.
-        amount: such as the 60 of ``refit60``; the step's default if not given.
+        amount: such as the 100 of ``refit100``; the step's default if not given.
 
     Raises:
         InputError: no such step, an amount below 1, or one for a step that takes none.
@@ -114,7 +114,7 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """The step that a text spells, such as ``refit60``."""
+        """The step that a text spells, such as ``refit100``."""
         match = re.fullmatch(r"([a-z-]+)(\d*)", text)
         if match is None:
             raise unknown_name("recovery step", text, step_names())

@@ -20,11 +20,11 @@ from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32, project_streams
 from ghostssm.recovery.base import MixerStep, register_step
 
-DEFAULT_STEPS = 60
+DEFAULT_STEPS = 100
 LEARNING_RATE = 0.03
 """Adam's, for a parameter whose root mean square is 1; it is in proportion for others."""
 BETAS = 0.6, 0.95
-"""Adam's: a memory of about 3 gradients and 20 squares. 60 steps get as far as 100 with 0.9 and 0.98."""
+"""Adam's: a memory of about 3 gradients and 20 squares, which suits a run of a hundred steps or fewer."""
 MOST_TOKENS = 32768
 """Tokens of the calibration windows that are kept in memory for a mixer's refit."""
 _CHECK_EVERY = 20

@@ -102,7 +102,7 @@ class PruneRequest(Value, CalibratingRequest):
         state_bytes: or: find the state size and dtype that lose least within so many bytes per sequence: 1/8 of the
             dense float32 state, say, or 6MiB. Measured as with --max-excess-loss.
         recipe: the method that decides what stays, such as ghost, or a recipe: a method with recovery steps, such as
-            ghost+repair, output+refit60+repair or balanced+per-layer. The default loses least among those whose
+            ghost+repair, output+refit100+repair or balanced+per-layer. The default loses least among those whose
             result loads in the model's own class.
         state_dtype: measure the pruned model with its state kept in this dtype, in which it is to be served: float32,
             bfloat16, float16, int8, fp8 or int4. Later verbs keep to it, and --max-excess-loss tries no other.
