@@ -3,13 +3,15 @@
     python benchmarks/decode_step.py
 
 The scale (``state.mul_``) reads the state once and writes it once, which is what a step can't avoid; the int8 state is
-compared with one of the same bytes, its scales included.
+compared with one of the same bytes, its scales included. --state-dtype adds others, each with how many times as fast as
+float32 it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--state-size", type=int, nargs="+", default=[128, 96, 64, 32])
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--state-dtype", nargs="+", default=[], metavar="NAME", help="also int4, fp8 or float16")
     parser.add_argument("--compile", action="store_true", help="also torch.compile; takes a minute per line")
     parser.add_argument("--extension", action="store_true", help="also a C++ extension; needs a compiler and ninja")
     args = parser.parse_args()
@@ -38,7 +41,7 @@ def main() -> None:
     print(columns)
     for batch in args.batch:
         for n in args.state_size:
-            seconds = seconds_by_side(sides_of(batch, args.heads, n, args.compile, extension), args.rounds, warmup=3)
+            seconds = seconds_by_side(sides_of(batch, n, args, extension), args.rounds, warmup=3)
             median = {name: statistics.median(times) for name, times in seconds.items()}
             line = (
                 f"{batch:5}{n:5}{median['transformers'] * 1e3:14.3f}ms{median['torch'] * 1e3:10.3f}ms"
@@ -49,8 +52,9 @@ def main() -> None:
                 f"{median['int8'] * 1e3:8.3f}ms{median['int8 mul_'] * 1e3:7.3f}ms"
                 f"{median['ours'] / median['int8']:15.2f}{median['int8 mul_'] / median['int8']:19.0%}"
             )
-            extra = [name for name in ("torch.compile", "C++") if name in median]
-            print(line + "".join(f"   {name} {median[name] * 1e3:.3f}ms" for name in extra))
+            extra = [name for name in ("torch.compile", "C++", *args.state_dtype) if name in median]
+            cells = (f"{name} {median[name] * 1e3:.3f}ms {median['ours'] / median[name]:.2f}" for name in extra)
+            print("   ".join([line, *cells]))
 
 
 def compiled_extension() -> Any:
@@ -61,9 +65,9 @@ def compiled_extension() -> Any:
     return load("step_extension", [str(source)], extra_cflags=flags)
 
 
-def sides_of(batch: int, heads: int, n: int, with_compile: bool, extension: Any) -> dict:
+def sides_of(batch: int, n: int, args: argparse.Namespace, extension: Any) -> dict:
     torch.manual_seed(0)
-    p = 64
+    p, heads = 64, args.heads
     state = torch.randn(batch, heads, p, n)
     x, dt, A, D = torch.randn(batch, heads, p), torch.rand(batch, heads) * 0.1, -torch.rand(heads), torch.randn(heads)
     B, C = torch.randn(batch, 1, n), torch.randn(batch, 1, n)
@@ -82,10 +86,14 @@ def sides_of(batch: int, heads: int, n: int, with_compile: bool, extension: Any)
         state.copy_(state * decay + (x * dt[..., None])[..., None] * B[:, 0, None, None])
         return (state * C[:, 0, None, None]).sum(-1) + D[:, None] * x
 
-    extra: dict = {"torch.compile": torch.compile(inductor_step)} if with_compile else {}
+    extra: dict = {"torch.compile": torch.compile(inductor_step)} if args.compile else {}
     if extension is not None:
         y = torch.empty_like(x)
         extra["C++"] = lambda: extension.ssd_step(state, x, dt, A, B, C, D, y)
+    for name in args.state_dtype:
+        storage = StateStorage.of(name)
+        stored = quantise(state, storage)
+        extra[name] = partial(step.ssd_step_, stored, x, dt, A, B, C, D, storage)
     return extra | {
         "transformers": lambda: mamba2_selective_state_update(
             state,

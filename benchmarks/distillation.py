@@ -2,12 +2,14 @@
 
     python benchmarks/distillation.py --state-size 64 --starts ghost output+repair --steps 75 300 600 --seeds 0 1 2
     python benchmarks/distillation.py --state-size 64 --starts output+repair --state-dtype int4 --rounded float32 int4
+    PYTHONPATH=tools python benchmarks/distillation.py --model RECALL_MODEL --recall 64 --windows 128
 
 Each line is one training, measured on text that nothing was trained on: excess loss over the dense model with its
 paired standard error, and as a share of what GHOST's choice loses without distillation. Losses are of the weights as
 they would be stored, in the model's own dtype, with the state in --state-dtype. --rounded says what the state is
 rounded to in training; a line after those of all but the first has the paired difference to the first. Lines of several
-seeds are followed by their mean and spread.
+seeds are followed by their mean and spread. --recall takes a model of ``tools/train_recall.py`` and this many pairs:
+it is calibrated and trained on new sequences of the task, and measured by the share of answers that are lost.
 """
 
 from __future__ import annotations
@@ -25,51 +27,92 @@ import ghostssm
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.ops.state_format import FORMATS, StateStorage
 from ghostssm.plan.surgery import apply_plan, change_parameters
-from ghostssm.recovery.distill.batches import Batches
+from ghostssm.recovery.distill.batches import MOST_HELD_OUT, Batches, HeldWindows, Source
 from ghostssm.recovery.distill.training import Settings, distill
 from ghostssm.text.streams import StreamedText
+
+
+class OnText:
+    """A model and the text that it is calibrated, trained and measured on: nats per token."""
+
+    def __init__(self, options: argparse.Namespace):
+        checkpoint = ghostssm.load(options.model)
+        self._vocabulary, self._options = checkpoint.require_tokenizer(), options
+        self._stored, self.model = checkpoint.model.dtype, checkpoint.model.float()
+        calibration = ghostssm.read_text(options.text, "calibration")
+        evaluation = ghostssm.read_text(options.evaluate or options.text, "evaluation")
+        length = options.window_length
+        self.windows = ghostssm.cut_windows(calibration, self._vocabulary, length, options.windows, 42)
+        self._held_out = ghostssm.evaluation_windows(evaluation, self._vocabulary, length, options.text_windows)
+
+    def source(self, steps: int) -> Source:
+        """What to train on."""
+        return StreamedText(self._options.text, self._vocabulary, self._options.window_length)
+
+    def dense(self) -> Evaluation:
+        """What the teacher loses in every window."""
+        return evaluate(self.model, self._held_out)
+
+    def measured(self, student: PreTrainedModel) -> Evaluation:
+        """What a student loses in every window, its weights as they would be stored."""
+        as_stored = copy.deepcopy(student).to(self._stored).float()
+        return evaluate(as_stored, self._held_out, storage=StateStorage.of(self._options.state_dtype))
+
+
+class OnRecall:
+    """A model of associative recall: the share of wrong answers."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.model = ghostssm.load(options.model, dtype=torch.float32).model
+        self._options, self._draw = options, torch.Generator().manual_seed(7)
+        self.windows = self._sequences(options.windows)
+        self._held_out = self._drawn(options.text_windows)
+
+    def _drawn(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from associative_recall import associative_recall  # from tools/
+
+        keys = self.model.config.vocab_size // 2
+        return associative_recall(count, self._options.recall, keys, keys, self._draw)
+
+    def _sequences(self, count: int) -> ghostssm.Windows:
+        return ghostssm.Windows(self._drawn(count)[0], "associative recall", "", 1.0, 7)
+
+    def source(self, steps: int) -> Source:
+        """New sequences, enough for all steps, and to hold some out."""
+        return HeldWindows(self._sequences(steps * self._options.batch + MOST_HELD_OUT))
+
+    def dense(self) -> Evaluation:
+        return self.measured(self.model)
+
+    def measured(self, student: PreTrainedModel) -> Evaluation:
+        """The share of wrong answers in every sequence."""
+        from associative_recall import recall_of  # from tools/
+
+        wrong = ~recall_of(student, *self._held_out).correct
+        return Evaluation(wrong.double().view(len(self._held_out[0]), -1).mean(1), 1.0)
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    checkpoint = ghostssm.load(options.model)
-    stored, model = checkpoint.model.dtype, checkpoint.model.float()
-    vocabulary = checkpoint.require_tokenizer()
-    calibration = ghostssm.Calibration(
-        model,
-        ghostssm.cut_windows(
-            ghostssm.read_text(options.text, "calibration"), vocabulary, options.window_length, options.windows, 42
-        ),
-    )
-    evaluation = ghostssm.evaluation_windows(
-        ghostssm.read_text(options.evaluate or options.text, "evaluation"),
-        vocabulary,
-        options.window_length,
-        options.text_windows,
-    )
-    dense = evaluate(model, evaluation)
-
-    def measured(student: PreTrainedModel) -> Evaluation:
-        as_stored = copy.deepcopy(student).to(stored).float()
-        return evaluate(as_stored, evaluation, storage=StateStorage.of(options.state_dtype))
-
-    def excess(student: PreTrainedModel) -> ghostssm.Difference:
-        return measured(student).excess_over(dense)
+    task = OnRecall(options) if options.recall else OnText(options)
+    model, measured = task.model, task.measured
+    calibration, dense = ghostssm.Calibration(model, task.windows), task.dense()
 
     def student_of(recipe: str) -> PreTrainedModel:
         return apply_plan(copy.deepcopy(model), plans[recipe])
 
     plans = {name: calibration.plan(name, options.state_size) for name in dict.fromkeys(["ghost", *options.starts])}
-    ghost = excess(student_of("ghost")).mean
-    for name in plans:
-        _print(name, "", 0, 0, 0, excess(student_of(name)), ghost, 0.0)
+    before = {name: measured(student_of(name)).excess_over(dense) for name in plans}
+    ghost = before["ghost"].mean
+    for name, lost in before.items():
+        _print(name, "", 0, 0, 0, lost, ghost, 0.0)
     cells = itertools.product(options.starts, options.trained, options.rates, options.steps, options.rounded)
     first: dict[int, Evaluation] = {}
     for start, trained, rate, steps, rounded in cells:
         found = []
         for seed in options.seeds:
-            batches = Batches(StreamedText(options.text, vocabulary, options.window_length), options.batch, seed)
+            batches = Batches(task.source(steps), options.batch, seed)
             settings = Settings(
                 steps, options.batch, rate, trained, options.hidden_weight, seed=seed, state_dtype=rounded
             )
@@ -115,6 +158,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="reference")
     parser.add_argument("--text", default="stdlib", help="to calibrate and train on")
     parser.add_argument("--evaluate", help="to measure on; the other side of --text if not given")
+    parser.add_argument("--recall", type=int, metavar="PAIRS", help="associative recall instead of text")
     parser.add_argument("--state-size", type=int, default=64)
     parser.add_argument("--starts", nargs="+", default=["ghost", "output+repair", "output+refit100+repair"])
     parser.add_argument("--trained", nargs="+", default=["mixers"], choices=["mixers", "small", "all"])
@@ -129,7 +173,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32, help="to calibrate on")
     parser.add_argument("--text-windows", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.recall and options.state_dtype != "float32":
+        parser.error("--recall measures with a float32 state.")
+    return options
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import tokenizers
 import torch
 import transformers
 import typer.main
+from filelock import FileLock
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast
 
 from ghostssm.cli import main
-from ghostssm.ops import gpu
+from ghostssm.ops import compiled, gpu
 from ghostssm.text.windows import Windows
 
 VOCABULARY = 288
@@ -32,6 +34,30 @@ typer.main.get_command = functools.cache(typer.main.get_command)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """End-to-end runs come first, so that no worker waits for one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A worker that needs a loop which another one compiles waits for it, and takes it from numba's cache."""
+    if not compiled.HAS_KERNELS:
+        yield
+        return
+    from numba.core.dispatcher import Dispatcher
+
+    of_all_workers = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_all_workers = of_all_workers.parent
+    compile_now = Dispatcher.compile
+
+    def compile_or_wait(loop: Any, signature: Any) -> Any:
+        if not loop.py_func.__module__.startswith("ghostssm."):
+            return compile_now(loop, signature)
+        with FileLock(of_all_workers / f"{loop.py_func.__qualname__}.lock"):
+            return compile_now(loop, signature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "compile", compile_or_wait)
+        yield
 
 
 @pytest.fixture(autouse=True)

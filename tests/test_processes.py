@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,6 +25,7 @@ from ghostssm.plan.file import TENSORS_FILE
 from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.conftest import Run, random_windows
+from tests.programs import fork_server, in_process
 from tests.test_streaming import assert_same_checkpoint, facts_of, model_of, saved, tensors_of
 
 WINDOWS = random_windows(11, 40)  # six batches, of which the last has one window
@@ -93,8 +92,7 @@ def together(
     size: int, spec: str, output: Path, recipe: str, *, end: tuple[int, str] | None = None, **options: Any
 ) -> dict[int, Outcome]:
     """Run in so many processes; what became of those that told."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostssm.workflows.prune", "transformers.models.mamba2.modeling_mamba2", __name__])
+    context = fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -195,14 +193,9 @@ def test_more_processes_than_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-    return subprocess.run(
-        [*command, "-m", "ghostssm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    program = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
+    options = [f"--nproc-per-node={count}", "--standalone", "-m", "ghostssm"]
+    return in_process(program, *options, *arguments)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import ghostssm
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.pruning.run import Calibration
 from tests.conftest import random_windows, tiny_model
+from tests.programs import in_process
 
 CHECK = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,7 +35,7 @@ def test_public_names_are_there_for_completion_before_their_first_use() -> None:
     ],
 )
 def test_orders_of_import(order: str) -> None:
-    done = subprocess.run([sys.executable, "-c", order + CHECK], capture_output=True, text=True, check=False)
+    done = in_process(order + CHECK)
     assert done.returncode == 0, done.stderr
 
 
@@ -44,5 +45,5 @@ def test_a_process_that_begins_with_loading_knows_our_model_class(tmp_path: Path
     plan = Calibration(model, random_windows(2, 16)).plan("balanced", 4)
     folder = ghostssm.save(apply_plan(model, plan), plan, tmp_path / "smaller")
     code = "import sys, ghostssm; ghostssm.load(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    done = in_process(code, folder)
     assert done.returncode == 0, done.stderr

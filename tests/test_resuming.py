@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +23,7 @@ from ghostssm.streaming.run_folder import RunFolder
 from ghostssm.text import windows
 from tests.cli.test_faults import file_size_limit
 from tests.conftest import Run, random_windows, tiny_model
+from tests.programs import fork_server
 from tests.test_streaming import assert_same_checkpoint, saved
 
 RECIPE = "output+refit5+repair"
@@ -163,8 +163,7 @@ def _child(spec: str, output: Path, begun: Path) -> None:
 def test_killed_at_random_moments(spec: str, tmp_path: Path, moments: int) -> None:
     """Runs are killed again and again, and go on each time."""
     expected, output = prune(spec, tmp_path / "whole"), tmp_path / "out"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghostssm.workflows.prune", "transformers.models.mamba2.modeling_mamba2", __name__])
+    context = fork_server()
     chance = random.Random(0)
     killed, length = 0, 0.0
     for number in itertools.count():

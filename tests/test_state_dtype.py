@@ -121,6 +121,15 @@ def test_the_smallest_state_is_searched_in_the_dtype() -> None:
     assert plan.provenance.search.excess.mean == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_comparison_refits_for_int4_apart() -> None:
+    options: dict[str, Any] = {"evaluate": random_windows(2, 40, seed=1), "batches": (), "state_sizes": [8]}
+    dtypes = ["float32", "int8", "int4"]
+    recipe = "magnitude+refit2"
+    found = ghostssm.compare(tiny_model(), random_windows(4, 40), methods=recipe, state_dtypes=dtypes, **options)
+    rows = {(row.method, row.state_dtype) for row in found.rows if row.method.startswith(recipe)}
+    assert rows == {(recipe, "float32"), (recipe, "int8"), (f"{recipe} trained in int4", "int4")}
+
+
 def test_bandwidth_predicts_the_speed_of_a_narrow_state(small: Path) -> None:
     described, machine = ghostssm.describe(str(small)), Machine(1e6, {64: 1e15})
     rows, batch = 3 * 64, 64

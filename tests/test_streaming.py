@@ -29,6 +29,7 @@ from ghostssm.files.held_run import run_folder_of
 from ghostssm.streaming.run_folder import RunFolder
 from tests.conftest import random_windows, tiny_model
 from tests.families.tiny import CASES, tiny_hybrid
+from tests.programs import in_process
 
 WINDOWS = random_windows(9, 200)  # two batches of them
 HELD_OUT = random_windows(7, 200, seed=1)
@@ -88,6 +89,21 @@ def pruned_from_files(spec: str, output: Path, recipe: str, **options: Any) -> P
     assert run.measured is not None
     assert run.measured.as_json() == facts_of(output)["measured"]
     return output
+
+
+def test_a_refit_heeds_the_dtype_on_both_roads(tmp_path: Path) -> None:
+    spec, recipe = saved(tiny_model(), tmp_path / "model"), "magnitude+refit3"
+    checkpoint = ghostssm.load(spec)
+    plans = {
+        dtype: ghostssm.Calibration(checkpoint.model, WINDOWS).plan(recipe, 5, state_dtype=dtype)
+        for dtype in (None, "int4")
+    }
+    output = pruned_from_files(spec, tmp_path / "out", recipe, state_dtype="int4")
+    expected = dict(ghostssm.apply_plan(checkpoint.model, plans["int4"]).named_parameters())
+    for name, value in ghostssm.load(output).model.named_parameters():
+        assert torch.equal(value, expected[name]), name
+    changed = plans["int4"].changes
+    assert any(not torch.equal(value, plans[None].changes[name]) for name, value in changed.items())
 
 
 @pytest.mark.parametrize("case", ["mamba2", *CASES])
@@ -374,19 +390,8 @@ BLOCK_BYTES = 26_404_224
 
 def in_child(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a program that ends by printing what the system knows of its process."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import atexit; atexit.register(lambda: print(open('/proc/self/status').read())); {program}",
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        # Further arenas set address space aside that counts although nothing is in it.
-        env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    told = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
+    return in_process(f"{told}; {program}", *arguments)
 
 
 def bytes_of(kind: str, done: subprocess.CompletedProcess[str]) -> int:
@@ -412,11 +417,13 @@ def test_a_model_of_twice_the_memory(tmp_path: Path, text_file: Path, tokenizer:
     blocks = 2 * limit // BLOCK_BYTES + 1
     assert write_model(tmp_path / "model", blocks, 1024, torch.float32, one_block=True) >= 2 * limit
     tokenizer.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"chunk_size": 32}))  # what is read at once
     windows = ["--window-length", 32]
     prune = ["prune", tmp_path / "model", "--output", tmp_path / "out", "--state-size", 32, "--method", "ghost"]
-    prune += ["--calibration", text_file, "--windows", 2, *windows]
+    prune += ["--calibration", text_file, "--windows", 1, *windows]
     assert limited(limit, *prune).returncode != 0
-    for command in (prune, ["evaluate", tmp_path / "out", "--text", text_file, "--text-windows", 2, *windows]):
+    for command in (prune, ["evaluate", tmp_path / "out", "--text", text_file, "--text-windows", 1, *windows]):
         done = limited(limit, *command, "--stream")
         assert done.returncode == 0, done.stderr[-2000:]
         # Libraries that are mapped from files are no allocations; of the model's files only a part is resident.

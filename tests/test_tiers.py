@@ -16,15 +16,17 @@ from ghostssm.errors import InputError, PlanError
 from ghostssm.evaluation import evaluate
 from ghostssm.models.families import layout_of, mixers_of
 from ghostssm.models.forward import replaced_forward, rounded_forward
-from ghostssm.ops.state_format import TIERS, StateStorage, tier_bytes
+from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat, StateStorage, tier_bytes
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan, pruned
+from ghostssm.pruning import search
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.search import Fitting
+from ghostssm.pruning.search import Fitting, smallest_plan
 from ghostssm.pruning.tiers import Costs, divide, in_tiers
 from tests.conftest import Run, random_windows, tiny_model
 from tests.test_fitting import choice_of
+from tests.test_smallest import MadeUp, search_of
 
 DENSE = 3 * 64 * 16 * 4
 """Bytes of the tiny model's state: layers, heads x head_dim, N, float32."""
@@ -163,6 +165,64 @@ def test_tiers_are_among_what_bytes_choose_from() -> None:
     assert found["tiers"].state_bytes == tiered.state_bytes(layout_of(model.config), "tiers") <= DENSE // 8
     stock = fitting.plan(Recipe.parse("magnitude"), DENSE // 8, multiple=2, progress=None)
     assert "tiers" not in {each.state_dtype for each in choice_of(stock).candidates}
+
+
+@pytest.mark.parametrize("dtypes", [None, ["int8"], ["int8", "tiers"]])
+def test_the_fewest_bytes_within_a_loss_may_be_those_of_tiers(
+    monkeypatch: pytest.MonkeyPatch, dtypes: list[str] | None
+) -> None:
+    """As trying all bytes does, where the loss is made up: it falls with the bytes, in tiers as much as elsewhere."""
+    rows = 64
+
+    def taken(model: Any, dtype: str) -> int:
+        (mixer,) = mixers_of(model)
+        if dtype == "tiers":
+            return sum(tier_bytes(*each) for each in mixer.tiers) * mixer.layout.head_dim
+        return StateFormat.of(dtype).state_bytes(rows, mixer.state_size)
+
+    def made_up(model: Any, windows: Any, progress: Any = None, state_dtype: str = "float32") -> Any:
+        return MadeUp(-taken(model, state_dtype) / rows)
+
+    monkeypatch.setattr(search, "evaluate_in_float32", made_up)
+    model, windows = tiny_model(num_hidden_layers=1), random_windows(4, 10)
+    calibration = Calibration(model, windows.part(torch.arange(4) != 1))
+    wholes = {size: calibration.plan("balanced", size, progress=None) for size in (4, 8, 12, 16)}
+    of_tiers = {}
+    for row_bytes in range(4 + 2, 20, 2):  # three bits a channel of four channels, and so on
+        whole = wholes[min(16, (row_bytes - 4) * 8 // 3 // 4 * 4)]
+        plan = in_tiers(model, whole, calibration.windows, row_bytes * rows)
+        of_tiers[row_bytes * rows] = plan.state_bytes(layout_of(model.config), "tiers")
+    forms = [StateFormat.of(each) for each in dtypes or FORMATS if each != "tiers"]
+    of_dtypes = [form.state_bytes(rows, size) for form in forms for size in (4, 8, 12, 16)]
+    for row_bytes in (5, 11.5, 14):
+        plan = smallest_plan(model, windows, "balanced", 64 - row_bytes, dtypes=dtypes, multiple=4)
+        least = min(each for each in of_dtypes if each >= row_bytes * rows)
+        fewer = [each for bound, each in of_tiers.items() if bound < least and each >= row_bytes * rows]
+        expected = least if dtypes == ["int8"] else min([*fewer, least])
+        assert plan.state_dtype is not None
+        assert plan.state_bytes(layout_of(model.config), plan.state_dtype) == expected
+        assert search_of(plan).excess.mean == 64 - expected / rows
+        assert bool(plan.tiers) == (plan.state_dtype == "tiers") == (expected < least)
+    assert smallest_plan(model, windows, "magnitude", 64, multiple=4).state_dtype == "int4"
+
+
+def test_the_command_searches_tiers(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    """Three bits a channel are the fewest of all, which is what a bound that all keep asks for."""
+    output, text = tmp_path / "out", ["--calibration", text_file, "--windows", 4, "--window-length", 64]
+    asked = ["prune", small, "--method", "balanced", "--max-excess-loss", 100, *text, "--output", output]
+    code, out, _ = run(*asked, "--evaluate", text_file, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["searched"]["state_dtype"] == "tiers"
+    assert ghostssm.describe(str(output)).state_bytes(form=TIERS) <= DENSE // 64 * 7
+    assert "kept in tiers" in (output / "README.md").read_text()
+    code, out, _ = run("evaluate", output, "--text", text_file, "--window-length", 64, "--json")
+    assert json.loads(out)["loss"] == pytest.approx(found["measured"]["pruned_loss"], abs=1e-5)
+    code, out, _ = run(*asked, "--state-dtype", "int4", "--overwrite", "--json")
+    assert json.loads(out)["searched"]["state_dtype"] == "int4"
+    code, _, err = run(*asked, "--state-dtype", "tiers", "--overwrite")
+    assert code == 2
+    assert "--max-excess-loss 0.02" in " ".join(err.split())
 
 
 def test_commands_keep_the_state_in_the_tiers_of_a_checkpoint(

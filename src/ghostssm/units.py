@@ -73,9 +73,9 @@ def memory_bytes(text: str, what: str = "memory") -> int:
     Raises:
         InputError: it is no such size, or 0.
     """
-    found = _MEMORY.fullmatch(text.strip())
+    match = _MEMORY.fullmatch(text.strip())
     count = (
-        0.0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
+        0.0 if match is None else float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
     )
     if count < 1:
         raise InputError(f"The {what} is {text!r}; expected a size with its unit, such as 80GiB or 24GB.")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ghostssm.models.families import mixers_of
+from ghostssm.models.forward import fast_forward
 from ghostssm.models.mixer import Mixer, Projection, mixer_forward
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.recovery.refit import RefitData, joined, refit
 from tests.conftest import tiny_model
 
@@ -42,6 +44,33 @@ def test_the_error_falls_by_as_much_as_is_said(n_groups: int, projected: bool) -
     ratio = refit(mixer, RefitData.of(mixer, hidden, target), steps=60)
     assert ratio < 0.75
     assert error(mixer, hidden[held_out], target[held_out]) == pytest.approx(ratio * before, rel=1e-3)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_state_for_int4_is_rounded_while_it_is_refitted(projected: bool) -> None:
+    """The error that falls is that of the mixer as it decodes, token by token in int4; other dtypes change nothing."""
+
+    def refitted(state_dtype: str | None) -> tuple[Mixer, float, float]:
+        torch.manual_seed(0)
+        mixer, hidden, target = prepared(projected=projected)
+        held_out = torch.arange(len(hidden)) % 8 == 1
+
+        def rounded_error() -> float:
+            with torch.no_grad():
+                storage = StateStorage.of("int4")
+                outputs = fast_forward(mixer, hidden[held_out], storage=storage, every_token=True)
+            return (outputs - target[held_out]).square().mean().item()
+
+        before = rounded_error()
+        ratio = refit(mixer, RefitData.of(mixer, hidden, target), steps=40, state_dtype=state_dtype)
+        return mixer, ratio, rounded_error() / before
+
+    plain = refitted(None)[0]
+    _, ratio, found = refitted("int4")
+    assert found == pytest.approx(ratio, rel=1e-2)
+    assert found < 0.95
+    for name, value in refitted("fp8")[0].module.named_parameters():
+        assert torch.equal(value, plain.module.get_parameter(name))
 
 
 def test_only_the_small_tensors_change() -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -27,6 +26,7 @@ from ghostssm.files.tensors import FLOAT_DTYPES, read_header, read_tensor
 from tests.checkpoint.test_bad_checkpoints import edit_config
 from tests.checkpoint.test_round_trip import logits_of, mamba_ssm_folder
 from tests.conftest import tiny_model
+from tests.programs import in_process
 
 FolderOf = Callable[..., Path]
 ENTRY = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
@@ -157,7 +157,7 @@ def test_a_pickle_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> Non
         "except ModelError as error:\n"
         "    print(error)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program, file], check=False, capture_output=True, text=True)
+    ended = in_process(program, file)
     assert ended.returncode == 0, ended.stderr
     assert "was truncated while backbone." in ended.stdout
 

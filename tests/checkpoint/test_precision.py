@@ -73,7 +73,7 @@ def test_both_roads_warn_and_write_the_same_probe(overflows: Path, tmp_path: Pat
         assert manifest["probe"]["dtype"] == "float32"
         found = ghostssm.verify(output)
         assert found.passed
-        assert "computed in float32" in next(check.found for check in found.checks if check.name == "logits")
+        assert "computed in float32" in next(check.detail for check in found.checks if check.name == "logits")
         assert any(re.search(NAMED, note) for note in found.notes)
     assert manifests[0]["probe"] == manifests[1]["probe"]
 
@@ -154,7 +154,7 @@ def test_a_probe_of_half_precision_still_verifies(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"probe": vars(older)}))
     found = ghostssm.verify(written)
     assert found.passed
-    assert any("computed in float16" in check.found for check in found.checks)
+    assert any("computed in float16" in check.detail for check in found.checks)
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.ops.state_format import BFLOAT16
 from ghostssm.plan.plan import Plan
 from tests.conftest import random_windows, tiny_model
+from tests.programs import in_process
 
 IDS = torch.arange(1, 30)[None]
 # What a mamba_ssm config.json that leaves the defaults out stands for.
@@ -85,8 +84,8 @@ assert not any(name.startswith("ghostssm") for name in sys.modules)
 def in_stock_transformers(folder: Path, tmp_path: Path) -> dict[str, Any]:
     """What transformers makes of a folder in a process that never imports ghostssm."""
     out = tmp_path / "stock.pt"
-    command = [sys.executable, "-c", STOCK_SCRIPT, str(folder), str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    done = in_process(STOCK_SCRIPT, folder, out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 

@@ -29,7 +29,7 @@ def outcome(folder: Path) -> dict[str, bool]:
 
 
 def found_by(folder: Path) -> dict[str, str]:
-    return {check.name: check.found for check in ghostssm.verify(folder).checks}
+    return {check.name: check.detail for check in ghostssm.verify(folder).checks}
 
 
 @pytest.mark.parametrize("dialect", ["transformers", "mamba_ssm"])

@@ -22,7 +22,9 @@ import torch
 
 import ghostssm
 from ghostssm.calibration.open_block import OpenBlock
+from ghostssm.checkpoint import saving
 from ghostssm.checkpoint.saving import save
+from ghostssm.cli import main
 from ghostssm.cli.console import print_error
 from ghostssm.cli.memory import is_out_of_memory
 from ghostssm.errors import OutputError, StorageError
@@ -31,6 +33,7 @@ from ghostssm.files.outputs import OutputFolder
 from tests.checkpoint.test_round_trip import pruned_checkpoint
 from tests.cli.test_cli import prune_arguments
 from tests.conftest import Run
+from tests.programs import fork_server
 
 FolderOf = Callable[..., Path]
 
@@ -231,37 +234,37 @@ def test_signals(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-RUN = """
-import time
-from ghostssm.checkpoint import saving
-from ghostssm.cli import main
-write = saving.write_model
-def waiting(*args):
-    write(*args)
-    print("writing", flush=True)
-    time.sleep(60)
-saving.write_model = waiting
-main()
-"""
+def _waiting(command: list[str], begun: Path, errors: Path) -> None:
+    """The command, which waits with an output half written."""
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    write = saving.write_model
+
+    def waiting(*args: Any) -> None:
+        write(*args)
+        begun.touch()
+        time.sleep(60)
+
+    saving.write_model = waiting
+    sys.argv = ["ghostssm", *command]
+    main()
 
 
 @pytest.mark.slow
 def test_a_process_that_is_told_to_end(
-    small: Path,
-    text_file: Path,
-    tmp_path: Path,
+    small: Path, text_file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
     command = [*map(str, prune_arguments(small, text_file, tmp_path / "out")), "--method", "ghost"]
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        process.terminate()
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in err
+    begun, errors = (tmp_path_factory.mktemp("told") / name for name in ("begun", "errors"))
+    process = fork_server().Process(target=_waiting, args=(command, begun, errors))
+    process.start()
+    while not begun.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert "Traceback" not in errors.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ from ghostssm.workflows import distill_checks
 from ghostssm.workflows.distill import DistillOutcome, distill
 from ghostssm.workflows.requests import DistillRequest
 from tests.conftest import Run, tiny_model
+from tests.programs import fork_server
 from tests.test_streaming import assert_same_checkpoint
 
 
@@ -158,6 +158,11 @@ def test_the_command(run: Run, request_of: Callable[..., DistillRequest], tmp_pa
     assert code == 0, err
     assert "ghost+distill2" in out
     assert "ghost+distill2 saw gradients through the whole model, on 560 tokens" in err
+    code, out, err = run(*verb[:-4], *verb[-3:], "--state-dtype", "float32", "int8", "int4", "--json", *options)
+    assert code == 0, err
+    rows = {(row["method"], row["state_dtype"]) for row in json.loads(out) if "distill" in row["method"]}
+    trained = "ghost+distill2 trained in int4"
+    assert rows == {("ghost+distill2", "float32"), ("ghost+distill2", "int8"), (trained, "int4")}
 
 
 def _faulty(asked: DistillRequest, tmp_path: Path, **sizes: Any) -> str:
@@ -299,10 +304,7 @@ def test_killed_at_random_moments(request_of: Callable[..., DistillRequest], tmp
     """Runs are killed again and again, and go on each time."""
     asked = request_of(save_minutes=0.0, steps=12)
     expected = distill(replace(asked, output=str(tmp_path / "whole")))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ghostssm.workflows.distill", "transformers.models.mamba2.modeling_mamba2", __name__]
-    )
+    context = fork_server()
     chance, killed, length = random.Random(0), 0, 0.0
     for number in range(10 * moments):
         marker = tmp_path / f"begun-{number}"
@@ -336,10 +338,7 @@ def _worker(rank: int, size: int, port: int, results: Any, asked: DistillRequest
 
 
 def _together(size: int, asked: DistillRequest) -> DistillOutcome:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ghostssm.workflows.distill", "transformers.models.mamba2.modeling_mamba2", __name__]
-    )
+    context = fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

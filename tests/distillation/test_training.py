@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -154,10 +154,10 @@ def test_a_recipe_trains_for_the_dtype(state_dtype: str | None, rounded: str) ->
 
 
 def test_a_record_of_earlier_releases_is_read() -> None:
-    """They did not round, and so had no entry for it."""
+    """They did not round, and never went back, and so had no entry for these."""
     record = distilled().record
     document = record.as_json()
-    del document["state_dtype"]
+    del document["state_dtype"], document["setbacks"]
     assert Distillation.from_json(document) == record
 
 
@@ -181,13 +181,51 @@ def test_never_worse_and_stopped() -> None:
         student,
         tiny_model(),
         Batches(HeldWindows(WINDOWS), 4, 1),
-        Settings(steps=40, batch=4, learning_rate=30.0),
+        Settings(steps=40, batch=4, learning_rate=3000.0),
         listener=Listener(notify=told.append),
     )
     assert found.record.kept_step == 0
     assert found.record.steps < 40
     assert "diverged" in told[-1] or "not finite" in told[-1]
     assert all(torch.equal(value, before[name]) for name, value in found.changes.items())
+
+
+class _Keeper:
+    """Holds the first state after a setback, and gives it to a later training."""
+
+    state: Any = None
+
+    def read(self) -> Any:
+        return copy.deepcopy(self.state)
+
+    def is_due(self) -> bool:
+        return self.state is None
+
+    def write(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if facts["setbacks"]:
+            self.state = copy.deepcopy((facts, tensors))
+
+
+def test_too_high_a_rate_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training goes on from the best parameters; one that is resumed from there takes the same steps."""
+    monkeypatch.setattr(training_module, "_DIVERGED", 1.05)  # this model can't be much worse than it is
+    told: list[str] = []
+    rates: dict[int, dict[str, float]] = {}
+    settings, keeper = Settings(steps=40, batch=4, learning_rate=0.1), _Keeper()
+    listener = Listener(notify=told.append, log=lambda numbers, step: rates.update({step: numbers}))
+    whole = distilled(settings, listener=listener, keeper=cast(Any, keeper))
+    facts, tensors = keeper.state
+    kept = min(facts["curve"], key=lambda point: point["divergence"])["step"]
+    assert len(facts["setbacks"]) == 1
+    assert f"goes on from step {kept} at a rate of" in next(each for each in told if facts["setbacks"][0] in each)
+    best = {name: value for name, value in tensors.items() if name.startswith("best:")}
+    assert all(torch.equal(value, tensors[name.replace("best:", "now:")]) for name, value in best.items())
+    record = whole.record
+    assert record.best.divergence < 0.95 * record.curve[0].divergence
+    assert rates[40]["learning_rate"] == pytest.approx(0.3 ** len(record.setbacks) * settings.rate_at(40))
+    resumed = distilled(settings, keeper=cast(Any, keeper))
+    assert resumed.record == record
+    assert all(torch.equal(value, resumed.changes[name]) for name, value in whole.changes.items())
 
 
 def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from tests.conftest import random_windows
 from tests.families.test_pruned_models import logits_of, saved
 from tests.families.test_stock_models import padding, tokens
 from tests.families.tiny import CASES, float64_throughout, stepwise, tiny_hybrid
+from tests.programs import in_process
 
 cases = pytest.mark.parametrize("case", CASES)
 PIECES = [[20], [15, 1, 1, 1, 2], [1, 1, 18]]
@@ -169,8 +167,7 @@ for folder in map(Path, {[str(tmp_path / case) for case in CASES]}):
         logits = model(input_ids=torch.tensor({tokens(1, 7).tolist()}), use_cache=False).logits
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt"))
 """
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = in_process(code, environment={"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")})
     assert done.returncode == 0, done.stderr
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from ghostssm.models.layout import SSDLayout
 from ghostssm.models.own_class.configuration_ghost import GhostMamba2Config
 from ghostssm.models.own_class.modeling_ghost import GhostMamba2ForCausalLM, GhostMamba2Model
 from tests.conftest import VOCABULARY, draw_weights, tiny_model
+from tests.programs import in_process
 
 LAYERS = 3
 GROUPS: list[dict[str, Any]] = [{}, {"n_groups": 2, "use_bias": True}, {"n_groups": 4, "use_conv_bias": False}]
@@ -330,16 +328,8 @@ def test_a_saved_folder_needs_no_ghostssm(tmp_path: Path) -> None:
     with torch.inference_mode():
         torch.save(model(ids).logits.clone(), tmp_path / "logits.pt")
     paths = [str(tmp_path / name) for name in ("model", "ids.pt", "logits.pt", "resaved")]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *paths],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    cache = {"HF_HOME": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "cache" / "modules")}
+    done = in_process(REMOTE, *paths, environment=cache | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "resaved").iterdir()}
     assert {"configuration_ghost.py", "modeling_ghost.py", "config.json"} <= names
@@ -348,14 +338,14 @@ def test_a_saved_folder_needs_no_ghostssm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import ghostssm; assert 'torch' not in sys.modules; from transformers import AutoModelForCausalLM",
+        "import ghostssm; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.register; import ghostssm",
     ],
 )
 def test_importing_ghostssm_is_enough_for_the_auto_classes(imports: str, tmp_path: Path) -> None:
     tiny_ghost(**MIXED).save_pretrained(tmp_path)
     load = f"import sys; {imports}; model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}); print(type(model))"
-    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
+    done = in_process(load)
     assert "ghostssm.models.own_class" in done.stdout, done.stderr
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from ghostssm.errors import InputError
 from ghostssm.ops import compiled
 from ghostssm.ops.state_format import (
+    BFLOAT16,
+    FLOAT16,
     FORMATS,
     FP8,
     INT4,
@@ -122,6 +124,33 @@ def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
         stored, storage, one[..., None], one, -one[0, 0], values.view(1, 1, 1, n), values.view(1, 1, 1, n), one[0, 0]
     )
     assert torch.equal(stored[0, 0, :n].view(torch.float8_e4m3fn).float(), values.to(torch.float8_e4m3fn).float())
+
+
+@needs_numba
+@pytest.mark.parametrize("form", [BFLOAT16, FLOAT16, FP8], ids=lambda form: form.name)
+def test_rows_in_registers_round_as_torch_does(form: StateFormat) -> None:
+    """What a step writes into a state of zeros: every number of the format, and numbers near and halfway between two.
+
+    A row has a scale of 1 by its largest number; then it is computed in other units, which may move what is halfway.
+    """
+    assert form.dtype is not None
+    codes = (
+        torch.arange(1 << form.bits - 1).to(torch.int16 if form.bits == 16 else torch.uint8).view(form.dtype).float()
+    )
+    codes = codes[codes.isfinite()]
+    between = (codes[1:].double() + codes[:-1]) / 2
+    parts = [codes, (between * (1 - 1e-5)).float(), (between * (1 + 1e-5)).float()]
+    values = torch.cat(parts if form.scaled else [*parts, between.float()])
+    values = torch.cat([values, -values])
+    n = 64
+    rows = torch.cat([values, values.new_zeros(-len(values) % (n - 1))]).view(-1, n - 1)
+    rows = torch.cat([rows, torch.full((len(rows), 1), codes.max().item())], dim=1)
+    b, storage = len(rows), StateStorage(form)
+    stored = quantise(torch.zeros(b, 1, 1, n), storage)
+    streams = rows[:, None, None], rows[:, None, None], torch.ones(1)
+    stored_scan_(stored, storage, torch.ones(b, 1, 1, 1), torch.ones(b, 1, 1), -torch.ones(1), *streams)
+    found = (stored[:, 0, :n].view(form.dtype) if form.scaled else stored[:, 0, 0]).float()
+    torch.testing.assert_close(found, rows.to(form.dtype).float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run
+from tests.programs import in_process
 
 _IMPORTS = """
 import sys
@@ -58,4 +57,5 @@ def test_a_missing_library_is_said_before_the_work(run: Run, pages: dict[str, Pa
 
 
 def test_only_what_draws_imports_the_libraries() -> None:
-    subprocess.run([sys.executable, "-c", _IMPORTS], check=True, timeout=120)
+    done = in_process(_IMPORTS)
+    assert done.returncode == 0, done.stderr

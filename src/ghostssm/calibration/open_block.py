@@ -185,11 +185,12 @@ class OpenBlock(_WalkedBlock):
         forwards = [rounded_forward(storage, span.start) for span, _ in self.walk.calls(self.index, self._block)]
         self._advance(lambda number, hidden: forwards[number](self.present_mixer, hidden))
 
-    def prune(self, decision: Decision, *, keep_outputs: bool = False) -> PrunedBlock:
+    def prune(self, decision: Decision, *, keep_outputs: bool = False, state_dtype: str | None = None) -> PrunedBlock:
         """Prune the copy and give it the decision's parameters; this object is of no use afterwards.
 
         Args:
             keep_outputs: keep the dense mixer's outputs, for recovery steps.
+            state_dtype: that the state is to be kept in, for these too.
         """
         outputs = self.outputs() if keep_outputs else []
         mixer, family = self.present_mixer, self.walk.family
@@ -200,7 +201,7 @@ class OpenBlock(_WalkedBlock):
         kept = {} if decision.changes else self._kept
         self.mixer, self._kept, self._scanned = None, {}, {}
         pruned = replace(view, projection=decision.projection)
-        self._pruned = PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept)
+        self._pruned = PrunedBlock(self.walk, self.index, self._block, pruned, decision, outputs, kept, state_dtype)
         return self._pruned
 
     def close(self) -> None:
@@ -239,6 +240,7 @@ class PrunedBlock(_WalkedBlock):
 
     Attributes:
         mixer: the view of the pruned mixer. dense_outputs: of the dense mixer, batch by batch; empty if not kept.
+        state_dtype: that the state is to be kept in; None if nobody said.
     """
 
     def __init__(
@@ -250,9 +252,10 @@ class PrunedBlock(_WalkedBlock):
         decision: Decision,
         dense_outputs: list[Tensor],
         kept: dict[int, Streams],
+        state_dtype: str | None,
     ):
         super().__init__(walk, index, block, mixer)
-        self.dense_outputs = dense_outputs
+        self.dense_outputs, self.state_dtype = dense_outputs, state_dtype
         self._decision = decision
         self._kept = {number: _decided(streams, decision) for number, streams in kept.items()}
         self._behind_kept = _behind_streams(mixer)

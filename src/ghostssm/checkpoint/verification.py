@@ -44,7 +44,7 @@ class Check:
 
     name: str
     passed: bool
-    found: str
+    detail: str
 
 
 @dataclass(frozen=True, repr=False)

@@ -37,7 +37,7 @@ def _verify(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(result) | {"passed": result.passed})
     else:
-        rows = [(check.name, "ok" if check.passed else "FAILED", check.found) for check in result.checks]
+        rows = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in result.checks]
         print_table(["check", "result", "found"], rows, text_columns=3)
         for remark in result.notes:
             note(f"({remark})")

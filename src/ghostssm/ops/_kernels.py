@@ -28,6 +28,11 @@ def row_blocks(head_dim: int) -> int:
     return -(-head_dim // ROWS)
 
 
+def column_blocks(state_size: int) -> int:
+    """Into how many blocks of columns a head's state is cut where it is read."""
+    return -(-state_size // _COLUMNS)
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def causal_conv(x, taps, bias, out):  # type: ignore[no-untyped-def]
     """x and out (b, l, c), taps (width, c), bias (c,): float32."""
@@ -143,26 +148,26 @@ def ssd_scan_narrow(state, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def
                 state[i, head, j, k] = columns[k, j]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-untyped-def]
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def channel_energies(first, last, state, x, dt, A, B, C, output, stored):  # type: ignore[no-untyped-def]
     """As `ssd_scan`, with energies instead of y: output and stored (b, h, blocks, n), float64, are added to.
 
     output gets the sum over t of C_t^2 e_t, stored the sum of e_t, where e_t[n] is the sum over the block's rows of
     H_t[p, n]^2. Sums over a stretch of tokens are float32, sums of stretches float64.
     """
-    b, length, h, _ = x.shape
+    _, length, h, _ = x.shape
     n = state.shape[3]
     heads_per_group = h // B.shape[2]
     blocks = output.shape[2]
-    for index in numba.prange(b * h * blocks):
+    for index in range(first, last):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
         rows = state[i, head, block * ROWS : min(x.shape[3], (block + 1) * ROWS)]
         energy, out, kept = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-        for first in range(0, length, _STRETCH):
+        for begin in range(0, length, _STRETCH):
             out[:] = 0
             kept[:] = 0
-            for t in range(first, min(first + _STRETCH, length)):
+            for t in range(begin, min(begin + _STRETCH, length)):
                 write, read = B[i, t, group], C[i, t, group]
                 step = dt[i, t, head]
                 decay = np.exp(step * A[head])
@@ -181,17 +186,17 @@ def channel_energies(state, x, dt, A, B, C, output, stored):  # type: ignore[no-
                 stored[i, head, block, k] += kept[k]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def rounding_costs(x, dt, A, B, C, weight, left_out, rounded):  # type: ignore[no-untyped-def]
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def rounding_costs(first, last, x, dt, A, B, C, weight, left_out, rounded):  # type: ignore[no-untyped-def]
     """`ghostssm.ops.rounding_costs`: left_out and rounded (b, h, blocks, n), float64, are added to.
 
     A row is walked forwards with its state and then backwards with its Gramian.
     """
-    b, length, h, p = x.shape
+    _, length, h, p = x.shape
     n = B.shape[3]
     heads_per_group = h // B.shape[2]
     blocks = left_out.shape[2]
-    for index in numba.prange(b * h * blocks):
+    for index in range(first, last):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
         row, cost, peaks = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(length, np.float32)
@@ -235,41 +240,41 @@ def _add_product(u, rows, product, total, fresh):  # type: ignore[no-untyped-def
             total[e, k] = product[e, k] if fresh else total[e, k] + product[e, k]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def read_states(state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-def]
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def read_states(first, last, state, x, dt, A, B, u, at, reads):  # type: ignore[no-untyped-def]
     """state (b, h, p, n) from before to after; x (b, l, h, p), dt (b, l, h), A (h,), B (b, l, g, n), u (b, s, h, d, p),
     at (s,) int64; reads (s, b, g, d, n) is written.
 
     One head of a group after the other, so that its state stays in the cache and sums need no second thread. A state is
     read by BLAS, which is several times faster at a matrix product than loops are.
     """
-    b, length, h, p = x.shape
+    _, length, h, p = x.shape
     n, d = state.shape[3], u.shape[3]
     groups = B.shape[2]
     blocks = (n + _COLUMNS - 1) // _COLUMNS
-    for index in numba.prange(b * groups * blocks):
-        i, group, first = index // (groups * blocks), (index // blocks) % groups, index % blocks * _COLUMNS
-        width = min(n, first + _COLUMNS) - first
+    for index in range(first, last):
+        i, group, column = index // (groups * blocks), (index // blocks) % groups, index % blocks * _COLUMNS
+        width = min(n, column + _COLUMNS) - column
         rows, product = np.empty((p, width), np.float32), np.empty((d, width), np.float32)
         for head in range(group * (h // groups), (group + 1) * (h // groups)):
             sample = 0
             for j in range(p):
                 for k in range(width):
-                    rows[j, k] = state[i, head, j, first + k]
+                    rows[j, k] = state[i, head, j, column + k]
             for t in range(length):
-                write, step = B[i, t, group, first : first + width], dt[i, t, head]
+                write, step = B[i, t, group, column : column + width], dt[i, t, head]
                 decay = np.exp(step * A[head])
                 for j in range(p):
                     row, added = rows[j], step * x[i, t, head, j]
                     for k in range(width):
                         row[k] = row[k] * decay + added * write[k]
                 if sample < len(at) and at[sample] == t:
-                    total = reads[sample, i, group, :, first : first + width]
+                    total = reads[sample, i, group, :, column : column + width]
                     _add_product(u[i, sample, head], rows, product, total, head == group * (h // groups))
                     sample += 1
             for j in range(p):
                 for k in range(width):
-                    state[i, head, j, first + k] = rows[j, k]
+                    state[i, head, j, column + k] = rows[j, k]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)

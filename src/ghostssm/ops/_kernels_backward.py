@@ -1,4 +1,7 @@
-"""Backward passes as compiled loops, of the scan and of what stands around it; conventions as in `_kernels`."""
+"""Backward passes as compiled loops, of the scan and of what stands around it; conventions as in `_kernels`.
+
+A loop works on the pieces from ``first`` up to ``last``; `ghostssm.ops.compiled.in_threads` gives each thread some.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _ROWS = _COLUMNS = 64
 _SUMS, _WRITE, _OTHER = _ROWS * _COLUMNS, (_ROWS + 1) * _COLUMNS, (_ROWS + 2) * _COLUMNS
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True)
 def _step(H, size, decay, written, read):  # type: ignore[no-untyped-def]
     """A block over one token, four rows at a time: its sums = read^T (decay H), then H = decay H + written write^T.
 
@@ -38,7 +41,7 @@ def _step(H, size, decay, written, read):  # type: ignore[no-untyped-def]
             H[row + 3 * _COLUMNS + k] = kept3 + w3 * write
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True)
 def _step_and_product(H, size, decay, written, read, product):  # type: ignore[no-untyped-def]
     """As `_step`; and product (rows,) = (decay H) other."""
     for k in range(size[1]):
@@ -68,7 +71,7 @@ def _step_and_product(H, size, decay, written, read, product):  # type: ignore[n
         product[j], product[j + 1], product[j + 2], product[j + 3] = p0, p1, p2, p3
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True, inline="always")
 def _fill(block, state, place):  # type: ignore[no-untyped-def]
     """A block from a state (h, p, n); zeros make up its rows. Slices of arrays would take long to compile."""
     head, _, row, column, rows, columns = place
@@ -77,7 +80,7 @@ def _fill(block, state, place):  # type: ignore[no-untyped-def]
             block[j * _COLUMNS + k] = state[head, row + j, column + k] if j < rows else 0
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True)
 def _walk(block, place, backwards, x, dt, B, C, dy, dx, sums, decays, skipped, dots, work):  # type: ignore[no-untyped-def]
     """A block of states over a sequence, or, backwards, one of gradients; which leaves of x and dy, B and C, and of the
     two what is scaled by dt, change roles.
@@ -121,7 +124,7 @@ def _walk(block, place, backwards, x, dt, B, C, dy, dx, sums, decays, skipped, d
         dots[t] += carried
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True, inline="always")
 def _tokens(head, x, dt, A, D, dy, alike, decays, skipped, dx):  # type: ignore[no-untyped-def]
     """What a head's tokens are by themselves: decays, skipped and what they add to dx; returns the sum of x dy."""
     whole = 0.0
@@ -139,7 +142,7 @@ def _tokens(head, x, dt, A, D, dy, alike, decays, skipped, dx):  # type: ignore[
     return whole
 
 
-@numba.njit(fastmath=True, cache=True)
+@numba.njit(fastmath=True, inline="always")
 def _backward_of_heads(  # type: ignore[no-untyped-def]
     heads, group, state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, sums_B, sums_C, dD
 ):
@@ -177,9 +180,9 @@ def _backward_of_heads(  # type: ignore[no-untyped-def]
             dA[head] += dt[t, head] * log_decay
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
-    """The gradients of `ssd_scan`, whose arguments stand first.
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def ssd_scan_backward(first, last, state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
+    """The gradients of `ssd_scan`, whose arguments stand first; pieces are sequences times groups times parts.
 
     state (b, h, p, n), before the first token. dy as y. dstate (b, h, p, n): the gradient of the state, from after to
     before. dx as x, or with no positions where it is not wanted. ddt as dt. What begins as zeros: dA and dD (b, h),
@@ -199,18 +202,18 @@ def ssd_scan_backward(state, x, dt, A, B, C, D, dy, dstate, dx, ddt, dA, dB, dC,
     groups, parts = dB.shape[1], dB.shape[2]
     heads_per_group = x.shape[2] // groups
     heads_per_part = (heads_per_group + parts - 1) // parts
-    for index in numba.prange(x.shape[0] * groups * parts):
+    for index in range(first, last):
         i, group, part = index // (groups * parts), (index // parts) % groups, index % parts
-        first = group * heads_per_group + part * heads_per_part
-        heads = first, min(first + heads_per_part, (group + 1) * heads_per_group)
+        head = group * heads_per_group + part * heads_per_part
+        heads = head, min(head + heads_per_part, (group + 1) * heads_per_group)
         _backward_of_heads(
             heads, group, state[i], x[i], dt[i], A, B[i], C[i], D, dy[i],
             dstate[i], dx[i], ddt[i], dA[i], dB[i, group, part], dC[i, group, part], dD[i],
         )  # fmt: skip
 
 
-@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
-def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-def]
+@numba.njit(fastmath={"contract"}, cache=True, nogil=True)
+def causal_conv_backward(first, last, x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-def]
     """The gradients of `causal_conv` but the bias's: x, dout and dx (b, l, c), taps (width, c).
 
     dtaps (parts, width, c) begins as zeros; each part is a sum over some tokens.
@@ -218,7 +221,7 @@ def causal_conv_backward(x, taps, dout, dx, dtaps):  # type: ignore[no-untyped-d
     b, length, c = x.shape
     parts, width = dtaps.shape[0], taps.shape[0]
     tokens = (b * length + parts - 1) // parts
-    for part in numba.prange(parts):
+    for part in range(first, last):
         for index in range(part * tokens, min((part + 1) * tokens, b * length)):
             i, t = index // length, index % length
             for j in range(c):
@@ -257,12 +260,15 @@ def _along(y, gate, dout, weight):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(parallel=True, cache=True)
-def gated_norm(y, gate, weight, eps, gate_first, out):  # type: ignore[no-untyped-def]
-    """y, gate and out (m, g, c), weight (g, c): the RMS norm of y, times weight; y is gated before it or after."""
-    m, groups, c = y.shape
+@numba.njit(cache=True, nogil=True)
+def gated_norm(first, last, y, gate, weight, eps, gate_first, out):  # type: ignore[no-untyped-def]
+    """y, gate and out (m, g, c), weight (g, c): the RMS norm of y, times weight; y is gated before it or after.
+
+    Pieces are rows.
+    """
+    _, groups, c = y.shape
     one, count, small = y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
-    for i in numba.prange(m):
+    for i in range(first, last):
         for group in range(groups):
             square = _square(y[i, group], gate[i, group], gate_first)
             scale = one / np.sqrt(square / count + small)
@@ -270,8 +276,8 @@ def gated_norm(y, gate, weight, eps, gate_first, out):  # type: ignore[no-untype
                 out[i, group, j] = y[i, group, j] * gate[i, group, j] * (scale * weight[group, j])
 
 
-@numba.njit(parallel=True, cache=True)
-def gated_norm_backward(y, gate, dout, weight, eps, gate_first, dy, dgate, dweight):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True)
+def gated_norm_backward(first, last, y, gate, dout, weight, eps, gate_first, dy, dgate, dweight):  # type: ignore[no-untyped-def]
     """The gradients of `gated_norm`. dgate has no rows where it is not wanted. dweight (parts, g, c) begins as zeros;
     each part is a sum over some rows.
 
@@ -281,7 +287,7 @@ def gated_norm_backward(y, gate, dout, weight, eps, gate_first, dy, dgate, dweig
     one, count, small = y.dtype.type(1), y.dtype.type(c), y.dtype.type(eps)
     parts = dweight.shape[0]
     rows = (m + parts - 1) // parts
-    for part in numba.prange(parts):
+    for part in range(first, last):
         for i in range(part * rows, min((part + 1) * rows, m)):
             for group in range(groups):
                 square = _square(y[i, group], gate[i, group], gate_first)

@@ -39,7 +39,7 @@ def _update_gradient(gradient, decay, dy, read, write, added, before, dwrite):  
     return along_write, along_state
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _walk(rows, head, group, form, key, kept, decays, x, dt, B, C, D, dy, dx, ddt, log_decays, dB, dC):  # type: ignore[no-untyped-def]
     """Some rows of a head, forwards and backwards over one sequence.
 
@@ -77,7 +77,7 @@ def _walk(rows, head, group, form, key, kept, decays, x, dt, B, C, D, dy, dx, dd
             log_decays[t] += decays[t] * along_state
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _backward_of_heads(heads, group, form, key, kept, x, dt, A, B, C, D, dy, dx, ddt, dA, dB, dC, dD):  # type: ignore[no-untyped-def]
     """`straight_through_backward` for some heads of one group of one sequence; no argument has an axis for these."""
     length, _, p = x.shape
@@ -96,9 +96,9 @@ def _backward_of_heads(heads, group, form, key, kept, x, dt, A, B, C, D, dy, dx,
                 dD[head] += x[t, head, j] * dy[t, head, j]
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(cache=True, nogil=True)
 def straight_through_backward(  # type: ignore[no-untyped-def]
-    codes, halves, scales, work, form, key, first_sequence, first_token,
+    first, last, codes, halves, scales, work, form, key, first_sequence, first_token,
     x, dt, A, B, C, D, dy, dx, ddt, dA, dB, dC, dD,
 ):  # fmt: skip
     """The gradients of `ghostssm.ops._rounding_kernels.stored_scan` from a state of zeros, rounding left out of them.
@@ -120,12 +120,12 @@ def straight_through_backward(  # type: ignore[no-untyped-def]
     groups, parts, workers = dB.shape[1], dB.shape[2], codes.shape[0]
     heads_per_group = x.shape[2] // groups
     heads_per_part = (heads_per_group + parts - 1) // parts
-    for worker in numba.prange(workers):
+    for worker in range(first, last):
         kept = codes[worker], halves[worker], scales[worker], work[worker]
         for index in range(worker, x.shape[0] * groups * parts, workers):
             i, group, part = index // (groups * parts), (index // parts) % groups, index % parts
-            first = group * heads_per_group + part * heads_per_part
-            heads = first, min(first + heads_per_part, (group + 1) * heads_per_group)
+            head = group * heads_per_group + part * heads_per_part
+            heads = head, min(head + heads_per_part, (group + 1) * heads_per_group)
             own_key = np.uint32(next_word(np.uint32(key), first_sequence + i) + np.uint32(first_token))
             _backward_of_heads(
                 heads, group, form, own_key, kept, x[i], dt[i], A, B[i], C[i], D, dy[i],

@@ -16,10 +16,17 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
+from ghostssm.ops._rounding_kernels import NUMBER_TO_INTEGER
+from ghostssm.ops.state_format import BFLOAT16, FLOAT16, FORMATS, FP8, INT4, INT8
+
 _FLOAT, _BYTE, _HALF, _INT = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _ANY_ORDER = ("reassoc", "contract", "nsz")
 _FOLDED = 16
 """Lanes that two rows' sums or peaks are folded to before they are joined: half of them are each row's."""
+
+
+_FORMS = {form.kind: form for form in FORMATS.values()}
+_LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
 
 
 class Lanes(types.Type):
@@ -34,6 +41,18 @@ class Lanes(types.Type):
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, lanes):
         super().__init__(manager, lanes, ir.VectorType(_FLOAT, lanes.count))
+
+
+def _floats(count):
+    return ir.VectorType(_FLOAT, count)
+
+
+def _integers(count):
+    return ir.VectorType(_INT, count)
+
+
+def _constant(value, count):
+    return ir.Constant(_integers(count), [value] * count)
 
 
 def _shuffled(builder, first, second, lanes):
@@ -65,34 +84,6 @@ def load(typing, array, count):
 
 
 @intrinsic(prefer_literal=True)
-def load_codes(typing, codes, first, count, n):
-    """``n`` int8 from ``first`` on as floats, and zeros up to ``count`` lanes; so many bytes must be readable."""
-    lanes, used = count.literal_value, n.literal_value
-
-    def generate(context, builder, signature, arguments):
-        place = _place(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
-        wide = builder.sext(builder.load(place, align=1), ir.VectorType(_INT, lanes))
-        values = builder.sitofp(wide, ir.VectorType(_FLOAT, lanes))
-        return _padded(builder, values, used, lanes)
-
-    return Lanes(lanes)(codes, types.intp, count, n), generate
-
-
-@intrinsic(prefer_literal=True)
-def store_low_bytes(typing, codes, first, lanes, n):
-    """The lowest byte of each of the first ``n`` lanes' bits, into int8 from ``first`` on."""
-
-    def generate(context, builder, signature, arguments):
-        every = builder.bitcast(arguments[2], ir.VectorType(_BYTE, 4 * lanes.count))
-        # As a shuffle and not as a truncation, which costs AVX-512 twice the instructions.
-        lowest = _shuffled(builder, every, every, range(0, 4 * n.literal_value, 4))
-        builder.store(lowest, _place(context, builder, codes, arguments[0], arguments[1], lowest.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(codes, types.intp, lanes, n), generate
-
-
-@intrinsic(prefer_literal=True)
 def spread(typing, value, count):
     """One number in ``count`` lanes."""
     kind = ir.VectorType(_FLOAT, count.literal_value)
@@ -106,37 +97,124 @@ def spread(typing, value, count):
 
 
 @intrinsic(prefer_literal=True)
-def load_bfloat16(typing, halves, first, count, n):
-    """``n`` bfloat16 as int16 from ``first`` on, and zeros up to ``count`` lanes."""
-    lanes, used = count.literal_value, n.literal_value
+def load_row(typing, stored, first, count, n, kind):
+    """A stored row's ``n`` numbers, in units of its scale, and zeros up to ``count`` lanes.
+
+    Args:
+        stored: int8, or int16 of a format without scales. first: where the row begins; of int8 as many bytes must be
+            readable as ``count`` lanes take.
+        kind: of `ghostssm.ops.state_format.StateFormat`.
+    """
+    lanes, used, form = count.literal_value, n.literal_value, _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        place = _place(context, builder, halves, arguments[0], arguments[1], ir.VectorType(_HALF, used))
-        stored = builder.load(place, align=2)
-        wide = builder.zext(_padded(builder, stored, used, lanes), ir.VectorType(_INT, lanes))
-        return builder.bitcast(builder.shl(wide, _constant(16, lanes)), ir.VectorType(_FLOAT, lanes))
+        codes = ir.VectorType(_BYTE, lanes * form.bits // 8) if form.scaled else ir.VectorType(_HALF, used)
+        place = _place(context, builder, stored, arguments[0], arguments[1], codes)
+        row = builder.load(place, align=1 if form.scaled else 2)
+        if form is INT4:
+            return _joined_halves(builder, builder.sext(row, _integers(lanes // 2)), used, lanes)
+        if form is INT8:
+            return _padded(builder, builder.sitofp(builder.sext(row, _integers(lanes)), _floats(lanes)), used, lanes)
+        if form is FP8:
+            return _padded(builder, _widened(builder, builder.zext(row, _integers(lanes)), form), used, lanes)
+        bits = builder.zext(_padded(builder, row, used, lanes), _integers(lanes))
+        if form is BFLOAT16:
+            return builder.bitcast(builder.shl(bits, _constant(16, lanes)), _floats(lanes))
+        return _widened(builder, bits, form)
 
-    return Lanes(lanes)(halves, types.intp, count, n), generate
-
-
-def _constant(value, lanes):
-    return ir.Constant(ir.VectorType(_INT, lanes), [value] * lanes)
+    return Lanes(lanes)(stored, types.intp, count, n, kind), generate
 
 
 @intrinsic(prefer_literal=True)
-def store_bfloat16(typing, halves, first, lanes, n):
-    """The first ``n`` lanes, rounded to the nearest, ties to even, into int16 from ``first`` on."""
+def store_row(typing, stored, first, lanes, n, kind):
+    """The first ``n`` lanes, rounded to the nearest, ties to even; arguments as `load_row` has them.
+
+    No lane is beyond a scaled format's largest number.
+    """
+    form = _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        bits = builder.bitcast(arguments[2], ir.VectorType(_INT, lanes.count))
-        odd = builder.and_(builder.lshr(bits, _constant(16, lanes.count)), _constant(1, lanes.count))
-        rounded = builder.add(builder.add(bits, _constant(0x7FFF, lanes.count)), odd)
-        every = builder.bitcast(rounded, ir.VectorType(_HALF, 2 * lanes.count))
-        upper = _shuffled(builder, every, every, range(1, 2 * n.literal_value, 2))
-        builder.store(upper, _place(context, builder, halves, arguments[0], arguments[1], upper.type), align=2)
+        count, used = lanes.count, n.literal_value
+        if form in (INT8, INT4):
+            magic = ir.Constant(_floats(count), [float(NUMBER_TO_INTEGER)] * count)
+            number = builder.fadd(arguments[2], magic, flags=("contract",))
+            codes = builder.bitcast(number, _integers(count))
+            if form is INT4:
+                codes, used = _packed_halves(builder, codes, used), form.row_bytes(used)
+        elif form is BFLOAT16:
+            # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
+            codes = builder.lshr(
+                _rounded_bits(builder, builder.bitcast(arguments[2], _integers(count)), 16), _constant(16, count)
+            )
+        else:
+            codes = _narrowed(builder, arguments[2], form)
+        size = _BYTE if form.scaled else _HALF
+        parts = 32 // size.width
+        every = builder.bitcast(codes, ir.VectorType(size, parts * codes.type.count))
+        # As a shuffle and not as a truncation, which costs AVX-512 twice the instructions.
+        lowest = _shuffled(builder, every, every, range(0, parts * used, parts))
+        place = _place(context, builder, stored, arguments[0], arguments[1], lowest.type)
+        builder.store(lowest, place, align=size.width // 8)
         return context.get_dummy_value()
 
-    return types.void(halves, types.intp, lanes, n), generate
+    return types.void(stored, types.intp, lanes, n, kind), generate
+
+
+def _joined_halves(builder, bytes_, used, lanes):
+    """The numbers of int4: of so many bytes the lower halves, then the upper."""
+    half, count = INT4.row_bytes(used), bytes_.type.count
+    lower = builder.ashr(builder.shl(bytes_, _constant(28, count)), _constant(28, count))
+    upper = builder.ashr(bytes_, _constant(4, count))
+    lower, upper = builder.sitofp(lower, _floats(count)), builder.sitofp(upper, _floats(count))
+    chosen = [*range(half), *range(count, count + used - half), *([0] * (lanes - used))]
+    joined = _shuffled(builder, lower, upper, chosen)
+    return _padded(builder, joined, used, lanes)
+
+
+def _packed_halves(builder, codes, used):
+    """The bytes of int4 codes, each in 32 bits; what an odd number of them lacks is a lane of zeros."""
+    half = INT4.row_bytes(used)
+    lower, upper = (_shuffled(builder, codes, codes, range(first, first + half)) for first in (0, half))
+    return builder.or_(builder.and_(lower, _constant(15, half)), builder.shl(upper, _constant(4, half)))
+
+
+def _widened(builder, codes, form):
+    """`ghostssm.ops._rounding_kernels._widened`, with a sign in the highest of a code's bits."""
+    count = codes.type.count
+    shift, sign = 23 - form.mantissa, 1 << (form.bits - 1)
+    size = builder.and_(codes, _constant(sign - 1, count))
+    moved = builder.shl(size, _constant(shift, count))
+    normal = builder.add(moved, _constant((127 - form.bias) << 23, count))
+    factor = ir.Constant(_floats(count), [2.0 ** (1 - form.bias - form.mantissa)] * count)
+    small = builder.bitcast(builder.fmul(builder.sitofp(size, _floats(count)), factor), _integers(count))
+    few = builder.icmp_signed("<", size, _constant(1 << form.mantissa, count))
+    signs = builder.shl(builder.and_(codes, _constant(sign, count)), _constant(32 - form.bits, count))
+    return builder.bitcast(builder.or_(builder.select(few, small, normal), signs), _floats(count))
+
+
+def _narrowed(builder, values, form):
+    """`ghostssm.ops._rounding_kernels._narrowed` to the nearest, and no further than the largest number."""
+    count, shift = values.type.count, 23 - form.mantissa
+    bits = builder.bitcast(values, _integers(count))
+    size = builder.and_(bits, _constant(0x7FFFFFFF, count))
+    rounded = builder.lshr(_rounded_bits(builder, size, shift), _constant(shift, count))
+    high = builder.sub(rounded, _constant((127 - form.bias) << form.mantissa, count))
+    factor = ir.Constant(_floats(count), [2.0 ** (form.bias + form.mantissa - 1)] * count)
+    magic = ir.Constant(_floats(count), [float(NUMBER_TO_INTEGER)] * count)
+    fine = builder.fadd(builder.fmul(builder.bitcast(size, _floats(count)), factor), magic)
+    low = builder.and_(builder.bitcast(fine, _integers(count)), _constant(0xFFFF, count))
+    few = builder.icmp_signed("<", size, _constant((128 - form.bias) << 23, count))
+    code, largest = builder.select(few, low, high), _constant(_LARGEST_CODES[form.kind], count)
+    code = builder.select(builder.icmp_signed("<", code, largest), code, largest)
+    sign = builder.and_(builder.lshr(bits, _constant(32 - form.bits, count)), _constant(1 << (form.bits - 1), count))
+    return builder.or_(code, sign)
+
+
+def _rounded_bits(builder, bits, shift):
+    """Bits of which all but the lowest are those of the nearest number, ties to even; the lowest are to be dropped."""
+    count = bits.type.count
+    odd = builder.and_(builder.lshr(bits, _constant(shift, count)), _constant(1, count))
+    return builder.add(builder.add(bits, _constant((1 << (shift - 1)) - 1, count)), odd)
 
 
 @intrinsic

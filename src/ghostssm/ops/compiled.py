@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ rounding_kernels = _Loops("ghostssm.ops._rounding_kernels")
 straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
 """Those of the backward pass through such states, if there are kernels."""
 row_kernels = _Loops("ghostssm.ops._row_kernels")
-"""Those of int8 and bfloat16, rounded to the nearest, if there are kernels."""
+"""Those of states that are rounded to the nearest, if there are kernels."""
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
@@ -64,4 +66,25 @@ def arrays(*tensors: Tensor) -> list[object]:
     kernels.use_threads(threads)
     if torch.get_num_threads() != threads:  # numba has just started its pool, which sets OpenMP's number for everyone
         torch.set_num_threads(threads)
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]
+    return [_array(tensor) for tensor in tensors]
+
+
+def _array(part: object) -> object:
+    return part.detach().contiguous().numpy() if isinstance(part, Tensor) else part
+
+
+def in_threads(loop: Any, pieces: int, *arguments: object) -> None:
+    """Call ``loop(first, last, *arguments)`` for all pieces of its work, on as many threads as torch uses.
+
+    Tensors become arrays as `arrays` makes them. For loops of milliseconds: numba takes half as long to compile one
+    that it need not split itself, and to start a thread costs less than a tenth of a millisecond.
+    """
+    arguments = tuple(map(_array, arguments))
+    threads = min(torch.get_num_threads(), pieces)
+    if threads < 2:
+        loop(0, pieces, *arguments)
+        return
+    spans = itertools.pairwise(pieces * thread // threads for thread in range(threads + 1))
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(loop, first, last, *arguments) for first, last in spans]:
+            done.result()

@@ -57,7 +57,8 @@ class CompiledConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype)
         dtaps = torch.zeros(_PARTS, *weight.t().shape, dtype=x.dtype)
-        compiled.backward_kernels.causal_conv_backward(*compiled.arrays(x, weight.t().contiguous(), dout, dx, dtaps))
+        loop = compiled.backward_kernels.causal_conv_backward
+        compiled.in_threads(loop, _PARTS, x, weight.t().contiguous(), dout, dx, dtaps)
         return dx, dtaps.sum(0).t(), dout.sum((0, 1))
 
 
@@ -103,9 +104,8 @@ class CompiledNorm(torch.autograd.Function):
         out = torch.empty(y.shape, dtype=y.dtype)
         rows = [part.reshape(-1, groups, y.shape[-1] // groups) for part in (y, gate, out)]
         by_group = weight.reshape(groups, -1).clone()
-        compiled.backward_kernels.gated_norm(
-            *compiled.arrays(*rows[:2], by_group), eps, gate_first, *compiled.arrays(rows[2])
-        )
+        loop = compiled.backward_kernels.gated_norm
+        compiled.in_threads(loop, rows[0].shape[0], *rows[:2], by_group, eps, gate_first, rows[2])
         return out
 
     @staticmethod
@@ -118,7 +118,6 @@ class CompiledNorm(torch.autograd.Function):
         rows = [part.reshape(-1, groups, y.shape[-1] // groups) for part in (y, gate, dout, dy, dgate)]
         dweight = torch.zeros(_PARTS, groups, y.shape[-1] // groups, dtype=y.dtype)
         by_group = weight.reshape(groups, -1).clone()
-        compiled.backward_kernels.gated_norm_backward(
-            *compiled.arrays(*rows[:3], by_group), eps, gate_first, *compiled.arrays(*rows[3:], dweight)
-        )
+        loop = compiled.backward_kernels.gated_norm_backward
+        compiled.in_threads(loop, _PARTS, *rows[:3], by_group, eps, gate_first, *rows[3:], dweight)
         return dy, dgate if ctx.needs_input_grad[1] else None, dweight.sum(0).view_as(weight), None, None, None

@@ -81,7 +81,8 @@ def channel_energies(
     )
     output = torch.zeros(b, h, compiled.kernels.row_blocks(p), n, dtype=torch.float64)
     stored = torch.zeros_like(output)
-    compiled.kernels.channel_energies(*compiled.arrays(state, x, dt, A, B, C, output, stored))
+    loop, pieces = compiled.kernels.channel_energies, output[..., 0].numel()
+    compiled.in_threads(loop, pieces, state, x, dt, A, B, C, output, stored)
     return ChannelEnergies(
         output.sum((0, 2)).view(g, h // g, n).sum(1),
         stored.sum((0, 2)).view(g, h // g, n).sum(1),

@@ -36,16 +36,17 @@ def read_states(
         M, (b, s, g, d, n), and the state after the last token, (b, h, p, n).
     """
     if len(positions) and gpu.usable_in_float32(x, dt, A, B, u, state):
-        found: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
+        read: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
             x, dt, A, B, u, torch.tensor(positions, device=x.device), state
         )
-        return found
+        return read
     if not compiled.usable(x, dt, A, B, u, state):
         return read_states_chunked(x, dt, A, B, u, positions, state)
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     after = x.new_zeros(b, h, p, n) if state is None else state.clone(memory_format=torch.contiguous_format)
     reads = x.new_empty(len(positions), b, g, u.shape[3], n)
-    compiled.kernels.read_states(*compiled.arrays(after, x, dt, A, B, u, torch.tensor(positions), reads))
+    loop, pieces = compiled.kernels.read_states, b * g * compiled.kernels.column_blocks(n)
+    compiled.in_threads(loop, pieces, after, x, dt, A, B, u, torch.tensor(positions), reads)
     return reads.transpose(0, 1), after
 
 

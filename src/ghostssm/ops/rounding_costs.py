@@ -57,5 +57,6 @@ def rounding_costs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, weigh
         return rounding_costs_reference(x, dt, A, B, C, weight)
     b, _, h, p = x.shape
     left_out, rounded = torch.zeros(2, b, h, compiled.kernels.row_blocks(p), B.shape[3], dtype=torch.float64)
-    compiled.kernels.rounding_costs(*compiled.arrays(x, dt, A, B, C, weight, left_out, rounded))
+    loop, pieces = compiled.kernels.rounding_costs, left_out[..., 0].numel()
+    compiled.in_threads(loop, pieces, x, dt, A, B, C, weight, left_out, rounded)
     return left_out.sum((0, 2)), rounded.sum((0, 2)) / 12

@@ -168,13 +168,12 @@ class CompiledScan(torch.autograd.Function):
         ddt, skip = torch.empty(dt.shape, dtype=x.dtype), _skip(A, D)
         dA, dD = torch.zeros(2, b, h, dtype=torch.float64)
         dB, dC = torch.zeros(2, b, groups, gradient_parts(b, h, groups), length, n, dtype=x.dtype)
-        compiled.backward_kernels.ssd_scan_backward(
-            *compiled.arrays(state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
-        )
+        loop, pieces = compiled.backward_kernels.ssd_scan_backward, dB.shape[:3].numel()
+        compiled.in_threads(loop, pieces, state, x, dt, A, B, C, skip, dy, dstate, dx, ddt, dA, dB, dC, dD)
         dB, dC = dB.sum(2).transpose(1, 2), dC.sum(2).transpose(1, 2)
         dD = None if D is None else dD.sum(0).to(D.dtype)
-        found = ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
-        return (dx if ctx.needs_input_grad[0] else None), *found
+        gradients = ddt, dA.sum(0).to(A.dtype), dB, dC, dD, None if initial_state is None else dstate
+        return (dx if ctx.needs_input_grad[0] else None), *gradients
 
 
 class FusedScan(torch.autograd.Function):
@@ -186,8 +185,8 @@ class FusedScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
         ctx.set_materialize_grads(False)
-        found: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
-        return found
+        y_and_state: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
+        return y_and_state
 
     @staticmethod
     @once_differentiable
@@ -238,13 +237,13 @@ class ChunkedScan(torch.autograd.Function):
         ddt, dB, dC = torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
         for span, chunk in chunks_of(x, dt, A, B, C, backwards=True):
             dout = dy[:, span].unflatten(2, chunk.u.shape[1:3]).permute(0, 2, 3, 1, 4)
-            found = chunk.backward(states.pop(), dout, dstate)
-            du = found.du.permute(0, 3, 1, 2, 4).flatten(2, 3)
+            gradients = chunk.backward(states.pop(), dout, dstate)
+            du = gradients.du.permute(0, 3, 1, 2, 4).flatten(2, 3)
             dx[:, span] = du * dt[:, span, :, None]
             ddt[:, span] = (du * x[:, span]).sum(-1)
-            dlog_decay[:, span] = found.dlog_decay.permute(0, 3, 1, 2).flatten(2)
-            dB[:, span], dC[:, span] = found.dB.transpose(1, 2), found.dC.transpose(1, 2)
-            dstate = found.dstate
+            dlog_decay[:, span] = gradients.dlog_decay.permute(0, 3, 1, 2).flatten(2)
+            dB[:, span], dC[:, span] = gradients.dB.transpose(1, 2), gradients.dC.transpose(1, 2)
+            dstate = gradients.dstate
         dA = (dlog_decay * dt).sum((0, 1)).to(A.dtype)
         ddt += (dlog_decay * A).to(dt.dtype)
         dD = None

@@ -125,7 +125,8 @@ class TieredFormat(StateFormat):
         if tiers is None:
             raise InputError(
                 "The state dtype is tiers, but the model does not say how many channels it keeps in how many bits; "
-                f"expected a model of `ghostssm prune --method balanced --state-bytes`, or one of {', '.join(FORMATS)}."
+                "expected a model for which `ghostssm prune --method balanced` chose tiers, with --state-bytes or "
+                f"--max-excess-loss, or one of {', '.join(FORMATS)}."
             )
         return replace(self, tiers=tiers)
 
@@ -188,12 +189,12 @@ class StateStorage:
         """
         if rounding not in ("nearest", "stochastic"):
             raise InputError(f"The state rounding is {rounding!r}; expected nearest or stochastic.")
-        found = StateFormat.of(dtype)
-        if rounding == "stochastic" and found is FLOAT32:
+        form = StateFormat.of(dtype)
+        if rounding == "stochastic" and form is FLOAT32:
             raise InputError(
                 "A float32 state is not rounded; expected a narrower state dtype with stochastic rounding."
             )
-        return cls(found, rounding == "stochastic", seed)
+        return cls(form, rounding == "stochastic", seed)
 
     @property
     def rounds(self) -> bool:

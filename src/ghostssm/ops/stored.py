@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import ssd, ssd_step
-from ghostssm.ops.state_format import BFLOAT16, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
+from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
 
 def stored_scan_reference(
@@ -65,7 +65,7 @@ def stored_scan_(
     form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
     if isinstance(form, TieredFormat):
         _scan_tiers(stored, form, storage, x, dt, A, B, C, D, y)
-    elif form in (INT8, BFLOAT16) and not storage.stochastic and B.shape[3] <= compiled.row_kernels.LARGEST_SIZE:
+    elif not storage.stochastic and B.shape[3] <= compiled.row_kernels.LARGEST_SIZE:
         _scan_rows(stored, form, x, dt, A, B, C, D, y)
     else:
         _scan(stored, storage, x, dt, A, B, C, D, y)
@@ -94,15 +94,15 @@ def _scan(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
 def _scan_rows(
     stored: Tensor, form: StateFormat, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, y: Tensor
 ) -> None:
-    """Those for int8 and bfloat16, rounded to the nearest, which are made for the size of the state."""
+    """Those that round to the nearest, which are made for the format and the size of the state."""
     n = B.shape[3]
     padding = (0, compiled.row_kernels.lanes_of(n) - n)
     streams = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
-    if form is BFLOAT16:
-        compiled.row_kernels.bfloat16_scan(n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
+    if not form.scaled:
+        compiled.row_kernels.half_scan(form.kind, n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
         return
     memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
-    compiled.row_kernels.int8_scan(n)(*memory, form.code_bytes(x.shape[3], n) // 4, *streams)
+    compiled.row_kernels.scaled_scan(form.kind, n)(*memory, form.code_bytes(x.shape[3], n) // 4, *streams)
 
 
 def _scan_tiers(stored: Tensor, form: TieredFormat, storage: StateStorage, *streams: Tensor) -> None:

@@ -87,11 +87,13 @@ class _StraightThroughScan(torch.autograd.Function):
         codes = torch.zeros(*scratch, form.row_bytes(n) if form.scaled else 0, dtype=torch.int8)
         halves = torch.zeros(*scratch, 0 if form.scaled else n, dtype=torch.int16)
         work = torch.empty(scratch[0], kernels.ROWS + 1, n)
-        kernels.straight_through_backward(
-            *compiled.arrays(codes, halves, torch.zeros(scratch), work),
+        compiled.in_threads(
+            kernels.straight_through_backward,
+            scratch[0],
+            *(codes, halves, torch.zeros(scratch), work),
             (form.kind, np.float32(form.largest or 0), storage.stochastic),
             *(storage.key, storage.sequence, storage.token),
-            *compiled.arrays(x, dt, A, B, C, D.clone(), dy, dx, ddt, dA, dB, dC, dD),
+            *(x, dt, A, B, C, D.clone(), dy, dx, ddt, dA, dB, dC, dD),
         )
         dB, dC = (part.sum(2).transpose(1, 2) for part in (dB, dC))
         return None, dx, ddt, dA.sum(0).to(A), dB, dC, dD.sum(0).to(D)

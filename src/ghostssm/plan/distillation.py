@@ -57,6 +57,7 @@ class Distillation:
         before: losses on other texts, of the student as it came.
         after: the same, of the student as it went.
         state_dtype: that the student's state was rounded to after every token.
+        setbacks: why the training went back to its best parameters, each time, to go on at a lower learning rate.
     """
 
     teacher: str | None
@@ -76,6 +77,7 @@ class Distillation:
     before: Sequence[Measurement] = field(default=())
     after: Sequence[Measurement] = field(default=())
     state_dtype: str = FLOAT32.name
+    setbacks: Sequence[str] = field(default=())
 
     @property
     def best(self) -> Point:
@@ -97,14 +99,16 @@ class Distillation:
     def from_json(cls, document: Any) -> Distillation | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            document = {"state_dtype": FLOAT32.name} | document  # earlier releases did not round
+            # Earlier releases did not round, and ended at the first setback.
+            document = {"state_dtype": FLOAT32.name, "setbacks": ()} | document
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(_point_from_json(point) for point in values["curve"])
             measured = {
                 name: tuple(each for entry in values[name] if (each := Measurement.from_json(entry)) is not None)
                 for name in ("before", "after")
             }
-            read = cls(**values | {"curve": curve} | measured)
+            setbacks = tuple(str(reason) for reason in values["setbacks"])
+            read = cls(**values | {"curve": curve, "setbacks": setbacks} | measured)
             whole = read.best.step == read.kept_step and type(read.tokens) is int and read.state_dtype in FORMATS
             return read if whole else None
         except (KeyError, TypeError, ValueError, StopIteration):

@@ -13,11 +13,11 @@ class Findings:
     """What a walk learns about each block, in memory.
 
     Attributes:
-        found: a JSON value for every block that is finished with, front to back.
+        entries: a JSON value for every block that is finished with, front to back.
     """
 
     def __init__(self) -> None:
-        self.found: list[Any] = []
+        self.entries: list[Any] = []
 
     def restore(self, hidden: Tensor) -> None:
         """Replace the hidden states before the first block by those before the first block that has no findings yet.
@@ -26,13 +26,13 @@ class Findings:
             hidden: of this process's windows; overwritten in place.
         """
 
-    def add(self, found: Any, hidden: Tensor | None = None) -> None:
+    def add(self, finding: Any, hidden: Tensor | None = None) -> None:
         """Note what was learnt about the next block.
 
         Args:
             hidden: what leaves it, if that was computed.
         """
-        self.found.append(found)
+        self.entries.append(finding)
 
 
 class Journal:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ghostssm.errors import InputError
 from ghostssm.methods import Method, method_named, method_names
 from ghostssm.recovery import Step, step_names
-from ghostssm.recovery.distill.training import training_dtype
+from ghostssm.recovery.base import training_dtype
 
 _PER_LAYER = "per-layer"
 _STEP_COST, _COST_PER_AMOUNT = 0.5, 0.05
@@ -75,9 +75,8 @@ class Recipe:
         )
 
     def trained_in(self, state_dtype: str) -> str | None:
-        """The dtype for which a step trains the whole model that is to keep its state in one; None without a step."""
-        trains = any(step.registered.scope == "model" for step in self.steps)
-        return training_dtype(state_dtype) if trains else None
+        """The dtype that steps round a state to that is to be kept in one; None if they take it as it is computed."""
+        return training_dtype(state_dtype) if any(step.registered.rounds for step in self.steps) else None
 
     @property
     def cost(self) -> float:

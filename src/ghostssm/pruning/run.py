@@ -118,7 +118,7 @@ class Calibration:
             progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
             multiple: of state sizes per layer.
             journal: records the decisions, and may hold the first of them already; in memory if not given.
-            state_dtype: that the state is to be kept in, for steps that train the whole model.
+            state_dtype: that the state is to be kept in, for steps that train with its rounding.
 
         Raises:
             InputError: a state size out of range, or no such recipe.
@@ -128,7 +128,7 @@ class Calibration:
         layout = layout_of(self.model.config)
         check_state_size(state_size, layout.state_size)
         with listening(progress) as tell:
-            run = _Run(self, recipe, groups, seed, tell, journal or Journal())
+            run = _Run(self, recipe, groups, seed, state_dtype, tell, journal or Journal())
             sizes = [state_size] * len(mixers_of(self.model))
             if recipe.per_layer and recipe.registered.scope == "layer":
                 sizes = list(allocate(run.curves(), sum(sizes), min(multiple, state_size)))
@@ -158,7 +158,7 @@ class Calibration:
                     ),
                 ),
             )
-            return run.recovered(plan, state_dtype)
+            return run.recovered(plan)
 
 
 @dataclasses.dataclass
@@ -169,6 +169,7 @@ class _Run:
     recipe: Recipe
     groups: Groups
     seed: int
+    state_dtype: str | None
     progress: Progress
     journal: Journal
 
@@ -183,8 +184,8 @@ class _Run:
             self._front_to_back(sizes, known)
         return self.journal.decisions()
 
-    def recovered(self, plan: Plan, state_dtype: str | None) -> Plan:
-        """The plan with what the recipe's steps of model scope change, for a state that is to be kept in a dtype."""
+    def recovered(self, plan: Plan) -> Plan:
+        """The plan with what the recipe's steps of model scope change."""
         steps = [(step, step.registered) for step in self.recipe.steps]
         for step, registered in steps:
             if isinstance(registered, ModelStep):
@@ -192,7 +193,13 @@ class _Run:
                 pruned = apply_plan(copy.deepcopy(dense), plan)
                 before = {name: value.detach().clone() for name, value in pruned.named_parameters()}
                 training = registered.recover(
-                    pruned, dense, self.calibration.windows, step.amount or 0, self.seed, state_dtype, self.progress
+                    pruned,
+                    dense,
+                    self.calibration.windows,
+                    step.amount or 0,
+                    self.seed,
+                    self.state_dtype,
+                    self.progress,
                 )
                 plan = with_changes_of(plan, pruned, before)
                 if training is not None:
@@ -218,12 +225,12 @@ class _Run:
     def _curves_by_block(self) -> list[list[float] | None]:
         """The curve of each block's mixer; None for a block without one."""
         findings, processes = self.journal.curves, self.calibration.processes
-        if len(findings.found) == len(self.calibration.blocks.modules):
-            return findings.found
+        if len(findings.entries) == len(self.calibration.blocks.modules):
+            return findings.entries
         walk = self.calibration.walk()
         findings.restore(walk.hidden)
-        for block in walk.blocks(len(findings.found)):
-            index = sum(curve is not None for curve in findings.found)
+        for block in walk.blocks(len(findings.entries)):
+            index = sum(curve is not None for curve in findings.entries)
             errors = None if block.mixer is None else self._measured_errors(block, block.mixer, index)
             block.advance()
             squares = torch.linalg.vector_norm(walk.hidden, dim=-1).double().square().mean(-1)
@@ -231,7 +238,7 @@ class _Run:
             energy = sum(energies) / len(energies)
             findings.add(None if errors is None else [error / energy for error in errors], walk.hidden)
             self.progress("budget", block.index + 1, len(walk))
-        return findings.found
+        return findings.entries
 
     def _measured_errors(self, block: OpenBlock, mixer: Mixer, index: int) -> list[float]:
         """Mean squared change of a mixer's output with 0, 1, ..., n channels left."""
@@ -294,7 +301,7 @@ class _Run:
                 continue
             name, index = block.mixer.name, journal.decided
             decision, score = known.get(name) or self._decision(block, block.mixer, index, sizes[index])
-            pruned = block.prune(decision, keep_outputs=bool(steps))
+            pruned = block.prune(decision, keep_outputs=bool(steps), state_dtype=self.state_dtype)
             for step, amount in steps:
                 step.recover(pruned, amount, self.seed)
             decision = pruned.decision()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Progress, listening, named, on_screen, silent
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, Calibration
-from ghostssm.pruning.tiers import in_tiers, widest_tiered
+from ghostssm.pruning.tiers import in_tiers, tiered_bytes, widest_tiered
 from ghostssm.text.windows import Windows
 
 _UNPRUNED = "unpruned model"
@@ -47,15 +46,16 @@ def smallest_plan(
 
     Every fourth window is held out, where the loss is measured in float32, with a state that is rounded to its dtype
     after every token; the others calibrate. For each dtype a bisection finds the smallest size that stays within the
-    bound, the narrowest dtype first: of the wider ones only sizes of fewer bytes than the best so far are tried. The
-    plan's provenance has the dtype, and the excess loss that was measured with its standard error, as ``search``.
+    bound, the narrowest dtype first: of the wider ones only sizes of fewer bytes than the best so far are tried. Last
+    comes another, over the bytes of a projected state in tiers (`ghostssm.pruning.tiers`). The plan's provenance has
+    the dtype, and the excess loss that was measured with its standard error, as ``search``.
 
     Args:
         model: in memory; it stays as it is.
         windows: four at least: every fourth is held out, the others calibrate.
         recipe: a method's name, or what `Recipe` says.
         max_excess_loss: over the dense model's loss, nats per token.
-        dtypes: names of dtypes of the state; all if not given.
+        dtypes: names of dtypes of the state; all, and tiers, if not given.
         multiple: of the sizes that are tried, beside the model's own.
         state_sizes: the sizes to try instead, ascending; the model's own may be among them.
         groups: how the groups of a layer share the state: ``equal``, the same number of channels in each, or
@@ -69,42 +69,21 @@ def smallest_plan(
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_shrinks(recipe)
-    windows, held_out = split(windows)
     limit = layout_of(model.config).state_size
-    sizes = range(multiple, limit, multiple) if state_sizes is None else state_sizes
+    sizes = [*range(multiple, limit, multiple)] if state_sizes is None else list(state_sizes)
     if not sizes:
         raise InputError(
             f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
         )
     if state_sizes is None:
-        sizes = [*sizes, limit]  # a narrower dtype alone may do
+        sizes.append(limit)  # a narrower dtype alone may do
     forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
-    narrowest_first = sorted(forms, key=lambda form: form.state_bytes(1, limit))
-    least = FLOAT32.state_bytes(1, limit)  # of a row, which all mixers have as many of
-    calibration = Calibration(model, windows)
-    plans: dict[tuple[int, str | None], Plan] = {}
-    best: Plan | None = None
+    forms.sort(key=lambda form: form.state_bytes(1, limit))
+    if _suit_tiers(recipe, dtypes):
+        forms.append(TIERS)
     with listening(progress) as tell:
-        dense = evaluate_in_float32(model, held_out, named(tell, _UNPRUNED))
-        for place, form in enumerate(narrowest_first):
-            trials = _smaller(form, sizes, least)
-            low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
-            while high - low > 1:
-                size = trials[middle := (low + high) // 2]
-                most = [high - low - 1, *(len(_smaller(other, sizes, least)) for other in narrowest_first[place + 1 :])]
-                left = sum(map(int.bit_length, most))  # a bisection's steps
-                of_this = _candidate(tell, recipe, size, [form.name], left, "at most ")
-                key = size, recipe.trained_in(form.name)
-                if key not in plans:
-                    plans[key] = calibration.plan(recipe, size, groups, seed, of_this, multiple, state_dtype=key[1])
-                with pruned(model, plans[key]) as smaller:
-                    excess = excess_loss(smaller, held_out, dense, form.name, of_this)
-                if excess.mean <= max_excess_loss:
-                    high, least = middle, form.state_bytes(1, size)
-                    searched = Searched(max_excess_loss, len(held_out), form.name, excess)
-                    best = plans[key].with_provenance(search=searched)
-                else:
-                    low = middle
+        fitting = Fitting.of(model, windows, tell)
+        best = fitting.smallest(recipe, max_excess_loss, forms, sizes, multiple, groups, seed, tell)
     if best is None:
         among = f"in multiples of {multiple}" if state_sizes is None else f"among {', '.join(map(str, sizes))}"
         raise InputError(
@@ -114,16 +93,33 @@ def smallest_plan(
     return best
 
 
-def _candidate(
-    progress: Progress, recipe: Recipe, size: int, dtypes: Sequence[str], left: int, bound: str = ""
-) -> Progress:
-    """Who is told of one candidate, by its name and how many of those that are left come after it."""
-    return named(progress, f"{recipe}, N' = {size} in {' and '.join(dtypes)}, {bound}{left - 1} more")
+def _candidate(progress: Progress, recipe: Recipe, size: int, dtype: str, left: str) -> Progress:
+    """Who is told of one candidate, by its name and how many come after it."""
+    return named(progress, f"{recipe}, N' = {size} in {dtype}, {left} more")
 
 
-def _smaller(form: StateFormat, sizes: Iterable[int], row_bytes: int) -> list[int]:
-    """The sizes of which a row takes less than so many bytes."""
-    return [size for size in sizes if form.state_bytes(1, size) < row_bytes]
+def _suit_tiers(recipe: Recipe, dtypes: Sequence[str] | None) -> bool:
+    """Whether tiers are to be tried: of projected states, unless other dtypes are wanted."""
+    return not recipe.registered.stock and (dtypes is None or TIERS.name in dtypes)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A state size that is to be kept in a format, a row in so many bytes."""
+
+    size: int
+    form: StateFormat
+    row_bytes: int
+
+
+def _trials(form: StateFormat, sizes: Sequence[int], multiple: int, below: int) -> list[_Trial]:
+    """What takes less than so many bytes of a row, ascending: by size, and in tiers by the bytes that are divided."""
+    if form is TIERS:
+        bounds = range(tiered_bytes(sizes[0]), below, tiered_bytes(multiple) - tiered_bytes(0))
+        widest = [(widest_tiered(bound, sizes), bound) for bound in bounds]
+        return [_Trial(size, form, bound) for size, bound in widest if size is not None]
+    trials = [_Trial(size, form, form.state_bytes(1, size)) for size in sizes]
+    return [trial for trial in trials if trial.row_bytes < below]
 
 
 @dataclass(frozen=True)
@@ -166,10 +162,9 @@ class Fitting:
     ) -> Plan:
         """The plan that loses least within a bound on the bytes of state per sequence, over state size and dtype.
 
-        For every dtype the largest state that fits is measured with a state that is rounded after every token. Dtypes
-        that fit the same size share one plan, unless the recipe trains the whole model for some of them. A projected
-        state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and what all
-        candidates lost as ``choice``.
+        For every dtype the largest state that fits is measured with a state that is rounded after every token. A
+        projected state is tried in tiers too (`ghostssm.pruning.tiers`). The plan's provenance has what was chosen and
+        what all candidates lost as ``choice``.
 
         Args:
             recipe: a method and its recovery steps.
@@ -187,37 +182,84 @@ class Fitting:
         """
         check_shrinks(recipe)
         model = self.calibration.model
-        layout, layers = layout_of(model.config), len(mixers_of(model))
-        fitting = fits_in(state_bytes, layout, layers, state_sizes, dtypes, multiple)
-        sizes, tiered = set(fitting.values()), None
-        if not recipe.registered.stock and (dtypes is None or TIERS.name in dtypes):
-            row_bytes = state_bytes / (layers * layout.intermediate_size)
-            tiered = widest_tiered(row_bytes, state_sizes or _sizes(layout.state_size, multiple))
-            sizes |= set() if tiered is None else {tiered}
+        layout = layout_of(model.config)
+        wanted = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
+        if _suit_tiers(recipe, dtypes):
+            tiered = widest_tiered(state_bytes / self._rows, state_sizes or _sizes(layout.state_size, multiple))
+            wanted |= {} if tiered is None else {TIERS.name: tiered}
+        planned = self._planner(recipe, multiple, groups, seed)
         candidates: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
-            count = len(fitting) + (tiered is not None)
-            for size in sorted(sizes, reverse=True):
-                told = partial(_candidate, tell, recipe, size)
-                shared = [dtype for dtype, fits in fitting.items() if fits == size] + [TIERS.name] * (size == tiered)
-                for trained_in in dict.fromkeys(map(recipe.trained_in, shared)):
-                    alike = [dtype for dtype in shared if recipe.trained_in(dtype) == trained_in]
-                    stock = [dtype for dtype in alike if dtype != TIERS.name]
-                    of_all = told(stock or alike, count - len(candidates))
-                    plan = self.calibration.plan(recipe, size, groups, seed, of_all, multiple, state_dtype=trained_in)
-                    for dtype in stock:
-                        candidates.append(self._measured(plan, dtype, told([dtype], count - len(candidates))))
-                    if TIERS.name in alike and plan.is_projected:
-                        of_tiers = told([TIERS.name], count - len(candidates))
-                        plan = in_tiers(model, plan, self.calibration.windows, state_bytes, of_tiers)
-                        candidates.append(self._measured(plan, TIERS.name, of_tiers))
+            for dtype, size in sorted(wanted.items(), key=lambda each: -each[1]):
+                told = _candidate(tell, recipe, size, dtype, f"{len(wanted) - len(candidates) - 1}")
+                candidates.append(self._measured(planned(size, dtype, told), dtype, state_bytes, told))
         candidates.sort(key=lambda each: each[0].excess.mean)
         choice = Choice(state_bytes, len(self.held_out), tuple(candidate for candidate, _ in candidates))
         return candidates[0][1].with_provenance(choice=choice)
 
-    def _measured(self, plan: Plan, dtype: str, progress: Progress) -> tuple[Candidate, Plan]:
-        """What a plan loses with its state in a dtype."""
+    def smallest(
+        self,
+        recipe: Recipe,
+        max_excess_loss: float,
+        forms: Sequence[StateFormat],
+        sizes: Sequence[int],
+        multiple: int,
+        groups: Groups,
+        seed: int,
+        progress: Progress,
+    ) -> Plan | None:
+        """The plan of the fewest bytes of state within a bound on the excess loss; None if no plan keeps it.
+
+        Args:
+            forms: to try, in this order; of the later ones only what takes fewer bytes than the best so far.
+            sizes: to try, ascending.
+        """
+        planned = self._planner(recipe, multiple, groups, seed)
+        best, least = None, FLOAT32.row_bytes(layout_of(self.calibration.model.config).state_size)
+        for place, form in enumerate(forms):
+            trials = _trials(form, sizes, multiple, least)
+            low, high = -1, len(trials)  # places in trials: low is too small or -1, high is large enough
+            while high - low > 1:
+                trial = trials[middle := (low + high) // 2]
+                others = (len(_trials(other, sizes, multiple, least)) for other in forms[place + 1 :])
+                left = sum(map(int.bit_length, [high - low - 1, *others]))  # a bisection's steps
+                told = _candidate(progress, recipe, trial.size, form.name, f"at most {left - 1}")
+                plan = planned(trial.size, form.name, told)
+                found, plan = self._measured(plan, form.name, trial.row_bytes * self._rows, told)
+                if found.excess.mean <= max_excess_loss:
+                    high, least = middle, trial.row_bytes
+                    searched = Searched(max_excess_loss, len(self.held_out), form.name, found.excess)
+                    best = plan.with_provenance(search=searched)
+                else:
+                    low = middle
+        return best
+
+    @property
+    def _rows(self) -> int:
+        """Of one sequence's state over all mixers, which have as many each."""
         model = self.calibration.model
+        return len(mixers_of(model)) * layout_of(model.config).intermediate_size
+
+    def _planner(
+        self, recipe: Recipe, multiple: int, groups: Groups, seed: int
+    ) -> Callable[[int, str, Progress], Plan]:
+        """What makes a plan for a size and a dtype; dtypes share one, unless the model is trained for some of them."""
+        plans: dict[tuple[int, str | None], Plan] = {}
+
+        def planned(size: int, dtype: str, progress: Progress) -> Plan:
+            key = size, recipe.trained_in(dtype)
+            if key not in plans:
+                plan = self.calibration.plan(recipe, size, groups, seed, progress, multiple, state_dtype=key[1])
+                plans[key] = plan
+            return plans[key]
+
+        return planned
+
+    def _measured(self, plan: Plan, dtype: str, state_bytes: int, progress: Progress) -> tuple[Candidate, Plan]:
+        """What a plan loses with its state in a dtype, in tiers of at most so many bytes; and the plan with these."""
+        model = self.calibration.model
+        if dtype == TIERS.name:
+            plan = in_tiers(model, plan, self.calibration.windows, state_bytes, progress)
         taken = plan.state_bytes(layout_of(model.config), dtype)
         with pruned(model, plan) as smaller:
             excess = excess_loss(smaller, self.held_out, self.dense, dtype, progress)

@@ -39,10 +39,14 @@ _BITS = 3
 """Per channel: so wide is the state that bits are divided over, since some heads will leave their last channels out."""
 
 
+def tiered_bytes(size: int) -> int:
+    """The fewest bytes per row that are divided over a state of this size."""
+    return -(-size * _BITS // 8) + INT8.scale_bytes
+
+
 def widest_tiered(row_bytes: float, sizes: Sequence[int]) -> int | None:
     """The size of the state to divide so many bytes per row over; None if nothing fits."""
-    fitting = [size for size in sizes if -(-size * _BITS // 8) + INT8.scale_bytes <= row_bytes]
-    return max(fitting, default=None)
+    return max((size for size in sizes if tiered_bytes(size) <= row_bytes), default=None)
 
 
 def in_tiers(

@@ -15,9 +15,18 @@ from transformers import PreTrainedModel
 
 from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.errors import InputError, unknown_name
+from ghostssm.ops.state_format import FLOAT32, INT4
 from ghostssm.plan.distillation import Distillation
 from ghostssm.progress import Progress
 from ghostssm.text.windows import Windows
+
+
+def training_dtype(kept_in: str | None) -> str:
+    """The dtype that steps round a state to while they train, of one that is to be kept in a dtype.
+
+    It is int4 for int4. Wider ones lose too little to win back, so that float32 does.
+    """
+    return INT4.name if kept_in == INT4.name else FLOAT32.name
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class MixerStep:
         default_amount: of a step that is written with a number, such as ``refit100``; None for one without.
         streamable: whether one block in memory at a time is enough.
         shareable: whether several processes may share the windows.
+        rounds: whether it rounds the state as the block's ``state_dtype`` asks.
         scope: always ``mixer``.
     """
 
@@ -41,6 +51,7 @@ class MixerStep:
     default_amount: int | None = None
     streamable: bool = True
     shareable: bool = True
+    rounds: bool = False
     scope: Literal["mixer"] = "mixer"
 
 
@@ -57,6 +68,7 @@ class ModelStep:
         default_amount: of a step that is written with a number; None for one without.
         streamable: never: the whole model is in memory.
         shareable: never: one process has all windows.
+        rounds: always: it is told the dtype.
         scope: always ``model``.
     """
 
@@ -66,6 +78,7 @@ class ModelStep:
     default_amount: int | None = None
     streamable: Literal[False] = False
     shareable: Literal[False] = False
+    rounds: Literal[True] = True
     scope: Literal["model"] = "model"
 
 

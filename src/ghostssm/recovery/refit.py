@@ -1,7 +1,8 @@
 """Local refit: the small tensors of one pruned mixer, by gradient descent on the output that the whole mixer had.
 
 Only this mixer is differentiated. x and z stay as they are, so a step costs the recurrence and two small products, and
-memory holds the activations of a few windows of one mixer.
+memory holds the activations of a few windows of one mixer. A state that is to be kept in int4 is rounded after every
+token here too; gradients take the rounding for the identity.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from ghostssm.calibration.open_block import PrunedBlock
 from ghostssm.models.mixer import Mixer, multiplied_norm
 from ghostssm.ops.conv_norm import causal_conv
 from ghostssm.ops.ssd import ssd
+from ghostssm.ops.state_format import StateStorage
 from ghostssm.ops.step import at_least_float32, project_streams
-from ghostssm.recovery.base import MixerStep, register_step
+from ghostssm.ops.straight_through import straight_through_scan
+from ghostssm.recovery.base import MixerStep, register_step, training_dtype
 
 DEFAULT_STEPS = 100
 LEARNING_RATE = 0.03
@@ -82,11 +85,14 @@ def joined(parts: Sequence[RefitData]) -> RefitData:
 
 
 @torch.inference_mode(False)
-def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
+def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0, state_dtype: str | None = None) -> float:
     """Refit a mixer's B and C rows, their convolution, dt_bias, A_log, D, norm and projection, in place.
 
     Every eighth window is held out. The values that do best on these are kept, which may be those before the first
     step. One window alone changes nothing.
+
+    Args:
+        state_dtype: that the state is to be kept in.
 
     Returns:
         held-out error after over held-out error before, at most 1.
@@ -95,7 +101,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
     windows, held_out = data[~apart], data[apart]
     if not len(held_out):
         return 1.0
-    trial = _Trial(mixer)
+    trial = _Trial(mixer, StateStorage.of(training_dtype(state_dtype)))
     scales = [max(leaf.detach().square().mean().sqrt().item(), 1e-3) for leaf in trial.leaves.values()]
     optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in trial.leaves.values()], betas=BETAS, fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -128,8 +134,8 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0) -> float:
 class _Trial:
     """The refitted tensors as leaves, and the mixer's output under them."""
 
-    def __init__(self, mixer: Mixer):
-        self.mixer = mixer
+    def __init__(self, mixer: Mixer, storage: StateStorage):
+        self.mixer, self.storage = mixer, storage
         layout = mixer.layout
         rows = slice(layout.in_proj_B.start, layout.in_proj_C.stop)
         channels = slice(layout.conv_B.start, layout.conv_C.stop)
@@ -182,7 +188,8 @@ class _Trial:
         if mixer.projection is not None:
             B, C = project_streams(B, leaf["project_B"]), project_streams(C, leaf["project_C"])
         dt = F.softplus(at_least_float32(data.dt + leaf["dt_bias"])).clamp(*mixer.dt_limit)
-        y, _ = ssd(data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
+        streams = (data.x, dt, -torch.exp(leaf["A_log"]), B, C, leaf["D"])
+        y = straight_through_scan(self.storage, *streams) if self.storage.rounds else ssd(*streams)[0]
         norm = None if mixer.norm is None else replace(mixer.norm, weight=leaf["norm"])
         normed = multiplied_norm(norm, y, data.gate, layout.n_groups)
         bias = None if mixer.out_proj.bias is None else mixer.out_proj.bias.detach()
@@ -201,7 +208,7 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
     data = walk.processes.gather(data)
 
     def refitted() -> dict[str, Tensor]:
-        refit(mixer, joined(data), amount, seed)
+        refit(mixer, joined(data), amount, seed, block.state_dtype)
         return {name: value.detach() for name, value in mixer.module.named_parameters()}
 
     parameters = walk.processes.from_first(refitted)
@@ -211,4 +218,6 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
                 value.copy_(parameters[name])
 
 
-register_step(MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS))
+register_step(
+    MixerStep("refit", "gradient descent on the small tensors, N steps per layer", _refit, DEFAULT_STEPS, rounds=True)
+)

@@ -51,8 +51,8 @@ class FindingsOnDisk(Findings):
             OutputError: a finding is damaged.
         """
         self._blocks = blocks
-        self.found = self._processes.from_first(self._read)
-        for index, finding in enumerate(self.found):
+        self.entries = self._processes.from_first(self._read)
+        for index, finding in enumerate(self.entries):
             try:
                 take_over(finding)
             except (ValueError, KeyError, TypeError) as error:
@@ -71,9 +71,9 @@ class FindingsOnDisk(Findings):
         return findings
 
     def restore(self, hidden: Tensor) -> None:
-        if not self.found or len(self.found) == self._blocks:
+        if not self.entries or len(self.entries) == self._blocks:
             return
-        file = self._hidden_file(len(self.found))
+        file = self._hidden_file(len(self.entries))
         try:
             with torch.inference_mode(), file.open("rb") as stream:
                 for rows in hidden.split(_ROWS_AT_ONCE):
@@ -83,7 +83,7 @@ class FindingsOnDisk(Findings):
             raise OutputError(f"{file} can't be read ({error}); remove {self._folder} to start again.") from error
 
     def add(self, finding: Any, hidden: Tensor | None = None) -> None:
-        number = len(self.found)
+        number = len(self.entries)
         if hidden is not None and number + 1 < self._blocks:
             with self._told_faults():
                 durable.write_durably(self._hidden_file(number + 1), partial(_write_rows, hidden))

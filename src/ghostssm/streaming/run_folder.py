@@ -154,7 +154,7 @@ class RunFolder(HeldRun, Journal):
         """As `Journal.decisions`, made of the records, which hold Python's numbers and no tensors."""
         # A small tensor that is kept for every block would lie in memory between the block's large ones. What these
         # leave would then be too small for the next block's, and the process would grow with every block.
-        return dict(_read_record(record) for record in self._records.found if record is not None)
+        return dict(_read_record(record) for record in self._records.entries if record is not None)
 
     def _take_over(self, record: dict[str, Any] | None) -> None:
         """Count a block that is done; its record is None if it has no mixer. Raises if the record can't be read."""
@@ -217,7 +217,7 @@ class RunFolder(HeldRun, Journal):
         if is_in_place(self.folder):
             return
         blocks, dialect = self._streamed, dialect_named(self._dialect)
-        names = [None if record is None else record["name"] for record in self._records.found]
+        names = [None if record is None else record["name"] for record in self._records.entries]
         shards = [
             *((None, self._shard("outside", number)) for number in range(len(self._outside()))),
             *((name, self._shard("blocks", number)) for number, name in enumerate(names)),

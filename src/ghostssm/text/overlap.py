@@ -22,19 +22,19 @@ class Overlap:
         """
         hashes = [_hashes(ids, step=_PIECE) for ids in watched]
         self._hashes = torch.cat(hashes).unique() if hashes else torch.empty(0, dtype=torch.long)
-        self.found: list[int] = []
+        self.seen_pieces: list[int] = []
         """Numbers of the pieces that were seen."""
 
     def see(self, ids: Tensor) -> None:
         """Note which pieces stand in windows (count, length)."""
         if len(self._hashes):
             seen = torch.isin(self._hashes, _hashes(ids, step=1))
-            self.found = sorted({*self.found, *seen.nonzero()[:, 0].tolist()})
+            self.seen_pieces = sorted({*self.seen_pieces, *seen.nonzero()[:, 0].tolist()})
 
     @property
     def share(self) -> float | None:
         """Of all pieces, those that were seen; None if none were watched for."""
-        return len(self.found) / len(self._hashes) if len(self._hashes) else None
+        return len(self.seen_pieces) / len(self._hashes) if len(self._hashes) else None
 
 
 def _hashes(ids: Tensor, step: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -96,15 +96,17 @@ def measure_cell(
     groups: Groups = "equal",
     seed: int = DEFAULT_SEED,
     progress: Progress = silent,
+    state_dtype: str | None = None,
 ) -> Outcome[Measured]:
     """Prune by a method to a state size, and measure. The model is left as it was.
 
     Args:
         calibration: the same for all cells of a model, so that they share evidence.
         measure: gets the pruned model.
+        state_dtype: for a step that trains the whole model: what its state is rounded to there.
     """
     begun = time.perf_counter()
-    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress)
+    plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress, state_dtype=state_dtype)
     seconds = time.perf_counter() - begun
     with pruned(calibration.model, plan) as smaller:
         return Outcome(plan, measure(smaller), seconds)
@@ -223,7 +225,9 @@ class _Cells:
 
     def __len__(self) -> int:
         """How many models are measured, the dense one included."""
-        return 1 + len(self.recipes) * len(self.request.state_sizes or self.request.state_bytes)
+        if self.request.state_bytes:
+            return 1 + len(self.recipes) * len(self.request.state_bytes)
+        return 1 + sum(len(self._by_training(recipe)) for recipe in self.recipes) * len(self.request.state_sizes)
 
     def costs(self) -> list[float]:
         """About how long each of them takes; the loss on one token is the unit. The dense model is left out."""
@@ -232,7 +236,7 @@ class _Cells:
         return [
             tokens + number * calibrated * recipe.cost
             for recipe in self.recipes
-            for number in plans or [1] * len(self.request.state_sizes)
+            for number in plans or [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
         ]
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
@@ -242,14 +246,23 @@ class _Cells:
         return outcomes
 
     def _at_sizes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
+        """A recipe that trains for some of the dtypes makes a plan of its own for these."""
         calibration, request = Calibration(self.model, self.calibration), self.request
-        losses = partial(_losses, windows=self.windows, storages=_storages(request))
-        cells = [(str(recipe), size) for recipe in self.recipes for size in request.state_sizes]
-        outcomes = {}
-        for done, cell in enumerate(cells, 1):
-            progress("models", done, len(self))
-            outcomes[cell] = measure_cell(calibration, cell, losses, groups=request.groups, seed=request.seed)
+        outcomes: dict[Cell, Outcome[dict[str, Evaluation]]] = {}
+        for recipe, size in product(self.recipes, request.state_sizes):
+            for trained_in, dtypes in self._by_training(recipe).items():
+                progress("models", len(outcomes) + 1, len(self))
+                losses = partial(_losses, windows=self.windows, storages=[_storage(request, each) for each in dtypes])
+                how: dict[str, Any] = {"groups": request.groups, "seed": request.seed, "state_dtype": trained_in}
+                outcomes[_trained(recipe, trained_in), size] = measure_cell(
+                    calibration, (str(recipe), size), losses, **how
+                )
         return outcomes
+
+    def _by_training(self, recipe: Recipe) -> dict[str | None, list[str]]:
+        """The dtypes that were asked for, by the one for which the recipe trains."""
+        trained = [(recipe.trained_in(dtype), dtype) for dtype in self.request.state_dtypes]
+        return {each: [dtype for in_, dtype in trained if in_ == each] for each, _ in trained}
 
     def _within_bounds(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Sizes and dtypes as ``prune --state-bytes`` chooses them; one plan serves all bounds that choose its size.
@@ -264,9 +277,10 @@ class _Cells:
             plan = fitting.plan(recipe, self._bytes_of(bound), groups=request.groups, seed=request.seed, progress=None)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
-            name = f"{recipe} in {bound}" if plan.tiers else str(recipe)
-            cell, dtype = (name, plan.provenance.requested_state_size), plan.provenance.state_dtype
+            dtype = plan.provenance.state_dtype
             assert dtype is not None
+            name = f"{recipe} in {bound}" if plan.tiers else _trained(recipe, recipe.trained_in(dtype))
+            cell = name, plan.provenance.requested_state_size
             with pruned(self.model, plan) as smaller:
                 measured = _losses(smaller, self.windows, [StateStorage.of(dtype)])
             known = outcomes[cell].measured if cell in outcomes else {}
@@ -281,6 +295,11 @@ class _Cells:
         layout = layout_of(self.model.config)
         rows = len(mixers_of(self.model)) * layout.intermediate_size
         return bound_on_bytes(bound, rows * FLOAT32.state_bytes(1, layout.state_size))
+
+
+def _trained(recipe: Recipe, dtype: str | None) -> str:
+    """A recipe's name, with the dtype for which it trains if that is a narrow one."""
+    return str(recipe) if dtype in (None, FLOAT32.name) else f"{recipe} trained in {dtype}"
 
 
 def _losses(model: PreTrainedModel, windows: Windows, storages: Sequence[StateStorage]) -> dict[str, Evaluation]:

@@ -13,8 +13,9 @@ from ghostssm.checkpoint.loading import empty_model
 from ghostssm.choices import Trained
 from ghostssm.errors import InputError
 from ghostssm.ops.state_format import FLOAT32
+from ghostssm.recovery.base import training_dtype
 from ghostssm.recovery.distill.pair import choose_trained
-from ghostssm.recovery.distill.training import Settings, training_dtype
+from ghostssm.recovery.distill.training import Settings
 from ghostssm.units import bytes_text
 from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import DistillRequest

@@ -84,7 +84,8 @@ def check_dtypes(names: Iterable[str]) -> None:
         if StateFormat.of(name) is TIERS:
             raise InputError(
                 "The state dtype is tiers, in which only a model can be kept that was pruned to them: "
-                f"--method balanced --state-bytes 1/16 may choose them. Expected one of {', '.join(FORMATS)}."
+                "--method balanced with --state-bytes 1/16 or --max-excess-loss 0.02 may choose them. "
+                f"Expected one of {', '.join(FORMATS)}."
             )
 
 

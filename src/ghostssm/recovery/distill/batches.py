@@ -118,13 +118,13 @@ class Batches:
 
     def state(self) -> dict[str, Any]:
         """Where in the text the next batch begins, as JSON values."""
-        so_far = {"tokens_sha256": self.tokens_sha256, "overlap": self.overlap.found}
+        so_far = {"tokens_sha256": self.tokens_sha256, "overlap": self.overlap.seen_pieces}
         return {"place": asdict(self._place), "dealt": self._dealt, **so_far}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where a `state` was taken."""
         self._place, self._dealt = Place(**state["place"]), state["dealt"]
-        self.tokens_sha256, self.overlap.found = state["tokens_sha256"], state["overlap"]
+        self.tokens_sha256, self.overlap.seen_pieces = state["tokens_sha256"], state["overlap"]
         self._stretches = self.source.stretches(self._place)
         self._windows, self._next = next(self._stretches)
         self._order = self._shuffled()

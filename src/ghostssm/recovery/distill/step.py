@@ -10,9 +10,9 @@ from ghostssm.choices import DISTILL_STEPS
 from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Progress
-from ghostssm.recovery.base import ModelStep, register_step
+from ghostssm.recovery.base import ModelStep, register_step, training_dtype
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
-from ghostssm.recovery.distill.training import Listener, Settings, distill, training_dtype
+from ghostssm.recovery.distill.training import Listener, Settings, distill
 from ghostssm.text.windows import Windows
 
 TOKENS_PER_STEP = 4096

@@ -1,4 +1,8 @@
-"""The training of a student: Adam with warmup and cosine, judged on held-out windows, kept so that it can go on."""
+"""The training of a student: Adam with warmup and cosine, judged on held-out windows, kept so that it can go on.
+
+Which rate is too high depends on how near the student already is to its teacher. So a training that diverges goes back
+to its best parameters, and on from there at a lower rate.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from transformers import PreTrainedModel
 from ghostssm.calibration.processes import Processes
 from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained
 from ghostssm.errors import InputError
-from ghostssm.ops.state_format import FLOAT32, FORMATS, INT4, StateStorage
+from ghostssm.ops.state_format import FLOAT32, FORMATS, StateStorage
 from ghostssm.plan.distillation import Distillation, Point
 from ghostssm.plan.measurement import Difference
 from ghostssm.progress import Notify, Progress, silent, unheard
@@ -34,15 +38,11 @@ _PATIENCE = 15
 """The training ends after so many looks without a gain. Most is gained late, at a low rate, so they are many."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
-"""The training ends when the divergence on the held-out windows is so many times the first one."""
-
-
-def training_dtype(kept_in: str | None) -> str:
-    """The dtype that a student's state is rounded to in training, of one that is to be kept in a dtype.
-
-    It is int4 for int4. Wider ones lose too little to win back, so that float32 does.
-    """
-    return INT4.name if kept_in == INT4.name else FLOAT32.name
+"""The training goes back when the divergence on the held-out windows is so many times the first one."""
+_CAUTION = 0.3
+"""Factor on the learning rate, each time."""
+_MOST_SETBACKS = 3
+"""After these it ends."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Training:
 
     Attributes:
         step: that was taken last. curve: what the held-out windows said. ended: why there are no more steps, if so.
+        setbacks: why it went back to its best parameters, each time.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Training:
         self.student, self.teacher, self.batches, self.settings = student, teacher, batches, settings
         self.parameters, self.processes = parameters, processes
         self.optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate, betas=_BETAS)
-        self.step, self.curve, self.ended = 0, list[Point](), ""
+        self.step, self.curve, self.ended, self.setbacks = 0, list[Point](), "", list[str]()
         self.best = self._copy()
         self._lessons: list[tuple[Tensor, Lesson]] = []
 
@@ -142,10 +143,14 @@ class Training:
         """The look that was best so far, whose parameters are kept."""
         return min(self.curve, key=lambda point: point.divergence if math.isfinite(point.divergence) else math.inf)
 
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first being 1, after the setbacks so far."""
+        return self.settings.rate_at(step) * _CAUTION ** len(self.setbacks)
+
     def take_step(self) -> float:
-        """One step of Adam on the next batch; gives its loss. Where that is not finite, nothing moves."""
+        """One step of Adam on the next batch; gives its loss. Where that is not finite, the training goes back."""
         settings, processes = self.settings, self.processes
-        self.optimizer.param_groups[0]["lr"] = settings.rate_at(self.step + 1)
+        self.optimizer.param_groups[0]["lr"] = self.rate_at(self.step + 1)
         total = torch.zeros((), dtype=torch.float64)
         for part in self.batches.take().tensor_split(settings.accumulate):
             own = part[processes.rank :: processes.size].to(self.student.model.device)
@@ -159,7 +164,7 @@ class Training:
             self.optimizer.step()
             self.step += 1
         else:
-            self.ended = f"the loss of step {self.step + 1} was not finite"
+            self._go_back(f"the loss of step {self.step + 1} was not finite")
         self.optimizer.zero_grad()
         return value
 
@@ -172,20 +177,27 @@ class Training:
         self.curve.append(point)
         if self.kept is point:
             self.best = self._copy()
-        self.ended = self._end()
+        first, earlier = self.curve[0], self.curve[:-_PATIENCE]
+        if self.step == self.settings.steps:
+            self.ended = ALL_STEPS
+        elif not point.divergence <= _DIVERGED * first.divergence:
+            told = f"it diverged, from {first.divergence:.4g} to {point.divergence:.4g} on the held-out windows"
+            self._go_back(f"{told}, by step {self.step}")
+        # Not against the best of all: a high rate may first make it worse, and better than ever in the end.
+        elif earlier and all(earlier[-1].divergence <= later.divergence for later in self.curve[-_PATIENCE:]):
+            self.ended = f"no gain on the held-out windows since step {earlier[-1].step}"
         return point
 
-    def _end(self) -> str:
-        """Why there are no more steps; empty if there are."""
-        first, now, earlier = self.curve[0], self.curve[-1], self.curve[:-_PATIENCE]
-        if not now.divergence <= _DIVERGED * first.divergence:
-            return f"it diverged, from {first.divergence:.4g} to {now.divergence:.4g} on the held-out windows"
-        if self.step == self.settings.steps:
-            return ALL_STEPS
-        # Not against the best of all: a high rate may first make it worse, and better than ever in the end.
-        if earlier and all(earlier[-1].divergence <= point.divergence for point in self.curve[-_PATIENCE:]):
-            return f"no gain on the held-out windows since step {earlier[-1].step}"
-        return ""
+    @torch.no_grad()
+    def _go_back(self, reason: str) -> None:
+        """To the best parameters, and on from there at a lower rate; or end, where that has not helped."""
+        if len(self.setbacks) == _MOST_SETBACKS:
+            self.ended = reason
+            return
+        self.setbacks.append(reason)
+        for name, value in self.parameters.items():
+            value.copy_(self.best[name])
+        self.optimizer.state.clear()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that decides how the training goes on: JSON values, and whole tensors. Every process calls it."""
@@ -194,18 +206,19 @@ class Training:
             parts = {"now": value, "best": self.best[name], **self.optimizer.state.get(value, {})}
             tensors |= {f"{part}:{name}": whole(tensor) for part, tensor in parts.items()}
         curve = [asdict(point) for point in self.curve]
-        return {"step": self.step, "batches": self.batches.state(), "curve": curve, "ended": self.ended}, tensors
+        so_far = {"step": self.step, "curve": curve, "ended": self.ended, "setbacks": self.setbacks}
+        return so_far | {"batches": self.batches.state()}, tensors
 
     @torch.no_grad()
     def restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.step, self.ended = facts["step"], facts["ended"]
+        self.step, self.ended, self.setbacks = facts["step"], facts["ended"], facts["setbacks"]
         self.curve = [Point(**point | {"excess": Difference(**point["excess"])}) for point in facts["curve"]]
         self.batches.restore(facts["batches"])
         for name, value in self.parameters.items():
             value.copy_(placed_like(value, tensors[f"now:{name}"]))
             self.best[name] = placed_like(value, tensors[f"best:{name}"])
-            if self.step:
+            if f"step:{name}" in tensors:
                 moments = {part: placed_like(value, tensors[f"{part}:{name}"]) for part in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[value] = {"step": tensors[f"step:{name}"], **moments}
 
@@ -296,6 +309,7 @@ def distill(
         held_out_windows=len(batches.held_out),
         curve=tuple(training.curve),
         ended=training.ended,
+        setbacks=tuple(training.setbacks),
         overlap=batches.overlap.share,
     )
     return Distilled(changes, record)
@@ -308,11 +322,15 @@ def _run(training: Training, listener: Listener, keeper: RunState | None) -> Non
     if not training.curve:
         _tell(training, training.look(), listener, math.nan, 0.0)
     while not training.ended:
+        setbacks = len(training.setbacks)
         loss = training.take_step()
         listener.progress("distillation", training.step, steps)
         if not training.ended and (training.step % between == 0 or training.step == steps):
             speed = (time.monotonic() - begun) / (training.step - first)
             _tell(training, training.look(), listener, loss, speed)
+        if len(training.setbacks) > setbacks:
+            rate = training.rate_at(training.step + 1)
+            listener.notify(f"{training.setbacks[-1]}; goes on from step {training.kept.step} at a rate of {rate:.2g}")
         if keeper is not None and training.processes.from_first(keeper.is_due):
             keeper.write(*training.state())
     if training.ended != ALL_STEPS:
@@ -327,7 +345,7 @@ def _tell(training: Training, point: Point, listener: Listener, loss: float, sec
         settings = training.settings
         speed = settings.batch * training.batches.held_out.shape[1] / seconds_per_step
         left = duration_text((settings.steps - point.step) * seconds_per_step)
-        numbers |= {"loss": loss, "learning_rate": settings.rate_at(point.step), "tokens_per_second": speed}
+        numbers |= {"loss": loss, "learning_rate": training.rate_at(point.step), "tokens_per_second": speed}
         told = f"loss {loss:.4f}, {told}, {speed:,.0f} tokens/s, {left} left"
     listener.log(numbers, point.step)
     listener.notify(f"step {point.step}/{training.settings.steps}: {told}")
