@@ -23,10 +23,9 @@ _FLOAT, _BYTE, _HALF, _INT = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.I
 _ANY_ORDER = ("reassoc", "contract", "nsz")
 _FOLDED = 16
 """Lanes that two rows' sums or peaks are folded to before they are joined: half of them are each row's."""
-
-
 _FORMS = {form.kind: form for form in FORMATS.values()}
 _LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
+"""Of a positive number."""
 
 
 class Lanes(types.Type):

@@ -225,10 +225,10 @@ class Fitting:
                 left = sum(map(int.bit_length, [high - low - 1, *others]))  # a bisection's steps
                 told = _candidate(progress, recipe, trial.size, form.name, f"at most {left - 1}")
                 plan = planned(trial.size, form.name, told)
-                found, plan = self._measured(plan, form.name, trial.row_bytes * self._rows, told)
-                if found.excess.mean <= max_excess_loss:
+                candidate, plan = self._measured(plan, form.name, trial.row_bytes * self._rows, told)
+                if candidate.excess.mean <= max_excess_loss:
                     high, least = middle, trial.row_bytes
-                    searched = Searched(max_excess_loss, len(self.held_out), form.name, found.excess)
+                    searched = Searched(max_excess_loss, len(self.held_out), form.name, candidate.excess)
                     best = plan.with_provenance(search=searched)
                 else:
                     low = middle
