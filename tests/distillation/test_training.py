@@ -192,12 +192,15 @@ def test_never_worse_and_stopped() -> None:
 
 def test_the_rate_suits_the_student() -> None:
     """It goes with the root of how far the student is from its teacher."""
-    teacher, window = tiny_model(), Batches(HeldWindows(WINDOWS), 4, 1)
+    teacher, window, told = tiny_model(), Batches(HeldWindows(WINDOWS), 4, 1), list[str]()
+    listener = Listener(notify=told.append)
     records = {
-        size: distill(student_of(teacher, size), teacher, window, Settings(steps=1, batch=4)).record for size in (4, 14)
+        size: distill(student_of(teacher, size), teacher, window, Settings(steps=1, batch=4), listener=listener).record
+        for size in (4, 14)
     }
     for record in records.values():
         assert record.learning_rate == pytest.approx(2e-3 * math.sqrt(record.curve[0].divergence))
+        assert any(f"learning rate {record.learning_rate:.2g}" in each for each in told)
     assert records[14].learning_rate < 0.9 * records[4].learning_rate
     same = distill(copy.deepcopy(teacher), teacher, window, Settings(steps=1, batch=4)).record
     assert 0 < same.learning_rate < 1e-5
