@@ -335,8 +335,8 @@ def _run(training: Training, listener: Listener, keeper: RunState | None) -> Non
     if not training.curve:
         _tell(training, training.look(), listener, math.nan, 0.0)
         if training.settings.learning_rate is None:
-            first = training.curve[0].divergence
-            listener.notify(f"learning rate {training.learning_rate:.2g}, for a divergence of {first:.3g}")
+            divergence = training.curve[0].divergence
+            listener.notify(f"learning rate {training.learning_rate:.2g}, for a divergence of {divergence:.3g}")
     while not training.ended:
         setbacks = len(training.setbacks)
         loss = training.take_step()
