@@ -115,7 +115,7 @@ for form in rounded:
     for part in (y, stored):
         print(hashlib.sha256(part.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
 scans = [(scaled_scan if form.scaled else half_scan)(form.kind, 40) for form in rounded]
-print(sum(sum(scan.alone.stats.cache_misses.values()) for scan in scans))
+print(sum(sum(scan.stats.cache_misses.values()) for scan in scans))
 """
 
 

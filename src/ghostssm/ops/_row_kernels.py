@@ -6,9 +6,7 @@ are rounded to the nearest after every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from types import FunctionType
 from typing import Any
 
 import numba
@@ -44,25 +42,6 @@ def lanes_of(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-class RowLoop:
-    """A loop over heads, compiled for one thread, and for several once there are several, which takes thrice as long.
-
-    Both give the same bits: `ghostssm.ops._lanes` fixes the order of every sum.
-
-    Attributes:
-        alone: numba's function for one thread.
-    """
-
-    def __init__(self, loop: Callable[..., None], **options: Any):
-        self.alone = numba.njit(cache=True, **options)(loop)
-        split = FunctionType(loop.__code__, loop.__globals__, loop.__name__, None, loop.__closure__)
-        split.__qualname__ = f"{loop.__qualname__}_in_threads"  # numba's cache tells functions apart by their names
-        self._in_threads = numba.njit(cache=True, parallel=True, **options)(split)
-
-    def __call__(self, *arguments: object) -> None:
-        (self._in_threads if numba.get_num_threads() > 1 else self.alone)(*arguments)
-
-
 @numba.njit(inline="always", error_model="numpy")
 def _two_scaled_rows(  # type: ignore[no-untyped-def]
     n, lanes, kind, largest, codes, at, other_codes, other_at, rate, other_rate, write, read
@@ -94,7 +73,7 @@ def _two_half_rows(  # type: ignore[no-untyped-def]
 
 
 @cache
-def scaled_scan(kind: int, n: int) -> RowLoop:
+def scaled_scan(kind: int, n: int) -> Any:
     """The loop for rows of ``n`` numbers in int8, fp8 or int4, compiled when it is first called, or taken from numba's
     cache.
 
@@ -108,6 +87,7 @@ def scaled_scan(kind: int, n: int) -> RowLoop:
     width, largest = form.row_bytes(n), np.float32(form.largest)
     lines = -(-2 * width // _LINE)
 
+    @numba.njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
     def scan(codes, scales, first_scale, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
         """Arguments as `ghostssm.ops._rounding_kernels.stored_scan` has them, B and C with zeros up to whole lanes."""
         b, length, h, p = x.shape
@@ -143,15 +123,16 @@ def scaled_scan(kind: int, n: int) -> RowLoop:
                     outputs[j] = totals[j] * units[j] + D[head] * inputs[j]
                     own_scales[j] = peaks[j] * units[j] * (np.float32(1) / largest)
 
-    return RowLoop(scan, fastmath=True, error_model="numpy")
+    return scan
 
 
 @cache
-def half_scan(kind: int, n: int) -> RowLoop:
+def half_scan(kind: int, n: int) -> Any:
     """As `scaled_scan`, for bfloat16 and float16."""
     lanes = lanes_of(n)
     lines = -(-4 * n // _LINE)
 
+    @numba.njit(parallel=True, fastmath=True, cache=True)
     def scan(halves, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
         """halves int16 (b, h, p * n) in place; the rest as `scaled_scan` has it."""
         b, length, h, p = x.shape
@@ -190,4 +171,4 @@ def half_scan(kind: int, n: int) -> RowLoop:
                     if not last:
                         outputs[j + 1] = other_total + D[head] * other_input
 
-    return RowLoop(scan, fastmath=True)
+    return scan
