@@ -244,6 +244,15 @@ def test_too_high_a_rate_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, resumed.changes[name]) for name, value in whole.changes.items())
 
 
+def test_a_broken_student_is_not_trained() -> None:
+    teacher = tiny_model()
+    student = student_of(teacher)
+    with torch.no_grad():
+        next(student.parameters()).fill_(math.nan)
+    record = distill(student, teacher, Batches(HeldWindows(WINDOWS), 4, 1), Settings(steps=4, batch=4)).record
+    assert (record.steps, record.ended) == (0, "the divergence before the first step is nan")
+
+
 def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever step it comes in, nothing that it made is kept."""
     divergence, calls = training_module.Student.forward, []

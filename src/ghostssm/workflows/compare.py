@@ -103,7 +103,7 @@ def measure_cell(
     Args:
         calibration: the same for all cells of a model, so that they share evidence.
         measure: gets the pruned model.
-        state_dtype: for a step that trains the whole model: what its state is rounded to there.
+        state_dtype: that the state is to be kept in, for steps that train with its rounding.
     """
     begun = time.perf_counter()
     plan = calibration.plan(*cell, groups=groups, seed=seed, progress=progress, state_dtype=state_dtype)

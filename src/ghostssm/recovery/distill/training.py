@@ -46,7 +46,7 @@ _CAUTION = 0.3
 _MOST_SETBACKS = 3
 """After these it ends."""
 _LEAST_DIVERGENCE, _MOST_DIVERGENCE = 1e-6, 1.0
-"""What the rate is chosen for: below, there is nothing to learn; above, the student is no better than chance."""
+"""The rate goes with the root of a divergence between these two; beyond, it is that of the nearer one."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,9 @@ class Training:
         if self.kept is point:
             self.best = self._copy()
         first, earlier = self.curve[0], self.curve[:-_PATIENCE]
-        if self.step == self.settings.steps:
+        if not math.isfinite(first.divergence):
+            self.ended = f"the divergence before the first step is {first.divergence}"
+        elif self.step == self.settings.steps:
             self.ended = ALL_STEPS
         elif not point.divergence <= _DIVERGED * first.divergence:
             told = f"it diverged, from {first.divergence:.4g} to {point.divergence:.4g} on the held-out windows"
@@ -334,7 +336,7 @@ def _run(training: Training, listener: Listener, keeper: RunState | None) -> Non
     listener.progress("distillation", training.step, steps)
     if not training.curve:
         _tell(training, training.look(), listener, math.nan, 0.0)
-        if training.settings.learning_rate is None:
+        if training.settings.learning_rate is None and not training.ended:
             divergence = training.curve[0].divergence
             listener.notify(f"learning rate {training.learning_rate:.2g}, for a divergence of {divergence:.3g}")
     while not training.ended:
