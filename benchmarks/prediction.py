@@ -1,8 +1,9 @@
 """Does a prune take what ``ghostssm inspect --predict`` says?
 
     python benchmarks/prediction.py
+    python benchmarks/prediction.py --models FOLDER FOLDER
 
-The built-in model and one of random weights, each pruned in a process of its own, in memory and with ``--stream``. The
+The built-in model and one of random weights, or those that are named, each pruned in a process of its own, in memory and with ``--stream``. The
 prediction is made right before each run. Besides the seconds on the wall there are those of the processor, which other
 work on the machine disturbs less. Memory is the process's peak resident set.
 """
@@ -30,8 +31,9 @@ def processor_seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--models", nargs="+", default=[], help="in place of the built-in and the random one")
+    parser.add_argument("--layers", type=int, default=12, help="of the random one")
+    parser.add_argument("--hidden-size", type=int, default=1024, help="of the random one")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window-length", type=int, default=1024)
     args = parser.parse_args()
@@ -41,8 +43,9 @@ def main() -> None:
     print(f"{f'{tokens} tokens':28}" + "".join(f"{cell:>14}" for cell in cells))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "random", args.layers, args.hidden_size, torch.float32)
-        for model in ("reference", str(folder / "random")):
+        if not args.models:
+            write_model(folder / "random", args.layers, args.hidden_size, torch.float32)
+        for model in args.models or ("reference", str(folder / "random")):
             for stream in ([], ["--stream"]):
                 described = ghostssm.describe(model)
                 size = described.layout.state_size // 2

@@ -154,7 +154,7 @@ def test_foreign_dtypes_in_a_plan_are_none(run: Run, small: Path, text_file: Pat
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["--state-dtype", "int3"], "expected one of float32"),
+        (["--state-dtype", "int3"], "expected one of: float32"),
         (["--state-dtype", "int8", "--engine", "vllm"], "vllm keeps a state in float32 or bfloat16 or float16"),
     ],
 )

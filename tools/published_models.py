@@ -94,7 +94,12 @@ def table(context: int) -> list[str]:
             dense, _, quarter = ({entry["state_dtype"]: entry for entry in cut["kept"]} for cut in found["cuts"])
             kept = dense["float32"]
             before, after = (_in_vllm(found["cuts"][cut], form) for cut, form in ((0, "float32"), (2, "bfloat16")))
-            cells = [path.name, f"{found['parameters'] / 1e9:.2f}B", f"{found['layers']}, {kept['attention_layers']}"]
+            size, active = (f"{found[key] / 1e9:.2f}B" for key in ("parameters", "active_parameters"))
+            cells = [
+                path.name,
+                size if active == size else f"{size}, {active} active",
+                f"{found['layers']}, {kept['attention_layers']}",
+            ]
             cells += [str(found["layout"]["state_size"])]
             cells += [bytes_text(dense[dtype]["state"]) for dtype in DTYPES] + [bytes_text(quarter["int8"]["state"])]
             cells += [bytes_text(kept["cache"]) if kept["cache"] else ""]

@@ -50,6 +50,21 @@ def test_the_published_models_have_their_sizes(published: Path) -> None:
         assert described(published / name).parameters / 1e9 == pytest.approx(billions, rel=0.01), name
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Nemotron-3-Nano-30B-A3B", 3.6),
+        ("Nemotron-3-Super-120B-A12B", 12.7),
+        ("Granite-4.0-H-Tiny", 1.47),
+        ("Granite-4.0-H-Small", 8.8),
+        ("Granite-4.0-H-Micro", 3.19),
+    ],
+)
+def test_the_published_models_use_few_of_their_experts(published: Path, name: str, billions: float) -> None:
+    """Their makers say 3.2 (without embeddings), 12, 1 and 9 billion; Micro has no experts to choose from."""
+    assert described(published / name).active_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
 @pytest.mark.parametrize(("engine", "version"), [("vllm", "0.33.0"), ("sglang", "0.5.23")])
 def test_every_case_is_recorded(engine: str, version: str) -> None:
     assert _RECORDS[engine][engine] == version
@@ -148,4 +163,4 @@ def test_inspect_tells_of_serving(run: Run, published: Path) -> None:
     assert found["states"]["sglang"]["config_key"] == ""
     code, _, err = run("inspect", published / "Granite-4.0-H-Micro", "--state-dtype", "int3")
     assert code == 2
-    assert "int3; expected one of float32" in err
+    assert "'int3'; expected one of: float32" in err

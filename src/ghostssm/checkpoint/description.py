@@ -38,6 +38,8 @@ _UNREAD = "mtp."
 """Prefix of the names of layers that predict further tokens; transformers' classes leave these in the files."""
 _RECURRENT = frozenset({"linear_attention", "hybrid"})
 """What transformers calls a layer that has a mixer, alone or beside attention."""
+_EXPERTS = re.compile(r".*(\.experts\.|\.block_sparse_moe\.(input|output)_linear\.).*")
+"""Weights of experts that tokens are routed to."""
 _NO_PARAMETERS = re.compile(r".*(inv_freq|e_score_correction_bias|mup_vector)")
 """Buffers, which files may hold."""
 
@@ -71,6 +73,7 @@ class Description(Value):
         state_sizes: of the recurrent state of every mixer, front to back.
         vocab_size: of the config.
         parameters: of the whole model, shared ones counted once.
+        expert_parameters: of all experts that tokens are routed to.
         tied_head: whether the output head shares the embeddings' weight. Where the weights are not at hand, as of a
             model on the hub, this is what the config says.
         config: as transformers reads it.
@@ -88,6 +91,7 @@ class Description(Value):
     parameters: int
     tied_head: bool
     config: PreTrainedConfig = field(repr=False, compare=False)
+    expert_parameters: int = 0
     channel_biases: int = 0
     pruning: Pruning | None = None
     tiers: tuple[Tiers, ...] = ()
@@ -96,6 +100,15 @@ class Description(Value):
     def layers(self) -> int:
         """Mixers with a recurrent state."""
         return len(self.state_sizes)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: of the experts, those that it is routed to."""
+        if not self.expert_parameters:
+            return self.parameters
+        experts = getattr(self.config, "n_routed_experts", None) or self.config.num_local_experts
+        idle = self.expert_parameters * (experts - self.config.num_experts_per_tok)
+        return self.parameters - idle // experts
 
     @property
     def is_stock(self) -> bool:
@@ -200,6 +213,9 @@ def _facts_of(model: PreTrainedModel) -> Facts:
     return Facts(
         state_sizes=tuple(mixer.state_size for mixer in mixers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        expert_parameters=sum(
+            parameter.numel() for name, parameter in model.named_parameters() if _EXPERTS.fullmatch(name)
+        ),
         tied_head=has_tied_head(model),
         channel_biases=sum(part.bias is not None for part in (mixers[0].in_proj, mixers[0].conv1d)),
     )
@@ -241,6 +257,7 @@ class Facts:
 
     state_sizes: tuple[int, ...]
     parameters: int
+    expert_parameters: int
     tied_head: bool
     channel_biases: int
 
@@ -281,6 +298,7 @@ def facts_from_files(source: Source, config: PreTrainedConfig, family: Family) -
             for layer, layout in zip(sorted(mixers), layouts, strict=True)
         ),
         parameters=sum(math.prod(stored[name].shape) for name in own if not _NO_PARAMETERS.fullmatch(name)),
+        expert_parameters=sum(math.prod(stored[name].shape) for name in own if _EXPERTS.fullmatch(name)),
         tied_head=config.tie_word_embeddings and _HEAD not in own,
         channel_biases=sum(f"{names[0]}{part}.bias" in stored for part in ("in_proj", "conv1d")),
     )

@@ -51,6 +51,7 @@ def inspect(request: InspectRequest, as_json: AsJson = False) -> None:
 
 def _facts(described: Description) -> list[tuple[str, str]]:
     layout = described.layout
+    active = f", of which a token meets {described.active_parameters:,}" if described.expert_parameters else ""
     return [
         ("model", described.name),
         ("family", f"{described.family}, {described.dialect} dialect"),
@@ -60,7 +61,7 @@ def _facts(described: Description) -> list[tuple[str, str]]:
         *_state_facts(described),
         ("hidden size", str(layout.hidden_size)),
         ("vocabulary", str(described.vocab_size)),
-        ("parameters", f"{described.parameters:,}"),
+        ("parameters", f"{described.parameters:,}{active}"),
     ]
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, unknown_name
 
 _ALIGNMENT = 16
 _LEAST_PEAK = 1e-30
@@ -99,7 +99,7 @@ class StateFormat:
         for state_format in (*FORMATS.values(), TIERS):
             if given == state_format.name or (given is not None and given == state_format.dtype):
                 return state_format
-        raise InputError(f"The state dtype is {given}; expected one of {', '.join(FORMATS)}.")
+        raise unknown_name("state dtype", str(given), FORMATS)
 
 
 @dataclass(frozen=True)

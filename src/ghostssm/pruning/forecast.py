@@ -54,8 +54,6 @@ class Forecast:
 def forecast(described: Description, state_size: int, tokens: int, rate: float) -> Forecast:
     """Predict a prune of a model to a state size.
 
-    Of experts all are counted, as if every token went through each.
-
     Args:
         described: the unpruned model.
         tokens: of calibration.
@@ -66,7 +64,7 @@ def forecast(described: Description, state_size: int, tokens: int, rate: float) 
     in_proj = hidden * (inner + layout.conv_dim + layout.num_heads)
     mixer = in_proj + inner * hidden
     embeddings = described.vocab_size * hidden * (1 if described.tied_head else 2)
-    rest = max(0, described.parameters - embeddings - layers * mixer)
+    rest = max(0, described.active_parameters - embeddings - layers * mixer)
     flowing = 2 * inner + layout.conv_dim + layout.num_heads
     streams = 4 * tokens * flowing  # those that don't fit are computed twice
     again = max(0.0, 1 - KEPT_STREAM_BYTES / streams)

@@ -70,6 +70,7 @@ class InspectOutcome:
         facts = {name: value for name, value in asdict(self.description).items() if name != "config"}
         return facts | {
             "layers": self.description.layers,
+            "active_parameters": self.description.active_parameters,
             "context": self.context,
             "predicted_prune": None if self.forecast is None else asdict(self.forecast),
             "cuts": [asdict(cut) for cut in self.cuts],
