@@ -35,7 +35,7 @@ def _has_no_biases(config: PreTrainedConfig) -> bool:
 
 
 def _has_usual_rotation(config: PreTrainedConfig) -> bool:
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") == "default"
+    return bool((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") == "default")
 
 
 def _is_silu(config: PreTrainedConfig) -> bool:
