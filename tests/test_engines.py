@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import FalconH1Config, GraniteMoeHybridConfig, Mamba2Config, PreTrainedConfig
+from transformers import FalconH1Config, GraniteMoeHybridConfig, Mamba2Config, NemotronHConfig, PreTrainedConfig
 
 from ghostssm.engines import ENGINES, advise, engine_names, good_state_sizes, nearest_state_size
 from ghostssm.engines.verdicts import Verdicts
@@ -157,22 +157,31 @@ def test_no_export_is_named_that_would_not_help() -> None:
         (FalconH1Config(key_multiplier=0.4), {"mlx-lm"}),
         (FalconH1Config(attention_in_multiplier=0.9), {"mlx-lm"}),
         (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=False), set()),
-        (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=True), {"vllm", "sglang"}),
+        (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=True), {"llama.cpp-cpu", "vllm", "sglang"}),
         (FalconH1Config(mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2), {"mlx-lm"}),
-        (FalconH1Config(mamba_proj_bias=True, projectors_bias=True), {"mlx-lm"}),
-        (FalconH1Config(projectors_bias=True), {"vllm", "sglang", "mlx-lm"}),
-        (FalconH1Config(mlp_bias=True), {"vllm", "sglang", "mlx-lm"}),
-        (FalconH1Config(time_step_limit=(0.0, 0.1)), {"vllm", "sglang", "mlx-lm"}),
+        (FalconH1Config(mamba_proj_bias=True, projectors_bias=True), {"llama.cpp-cpu", "mlx-lm"}),
+        (FalconH1Config(projectors_bias=True), {"llama.cpp-cpu", "vllm", "sglang", "mlx-lm"}),
+        (FalconH1Config(mlp_bias=True), {"llama.cpp-cpu", "vllm", "sglang", "mlx-lm"}),
+        (FalconH1Config(time_step_limit=(0.0, 0.1)), {"llama.cpp-cpu", "vllm", "sglang", "mlx-lm"}),
         (GraniteMoeHybridConfig(), set()),
         (GraniteMoeHybridConfig(mamba_n_groups=2), {"mlx-lm"}),
-        (GraniteMoeHybridConfig(time_step_limit=[0.001, 0.1]), {"vllm", "sglang"}),
+        (GraniteMoeHybridConfig(time_step_limit=[0.001, 0.1]), {"llama.cpp-cpu", "vllm", "sglang"}),
+        (GraniteMoeHybridConfig(mamba_proj_bias=True), {"llama.cpp-cpu"}),
+        (GraniteMoeHybridConfig(hidden_act="gelu"), {"llama.cpp-cpu"}),
+        (
+            GraniteMoeHybridConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            {"llama.cpp-cpu"},
+        ),
+        (NemotronHConfig(layers_block_type=["mamba", "moe"]), set()),
+        (NemotronHConfig(layers_block_type=["mamba", "moe", "mlp"]), {"llama.cpp-cpu"}),
+        (NemotronHConfig(layers_block_type=["mamba", "mlp"], mlp_hidden_act="silu"), {"llama.cpp-cpu"}),
         (Mamba2Config(n_groups=1), set()),
         (Mamba2Config(n_groups=1, layer_norm_epsilon=1e-6), {"mlx-lm"}),
-        (Mamba2Config(n_groups=1, time_step_limit=[0.0, 0.1]), {"vllm", "sglang"}),
+        (Mamba2Config(n_groups=1, time_step_limit=[0.0, 0.1]), {"llama.cpp-cpu", "vllm", "sglang"}),
     ],
 )
 def test_what_an_engine_does_not_heed_in_a_config(config: PreTrainedConfig, refusing: set[str]) -> None:
-    names = ["vllm", "sglang", "mlx-lm"]
+    names = ["vllm", "sglang", "llama.cpp-cpu", "mlx-lm"]
     layout = family_of(config).layout(config)
     found = {advice.engine: advice for advice in advise(layout, config.model_type, engines=names, config=config)}
     assert {name for name, advice in found.items() if advice.level == "no"} == refusing

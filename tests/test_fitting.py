@@ -113,7 +113,9 @@ def test_a_foreign_record_is_none(foreign: Any) -> None:
 
 
 def test_a_state_that_fits_in_no_dtype_is_refused() -> None:
-    with pytest.raises(InputError, match=r"No state fits into 10 bytes .* the least, 8 channels in int4, takes"):
+    with pytest.raises(
+        InputError, match=r"No state fits into 10 bytes .* 8 channels in int4, takes .* smaller --multiple"
+    ):
         plan_for_bytes(tiny_model(), random_windows(4, 40), "ghost", 10)
 
 

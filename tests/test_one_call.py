@@ -154,6 +154,7 @@ def test_a_model_has_its_name_and_not_its_place(tmp_path: Path) -> None:
             lambda model: ghostssm.prune(model, IDS, budget=0.5, calibration="a"),
             "No option is called 'calibration'; expected one of",
         ),
+        (lambda model: ghostssm.prune(model, IDS, state_sise=8), "Did you mean 'state_size'\\?"),
         (lambda model: ghostssm.prune(model, IDS), r"how much to keep: ghostssm.prune\(model, text, state_size=64\)"),
         (lambda model: ghostssm.prune(model, IDS, state_size="8"), "expected a whole number"),
         (lambda model: ghostssm.prune(model, IDS, state_size=8, report=True), "with --output only"),

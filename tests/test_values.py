@@ -68,6 +68,7 @@ def test_what_a_value_prints(values: dict[str, Any]) -> None:
     model = values["model"]
     assert f"perplexity {math.exp(model.loss):.3f}" in repr(model)
     assert repr(values["plan"]) == "<Plan: ghost, 40 mixers of mamba2, state size 16 to 8>"
+    assert repr(values["plan"].kept_in("int8")).endswith("state size 16 to 8 in int8>")
     assert repr(WINDOWS) == "<Windows: 4 of 48 tokens of 'random', drawn with seed 0>"
     assert "1,000 parts" in repr(values["text"])
 

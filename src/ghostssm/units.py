@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from ghostssm.errors import InputError
 
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", re.IGNORECASE)
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B", re.IGNORECASE)
 
 
 def text_name(name: str) -> str:
@@ -64,19 +64,15 @@ def bytes_text(count: float) -> str:
     raise AssertionError
 
 
-def memory_bytes(text: str, what: str = "memory") -> int:
+def memory_bytes(text: str) -> int:
     """Bytes of a memory's size such as ``80GiB`` or ``24 GB``; the latter counts by thousands.
-
-    Args:
-        what: it is of, for the error's text.
 
     Raises:
         InputError: it is no such size, or 0.
     """
     match = _MEMORY.fullmatch(text.strip())
-    count = (
-        0.0 if match is None else float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
-    )
+    power = 0 if match is None or not match[2] else "KMGT".index(match[2].upper()) + 1
+    count = 0.0 if match is None else float(match[1]) * (1024 if match[3] else 1000) ** power
     if count < 1:
-        raise InputError(f"The {what} is {text!r}; expected a size with its unit, such as 80GiB or 24GB.")
+        raise InputError(f"The memory is {text!r}; expected a size with its unit, such as 80GiB or 24GB.")
     return round(count)

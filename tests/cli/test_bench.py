@@ -37,6 +37,12 @@ def test_bench(run: Run, small: Path) -> None:
     assert run("bench", small, "--batch", 0)[0] == 2
 
 
+def test_without_sizes_a_half_and_a_quarter_are_measured(run: Run, small: Path) -> None:
+    code, out, _ = run("bench", small, "--batch", 1, "--prompt-length", 2, "--json")
+    assert code == 0
+    assert [row["state_size"] for row in json.loads(out)["rows"]] == [16, 8, 4]
+
+
 def test_a_rate_is_the_median_of_all_steps_with_the_range_of_the_rounds() -> None:
     rate = Timings(rounds=[[1.0, 1.0, 1.0, 9.0], [2.0, 2.0], [4.0]]).decode(8)
     assert rate == Rate(4.0, 2.0, 8.0)

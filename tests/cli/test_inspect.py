@@ -92,6 +92,27 @@ def test_inspect_tells_padding_from_what_was_kept(run: Run, small: Path, text_fi
     assert "state size N    12\n" in run("inspect", tmp_path / "padded")[1]
 
 
+def test_a_checkpoint_is_served_in_the_dtype_that_it_was_pruned_for(
+    run: Run, small: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = prune_arguments(small, text_file, tmp_path / "out")
+    code, out, _ = run(*arguments, "--method", "ghost", "--state-dtype", "bfloat16", "--engine", "vllm")
+    assert code == 0
+    assert re.search(r"^vllm +bfloat16  no flag: its default$", out, re.MULTILINE)
+    assert "sglang" not in out  # which was not named
+    code, out, _ = run("inspect", tmp_path / "out", "--memory", "80GiB", "--engine", "vllm")
+    assert re.findall(r"^vllm +(float32|bfloat16) +[\d,]+ +[\d,]+$", out, re.MULTILINE) == ["float32", "bfloat16"]
+    assert re.search(r"^vllm +float32 +--mamba-ssm-cache-dtype float32$", out, re.MULTILINE)
+    assert out.endswith("runs\n")  # no empty line at the end
+
+
+def test_our_own_class_is_served_by_our_own_loops(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = prune_arguments(small, text_file, tmp_path / "out")
+    code, out, _ = run(*arguments, "--method", "balanced", "--state-dtype", "int8")
+    assert code == 0
+    assert 'transformers-cpu  int8   ghostssm.accelerate(model, state_dtype="int8")' in out
+
+
 def test_context_without_a_memory_is_refused(run: Run, small: Path) -> None:
     code, out, err = run("inspect", small, "--context", 4096)
     assert (code, out) == (2, "")

@@ -64,6 +64,7 @@ def test_a_smaller_state_leaves_room_for_more() -> None:
 
 def test_memory_as_people_write_it() -> None:
     assert memory_bytes("80GiB") == memory_bytes("80 gib") == 80 * 2**30
+    assert memory_bytes("512 B") == 512
     assert memory_bytes("24GB") == 24 * 10**9
     assert memory_bytes("1.5 TiB") == 3 * 2**39
     for wrong in ("80", "GiB", "-1GiB", "0GiB", "nanGB", "80 GiBs"):

@@ -206,8 +206,11 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.empty(1, device=device).item()  # a meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = first_line(error).split(". ")[0]
+        if reason.startswith("Expected one of"):  # a list of all kinds of devices that PyTorch has ever had
+            reason = "PyTorch knows no such kind"
         raise InputError(
-            f"The device {str(device)!r} can't be used ({first_line(error)}); expected 'cpu' or a device at hand."
+            f"The device {str(device)!r} can't be used ({reason}); expected cpu, or a device at hand such as cuda."
         ) from None
 
 

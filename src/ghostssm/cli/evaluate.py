@@ -69,14 +69,14 @@ def _print(outcome: EvaluateOutcome) -> None:
             ]
         case Copied(windows, seen):
             gains = {part: gain.text for part, gain in outcome.gains.items()}
-            copied = f"the end of {CONTEXT + 1} tokens read {DISTANCE} or more before"
+            copied = f"each the last of {CONTEXT + 1} in a row that stood {DISTANCE} or more tokens before"
             facts = [
                 ("text", _windows_text(windows)),
                 ("copied tokens", f"{int(seen.copied.counts.sum())}, {copied}"),
-                ("their loss", f"{seen.copied.mean:.4f} nats per token"),
-                ("gained by sight of these", gains["copied"]),
-                ("loss elsewhere", f"{seen.elsewhere.mean:.4f} nats per token"),
-                ("gained by sight elsewhere", gains["elsewhere"]),
+                ("loss, copied", f"{seen.copied.mean:.4f} nats per token"),
+                ("gain, copied", f"{gains['copied']} nats per token"),
+                ("loss, elsewhere", f"{seen.elsewhere.mean:.4f} nats per token"),
+                ("gain, elsewhere", f"{gains['elsewhere']} nats per token"),
             ]
         case _:
             _print_scores(outcome.scores)

@@ -46,6 +46,7 @@ def inspect(request: InspectRequest, as_json: AsJson = False) -> None:
         serving.print_admissions(admitted, outcome.context)
     if request.memories or request.state_dtypes:
         serving.print_states(outcome.serving, described.config, [form.name for form in outcome.forms])
+        print()
     _print_advice(labels, cuts)
 
 
@@ -114,7 +115,8 @@ def _print_advice(sizes: Sequence[str], cuts: Sequence[Cut]) -> None:
 
     verdicts = Verdicts.of({f"N' = {size}": cut.engines for size, cut in zip(sizes, cuts, strict=True)})
     print_table(["engine", *(f"N' = {size}" for size in sizes)], verdicts.rows)
-    print()
+    if verdicts.reasons or verdicts.notes:
+        print()
     for engines, reason in verdicts.reasons:
         print_text(f"{engines}: {reason}.")
     for sentence in verdicts.notes:

@@ -188,8 +188,10 @@ def _repeat(args: list[str], repeatable: set[str]) -> list[str]:
 def usage_message(error: Any) -> str:
     """What is wrong with a command line, in the form of all other messages; with the name that was probably meant."""
     message = error.format_message().strip().replace("Value error, ", "")
-    message = re.sub("Input should be a valid integer.*", "expected a whole number", message)
-    message = re.sub("Input should be a valid number.*", "expected a number", message)
+    given = re.search(r"input_value=('[^']*')", str(error.__cause__))
+    found = f"{given[1]} was given, " if given else ""
+    message = re.sub("Input should be a valid integer.*", f"{found}expected a whole number", message)
+    message = re.sub("Input should be a valid number.*", f"{found}expected a number", message)
     message = message if message.endswith((".", "?")) else f"{message}."
     choices = re.search(r"'([^']*)' is not one of (.*)", message)
     guess = did_you_mean(choices[1], re.findall(r"'([^']*)'", choices[2])) if choices else ""

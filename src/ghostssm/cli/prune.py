@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,8 @@ def prune(request: PruneRequest, as_json: AsJson = False) -> None:
     assert outcome.written is not None
     page = ghostssm.write_report(outcome.written, outcome.written / PAGE_FILE) if request.report else None
     _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
+    if outcome.plan.state_dtype is not None and not as_json:
+        _print_serving(outcome.plan.state_dtype, ghostssm.describe(str(outcome.written)), request.engines)
 
 
 def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
@@ -122,18 +125,17 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if choice is not None:
         print()
         print_table(*choice.cells())
-    if plan.state_dtype is not None:
-        _print_serving(plan.state_dtype, described)
 
 
-def _print_serving(state_dtype: str, described: Description) -> None:
-    """Print how engines are told the dtype that the state is to be kept in, and transformers with our loops inside."""
+def _print_serving(state_dtype: str, described: Description, engines: Sequence[str]) -> None:
+    """Print how the engines that were named, or all, are told the state's dtype, and transformers with our loops."""
     from ghostssm.cli.serving import print_states
     from ghostssm.workflows.inspect import serving_engines
 
     print()
-    print_states(serving_engines((), described), described.config, [state_dtype])
+    print_states(serving_engines(engines, described), described.config, [state_dtype])
     if state_dtype != "float32":
+        print()
         print_text(
             f'transformers keeps it so after ghostssm.accelerate(model, state_dtype="{state_dtype}"), as ghostssm '
             "generate and ghostssm evaluate do untold."

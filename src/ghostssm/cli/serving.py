@@ -33,16 +33,17 @@ def print_states(engines: Sequence[Engine], config: PreTrainedConfig, dtypes: Se
     lines = [(engine.name, dtype, _options(engine, dtype, config)) for engine in engines for dtype in dtypes]
     if lines:
         print_table(["engine", "state", "to serve with it"], lines, text_columns=3)
-        print()
     keys = ((engine.name, engine.states.config_key(config.model_type)) for engine in engines)
     if told := [f"{key} to {engine}" for engine, key in keys if key]:
-        print_text(f"config.json may say it too: {', '.join(told)}.")
         print()
+        print_text(f"config.json may say it too: {', '.join(told)}.")
 
 
 def _options(engine: Engine, dtype: str, config: PreTrainedConfig) -> str:
     flags = engine.states.flags(dtype, config)
+    if flags is None and engine.own_class != "no":
+        return f'ghostssm.accelerate(model, state_dtype="{dtype}")'
     if flags is None:
         requests = engine.states.open.get(dtype)
         return f"not released yet: pull requests {requests}" if requests else "not offered"
-    return flags or ("unless told otherwise" if dtype == engine.states.unless_told(config) else "as weights have it")
+    return flags or ("no flag: its default" if dtype == engine.states.unless_told(config) else "as weights have it")

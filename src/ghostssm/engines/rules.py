@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ghostssm.engines.capacity import Admission, Footprint, by_sum, in_llama_cpp, in_sglang, in_vllm
 from ghostssm.engines.states import FLOAT32_ONLY, IN_LLAMA_CPP, IN_MAMBA_SSM, IN_SGLANG, IN_VLLM, StateDtypes
-from ghostssm.engines.unheeded import IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded
+from ghostssm.engines.unheeded import IN_GGUF, IN_MLX_LM, IN_VLLM_AND_SGLANG, Unheeded, unheeded_in
 from ghostssm.errors import unknown_name
 from ghostssm.models.layout import SSDLayout
 
@@ -90,7 +90,7 @@ class Engine:
         levels: list[Level] = ["runs", *(rule.otherwise for rule in broken)]
         lanes = 1 << (layout.state_size - 1).bit_length()
         reasons = [rule.reason.format(layout=layout, lanes=lanes) for rule in broken]
-        unheeded = self._unheeded_in(config)
+        unheeded = [] if config is None else unheeded_in(config, self.unheeded)
         levels += ["no"] * len(unheeded)
         reasons += unheeded
         export = remedy = ""
@@ -100,13 +100,6 @@ class Engine:
             reasons += [reason] * bool(reason)
         level = max(levels, key=_LEVELS.index)
         return Advice(self.name, layout.state_size, level, "; ".join(reasons), export, remedy)
-
-    def _unheeded_in(self, config: PreTrainedConfig | None) -> list[str]:
-        """Why answers would be wrong with a config."""
-        if config is None:
-            return []
-        ours = (entry for entry in self.unheeded if entry.model_type == config.model_type)
-        return [entry.reason for entry in ours if not entry.is_usual(config)]
 
     def _files(self, model_type: str, dialect: str | None, tied_head: bool) -> tuple[Level, str, str, str]:
         """What it means that a model's files are in a dialect, why, `Advice.export` and `Advice.remedy`."""
@@ -127,7 +120,7 @@ class Engine:
         """Why it runs a model at no state size; empty where that depends on the size."""
         if self.model_types is not None and model_type not in self.model_types:
             return f"has no class for model type {model_type!r}"
-        reasons = self._unheeded_in(config)
+        reasons = [] if config is None else unheeded_in(config, self.unheeded)
         if tied_head and model_type in self.cannot_tie:
             reasons.append(self._files(model_type, None, tied_head)[1])
         return "; ".join(reasons)
@@ -209,6 +202,7 @@ def _llama_cpp(backend: str, source: str, *rules: Rule) -> Engine:
         rules=rules,
         model_types=frozenset({"mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"}),
         dialect=None,
+        unheeded=IN_GGUF,
         states=IN_LLAMA_CPP,
         admits=in_llama_cpp,
         source=f"ggml/src/ggml-{backend}/{source}",

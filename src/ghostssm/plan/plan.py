@@ -52,7 +52,8 @@ class Plan(Value):
     distillations: tuple[Distillation, ...] = ()
 
     def __repr__(self) -> str:
-        sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}"
+        dtype = "" if self.state_dtype is None else f" in {self.state_dtype}"
+        sizes = f"state size {self.state_size} to {sizes_text(self.state_sizes)}{dtype}"
         return f"<Plan: {self.method}, {len(self.decisions)} mixers of {self.model_type}, {sizes}>"
 
     @property

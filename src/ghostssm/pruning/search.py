@@ -311,7 +311,7 @@ def fits_in(
         raise InputError(
             f"No state fits into {state_bytes:,} bytes per sequence: the least, {min(sizes)} channels in "
             f"{narrowest.name}, takes {narrowest.state_bytes(rows, min(sizes)):,}, the model's own "
-            f"{rows * 4 * limit:,} in float32."
+            f"{rows * 4 * limit:,} in float32. Give more bytes, or a smaller --multiple."
         )
     return fitting
 

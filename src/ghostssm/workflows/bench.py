@@ -85,7 +85,8 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     if not described.is_stock:
         raise InputError(f"{request.model} has a projected state or a state size per layer; bench the original model.")
     dense = described.layout.state_size
-    for size in request.state_sizes:
+    sizes = request.state_sizes or tuple(size for size in (dense // 2, dense // 4) if size)
+    for size in sizes:
         check_state_size(size, dense)
     check_dtypes(request.state_dtypes)
     narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
@@ -94,7 +95,7 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     model = load(request.model, dtype=torch.float32, device=request.device).model
     machine = measure_machine(batches, request.device)
     plans, kept = {}, {}
-    for size in (dense, *request.state_sizes):
+    for size in (dense, *sizes):
         for storage in storages:
             plans[size, storage.format.name], kept[size, storage.format.name] = first_channels(model, size), storage
     timings = measure(model, plans, batches, prompt, progress, ROUNDS, kept)

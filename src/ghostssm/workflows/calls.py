@@ -82,10 +82,10 @@ def prune(
             return pruning.prune(model, progress=tell, notify=notify)
         given = _Given(model, text, evaluate, tokenizer, column, options.get("device"))
         names = {"model": given.name("model"), "calibration": given.name("text"), "evaluate": given.name("evaluate")}
-        if not options.keys() & set(AMOUNTS):
-            raise InputError("Say how much to keep: ghostssm.prune(model, text, state_size=64).")
         place = None if output is None else str(output)
         request = _asked(PruneRequest, options, **names, output=place, tokenizer=given.name("tokenizer"))
+        if not options.keys() & set(AMOUNTS):
+            raise InputError("Say how much to keep: ghostssm.prune(model, text, state_size=64).")
         if given.is_named:
             return pruning.prune(request, progress=tell, notify=notify)
         return _pruned(given, request, tell, notify)

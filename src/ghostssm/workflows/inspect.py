@@ -88,7 +88,8 @@ def inspect(request: InspectRequest) -> InspectOutcome:
     context = DEFAULT_CONTEXT if request.context is None else request.context
     memories = [memory_bytes(size) for size in request.memories]
     described = describe(request.model)
-    usual = ["float32", "tiers"] if described.tiers else ["float32"]
+    made_for = None if described.pruning is None else described.pruning.state_dtype
+    usual = dict.fromkeys(("float32", made_for or "float32", *(["tiers"] if described.tiers else [])))
     forms = tuple(StateFormat.of(name) for name in request.state_dtypes or usual)
     serving = serving_engines(request.engines, described)
     if request.state_sizes and not described.is_stock:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import singledispatch
 
@@ -166,6 +167,13 @@ def _(request: DistillRequest) -> None:
     titles = {text_title(text, "evaluation") for text in request.evaluate}
     if (title := text_title(request.text, "calibration")) in titles:
         raise InputError(f"{title} is to be trained on and to be measured on; name other text with --evaluate.")
+    if request.student == request.teacher:
+        raise InputError(
+            f"Student and teacher are both {request.student}; expected a pruned checkpoint, and with --teacher the "
+            "model that it was pruned from."
+        )
+    if request.learning_rate is not None and not request.learning_rate > 0:
+        raise InputError(f"--learning-rate is {request.learning_rate:g}; expected a number above 0, such as 0.0005.")
     if request.teacher_device is not None and _several_processes():
         raise InputError("Several processes shard the teacher as they do the student; leave out --teacher-device.")
     if request.log_to is not None:
@@ -260,8 +268,8 @@ def share_or_bytes(text: str) -> Fraction | int:
     except ZeroDivisionError:
         share = Fraction(0)
     except ValueError:
-        if "B" in text.upper():
-            return memory_bytes(text, "value of --state-bytes")
+        with suppress(InputError):  # what is neither is told of below
+            return memory_bytes(text)
         share = Fraction(0)
     if not 0 < share < 1:
         raise InputError(
@@ -284,4 +292,4 @@ def check_heeded(request: Request, owner: str, *names: str) -> None:
     for name in names:
         if getattr(request, owner) and request.differs(name):
             mine, other = flag(type(request), name), flag(type(request), owner)
-            raise InputError(f"{mine} has no effect with {other}; leave out that, or leave out {mine}.")
+            raise InputError(f"{mine} has no effect with {other}; leave out one of the two.")

@@ -249,7 +249,7 @@ class DistillRequest(Request):
     steps: Annotated[int, Option("N", least=1)] = DISTILL_STEPS
     batch: Annotated[int, Option("B", least=1)] = 8
     window_length: Annotated[int, Option("TOKENS", "Text", least=2)] = field(default=512, kw_only=True)
-    learning_rate: Annotated[float | None, Option("X", "How", least=0)] = None
+    learning_rate: Annotated[float | None, Option("X", "How")] = None
     trained: Annotated[Trained, Option("WHICH", "How", flag="--train")] = "mixers"
     state_dtype: Annotated[str | None, STATE_DTYPE] = None
     hidden_weight: Annotated[float, Option("X", "How", least=0)] = 0.0
@@ -305,7 +305,7 @@ class BenchRequest:
 
     Attributes:
         model: hub id, local folder, or 'reference'.
-        state_sizes: state sizes N' to measure beside the model's own N.
+        state_sizes: state sizes N' to measure beside the model's own N; a half and a quarter of it if not given.
         batches: sequences at a time.
         prompt_length: tokens per sequence to prefill.
         device: where to compute: cpu, cuda, cuda:1 ...
@@ -314,7 +314,7 @@ class BenchRequest:
     """
 
     model: Annotated[str, MODEL]
-    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = (64, 32)
+    state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = ()
     batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = (1, 8, 32)
     prompt_length: Annotated[int, Option("TOKENS", least=1)] = 128
     device: Annotated[str, DEVICE] = "cpu"

@@ -6,7 +6,6 @@ The facts are those of llama.cpp's ``src/models/*.cpp`` (what is read and comput
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostssm.engines.unheeded import IN_GGUF, unheeded_in
 from ghostssm.errors import ModelError
 from ghostssm.models.families import layout_of
 
@@ -39,7 +39,6 @@ class Architecture:
         prefix: of transformers' tensor names, and what the ``gguf`` package's table of names has in its place.
         names: of a block's tensors that this table lacks, to names in GGUF.
         tensors: turns a config, a GGUF name and a tensor into the tensors to write.
-        faults: what in a config llama.cpp does not compute.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Architecture:
     prefix: tuple[str, str] = ("", "")
     names: Mapping[str, str] = field(default_factory=dict)
     tensors: TensorMap = _unless_tied
-    faults: Callable[[Any], list[str]] = lambda config: []
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -64,12 +62,8 @@ def architecture_of(config: Any) -> Architecture:
         )
     if "moe" in (getattr(config, "layers_block_type", None) or ()):
         architecture = _NEMOTRON_MOE
-    low, high = map(float, getattr(config, "time_step_limit", None) or (0.0, math.inf))
-    faults = architecture.faults(config)
-    if low > 0 or high != math.inf:
-        faults.append(f"time_step_limit is {low:g} to {high:g}, and dt is not limited there")
-    if faults:
-        raise ModelError(f"llama.cpp would compute another model ({architecture.name}): " + "; ".join(faults) + ".")
+    if faults := unheeded_in(config, IN_GGUF):
+        raise ModelError(f"llama.cpp would compute another model ({architecture.name}): it {'; it '.join(faults)}.")
     return architecture
 
 
@@ -111,16 +105,6 @@ def _per_layer(config: Any, kind: str, value: int) -> list[int]:
     return [value if block == kind else 0 for block in config.layers_block_type]
 
 
-def _transformer_faults(config: Any) -> list[str]:
-    faults = []
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope != "default":
-        faults.append(f"the rotary embedding is of type {rope!r}, expected 'default'")
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        faults.append(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
-    return faults
-
-
 def _falcon_h1_keys(writer: Any, config: Any) -> None:
     _transformer_keys(writer, config, config.max_position_embeddings, config.rms_norm_eps)
     _rope_keys(writer, config)
@@ -154,13 +138,6 @@ def _falcon_h1_tensors(config: Any, name: str, tensor: Tensor) -> Iterator[tuple
         rows = torch.tensor(config.ssm_multipliers).repeat_interleave(torch.tensor(widths))
         tensor = tensor.float() * rows[:, None].to(tensor.device)
     yield name, tensor if factor == 1 else tensor.float() * factor
-
-
-def _falcon_h1_faults(config: Any) -> list[str]:
-    faults = _transformer_faults(config)
-    if config.mamba_rms_norm and config.mamba_norm_before_gate:
-        faults.append("mamba_norm_before_gate is true, and the norm comes after the gate there")
-    return faults
 
 
 def _granite_keys(writer: Any, config: Any) -> None:
@@ -217,13 +194,6 @@ def _interleaved(tensor: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
     return torch.cat([turned, rest], dim=1).flatten(0, 1)
 
 
-def _granite_faults(config: Any) -> list[str]:
-    faults, layout = _transformer_faults(config), layout_of(config)
-    if layout.intermediate_size != 2 * config.hidden_size:
-        faults.append(f"the mixers are {layout.intermediate_size} wide, expected twice the hidden size")
-    return faults
-
-
 def _nemotron_h_keys(writer: Any, config: Any) -> None:
     _transformer_keys(writer, config, config.max_position_embeddings, config.layer_norm_epsilon)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
@@ -250,15 +220,6 @@ def _nemotron_h_moe_keys(writer: Any, config: Any) -> None:
         writer.add_moe_latent_size(config.moe_latent_size)
 
 
-def _nemotron_h_faults(config: Any) -> list[str]:
-    faults = _transformer_faults(config)
-    if {"mlp", "moe"} <= set(config.layers_block_type):
-        faults.append("some layers have experts and some are plain MLPs, and all are of one kind there")
-    if config.mlp_hidden_act != "relu2":
-        faults.append(f"mlp_hidden_act is {config.mlp_hidden_act!r}, expected 'relu2'")
-    return faults
-
-
 _GRANITE = Architecture(
     "granitehybrid",
     _granite_keys,
@@ -269,9 +230,8 @@ _GRANITE = Architecture(
         "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
     },
     tensors=_granite_tensors,
-    faults=_granite_faults,
 )
-_NEMOTRON = Architecture("nemotron_h", _nemotron_h_keys, prefix=("model.", "backbone."), faults=_nemotron_h_faults)
+_NEMOTRON = Architecture("nemotron_h", _nemotron_h_keys, prefix=("model.", "backbone."))
 _NEMOTRON_MOE = replace(
     _NEMOTRON,
     name="nemotron_h_moe",
@@ -284,7 +244,7 @@ _NEMOTRON_MOE = replace(
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba2": Architecture("mamba2", _mamba2_keys),
-    "falcon_h1": Architecture("falcon-h1", _falcon_h1_keys, tensors=_falcon_h1_tensors, faults=_falcon_h1_faults),
+    "falcon_h1": Architecture("falcon-h1", _falcon_h1_keys, tensors=_falcon_h1_tensors),
     "bamba": _GRANITE,
     "granitemoehybrid": _GRANITE,
     "nemotron_h": _NEMOTRON,

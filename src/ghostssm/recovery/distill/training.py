@@ -80,12 +80,10 @@ class Settings:
         for name in ("steps", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        for name, value, fits in (
-            ("learning rate", self.learning_rate, self.learning_rate is None or 0 < self.learning_rate < math.inf),
-            ("hidden weight", self.hidden_weight, 0 <= self.hidden_weight < math.inf),
-        ):
-            if not fits:
-                raise InputError(f"The {name} is {value}; expected a positive number.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(f"The learning rate is {self.learning_rate}; expected a number above 0.")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise InputError(f"The hidden weight is {self.hidden_weight}; expected 0 or more.")
         if self.state_dtype not in FORMATS:
             raise InputError(f"The state dtype is {self.state_dtype}; expected one of {', '.join(FORMATS)}.")
 
