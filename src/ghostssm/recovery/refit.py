@@ -206,16 +206,19 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
         data.append(RefitData.of(mixer, hidden, target))
         tokens += hidden.shape[0] * hidden.shape[1]
     data = walk.processes.gather(data)
+    tensors = [*mixer.module.parameters()]
+    if mixer.projection is not None:  # the block is of a stock class, whose parameters have no maps
+        tensors += [mixer.projection.B, mixer.projection.C]
 
-    def refitted() -> dict[str, Tensor]:
+    def refitted() -> list[Tensor]:
         refit(mixer, joined(data), amount, seed, block.state_dtype)
-        return {name: value.detach() for name, value in mixer.module.named_parameters()}
+        return [tensor.detach() for tensor in tensors]
 
-    parameters = walk.processes.from_first(refitted)
+    found = walk.processes.from_first(refitted)
     if walk.processes.rank:
         with torch.no_grad():
-            for name, value in mixer.module.named_parameters():
-                value.copy_(parameters[name])
+            for tensor, value in zip(tensors, found, strict=True):
+                tensor.copy_(value)
 
 
 register_step(
