@@ -20,6 +20,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT_ONE_IN = 8
 _SKIP_TOKENS = 1024
 """Tokens of the windows to which D is fitted, which has one number per head."""
+_SKIP_POSITIONS = 8
+"""Of every window at the least: at the first one the state holds a single token, which is like no other."""
 _SKIP_STEPS = 2
 _SKIP_RIDGE = 1e-6
 _SKIP_DIFFERENCE = 1e-2
@@ -85,7 +87,8 @@ def repair_skip(
     processes = processes or Processes()
     D = mixer.D
     tokens = sum(processes.gather([sum(target.shape[0] * target.shape[1] for target in targets)]))
-    stride, parts = max(1, tokens // _SKIP_TOKENS), []
+    stride = max(1, min(tokens // _SKIP_TOKENS, targets[0].shape[1] // _SKIP_POSITIONS))
+    parts = []
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
