@@ -273,7 +273,7 @@ class _Run:
         for _, mixer in self._mixers():
             if mixer is not None:
                 index = len(decisions)
-                evidence = self._evidence(mixer, index, Unpruned(partial(self._saliency_of, mixer.name)))
+                evidence = self._evidence(mixer, index, Unpruned(gradients=partial(self._saliency_of, mixer.name)))
                 scores[index] = method.score(evidence)
                 decisions[mixer.name] = self._choice(evidence, scores[index], sizes[index])
         if method.scope == "model":
