@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostssm.choices import Trained
 from ghostssm.ops.state_format import FLOAT32, FORMATS
-from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.plan.measurement import MALFORMED, Difference, Measurement
 
 MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
 """`Trained` in words."""
@@ -33,6 +33,17 @@ class Point:
     @property
     def excess_text(self) -> str:
         return self.excess.text
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; None for what is not finite."""
+        divergence = self.divergence if math.isfinite(self.divergence) else None
+        return {"step": self.step, "tokens": self.tokens, "divergence": divergence} | self.excess.as_json()
+
+    @classmethod
+    def from_json(cls, document: Any) -> Point:
+        """From what `as_json` wrote, where None is infinite; raises `MALFORMED` for anything else."""
+        divergence = math.inf if document["divergence"] is None else float(document["divergence"])
+        return cls(int(document["step"]), int(document["tokens"]), divergence, Difference.from_json(document))
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Distillation:
     def as_json(self) -> dict[str, Any]:
         """JSON values."""
         measured = {name: [each.as_json() for each in getattr(self, name)] for name in ("before", "after")}
-        return asdict(self) | {"curve": [_point_as_json(point) for point in self.curve]} | measured
+        return asdict(self) | {"curve": [point.as_json() for point in self.curve]} | measured
 
     @classmethod
     def from_json(cls, document: Any) -> Distillation | None:
@@ -102,16 +113,16 @@ class Distillation:
             # Earlier releases did not round, and ended at the first setback.
             document = {"state_dtype": FLOAT32.name, "setbacks": ()} | document
             values = {name: document[name] for name in cls.__dataclass_fields__}
-            curve = tuple(_point_from_json(point) for point in values["curve"])
+            curve = tuple(map(Point.from_json, values["curve"]))
             measured = {
                 name: tuple(each for entry in values[name] if (each := Measurement.from_json(entry)) is not None)
                 for name in ("before", "after")
             }
             setbacks = tuple(str(reason) for reason in values["setbacks"])
             read = cls(**values | {"curve": curve, "setbacks": setbacks} | measured)
-            whole = read.best.step == read.kept_step and type(read.tokens) is int and read.state_dtype in FORMATS
-            return read if whole else None
-        except (KeyError, TypeError, ValueError, StopIteration):
+            kept = any(point.step == read.kept_step for point in curve)
+            return read if kept and type(read.tokens) is int and read.state_dtype in FORMATS else None
+        except MALFORMED:
             return None
 
 
@@ -124,19 +135,3 @@ def distillations_from_json(document: Any) -> tuple[Distillation, ...]:
     """The distillations in a list; what is none is left out."""
     read = map(Distillation.from_json, document if isinstance(document, list) else ())
     return tuple(each for each in read if each is not None)
-
-
-def _point_as_json(point: Point) -> dict[str, Any]:
-    error = point.excess.standard_error
-    return {
-        "step": point.step,
-        "tokens": point.tokens,
-        "divergence": point.divergence,
-        "excess_loss": point.excess.mean,
-        "standard_error": None if math.isnan(error) else error,
-    }
-
-
-def _point_from_json(entry: Any) -> Point:
-    excess = Difference.from_json(entry)
-    return Point(int(entry["step"]), int(entry["tokens"]), float(entry["divergence"]), excess)
