@@ -143,7 +143,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @contextmanager
 def cut(tile: int, warps: int) -> Iterator[None]:
     """Within the context, another tile and number of warps."""
-    modules: list[Any] = [gpu.step_kernels(), gpu.stored_kernels()]
+    modules: list[Any] = [gpu.kernels("step"), gpu.kernels("stored")]
     before = [(kernels.TILE, kernels.WARPS) for kernels in modules]
     for kernels in modules:
         kernels.TILE, kernels.WARPS = tile, warps
