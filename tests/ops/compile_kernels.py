@@ -205,7 +205,7 @@ def main() -> None:
     target = TARGETS[args.target]
     driver.set_active(Driver(target))
     generation = target.backend, target.arch // 10 if isinstance(target.arch, int) else 9
-    with mock.patch.object(gpu, "generation", lambda tensor: generation):
+    with mock.patch.object(gpu, "generation", return_value=generation):
         for name in args.work or WORK:
             WORK[name]()
 

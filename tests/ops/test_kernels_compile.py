@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

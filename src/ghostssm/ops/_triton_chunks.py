@@ -332,7 +332,7 @@ def _products(
     query, key, value = (with_dense_tokens(part) for part in (query, key, value))
     b, length, heads, groups = *key.shape[:2], states.shape[2], value.shape[2] if summed else key.shape[2]
     rows, size, columns = query.shape[1], value.shape[3], _lanes(value.shape[3], value)
-    heads_per_part = min(_HEADS, heads // groups) if summed else 1
+    keys, heads_per_part = min(_KEYS, _lanes(key.shape[3], key)), min(_HEADS, heads // groups) if summed else 1
     parts = -(-(heads // groups) // heads_per_part)
     directions = 1 if positions is None else rows // len(positions)
     tile = CHUNK if positions is None else _lanes(directions, query)
@@ -343,8 +343,8 @@ def _products(
             *_stream(query), *_stream(key), *_stream(value), log_decay, states, positions, out, length, rows,
             BACKWARDS=int(backwards), SUMMED=int(summed), DIRECTIONS=directions,
             HEADS=heads, HEADS_PER_GROUP=heads // groups, HEADS_PER_PART=heads_per_part,
-            KEY_SIZE=key.shape[3], VALUE_SIZE=size, ROWS=tile, KEYS=min(_KEYS, _lanes(key.shape[3], key)), COLUMNS=columns,
-            CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=1,
+            KEY_SIZE=key.shape[3], VALUE_SIZE=size, ROWS=tile, KEYS=keys, COLUMNS=columns, CHUNK=CHUNK,
+            PRECISION=precision, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return out.unflatten(2, (groups, parts)).sum(3) if summed else out
 
