@@ -81,7 +81,9 @@ def test_a_step_in_float64(fused: str, form: StateFormat, groups: int, n: int, p
     got = dequantise(stored, form, p, n).cpu()
     off, step = (got - expected).abs(), levels(state, form).nan_to_num()
     # An error of float32 goes with the terms of the sum, which may cancel each other.
-    terms = ssd_step(before.abs(), **{name: part.abs() if name in "xB" else part for name, part in on_cpu(given).items()})
+    terms = ssd_step(
+        before.abs(), **{name: part.abs() if name in "xB" else part for name, part in on_cpu(given).items()}
+    )
     same = 1e-6 * terms[1]
     assert (off <= step * (1 + 1e-6) + same).all()
     assert (off > same).float().mean() < 0.01
