@@ -69,7 +69,7 @@ def channel_energies(
     b, _, h, p = x.shape
     g, n = B.shape[2:]
     if gpu.usable_in_float32(x, dt, A, B, C, initial_state):
-        by_head = gpu.scan_kernels().channel_energies(x, dt, A, B, C, initial_state)
+        by_head = gpu.kernels("scan").channel_energies(x, dt, A, B, C, initial_state)
         output, stored = (part.sum(0).view(g, h // g, n).sum(1) for part in by_head)
         return ChannelEnergies(output, stored, C.double().square().sum((0, 1)))
     if not compiled.usable(x, dt, A, B, C, initial_state):
