@@ -121,7 +121,7 @@ class OpenBlock(_WalkedBlock):
 
     def statistics(self) -> LayerStatistics:
         """Mean energies of the mixer's channels."""
-        return gather_statistics(self.present_mixer, self.streams(), self.walk.processes)
+        return gather_statistics(self.present_mixer, self.streams(), len(self.walk.batches), self.walk.processes)
 
     def samples(self, seed: int) -> OutputSamples:
         """Samples of what the mixer's channels add to its output."""

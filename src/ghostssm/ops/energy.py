@@ -36,9 +36,6 @@ class ChannelEnergies:
     state: Tensor
     readout: Tensor
 
-    def __add__(self, other: ChannelEnergies) -> ChannelEnergies:
-        return ChannelEnergies(self.output + other.output, self.state + other.state, self.readout + other.readout)
-
 
 def channel_energies_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
