@@ -104,9 +104,9 @@ def test_the_first_gradient_is_autograds() -> None:
     "other",
     [{"accumulate": 4}, {"checkpointing": True}],
 )
-@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
-def test_the_same_in_less_memory(other: dict[str, Any], state_dtype: str) -> None:
-    settings = dataclasses.replace(QUICK, state_dtype=state_dtype)
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 30.0}, {"state_dtype": "int8"}])
+def test_the_same_in_less_memory(other: dict[str, Any], more: dict[str, Any]) -> None:
+    settings = dataclasses.replace(QUICK, **more)
     expected, found = distilled(settings), distilled(dataclasses.replace(settings, **other))
     for before, after in zip(expected.record.curve, found.record.curve, strict=True):
         assert after.divergence == pytest.approx(before.divergence, rel=1e-4)

@@ -68,6 +68,7 @@ class Distillation:
         before: losses on other texts, of the student as it came.
         after: the same, of the student as it went.
         state_dtype: that the student's state was rounded to after every token.
+        hidden_weight: of the hidden states' errors, beside the divergence.
         setbacks: why the training went back to its best parameters, each time, to go on at a lower learning rate.
     """
 
@@ -88,6 +89,7 @@ class Distillation:
     before: Sequence[Measurement] = field(default=())
     after: Sequence[Measurement] = field(default=())
     state_dtype: str = FLOAT32.name
+    hidden_weight: float = 0.0
     setbacks: Sequence[str] = field(default=())
 
     @property
@@ -110,8 +112,7 @@ class Distillation:
     def from_json(cls, document: Any) -> Distillation | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            # Earlier releases did not round, and ended at the first setback.
-            document = {"state_dtype": FLOAT32.name, "setbacks": ()} | document
+            document = {"state_dtype": FLOAT32.name, "hidden_weight": 0.0, "setbacks": ()} | document
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(map(Point.from_json, values["curve"]))
             measured = {
@@ -119,7 +120,8 @@ class Distillation:
                 for name in ("before", "after")
             }
             setbacks = tuple(str(reason) for reason in values["setbacks"])
-            read = cls(**values | {"curve": curve, "setbacks": setbacks} | measured)
+            weight = float(values["hidden_weight"])
+            read = cls(**values | {"curve": curve, "hidden_weight": weight, "setbacks": setbacks} | measured)
             kept = any(point.step == read.kept_step for point in curve)
             return read if kept and type(read.tokens) is int and read.state_dtype in FORMATS else None
         except MALFORMED:
