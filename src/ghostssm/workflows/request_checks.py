@@ -115,6 +115,7 @@ def _check_streamed(request: PruneRequest, search: str | None) -> None:
 def _(request: CompareRequest) -> None:
     if not (request.state_sizes or request.state_bytes):
         raise InputError("Say how much to keep: give --state-size or --state-bytes.")
+    check_belonging(request, {"engines": ("state_bytes",)})
     if request.state_bytes:
         check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
         check_searchable(request.windows)

@@ -13,6 +13,7 @@ from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
+from ghostssm.pruning.search import check_shrinks, fits_in
 from ghostssm.workflows.request_checks import share_or_bytes
 from ghostssm.workflows.requests import PruneRequest
 
@@ -69,7 +70,25 @@ def bound_on_bytes(text: str, dense: int) -> int:
     return bound
 
 
-def check_smaller(target: Target, limit: int) -> None:
+def target_of(request: PruneRequest, described: Description, recipe: Recipe, notify: Notify) -> Target:
+    """The target of a checked request, nearest to the wanted one that its engines run.
+
+    Raises:
+        InputError: as `wanted_target` and `_suited_target`; nothing would change, or no state fits.
+    """
+    target = wanted_target(request, described)
+    if target.size is None:
+        check_shrinks(recipe)
+    if request.engines:
+        target = _suited_target(target, described, recipe, request, notify)
+    _check_smaller(target, described.layout.state_size)
+    if target.state_bytes is not None:  # something has to fit
+        multiple = request.multiple or DEFAULT_MULTIPLE
+        fits_in(target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple)
+    return target
+
+
+def _check_smaller(target: Target, limit: int) -> None:
     """Raise InputError for a state size that is the model's own, ``limit``: nothing would change."""
     if target.size == limit:
         raise InputError(
@@ -101,7 +120,7 @@ def check_engines(request: PruneRequest) -> None:
             )
 
 
-def suited_target(
+def _suited_target(
     target: Target, described: Description, recipe: Recipe, request: PruneRequest, notify: Notify
 ) -> Target:
     """The target nearest to the wanted one that the engines run.
