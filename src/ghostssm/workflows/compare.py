@@ -20,7 +20,7 @@ from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
 from ghostssm.methods import method_names
-from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.models.families import layout_of
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
