@@ -87,6 +87,10 @@ class Described(NamedTuple):
     def is_several(self) -> bool:
         return tuple in _kinds(self.type)
 
+    def usual_value(self, given: Mapping[str, Any]) -> Any:
+        """What the command takes where this option is not given, beside other arguments that are."""
+        return self.default if self.option.usual is None else self.option.usual.of(given)
+
     def check(self, value: Any) -> None:
         """Raise InputError for a value, or one of several, that is of another type, out of bounds or no choice."""
         kinds, choices = _kinds(self.type), _choices(self.type)
