@@ -14,7 +14,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -117,16 +119,43 @@ def machine(device: str) -> dict[str, str]:
     return versions
 
 
-def report(args: argparse.Namespace, device: str, rows: list[Any], table: Callable[[], None], **more: Any) -> None:
-    """Print the results: a table after a line on the machine, or all of it as JSON."""
+@contextmanager
+def attempt(part: str, failures: list[str]) -> Iterator[None]:
+    """Within the context an error ends this part of a benchmark and no other; it is told, and added to the failures.
+
+    One that leaves the GPU unusable to the process ends what comes after it too, but takes no results away.
+    """
+    try:
+        yield
+    except Exception as error:
+        failed(part, error, failures)
+
+
+def failed(part: str, error: Exception, failures: list[str]) -> None:
+    traceback.print_exception(error)
+    failures.append(f"{part}: {type(error).__name__}: {error}")
+    say(f"FAILED {part}")
+
+
+def report(
+    args: argparse.Namespace,
+    device: str,
+    rows: list[Any],
+    failures: list[str],
+    table: Callable[[], None],
+    **more: Any,
+) -> None:
+    """Print a table after a line on the machine, or all of it as JSON; then end the program if parts failed."""
     if args.json:
-        results = {"machine": machine(device), "dry_run": args.dry_run, **more, "rows": [asdict(row) for row in rows]}
-        print(json.dumps(results, indent=1))
-        return
-    print(", ".join(f"{name} {version}" for name, version in machine(device).items()))
-    if args.dry_run:
-        print("DRY RUN: the numbers below mean nothing")
-    table()
+        told = {"machine": machine(device), "dry_run": args.dry_run, **more, "failures": failures}
+        print(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        print(", ".join(f"{name} {version}" for name, version in machine(device).items()))
+        if args.dry_run:
+            print("DRY RUN: the numbers below mean nothing")
+        table()
+    if failures:
+        raise SystemExit("\n".join(["These parts failed:", *failures]))
 
 
 def say(line: str) -> None:

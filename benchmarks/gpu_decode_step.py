@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_decode_step.py
     python benchmarks/gpu_decode_step.py --mamba-ssm FOLDER   # also the kernel in FOLDER/mamba_ssm/ops/triton
-    python benchmarks/gpu_decode_step.py --sweep              # other tiles and numbers of warps, for the best choice
+    python benchmarks/gpu_decode_step.py --sweep --models 1.3b --state-size 128 64   # other tiles and numbers of warps
     TRITON_INTERPRET=1 python benchmarks/gpu_decode_step.py --dry-run
 
 One token of one layer, from the convolution's input to the gated output; a CUDA graph runs it for as many layers as
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gpu_common import (
     TINY,
     Copy,
     Shape,
+    attempt,
     captured,
     device_of,
     mamba_ssm_kernel,
@@ -46,7 +47,11 @@ from ghostssm.ops.state_format import FORMATS, StateStorage, dequantise, quantis
 _BYTES = 1 << 30
 _ROUNDED = {32: 1e-5, 16: 5e-3, 8: 5e-2, 4: 0.3}
 """By bits, the most that rounding may change a state, relative."""
-_TILES, _WARPS = (1024, 2048, 4096, 8192), (1, 2, 4, 8)
+_CUTS = [
+    (tile, warps)
+    for tile, warps in itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8))
+    if 16 <= tile // (32 * warps) <= 64  # numbers per thread; more of them spill
+]
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @contextmanager
 def cut(tile: int, warps: int) -> Iterator[None]:
     """Within the context, another tile and number of warps."""
-    modules: list[Any] = [gpu.step_kernels(), gpu.stored_kernels()]
+    modules: list[Any] = [gpu.kernels("step"), gpu.kernels("stored")]
     before = [(kernels.TILE, kernels.WARPS) for kernels in modules]
     for kernels in modules:
         kernels.TILE, kernels.WARPS = tile, warps
@@ -173,54 +178,61 @@ def main() -> None:
     copy = Copy(1 << (20 if args.dry_run else 30), device)
 
     rows: list[Row] = []
+    failures: list[str] = []
     for (name, shape), batch, dtype, n in itertools.product(
         shapes.items(), args.batch, args.state_dtype, args.state_size
     ):
-        storage = StateStorage.of(dtype, "nearest" if dtype == "float32" else args.state_rounding)
-        layers = [Layer(shape, batch, n, storage, device)]
-        state_bytes = layers[0].state.nbytes
-        for _ in range(_BYTES // state_bytes if device == "cuda" else 0):
-            layers.append(Layer(shape, batch, n, storage, device))
-        seconds, errors = measure(layers, kernel, copy, args, device)
-        bandwidth = copy.bandwidth(seconds.pop("copy"))
-        for side, taken in seconds.items():
-            share = 2 * state_bytes / (taken / len(layers)) / bandwidth
-            rows.append(Row(name, batch, n, dtype, side, taken / len(layers), bandwidth, share, errors[side]))
-            say(line(rows[-1]))
-        del layers
+        part = f"{name}, batch {batch}, {dtype}, N {n}"
+        with attempt(part, failures):
+            storage = StateStorage.of(dtype, "nearest" if dtype == "float32" else args.state_rounding)
+            layers = [Layer(shape, batch, n, storage, device)]
+            state_bytes = layers[0].state.nbytes
+            for _ in range(_BYTES // state_bytes if device == "cuda" else 0):
+                layers.append(Layer(shape, batch, n, storage, device))
+            sides, errors = checked(part, layers, kernel, args, device, failures)
+            seconds = medians(seconds_by_side({"copy": copy} | sides, args.rounds, device))
+            bandwidth = copy.bandwidth(seconds.pop("copy"))
+            for side, taken in seconds.items():
+                share = 2 * state_bytes / (taken / len(layers)) / bandwidth
+                rows.append(Row(name, batch, n, dtype, side, taken / len(layers), bandwidth, share, errors[side]))
+                say(line(rows[-1]))
+        layers, sides = [], {}
 
-    report(args, device, rows, lambda: table(rows))
+    report(args, device, rows, failures, lambda: table(rows))
 
 
-def measure(
+def checked(
+    part: str,
     layers: list[Layer],
     kernel: Callable[..., torch.Tensor] | None,
-    copy: Copy,
     args: argparse.Namespace,
     device: str,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of all layers, by side, that of the copy too; and the relative errors of y."""
+    failures: list[str],
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """The sides whose results are right, each over all layers, and the relative errors of y; before any is timed."""
     first = layers[0]
 
     def ours() -> None:
         for layer in layers:
             layer.ours()
 
-    sides: dict[str, Callable[[], object]] = {"copy": copy, "ours": captured(ours, device)}
-    errors = {"ours": first.error_of_ours()}
-    if args.sweep:
-        for tile, warps in list(itertools.product(_TILES, _WARPS))[: 1 if args.dry_run else None]:
-            side = f"tile {tile}, {warps} warps"
-            with cut(tile, warps):
-                sides[side], errors[side] = captured(ours, device), first.error_of_ours()
+    sides: dict[str, Callable[[], object]] = {}
+    errors: dict[str, float] = {}
+    cuts = [(f"tile {tile}, {warps} warps", cut(tile, warps)) for tile, warps in _CUTS[: 1 if args.dry_run else None]]
+    for side, context in [("ours", nullcontext()), *(cuts if args.sweep else [])]:
+        with attempt(f"{part}, {side}", failures), context:
+            errors[side] = first.error_of_ours()
+            sides[side] = captured(ours, device)
     if kernel is not None and not first.storage.format.scaled:
 
         def theirs() -> None:
             for layer in layers:
                 layer.mamba_ssm(kernel)
 
-        sides["mamba_ssm"], errors["mamba_ssm"] = captured(theirs, device), first.error_of_mamba_ssm(kernel)
-    return medians(seconds_by_side(sides, args.rounds, device)), errors
+        with attempt(f"{part}, mamba_ssm", failures):
+            errors["mamba_ssm"] = first.error_of_mamba_ssm(kernel)
+            sides["mamba_ssm"] = captured(theirs, device)
+    return sides, errors
 
 
 def table(rows: list[Row]) -> None:

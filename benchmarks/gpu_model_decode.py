@@ -25,8 +25,10 @@ from gpu_common import (
     SHAPES,
     TINY,
     Shape,
+    attempt,
     captured,
     device_of,
+    failed,
     mamba_ssm_kernel,
     medians,
     parser,
@@ -50,7 +52,7 @@ _SHARE_OF_FREE = 0.7
 
 @dataclass(frozen=True)
 class Row:
-    """One side at one batch; seconds is the median of a step, None where the batch did not fit in memory."""
+    """One side at one batch; seconds is the median of a step, None where the batch did not fit in memory or failed."""
 
     model: str
     side: str
@@ -140,10 +142,11 @@ def main() -> None:
     kernel = mamba_ssm_kernel(args.mamba_ssm) if args.mamba_ssm else None
     rows: list[Row] = []
     capacities: list[Capacity] = []
+    failures: list[str] = []
     for name, shape in shapes.items():
         sides = sides_of(shape, args.state_size, kernel, device)
         for batch in args.batch:
-            seconds = step_seconds(sides, batch, dtype, args.rounds, device)
+            seconds = step_seconds(name, sides, batch, dtype, args.rounds, device, failures)
             dense = seconds.get("ours, dense")
             for side in sides:
                 taken = seconds.get(side.name)
@@ -155,11 +158,13 @@ def main() -> None:
                 say(line(rows[-1]))
         for side in sides:
             if side.own:
-                capacities.append(capacity(name, side, dtype, device))
-                say(capacity_line(capacities[-1]))
+                with attempt(f"{name}, {side.name}, largest batch", failures):
+                    capacities.append(capacity(name, side, dtype, device))
+                    say(capacity_line(capacities[-1]))
         del sides
         _free(device)
-    report(args, device, rows, lambda: table(rows, capacities), capacities=[vars(part) for part in capacities])
+    more = {"capacities": [vars(part) for part in capacities]}
+    report(args, device, rows, failures, lambda: table(rows, capacities), **more)
 
 
 def sides_of(
@@ -175,8 +180,16 @@ def sides_of(
     return sides
 
 
-def step_seconds(sides: list[Side], batch: int, dtype: torch.dtype, rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of a step, by side; without the sides that do not fit in memory even alone."""
+def step_seconds(
+    model: str,
+    sides: list[Side],
+    batch: int,
+    dtype: torch.dtype,
+    rounds: int,
+    device: str,
+    failures: list[str],
+) -> dict[str, float]:
+    """Median seconds of a step, by side; without the sides that do not fit in memory even alone, or fail."""
     wanted = sum(batch * side.bytes_per_sequence(torch.float32) for side in sides)
     together = device != "cuda" or wanted < _SHARE_OF_FREE * torch.cuda.mem_get_info()[0]
     left = [sides] if together else [[side] for side in sides]
@@ -186,9 +199,11 @@ def step_seconds(sides: list[Side], batch: int, dtype: torch.dtype, rounds: int,
         try:
             steps = {side.name: side.begun(batch, dtype) for side in group}
             seconds |= medians(seconds_by_side(steps, rounds, device))
-        except torch.cuda.OutOfMemoryError:
-            if len(group) > 1:
+        except Exception as error:
+            if len(group) > 1:  # each alone then: it is for want of memory, or one of them fails
                 left = [[side] for side in group]
+            elif not isinstance(error, torch.cuda.OutOfMemoryError):
+                failed(f"{model}, batch {batch}, {group[0].name}", error, failures)
         steps = {}
         _free(device)
     return seconds
@@ -257,7 +272,7 @@ def table(rows: list[Row], capacities: list[Capacity]) -> None:
 
 
 def line(row: Row) -> str:
-    numbers = "  does not fit"
+    numbers = "     no result"
     if row.seconds is not None and row.tokens_per_second is not None:
         times = "" if row.times_dense is None else f"{row.times_dense:.2f}"
         numbers = f"{row.seconds * 1e3:13.3f}{row.tokens_per_second:13,.0f}{times:>13}"

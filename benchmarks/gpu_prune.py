@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from gpu_common import SHAPES, TINY, Shape, device_of, parser, report, say
+from gpu_common import SHAPES, TINY, Shape, attempt, device_of, parser, report, say
 
 import ghostssm
 from ghostssm.evaluation.speed import peak_bytes, reset_peak
@@ -47,23 +47,25 @@ def main() -> None:
         args.windows, args.window_length, args.state_size, args.runs = 2, 5, 8, 1
 
     rows: list[Row] = []
+    failures: list[str] = []
     for name, shape in shapes.items():
         model = shape.model(device, torch.bfloat16)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(0, shape.vocabulary, (args.windows, args.window_length), generator=draw)
         windows = Windows(ids, "random", "", 1.0, None)
-        for run in range(args.runs):
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            reset_peak(model.device)
-            begun = time.perf_counter()
-            ghostssm.Calibration(model, windows).plan(args.recipe, args.state_size)  # ends with scores on the CPU
-            seconds = time.perf_counter() - begun
-            sizes = (args.windows, args.window_length, model.get_memory_footprint())
-            rows.append(Row(name, *sizes, run + 1, seconds, peak_bytes(model.device)))
-            say(line(rows[-1]))
+        with attempt(name, failures):
+            for run in range(args.runs):
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                reset_peak(model.device)
+                begun = time.perf_counter()
+                ghostssm.Calibration(model, windows).plan(args.recipe, args.state_size)  # ends with scores on the CPU
+                seconds = time.perf_counter() - begun
+                sizes = (args.windows, args.window_length, model.get_memory_footprint())
+                rows.append(Row(name, *sizes, run + 1, seconds, peak_bytes(model.device)))
+                say(line(rows[-1]))
         del model
-    report(args, device, rows, lambda: table(rows), recipe=args.recipe)
+    report(args, device, rows, failures, lambda: table(rows), recipe=args.recipe)
 
 
 def table(rows: list[Row]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_common import SHAPES, TINY, Shape, device_of, medians, parser, report, say, seconds_by_side
+from gpu_common import SHAPES, TINY, Shape, attempt, device_of, medians, parser, report, say, seconds_by_side
 from torch import Tensor
 
 from ghostssm.calibration.samples import DEFAULT_DIRECTIONS
@@ -52,6 +52,7 @@ def main() -> None:
         args.state_sizes, args.batch, args.tokens, args.stride, args.rounds = [8], 1, 5, 2, 1
 
     rows: list[Row] = []
+    failures: list[str] = []
     with torch.inference_mode(False), torch.enable_grad():
         for name, shape in shapes.items():
             for n in args.state_sizes:
@@ -61,10 +62,11 @@ def main() -> None:
                 training: Forms = {"kernels": step_of(ssd), "chunks": step_of(ChunkedScan.apply)}
                 reading: Forms = {"kernels": reads_at(at, read_states), "chunks": reads_at(at, read_states_chunked)}
                 for work, forms, given in (("training", training, scan), ("reading", reading, [*scan[:4], u])):
-                    for row in measured(forms, given, args.rounds, device):
-                        rows.append(Row(name, n, work, *row))
-                        say(line(rows[-1]))
-    report(args, device, rows, lambda: table(rows), batch=args.batch, tokens=args.tokens, stride=args.stride)
+                    with attempt(f"{name}, N {n}, {work}", failures):
+                        for row in measured(forms, given, args.rounds, device):
+                            rows.append(Row(name, n, work, *row))
+                            say(line(rows[-1]))
+    report(args, device, rows, failures, lambda: table(rows), batch=args.batch, tokens=args.tokens, stride=args.stride)
 
 
 def streams(shape: Shape, n: int, batch: int, tokens: int, device: str) -> list[Tensor]:

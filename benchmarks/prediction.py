@@ -3,9 +3,9 @@
     python benchmarks/prediction.py
     python benchmarks/prediction.py --models FOLDER FOLDER
 
-The built-in model and one of random weights, or those that are named, each pruned in a process of its own, in memory and with ``--stream``. The
-prediction is made right before each run. Besides the seconds on the wall there are those of the processor, which other
-work on the machine disturbs less. Memory is the process's peak resident set.
+The built-in model and one of random weights, or those that are named, each pruned in a process of its own, in memory
+and with ``--stream``. The prediction is made right before each run. Besides the seconds on the wall there are those of
+the processor, which other work on the machine disturbs less. Memory is the process's peak resident set.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from ghostssm.methods import base as methods
 from ghostssm.models.families import Family
 from ghostssm.models.families import registry as families
 from ghostssm.models.families.stock import MAMBA2
+from ghostssm.plan.decision import Decision, Selection
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.recovery import base as recovery
 from tests.conftest import random_windows, tiny_model
@@ -40,6 +41,20 @@ def test_a_method() -> None:
     plan = ghostssm.Calibration(tiny_model(), random_windows(2, 60)).plan("last+repair", 4)
     assert {selection.kept for selection in plan.selections.values()} == {((12, 13, 14, 15),)}
     assert plan.changes
+
+
+def test_a_method_that_decides_on_the_unpruned_model() -> None:
+    """Its decisions count, not its scores."""
+
+    def decide(evidence: ghostssm.Evidence, cut: Any) -> Decision:
+        return Decision(Selection((tuple(range(cut.state_size)),) * evidence.layout.n_groups))
+
+    def score(evidence: ghostssm.Evidence) -> Tensor:
+        return torch.arange(16.0).expand(evidence.layout.n_groups, 16)
+
+    ghostssm.register_method(ghostssm.Method("first", "the first channels", score, decide=decide, one_shot=True))
+    plan = ghostssm.Calibration(tiny_model(), random_windows(2, 60)).plan("first", 4)
+    assert {selection.kept for selection in plan.selections.values()} == {((0, 1, 2, 3),)}
 
 
 def test_a_step_of_mixer_scope() -> None:

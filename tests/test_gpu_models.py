@@ -105,7 +105,7 @@ def test_ghost_decides_the_same(device: str, monkeypatch: pytest.MonkeyPatch) ->
     smaller = apply_plan(tiny_model(num_hidden_layers=2).to(device), plan)
     mixer = mixers_of(smaller)[0]
     streams = mixer_streams(mixer, torch.randn(1, 4, 32, device=device))
-    assert gather_statistics(mixer, [streams]).output_energy.shape == (1, 6)
+    assert gather_statistics(mixer, [streams], 1).output_energy.shape == (1, 6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -68,6 +68,9 @@ def test_sizes() -> None:
         ({"selections": {"a": [[], []]}}, "keep no channel"),
         ({"projected": {"a": 2}}, "projected names some mixers"),
         ({"changed": {"a": ["D"]}}, "changed is not a list"),
+        ({"tiers": None}, "tiers is not an object"),
+        ({"state_size": 2**31}, "state_size is 2147483648, expected an integer from 1 to 1048576"),
+        ({"projected": {"a": 2**31, "b": 2}}, "no integer from 1 to 1048576"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -93,7 +96,13 @@ json_values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["format", "version", "method", "n_groups", "state_size", "selections", "provenance"]), json_values
+    st.sampled_from(
+        [
+            *("format", "version", "method", "n_groups", "state_size", "selections", "provenance"),
+            *("per_layer", "projected", "tiers", "changed", "distillations"),
+        ]
+    ),
+    json_values,
 )
 def test_any_value_anywhere_is_accepted_or_refused_in_words(tmp_path: Path, key: str, value: Any) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(document(tmp_path) | {key: value}))

@@ -119,6 +119,7 @@ def together(
     [
         ("mamba2", "output+refit5+repair", "equal"),
         ("mamba2", "balanced+per-layer", "equal"),
+        ("mamba2", "balanced+refit20", "equal"),
         pytest.param("granite", "balanced+repair", "equal", marks=pytest.mark.slow),
         pytest.param("zamba2", "ghost", "pooled", marks=pytest.mark.slow),
         pytest.param("mamba2", "sparsegpt", "equal", marks=pytest.mark.slow),

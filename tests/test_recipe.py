@@ -28,6 +28,10 @@ def test_steps_keep_the_order_in_which_they_are_written() -> None:
     assert [step.name for step in Recipe.parse("ghost+repair+refit9").steps] == ["repair", "refit"]
 
 
+def test_steps_of_the_whole_model_come_last_as_they_are_carried_out() -> None:
+    assert str(Recipe.parse("ghost+distill9+repair+refit9")) == "ghost+repair+refit9+distill9"
+
+
 @pytest.mark.parametrize("text", ["", "gost", "ghost+", "ghost+mend", "ghost+refitx", "+repair"])
 def test_nonsense_is_refused_in_words(text: str) -> None:
     with pytest.raises(InputError, match="expected"):

@@ -124,7 +124,11 @@ def test_a_search_without_a_standard_error() -> None:
     assert "±" not in searched.text
 
 
-@pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}])
+HUGE = {"max_excess_loss": 10**400, "held_out_windows": 1, "state_dtype": "int8", "excess_loss": 1, "standard_error": 1}
+"""The bound is a number that no float holds."""
+
+
+@pytest.mark.parametrize("foreign", [{}, {"search": None}, {"search": {"standard_error": None}}, {"search": "x"}, HUGE])
 def test_a_provenance_without_a_search(foreign: dict[str, Any]) -> None:
     assert Searched.from_json(foreign) is None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from ghostssm.models.families import mixers_of
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, mixer_streams, normed_output, output_of_streams
+from ghostssm.recovery import repair
 from ghostssm.recovery.repair import _slopes, repair_output, repair_skip
 from tests.conftest import tiny_model
 
@@ -102,6 +105,16 @@ def test_a_skip_that_explains_the_target_is_found() -> None:
     mixer.D.data += 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(1))
     assert repair_skip(mixer, batches, wanted) < 1e-3
     torch.testing.assert_close(mixer.D.detach(), right, rtol=0, atol=1e-2)
+
+
+def test_a_skip_is_fitted_to_all_depths_of_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one token of each would be enough: at the first ones D has nothing to weigh here."""
+    monkeypatch.setattr(repair, "_SKIP_TOKENS", 16)
+    mixer, batches = prepared(16)
+    batches = [replace(s, x=torch.cat([torch.zeros_like(s.x[:, :1]), s.x[:, 1:]], dim=1)) for s in batches]
+    wanted = outputs(mixer, batches)
+    mixer.D.data += 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(1))
+    assert repair_skip(mixer, batches, wanted) < 1e-2
 
 
 def test_slopes_are_the_outputs_derivative() -> None:

@@ -355,10 +355,19 @@ def _together(size: int, asked: DistillRequest) -> DistillOutcome:
     return outcome
 
 
-@pytest.mark.parametrize(("recipe", "trained"), [("ghost", "all"), ("balanced", "mixers")])
-def test_two_processes(request_of: Callable[..., DistillRequest], tmp_path: Path, recipe: str, trained: Any) -> None:
+@pytest.mark.parametrize(("recipe", "trained", "hidden_weight"), [("ghost", "all", 3.0), ("balanced", "mixers", 0.0)])
+def test_two_processes(
+    request_of: Callable[..., DistillRequest], tmp_path: Path, recipe: str, trained: Any, hidden_weight: float
+) -> None:
     """Student and teacher sharded by FSDP2: the losses of one process, all along the curve."""
-    asked = request_of(recipe, trained=trained, learning_rate=1e-3, save_minutes=0.0, checkpointing=True)
+    asked = request_of(
+        recipe,
+        trained=trained,
+        hidden_weight=hidden_weight,
+        learning_rate=1e-3,
+        save_minutes=0.0,
+        checkpointing=True,
+    )
     expected, found = distill(replace(asked, output=str(tmp_path / "one"))), _together(2, asked)
     assert ghostssm.verify(found.written).passed
     for one, two in zip(expected.distillation.curve, found.distillation.curve, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ import ghostssm
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import evaluate
 from ghostssm.ops.state_format import StateStorage
-from ghostssm.plan.distillation import Distillation
+from ghostssm.plan.distillation import Distillation, Point
+from ghostssm.plan.measurement import Difference
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.recovery.distill import training as training_module
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
@@ -102,9 +104,9 @@ def test_the_first_gradient_is_autograds() -> None:
     "other",
     [{"accumulate": 4}, {"checkpointing": True}],
 )
-@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
-def test_the_same_in_less_memory(other: dict[str, Any], state_dtype: str) -> None:
-    settings = dataclasses.replace(QUICK, state_dtype=state_dtype)
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 30.0}, {"state_dtype": "int8"}])
+def test_the_same_in_less_memory(other: dict[str, Any], more: dict[str, Any]) -> None:
+    settings = dataclasses.replace(QUICK, **more)
     expected, found = distilled(settings), distilled(dataclasses.replace(settings, **other))
     for before, after in zip(expected.record.curve, found.record.curve, strict=True):
         assert after.divergence == pytest.approx(before.divergence, rel=1e-4)
@@ -282,6 +284,14 @@ def test_record_as_json() -> None:
     assert Distillation.from_json(record.as_json()) == record
     for broken in (None, [], {}, record.as_json() | {"curve": 3}, record.as_json() | {"kept_step": 99}):
         assert Distillation.from_json(broken) is None
+    lost = record.as_json()["curve"][0] | {"step": math.inf}
+    assert Distillation.from_json(record.as_json() | {"curve": [lost, *record.as_json()["curve"]]}) is None
+
+
+def test_a_point_where_the_student_overflowed_is_valid_json() -> None:
+    point = Point(3, 60, math.nan, Difference(math.inf, math.nan))
+    found = Point.from_json(json.loads(json.dumps(point.as_json(), allow_nan=False)))
+    assert (found.step, found.tokens, found.divergence, found.excess.mean) == (3, 60, math.inf, math.inf)
 
 
 def test_recipes() -> None:

@@ -98,7 +98,7 @@ DEFINITIONS: dict[str, Definition] = {
 def case() -> tuple[Mixer, Streams, Evidence]:
     """Two groups of four heads, and all that a method may look at but gradients."""
     mixer, s = mixer_and_streams()
-    statistics = gather_statistics(mixer, [s])
+    statistics = gather_statistics(mixer, [s], 1)
     samples = sample_outputs(mixer, [(s, scanned(mixer, s))], tokens=48, directions=32)
     return mixer, s, Evidence(mixer.layout, mixer.in_proj.weight, 0, Known(statistics, samples))
 

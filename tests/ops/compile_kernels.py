@@ -1,22 +1,26 @@
-"""Compile the kernels for a Hopper GPU, without one, through the functions that launch them, and print what came out.
+"""Compile the kernels for a GPU, without one, through the functions that launch them, and print what came out.
 
-    python tests/ops/compile_kernels.py
+    python tests/ops/compile_kernels.py                 # for a Hopper; or ampere, blackwell (GeForce), mi300
+    python tests/ops/compile_kernels.py mi300 reading   # only the kernels of read_states, or another of `WORK`
 
 One JSON line per kernel: its name and shape, registers, bytes spilled, bytes of shared memory, and the numbers of
 16-byte loads and stores; of a step's loads also how many are under way before anything waits for one, at a special
-function or a barrier.
+function or a barrier. Of an AMD GPU's only spills, in registers, and shared memory.
 Not under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -31,11 +35,22 @@ from ghostssm.ops.state_format import FORMATS, StateStorage, quantise
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-class Hopper:
+TARGETS = {
+    "hopper": GPUTarget("cuda", 90, 32),
+    "ampere": GPUTarget("cuda", 80, 32),
+    "blackwell": GPUTarget("cuda", 120, 32),
+    "mi300": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass
+class Driver:
     """What triton asks of a driver before it launches anything."""
 
+    target: GPUTarget
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -72,23 +87,29 @@ def told(tool: str, content: bytes, *options: str) -> str:
 
 def report(shape: str, run: Callable[[], object]) -> None:
     for name, compiled in launches(run):
-        ptx = compiled.asm["ptx"]
-        used = told("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
-        found = {
-            "kernel": name,
-            "shape": shape,
-            "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
-            "spilled": int(re.findall(r"STACK:(\d+)", used)[-1]),
-            "shared": compiled.metadata.shared,
-            "wide_loads": ptx.count("ld.global.v4"),
-            "wide_stores": ptx.count("st.global.v4"),
-        }
-        if name in ("step_state", "stored_scan"):  # to disassemble takes long
-            instructions = told("nvdisasm", compiled.asm["cubin"], "-c")
-            before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
-            found["early_wide_loads"] = before_waiting.count("LDG.E.128")
-            found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
+        found = {"kernel": name, "shape": shape, "shared": compiled.metadata.shared}
+        found |= of_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else of_nvidia(name, compiled.asm)
         print(json.dumps(found), flush=True)
+
+
+def of_amd(machine_code: str) -> dict[str, int]:
+    return {"spilled": sum(map(int, re.findall(r"vgpr_spill_count: +(\d+)", machine_code)))}
+
+
+def of_nvidia(name: str, forms: dict[str, Any]) -> dict[str, int]:
+    used = told("cuobjdump", forms["cubin"], "--dump-resource-usage")
+    found = {
+        "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
+        "spilled": int(re.findall(r"STACK:(\d+)", used)[-1]),
+        "wide_loads": forms["ptx"].count("ld.global.v4"),
+        "wide_stores": forms["ptx"].count("st.global.v4"),
+    }
+    if name in ("step_state", "stored_scan"):  # to disassemble takes long
+        instructions = told("nvdisasm", forms["cubin"], "-c")
+        before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
+        found["early_wide_loads"] = before_waiting.count("LDG.E.128")
+        found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
+    return found
 
 
 def decode_step(
@@ -108,31 +129,30 @@ def decode_step(
         rows[:, inner + channels : inner + channels + heads],
     )
     window, state = torch.zeros(2, channels, 4, dtype=dtype), torch.zeros(2, heads, p, r, dtype=state_dtype)
-    return lambda: gpu.step_kernels().decode_step_(window, state, xBC, dt, z if gate else None, weights)
+    return lambda: gpu.kernels("step").decode_step_(window, state, xBC, dt, z if gate else None, weights)
 
 
 def stored_step(storage: StateStorage, n: int, length: int = 1) -> Callable[[], object]:
     x, dt, B = torch.zeros(2, length, 4, 64), torch.zeros(2, length, 4), torch.zeros(2, length, 1, n)
     stored = quantise(torch.zeros(2, 4, 64, n), storage)
-    return lambda: gpu.stored_kernels().stored_scan_(stored, storage, x, dt, dt[0, 0], B, B, dt[0, 0])
+    return lambda: gpu.kernels("stored").stored_scan_(stored, storage, x, dt, dt[0, 0], B, B, dt[0, 0])
 
 
 def gradients(n: int, dtype: torch.dtype, tokens: int = 80) -> Callable[[], object]:
     heads, p = 16, 64
     x, B = torch.zeros(1, tokens, heads, p, dtype=dtype), torch.zeros(1, tokens, 1, n, dtype=dtype)
     dt, state = torch.zeros(1, tokens, heads), torch.zeros(1, heads, p, n)
-    return lambda: gpu.chunk_kernels().ssd_backward(x, dt, dt[0, 0], B, B, dt[0, 0], state, x, state)
+    return lambda: gpu.kernels("chunks").ssd_backward(x, dt, dt[0, 0], B, B, dt[0, 0], state, x, state)
 
 
 def reading(n: int) -> Callable[[], object]:
     heads, p, at = 16, 64, torch.tensor([0, 70])
     x, B, dt = torch.zeros(1, 80, heads, p), torch.zeros(1, 80, 1, n), torch.zeros(1, 80, heads)
     u = torch.zeros(1, len(at), heads, 9, p)
-    return lambda: gpu.chunk_kernels().read_states(x, dt, dt[0, 0], B, u, at, None)
+    return lambda: gpu.kernels("chunks").read_states(x, dt, dt[0, 0], B, u, at, None)
 
 
-def main() -> None:
-    driver.set_active(Hopper())
+def steps() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for r in (128, 96, 64, 32, 16):
             report(f"p 64, N' {r}, {dtype}", decode_step(64, r, dtype))
@@ -141,18 +161,30 @@ def main() -> None:
     report("p 128, N' 256", decode_step(128, 256, torch.float32))
     report("projected 128 to 48", decode_step(64, 48, torch.float32, maps=True))
     y = torch.zeros(2, 5120)
-    report("5120", lambda: gpu.norm_kernels().norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
+    report("5120", lambda: gpu.kernels("norm").norm_step(y, y, y[0], 1e-5, 1, torch.bfloat16, gate_first=True))
+
+
+def training() -> None:
     for n in (128, 64, 60, 32):
         report(f"p 64, N {n}", gradients(n, torch.float32))
     report("p 64, N 128, bfloat16", gradients(128, torch.bfloat16))
     report("p 64, N 128, one token", gradients(128, torch.float32, tokens=1))
+
+
+def readings() -> None:
     for n in (128, 60):
         report(f"p 64, N {n}, 9 directions", reading(n))
-    kernels = gpu.scan_kernels()
+
+
+def scans() -> None:
+    kernels = gpu.kernels("scan")
     for n in (128, 96, 64, 16):
         x, B, dt = torch.zeros(1, 8, 2, 64), torch.zeros(1, 8, 1, n), torch.zeros(1, 8, 2)
         report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.channel_energies(x, dt, dt[0, 0], B, B, None))
         report(f"N {n}", lambda x=x, B=B, dt=dt: kernels.ssd(x, dt, dt[0, 0], B, B, dt[0, 0], None))
+
+
+def stored() -> None:
     for rounding in ("nearest", "stochastic"):
         for form in list(FORMATS)[1:]:
             for n in (128, 64) if rounding == "nearest" else (64, 60):
@@ -160,6 +192,22 @@ def main() -> None:
         tiers = StateStorage.of("tiers", rounding).with_tiers(((16, 48), (8, 24), (0, 0), (30, 3)))
         report(f"p 64, N 64, tiers {rounding}", stored_step(tiers, 64))
     report("p 64, N 64, int8, several tokens", stored_step(StateStorage.of("int8"), 64, length=3))
+
+
+WORK = {"step": steps, "training": training, "reading": readings, "scan": scans, "stored": stored}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", choices=TARGETS, default="hopper")
+    parser.add_argument("work", nargs="*", help=f"of {', '.join(WORK)}; all of it unless given")
+    args = parser.parse_args()
+    target = TARGETS[args.target]
+    driver.set_active(Driver(target))
+    generation = target.backend, target.arch // 10 if isinstance(target.arch, int) else 9
+    with mock.patch.object(gpu, "generation", return_value=generation):
+        for name in args.work or WORK:
+            WORK[name]()
 
 
 if __name__ == "__main__":

@@ -10,17 +10,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_compile() -> None:
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What the script says of every kernel."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_compile() -> None:
+    found = compiled()
     assert {line["kernel"] for line in found} == {
         "prepare_streams", "step_state", "group_norm", "energy_scan", "ssd_scan", "stored_scan", "tiered_scan",
         "chunk_states", "chunk_products",
@@ -31,3 +39,13 @@ def test_kernels_compile() -> None:
             assert 0 < line["wide_stores"] <= line["early_wide_loads"], line
         if line["kernel"] == "stored_scan" and "float16" in line["shape"]:  # a scale's quotient has some of its own
             assert line["fused"] == 0, line
+
+
+@pytest.mark.parametrize("target", ["ampere", "mi300"])
+def test_products_compile_for_other_tensor_cores(target: str) -> None:
+    """Without spills too, and in the 64 KiB of shared memory that an AMD GPU has."""
+    found = compiled(target, "reading")
+    assert {line["kernel"] for line in found} == {"chunk_states", "chunk_products"}
+    for line in found:
+        assert line["spilled"] == 0, line
+        assert line["shared"] <= 65536, line

@@ -36,9 +36,9 @@ def fused(triton_device: str, fresh_seed: int, _poisoned: None, monkeypatch: pyt
     for form in ("ssd_chunked", "ChunkedScan"):
         monkeypatch.setattr(f"ghostssm.ops.ssd.{form}", None)
     monkeypatch.setattr("ghostssm.ops.reading.read_states_chunked", None)
-    monkeypatch.setattr(gpu.scan_kernels(), "STRETCH", 4)
-    monkeypatch.setattr(gpu.chunk_kernels(), "CHUNK", 16)
-    monkeypatch.setattr(gpu.chunk_kernels(), "_HEADS", 2)
+    monkeypatch.setattr(gpu.kernels("scan"), "STRETCH", 4)
+    monkeypatch.setattr(gpu.kernels("chunks"), "CHUNK", 16)
+    monkeypatch.setattr(gpu.kernels("chunks"), "_HEADS", 2)
     return triton_device
 
 

@@ -121,7 +121,7 @@ class OpenBlock(_WalkedBlock):
 
     def statistics(self) -> LayerStatistics:
         """Mean energies of the mixer's channels."""
-        return gather_statistics(self.present_mixer, self.streams(), self.walk.processes)
+        return gather_statistics(self.present_mixer, self.streams(), len(self.walk.batches), self.walk.processes)
 
     def samples(self, seed: int) -> OutputSamples:
         """Samples of what the mixer's channels add to its output."""
@@ -259,9 +259,8 @@ class PrunedBlock(_WalkedBlock):
         self._decision = decision
         self._kept = {number: _decided(streams, decision) for number, streams in kept.items()}
         self._behind_kept = _behind_streams(mixer)
-        self._before = {
-            name: value.detach().clone() for name, value in mixer.module.named_parameters() if dense_outputs
-        }
+        parameters = mixer.module.named_parameters() if dense_outputs else ()  # recovery steps need the outputs
+        self._before = {name: value.detach().clone() for name, value in parameters}
 
     def streams(self) -> Iterator[Streams]:
         """The mixer's streams with the parameters of now, batch by batch."""
@@ -275,11 +274,11 @@ class PrunedBlock(_WalkedBlock):
 
     def decision(self) -> Decision:
         """The decision, with every parameter that a recovery step has changed since."""
-        parameters = self.present_mixer.module.named_parameters()
+        parameters = dict(self.present_mixer.module.named_parameters())
         changed = {
-            name: value.detach().clone()
-            for name, value in parameters
-            if name in self._before and not torch.equal(value, self._before[name])
+            name: parameters[name].detach().clone()
+            for name, before in self._before.items()
+            if not torch.equal(parameters[name], before)
         }
         changes = {**self._decision.changes, **changed}
         return replace(self._decision, projection=self.present_mixer.projection, changes=changes)

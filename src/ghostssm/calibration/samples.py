@@ -249,12 +249,12 @@ def output_factors(mixer: Mixer, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, 
     (b, s, h, _), norm, g = y.shape, mixer.norm, mixer.layout.n_groups
     gate = F.silu(at_least_float32(z)).view(y.shape)
     before = gate if norm is None or norm.gate_first else torch.ones_like(gate)
-    rms = y.new_ones(b, s, g, 1, 1)
+    inverse_rms = y.new_ones(b, s, g, 1, 1)
     if norm is not None:
         square = (y * before).square().unflatten(2, (g, -1)).mean((-1, -2), keepdim=True)
-        rms = torch.rsqrt(square + norm.eps)
-    rms = rms.expand(b, s, g, h // g, 1).reshape(b, s, h, 1)
-    return before, rms, gate * rms
+        inverse_rms = torch.rsqrt(square + norm.eps)
+    inverse_rms = inverse_rms.expand(b, s, g, h // g, 1).reshape(b, s, h, 1)
+    return before, inverse_rms, gate * inverse_rms
 
 
 def _directions(mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,10 +270,11 @@ def _directions(mixer: Mixer, weight: Tensor, y: Tensor, z: Tensor) -> tuple[Ten
     (b, s, h, p), norm = y.shape, mixer.norm
     g = mixer.layout.n_groups
     weight = weight.view(s, -1, h, p)
-    before, rms, factor = output_factors(mixer, y, z)
+    before, inverse_rms, factor = output_factors(mixer, y, z)
     u = y.new_empty(b, s, h, weight.shape[1] + 1, p)
     torch.mul(weight.transpose(1, 2), factor[:, :, :, None], out=u[:, :, :, :-1])
-    torch.mul(y * before * rms, 0 if norm is None else before * rms / (h // g * p), out=u[:, :, :, -1])
+    along = 0 if norm is None else before * inverse_rms / (h // g * p)
+    torch.mul(y * before * inverse_rms, along, out=u[:, :, :, -1])
     normed = (y * factor).view(b, s, g, -1)
     toward = weight.unflatten(2, (g, -1)).transpose(1, 2).flatten(3) @ normed.permute(1, 2, 3, 0)  # (s, g, d, b)
     return toward.permute(3, 0, 1, 2), u

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghostssm.calibration.processes import Processes
 from ghostssm.models.mixer import Mixer, Streams
-from ghostssm.ops.energy import ChannelEnergies, channel_energies
+from ghostssm.ops.energy import channel_energies
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,23 @@ class LayerStatistics:
     tokens: int
 
 
-def gather_statistics(mixer: Mixer, batches: Iterable[Streams], processes: Processes | None = None) -> LayerStatistics:
-    """Statistics of a mixer whose streams arrive in batches, over those of all processes."""
-    parts: list[tuple[ChannelEnergies, int]] = []
+def gather_statistics(
+    mixer: Mixer, batches: Iterable[Streams], count: int, processes: Processes | None = None
+) -> LayerStatistics:
+    """Statistics of a mixer whose streams arrive in batches, over those of all processes.
+
+    Args:
+        count: of this process's batches.
+    """
+    processes, layout, tokens = processes or Processes(), mixer.layout, 0
+    # Room for all of them before the first: small tensors between large ones, if kept, leave holes in the heap.
+    sums = torch.empty(count, 3, layout.n_groups, layout.state_size, dtype=torch.float64)
     with torch.inference_mode():
-        for streams in batches:
+        for room, streams in zip(sums, batches, strict=True):
             energies = channel_energies(streams.x, streams.dt, mixer.A, streams.B, streams.C)
-            parts.append((energies, streams.dt.shape[0] * streams.dt.shape[1]))
-    parts = (processes or Processes()).gather(parts)
-    total = reduce(add, (energies for energies, _ in parts))
-    tokens = sum(count for _, count in parts)
-    return LayerStatistics(total.output / tokens, total.state / tokens, total.readout / tokens, tokens)
+            room.copy_(torch.stack((energies.output, energies.state, energies.readout)))
+            tokens += streams.dt.shape[0] * streams.dt.shape[1]
+    total = reduce(add, processes.gather(list(sums)))
+    tokens = sum(processes.gather([tokens]))
+    output, state, readout = total / tokens
+    return LayerStatistics(output, state, readout, tokens)

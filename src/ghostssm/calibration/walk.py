@@ -42,6 +42,7 @@ class LayerWalk:
         hidden: (count, l, hidden_size), what reaches the next block.
         tokens: how many there are in all windows, those of other processes included.
         first_window: the number of this process's first window.
+        batches: the windows that a block is run on at a time.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LayerWalk:
         self.scratch = scratch or Scratch()
         self._source = blocks_of(model)
         self.family = family_of(self._source.model.config)
-        self._spans = own.batches(self._source.device)
+        self.batches = own.batches(self._source.device)
         dtype = torch.promote_types(self._source.model.dtype, torch.float32)
         self.hidden, self._calls = block_calls(self._source, own, dtype, self.scratch)
 
@@ -86,7 +87,7 @@ class LayerWalk:
     def calls(self, index: int, block: nn.Module) -> Iterator[tuple[slice, partial[Any]]]:
         """For each batch its windows, and the call of a copy of block ``index`` with what reaches it."""
         device = self._source.device
-        for span, calls in zip(self._spans, self._calls, strict=True):
+        for span, calls in zip(self.batches, self._calls, strict=True):
             call: Call = calls[index].map(lambda tensor: tensor.to(device))
             yield span, partial(block, self.hidden[span].to(device), *call.args, **call.kwargs)
 

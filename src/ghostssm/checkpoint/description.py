@@ -106,9 +106,9 @@ class Description(Value):
         """Parameters that one token meets: of the experts, those that it is routed to."""
         if not self.expert_parameters:
             return self.parameters
-        experts = getattr(self.config, "n_routed_experts", None) or self.config.num_local_experts
-        idle = self.expert_parameters * (experts - self.config.num_experts_per_tok)
-        return self.parameters - idle // experts
+        experts: int = getattr(self.config, "n_routed_experts", None) or self.config.num_local_experts
+        used: int = self.config.num_experts_per_tok
+        return self.parameters - self.expert_parameters * (experts - used) // experts
 
     @property
     def is_stock(self) -> bool:

@@ -47,19 +47,20 @@ _ITERATIONS_PER_ROUND = 5
 def balanced_maps(
     controllability: Tensor, observability: Tensor, r: int, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """T_B and T_C, (n, r), and all Hankel singular values, (n,).
+    """T_B and T_C, (..., n, r), and all Hankel singular values, (..., n), descending.
 
     The ridge keeps both well conditioned where a Gramian is rank-deficient: directions that are never reached or never
     read get a small singular value instead of none.
 
     Args:
-        controllability, observability: (n, n), float64, symmetric, positive semidefinite.
+        controllability, observability: (..., n, n), float64, symmetric, positive semidefinite.
+        ridge: added to both diagonals, in multiples of their means.
     """
     return _balanced(_Roots.of(controllability), _Roots.of(observability), r, ridge)
 
 
 def _balanced(controllability: _Roots, observability: _Roots, r: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`balanced_maps` of one group or, with a leading axis, of each."""
+    """`balanced_maps`, from eigenvalues that serve for several ridges."""
     L, R = controllability.factor(ridge), observability.factor(ridge)
     U, S, Vh = torch.linalg.svd(R.mT @ L)
     scale = S[..., None, :r].rsqrt()
@@ -90,9 +91,9 @@ class _Roots:
 
 
 def hankel_values(evidence: Evidence) -> Tensor:
-    """(g, n), descending."""
+    """(g, n), descending; the smallest feel the ridge."""
     samples = evidence.samples
-    return _balanced(_Roots.of(samples.controllability()), _Roots.of(samples.observability()), 1, _RIDGES[0])[2]
+    return balanced_maps(samples.controllability(), samples.observability(), 1, _RIDGES[0])[2]
 
 
 def projection_error(samples: OutputSamples, maps: Projection, share: float = 0.0) -> Tensor:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ghostssm.methods.base import Evidence, Method, register_method
-from ghostssm.methods.selection import Cut
+from ghostssm.methods.selection import Cut, selection_of
 from ghostssm.plan.decision import Decision, Selection
 
 SHARES = (0.0, 0.7, 1.0)
@@ -77,14 +78,10 @@ def _exchanged(gram: NDArray[np.float64], label: NDArray[np.int_], start: NDArra
 
 def choose_from_gram(gram: Tensor, n_groups: int, cut: Cut) -> Selection:
     """The channels that stay, by a Gram matrix (g * n, g * n)."""
-    n = len(gram) // n_groups
-    label = np.repeat(np.arange(n_groups), n)
-    if cut.groups == "pooled":
-        gone = least_error_set(gram.cpu().numpy(), np.zeros(len(gram), dtype=int), [n_groups * (n - cut.state_size)])
-    else:
-        gone = least_error_set(gram.cpu().numpy(), label, [n - cut.state_size] * n_groups)
-    kept = (~gone).reshape(n_groups, n)
-    return Selection(tuple(tuple(int(channel) for channel in np.flatnonzero(row)) for row in kept))
+    pools = 1 if cut.groups == "pooled" else n_groups
+    lost = len(gram) - n_groups * cut.state_size
+    gone = least_error_set(gram.cpu().numpy(), np.arange(pools).repeat(len(gram) // pools), [lost // pools] * pools)
+    return selection_of(torch.from_numpy(~gone).view(n_groups, -1))
 
 
 def single(evidence: Evidence) -> Tensor:

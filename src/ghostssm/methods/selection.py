@@ -31,7 +31,7 @@ def select(scores: Tensor, cut: Cut) -> Selection:
     """The highest-scoring channels of one layer, from scores (g, n); of equal scores the lower index wins."""
     if cut.groups == "equal":
         kept = torch.zeros_like(scores, dtype=torch.bool)
-        return _selection(kept.scatter(1, _best(scores, cut.state_size), True))
+        return selection_of(kept.scatter(1, _best(scores, cut.state_size), True))
     return select_together([scores], cut.state_size)[0]
 
 
@@ -42,7 +42,7 @@ def select_together(scores: Sequence[Tensor], state_size: int) -> list[Selection
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[_best(flat, budget)] = True
     parts = torch.split(kept, [s.numel() for s in scores])
-    return [_selection(part.view_as(s)) for part, s in zip(parts, scores, strict=True)]
+    return [selection_of(part.view_as(s)) for part, s in zip(parts, scores, strict=True)]
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -51,5 +51,6 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def _selection(kept: Tensor) -> Selection:
+def selection_of(kept: Tensor) -> Selection:
+    """From (g, n), bool: whether a channel stays."""
     return Selection(tuple(tuple(group.nonzero().flatten().tolist()) for group in kept))

@@ -30,7 +30,8 @@ from ghostssm.ops._triton_scan import with_dense_tokens
 
 CHUNK = 64
 _LANES = 64
-"""The most rows or columns of a tile of a state."""
+"""The most rows or columns of a tile of a state; half of them on other GPUs than a Hopper, whose tensor cores take
+their factors from shared memory: elsewhere these are in registers, which would spill."""
 _KEYS = 32
 """The most numbers of a query and a key that are worked on at a time; with more, registers spill."""
 _HEADS = 8
@@ -299,7 +300,7 @@ def _states(
     u, B = with_dense_tokens(u), with_dense_tokens(B)
     b, length, heads, p = u.shape
     n = B.shape[3]
-    rows, columns = _lanes(p), _lanes(n)
+    rows, columns = _lanes(p, u), _lanes(n, u)
     states = torch.empty(b, log_decay.shape[2] // CHUNK + 1, heads, p, n, device=u.device)
     with gpu.on_device_of(u):
         chunk_states[(heads * -(-p // rows) * -(-n // columns), b)](
@@ -330,11 +331,11 @@ def _products(
     """
     query, key, value = (with_dense_tokens(part) for part in (query, key, value))
     b, length, heads, groups = *key.shape[:2], states.shape[2], value.shape[2] if summed else key.shape[2]
-    rows, size, columns = query.shape[1], value.shape[3], _lanes(value.shape[3])
-    heads_per_part = min(_HEADS, heads // groups) if summed else 1
+    rows, size, columns = query.shape[1], value.shape[3], _lanes(value.shape[3], value)
+    keys, heads_per_part = min(_KEYS, _lanes(key.shape[3], key)), min(_HEADS, heads // groups) if summed else 1
     parts = -(-(heads // groups) // heads_per_part)
     directions = 1 if positions is None else rows // len(positions)
-    tile = CHUNK if positions is None else _lanes(directions)
+    tile = CHUNK if positions is None else _lanes(directions, query)
     blocks = -(-rows // CHUNK) if positions is None else len(positions) * -(-directions // tile)
     out = torch.empty(b, rows, groups * parts, size, device=key.device)
     with gpu.on_device_of(key):
@@ -342,8 +343,8 @@ def _products(
             *_stream(query), *_stream(key), *_stream(value), log_decay, states, positions, out, length, rows,
             BACKWARDS=int(backwards), SUMMED=int(summed), DIRECTIONS=directions,
             HEADS=heads, HEADS_PER_GROUP=heads // groups, HEADS_PER_PART=heads_per_part,
-            KEY_SIZE=key.shape[3], VALUE_SIZE=size, ROWS=tile, KEYS=min(_KEYS, _lanes(key.shape[3])), COLUMNS=columns,
-            CHUNK=CHUNK, PRECISION=precision, num_warps=_WARPS, num_stages=1,
+            KEY_SIZE=key.shape[3], VALUE_SIZE=size, ROWS=tile, KEYS=keys, COLUMNS=columns, CHUNK=CHUNK,
+            PRECISION=precision, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return out.unflatten(2, (groups, parts)).sum(3) if summed else out
 
@@ -360,13 +361,19 @@ def _by_chunk(tokens: Tensor) -> Tensor:
 
 
 def _precision(x: Tensor) -> str:
-    """Of products: as float32, by three products of tensor cores, or one where half precision came in."""
+    """Of products: as float32, by three products of tensor cores, or one where half precision came in.
+
+    AMD's tensor cores take float32 as it is; few of them take TF32.
+    """
+    if gpu.generation(x)[0] == "hip":
+        return "ieee"
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
-def _lanes(size: int) -> int:
-    """The side of tiles that cover a size; tensor cores take no less than 16."""
-    return min(_LANES, max(16, int(triton.next_power_of_2(size))))
+def _lanes(size: int, tensor: Tensor) -> int:
+    """The side of tiles that cover a size, where the tensor is; tensor cores take no less than 16."""
+    most = _LANES if gpu.generation(tensor) == ("cuda", 9) else _LANES // 2
+    return min(most, max(16, int(triton.next_power_of_2(size))))
 
 
 def _stream(part: Tensor) -> list[Tensor | int]:

@@ -98,7 +98,7 @@ def decode_step_(
     tensors = [value for value in vars(weights).values() if isinstance(value, Tensor)]
     fusable = not storage.rounds or (storage.format.name == "bfloat16" and not storage.stochastic)
     if fusable and gpu.usable(state, window, xBC, dt, z, *tensors) and state.is_contiguous() and window.is_contiguous():
-        fused: Tensor = gpu.step_kernels().decode_step_(window, state, xBC, dt, z, weights)
+        fused: Tensor = gpu.kernels("step").decode_step_(window, state, xBC, dt, z, weights)
         return fused
     mixed = conv_step_(window, xBC, weights.taps, weights.bias)
     x, B, C = weights.streams(at_least_float32(mixed))
@@ -113,7 +113,7 @@ def block_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     rows = x.flatten(0, -2)
     if not gpu.usable(rows, weight):
         return None
-    fused: Tensor = gpu.norm_kernels().norm_step(rows, None, weight, eps, 1, x.dtype, gate_first=False)
+    fused: Tensor = gpu.kernels("norm").norm_step(rows, None, weight, eps, 1, x.dtype, gate_first=False)
     return fused.view_as(x)
 
 
@@ -126,6 +126,6 @@ def norm_step(
         y, z: (b, h * p). weight: (h * p,). dtype: of the result.
     """
     if gpu.usable(y, z, weight):
-        fused: Tensor = gpu.norm_kernels().norm_step(y, z, weight, eps, groups, dtype, gate_first)
+        fused: Tensor = gpu.kernels("norm").norm_step(y, z, weight, eps, groups, dtype, gate_first)
         return fused
     return gated_rms_norm(y, at_least_float32(z), weight, eps, groups, gate_first=gate_first).to(dtype)

@@ -36,9 +36,6 @@ class ChannelEnergies:
     state: Tensor
     readout: Tensor
 
-    def __add__(self, other: ChannelEnergies) -> ChannelEnergies:
-        return ChannelEnergies(self.output + other.output, self.state + other.state, self.readout + other.readout)
-
 
 def channel_energies_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
@@ -69,7 +66,7 @@ def channel_energies(
     b, _, h, p = x.shape
     g, n = B.shape[2:]
     if gpu.usable_in_float32(x, dt, A, B, C, initial_state):
-        by_head = gpu.scan_kernels().channel_energies(x, dt, A, B, C, initial_state)
+        by_head = gpu.kernels("scan").channel_energies(x, dt, A, B, C, initial_state)
         output, stored = (part.sum(0).view(g, h // g, n).sum(1) for part in by_head)
         return ChannelEnergies(output, stored, C.double().square().sum((0, 1)))
     if not compiled.usable(x, dt, A, B, C, initial_state):

@@ -8,9 +8,10 @@ then whether ``TRITON_INTERPRET=1`` asks for its interpreter, in which the tests
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,39 +27,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def step_kernels() -> Any:
-    """The module of the decode step's kernels."""
-    from ghostssm.ops import _triton_step
-
-    return _triton_step
-
-
-def norm_kernels() -> Any:
-    """The module of the norm's kernel."""
-    from ghostssm.ops import _triton_norm
-
-    return _triton_norm
-
-
-def scan_kernels() -> Any:
-    """The module of the kernels over whole sequences, token by token."""
-    from ghostssm.ops import _triton_scan
-
-    return _triton_scan
-
-
-def stored_kernels() -> Any:
-    """The module of the kernels over states that are stored rounded."""
-    from ghostssm.ops import _triton_stored
-
-    return _triton_stored
-
-
-def chunk_kernels() -> Any:
-    """The module of the kernels over whole sequences, in chunks."""
-    from ghostssm.ops import _triton_chunks
-
-    return _triton_chunks
+def kernels(of: Literal["step", "norm", "scan", "stored", "chunks"]) -> Any:
+    """The module ``_triton_step``, or what else they are of."""
+    return importlib.import_module(f"ghostssm.ops._triton_{of}")
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
@@ -88,3 +59,13 @@ def usable_in_float32(*tensors: Tensor | None) -> bool:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Within the context kernels run where the tensor is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def generation(tensor: Tensor) -> tuple[str, int]:
+    """Of the GPU that a tensor is on: "cuda" or AMD's "hip", and the first number of its compute capability.
+
+    In the interpreter a Hopper's, ("cuda", 9).
+    """
+    if not tensor.is_cuda:
+        return "cuda", 9
+    return "hip" if torch.version.hip else "cuda", torch.cuda.get_device_capability(tensor.device)[0]

@@ -36,7 +36,7 @@ def read_states(
         M, (b, s, g, d, n), and the state after the last token, (b, h, p, n).
     """
     if len(positions) and gpu.usable_in_float32(x, dt, A, B, u, state):
-        read: tuple[Tensor, Tensor] = gpu.chunk_kernels().read_states(
+        read: tuple[Tensor, Tensor] = gpu.kernels("chunks").read_states(
             x, dt, A, B, u, torch.tensor(positions, device=x.device), state
         )
         return read

@@ -185,7 +185,7 @@ class FusedScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, dt, A, B, C, D, initial_state)
         ctx.set_materialize_grads(False)
-        y_and_state: tuple[Tensor, Tensor] = gpu.scan_kernels().ssd(x, dt, A, B, C, D, initial_state)
+        y_and_state: tuple[Tensor, Tensor] = gpu.kernels("scan").ssd(x, dt, A, B, C, D, initial_state)
         return y_and_state
 
     @staticmethod
@@ -193,7 +193,7 @@ class FusedScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        gradients = gpu.chunk_kernels().ssd_backward(x, dt, A, B, C, D, initial_state, dy, dstate)
+        gradients = gpu.kernels("chunks").ssd_backward(x, dt, A, B, C, D, initial_state, dy, dstate)
         return tuple(
             gradient if asked else None for gradient, asked in zip(gradients, ctx.needs_input_grad, strict=True)
         )

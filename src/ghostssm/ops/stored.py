@@ -56,7 +56,7 @@ def stored_scan_(
         y: (b, l, h, p), float32.
     """
     if gpu.usable_in_float32(x, dt, A, B, C, D) and stored.is_contiguous():
-        fused: Tensor = gpu.stored_kernels().stored_scan_(stored, storage, x, dt, A, B, C, D)
+        fused: Tensor = gpu.kernels("stored").stored_scan_(stored, storage, x, dt, A, B, C, D)
         return fused
     if not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
         y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from ghostssm.plan.measurement import Difference
+from ghostssm.plan.measurement import MALFORMED, Difference
 from ghostssm.units import bytes_text, counted
 
 
@@ -33,10 +32,9 @@ class Candidate:
 
     @classmethod
     def from_json(cls, document: Any) -> Candidate:
-        """From what `as_json` wrote; raises KeyError, TypeError, ValueError or OverflowError for anything else."""
-        lost = {} if document["excess_loss"] is not None else {"excess_loss": math.inf}
+        """From what `as_json` wrote; raises `MALFORMED` for anything else."""
         size, dtype = float(document["state_size"]), str(document["state_dtype"])
-        return cls(size, dtype, int(document["state_bytes"]), Difference.from_json({**document, **lost}))
+        return cls(size, dtype, int(document["state_bytes"]), Difference.from_json(document))
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Choice:
             candidates = tuple(map(Candidate.from_json, document["candidates"]))
             bound, windows = int(document["state_bytes"]), int(document["held_out_windows"])
             return cls(bound, windows, candidates) if candidates else None
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except MALFORMED:
             return None
 
     def as_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostssm.choices import Trained
 from ghostssm.ops.state_format import FLOAT32, FORMATS
-from ghostssm.plan.measurement import Difference, Measurement
+from ghostssm.plan.measurement import MALFORMED, Difference, Measurement
 
 MOVED = {"mixers": "the mixers", "small": "all but the large matrices", "all": "all parameters"}
 """`Trained` in words."""
@@ -34,6 +34,17 @@ class Point:
     def excess_text(self) -> str:
         return self.excess.text
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; None for what is not finite."""
+        divergence = self.divergence if math.isfinite(self.divergence) else None
+        return {"step": self.step, "tokens": self.tokens, "divergence": divergence} | self.excess.as_json()
+
+    @classmethod
+    def from_json(cls, document: Any) -> Point:
+        """From what `as_json` wrote, where None is infinite; raises `MALFORMED` for anything else."""
+        divergence = math.inf if document["divergence"] is None else float(document["divergence"])
+        return cls(int(document["step"]), int(document["tokens"]), divergence, Difference.from_json(document))
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -57,6 +68,7 @@ class Distillation:
         before: losses on other texts, of the student as it came.
         after: the same, of the student as it went.
         state_dtype: that the student's state was rounded to after every token.
+        hidden_weight: of the hidden states' errors, beside the divergence.
         setbacks: why the training went back to its best parameters, each time, to go on at a lower learning rate.
     """
 
@@ -77,6 +89,7 @@ class Distillation:
     before: Sequence[Measurement] = field(default=())
     after: Sequence[Measurement] = field(default=())
     state_dtype: str = FLOAT32.name
+    hidden_weight: float = 0.0
     setbacks: Sequence[str] = field(default=())
 
     @property
@@ -93,25 +106,25 @@ class Distillation:
     def as_json(self) -> dict[str, Any]:
         """JSON values."""
         measured = {name: [each.as_json() for each in getattr(self, name)] for name in ("before", "after")}
-        return asdict(self) | {"curve": [_point_as_json(point) for point in self.curve]} | measured
+        return asdict(self) | {"curve": [point.as_json() for point in self.curve]} | measured
 
     @classmethod
     def from_json(cls, document: Any) -> Distillation | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
-            # Earlier releases did not round, and ended at the first setback.
-            document = {"state_dtype": FLOAT32.name, "setbacks": ()} | document
+            document = {"state_dtype": FLOAT32.name, "hidden_weight": 0.0, "setbacks": ()} | document
             values = {name: document[name] for name in cls.__dataclass_fields__}
-            curve = tuple(_point_from_json(point) for point in values["curve"])
+            curve = tuple(map(Point.from_json, values["curve"]))
             measured = {
                 name: tuple(each for entry in values[name] if (each := Measurement.from_json(entry)) is not None)
                 for name in ("before", "after")
             }
             setbacks = tuple(str(reason) for reason in values["setbacks"])
-            read = cls(**values | {"curve": curve, "setbacks": setbacks} | measured)
-            whole = read.best.step == read.kept_step and type(read.tokens) is int and read.state_dtype in FORMATS
-            return read if whole else None
-        except (KeyError, TypeError, ValueError, StopIteration):
+            weight = float(values["hidden_weight"])
+            read = cls(**values | {"curve": curve, "hidden_weight": weight, "setbacks": setbacks} | measured)
+            kept = any(point.step == read.kept_step for point in curve)
+            return read if kept and type(read.tokens) is int and read.state_dtype in FORMATS else None
+        except MALFORMED:
             return None
 
 
@@ -124,19 +137,3 @@ def distillations_from_json(document: Any) -> tuple[Distillation, ...]:
     """The distillations in a list; what is none is left out."""
     read = map(Distillation.from_json, document if isinstance(document, list) else ())
     return tuple(each for each in read if each is not None)
-
-
-def _point_as_json(point: Point) -> dict[str, Any]:
-    error = point.excess.standard_error
-    return {
-        "step": point.step,
-        "tokens": point.tokens,
-        "divergence": point.divergence,
-        "excess_loss": point.excess.mean,
-        "standard_error": None if math.isnan(error) else error,
-    }
-
-
-def _point_from_json(entry: Any) -> Point:
-    excess = Difference.from_json(entry)
-    return Point(int(entry["step"]), int(entry["tokens"]), float(entry["divergence"]), excess)

@@ -26,7 +26,7 @@ VERSION = 2
 TENSORS_FILE = "plan.tensors"
 """In the safetensors format, but not by its suffix: vLLM and SGLang take every *.safetensors for a model's weights."""
 _LISTED_FAULTS = 20
-_MOST_COUNT = 2**31 - 1
+_MOST_COUNT = 1 << 20
 
 
 def write_document(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -105,7 +105,7 @@ def _faults(document: dict[str, Any]) -> list[str]:
             faults.append(f"{key} is {short(document.get(key))}, expected a string")
     for key in ("n_groups", "state_size"):
         if not _is_count(document.get(key)):
-            faults.append(f"{key} is {short(document.get(key))}, expected a positive integer")
+            faults.append(f"{key} is {short(document.get(key))}, expected an integer from 1 to {_MOST_COUNT}")
     if not isinstance(document.get("provenance"), (dict, type(None))):
         faults.append("provenance is not an object")
     selections = document.get("selections")
@@ -143,8 +143,9 @@ def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
     projected, changed = document.get("projected", {}), document.get("changed", [])
     if not isinstance(projected, dict):
         faults.append("projected is not an object")
+        projected = {}
     elif not all(_is_count(size) for size in projected.values()):
-        faults.append("projected has a state size that is not a positive integer")
+        faults.append(f"projected has a state size that is no integer from 1 to {_MOST_COUNT}")
     elif projected and set(projected) != set(mixers):
         faults.append("projected names some mixers, expected all of those in selections, or none")
     faults += _tier_faults(document.get("tiers", {}), projected)
@@ -153,10 +154,10 @@ def _option_faults(document: dict[str, Any], mixers: list[str]) -> list[str]:
     return faults
 
 
-def _tier_faults(tiers: Any, projected: Any) -> list[str]:
+def _tier_faults(tiers: Any, projected: dict[str, Any]) -> list[str]:
     """What is wrong with the numbers of channels per head and number of bits."""
-    if not isinstance(tiers, dict) or not isinstance(projected, dict):
-        return ["tiers is not an object"] if tiers else []
+    if not isinstance(tiers, dict):
+        return ["tiers is not an object"]
     if tiers and set(tiers) != set(projected):
         return ["tiers names other mixers than projected, expected the same, or none"]
     return [

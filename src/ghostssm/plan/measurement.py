@@ -8,6 +8,9 @@ from typing import Any
 
 from ghostssm.units import counted, plus_minus
 
+MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
+"""What reading a value from a JSON document raises if something else is written there."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -33,9 +36,9 @@ class Difference:
 
     @classmethod
     def from_json(cls, document: Any) -> Difference:
-        """From the entries that `as_json` wrote; raises KeyError, TypeError or ValueError for others."""
-        error = document["standard_error"]
-        return cls(float(document["excess_loss"]), math.nan if error is None else float(error))
+        """From the entries that `as_json` wrote; a mean of None is an infinite one. Raises `MALFORMED` for others."""
+        mean, error = document["excess_loss"], document["standard_error"]
+        return cls(math.inf if mean is None else float(mean), math.nan if error is None else float(error))
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Measurement:
                 float(document["pruned_loss"]),
                 Difference.from_json(document),
             )
-        except (TypeError, ValueError, KeyError, OverflowError):
+        except MALFORMED:
             return None
 
     @property
@@ -105,7 +108,7 @@ class Searched:
         try:
             bound, windows = float(document["max_excess_loss"]), int(document["held_out_windows"])
             return cls(bound, windows, str(document["state_dtype"]), Difference.from_json(document))
-        except (KeyError, TypeError, ValueError):
+        except MALFORMED:
             return None
 
     @property

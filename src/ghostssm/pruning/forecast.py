@@ -30,6 +30,8 @@ _DISK_RATE = 200e6
 _LIBRARIES = 580 << 20
 """Bytes of PyTorch, transformers and compiled loops."""
 _BATCH_TOKENS = 2048
+_HELD = 1.5
+"""Bytes that the heap holds per byte of kept streams: what in_proj gave for them too, and holes between them."""
 _WORKING_COPIES = 5
 """Copies of a batch's streams in memory while they are computed."""
 
@@ -72,7 +74,7 @@ def forecast(described: Description, state_size: int, tokens: int, rate: float) 
     units += layers * inner * (_ENERGY_UNITS * layout.state_size + _SCAN_UNITS * state_size)
 
     weights = described.parameters * getattr(described.config.dtype, "itemsize", 4)
-    walked = 4 * tokens * hidden + min(streams, KEPT_STREAM_BYTES)
+    walked = 4 * tokens * hidden + _HELD * min(streams, KEPT_STREAM_BYTES)
     walked += 4 * _WORKING_COPIES * min(tokens, _BATCH_TOKENS) * flowing
     blocks = described.config.num_hidden_layers
     block = (described.parameters - embeddings) / blocks

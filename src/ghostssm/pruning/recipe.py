@@ -21,7 +21,7 @@ class Recipe:
 
     Attributes:
         method: a registered method's name.
-        steps: in the order in which they are carried out.
+        steps: in the order in which they are carried out: those that mend mixers before those that train the model.
         per_layer: divide the total state over the layers by what it costs them.
 
     Raises:
@@ -34,6 +34,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         method_named(self.method)
+        by_scope = sorted(self.steps, key=lambda step: step.registered.scope == "model")  # the walk ends before those
+        object.__setattr__(self, "steps", tuple(by_scope))
         if self.per_layer and not self.registered.shrinks:
             raise InputError(
                 f"{self.method} leaves the state whole, so it can't divide it over the layers; leave +per-layer out."

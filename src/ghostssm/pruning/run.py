@@ -266,19 +266,22 @@ class _Run:
 
     def _one_shot(self, sizes: Sequence[int]) -> dict[str, tuple[Decision, Tensor]]:
         """Decisions and scores on all mixers, by a method that looks at the unpruned model."""
-        method, layout, names = self.recipe.registered, layout_of(self.calibration.model.config), list[str]()
+        method, layout = self.recipe.registered, layout_of(self.calibration.model.config)
+        decisions: dict[str, Decision] = {}
         # Room for all of them before the first block is read: small tensors between blocks, if kept, leave holes.
         scores = torch.empty(len(sizes), layout.n_groups, layout.state_size, dtype=torch.float64)
         for _, mixer in self._mixers():
             if mixer is not None:
-                source = Unpruned(partial(self._saliency_of, mixer.name))
-                scores[len(names)] = method.score(self._evidence(mixer, len(names), source))
-                names.append(mixer.name)
+                index = len(decisions)
+                evidence = self._evidence(mixer, index, Unpruned(gradients=partial(self._saliency_of, mixer.name)))
+                scores[index] = method.score(evidence)
+                decisions[mixer.name] = self._choice(evidence, scores[index], sizes[index])
         if method.scope == "model":
-            kept = select_together(list(scores), sizes[0])
-        else:
-            kept = [select(score, Cut(size, self.groups)) for score, size in zip(scores, sizes, strict=True)]
-        return {name: (Decision(part), score.clone()) for name, part, score in zip(names, kept, scores, strict=True)}
+            together = select_together(list(scores), sizes[0])
+            decisions = {name: Decision(kept) for name, kept in zip(decisions, together, strict=True)}
+        return {
+            name: (decision, score.clone()) for (name, decision), score in zip(decisions.items(), scores, strict=True)
+        }
 
     def _record_known(self, known: dict[str, tuple[Decision, Tensor]]) -> None:
         """Record decisions without a walk, since no activations are needed where nothing is to recover."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,15 +17,14 @@ from ghostssm.methods.base import EvidenceSource, Known
 from ghostssm.plan.decision import Decision
 
 
+@dataclass(frozen=True, kw_only=True)
 class Unpruned(Known):
     """Evidence for a one-shot method, which may ask for the mixer's gate gradients besides the weights."""
 
-    def __init__(self, saliency: Callable[[], Tensor]):
-        super().__init__()
-        self._saliency = saliency
+    gradients: Callable[[], Tensor]
 
     def saliency(self) -> Tensor:
-        return self._saliency()
+        return self.gradients()
 
 
 class Walked:
@@ -74,16 +74,13 @@ class Measured:
         self.statistics, self.samples = source.statistics, source.samples
         self.input_gram, self.saliency = source.input_gram, source.saliency
         self._changes = source.changes
-        self._known: list[tuple[Decision, float]] = []
+        self._known: dict[int, tuple[float, Decision]] = {}  # by identity, which is unique while the decision is held
 
     def changes(self, decisions: Sequence[Decision]) -> list[float]:
-        new = [decision for decision in decisions if self._change(decision) is None]
+        new = [decision for decision in decisions if id(decision) not in self._known]
         if new:
-            self._known += zip(new, self._changes(new), strict=True)
-        return [change for decision in decisions if (change := self._change(decision)) is not None]
-
-    def _change(self, decision: Decision) -> float | None:
-        return next((change for known, change in self._known if known is decision), None)
+            self._known |= zip(map(id, new), zip(self._changes(new), new, strict=True), strict=True)
+        return [self._known[id(decision)][0] for decision in decisions]
 
 
 class Asked:

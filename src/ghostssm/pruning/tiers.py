@@ -149,11 +149,10 @@ def _measured(model: PreTrainedModel, windows: Windows, progress: Progress) -> d
 def _basis(block: OpenBlock) -> Projection:
     """The balanced basis of a block's states, (g, r, r), exact; as much energy in all of a group's channels."""
     samples = block.samples(seed=0)
-    gramians = zip(samples.controllability(), samples.observability(), strict=True)
-    balanced = [balanced_maps(W_c, W_o, len(W_c), _RIDGE) for W_c, W_o in gramians]
-    B = torch.stack([B * S.rsqrt() for B, _, S in balanced])
-    C = torch.stack([C * S.sqrt() for _, C, S in balanced])
-    return Projection(B.to(samples.maps), C.to(samples.maps))
+    W_c, W_o = samples.controllability(), samples.observability()
+    B, C, S = balanced_maps(W_c, W_o, W_c.shape[-1], _RIDGE)
+    energies = S[:, None]  # of the states, in a balanced basis
+    return Projection((B * energies.rsqrt()).to(samples.maps), (C * energies.sqrt()).to(samples.maps))
 
 
 def _costs_in(block: OpenBlock, mixer: Mixer, basis: Projection) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostssm.calibration.open_block import PrunedBlock
@@ -19,6 +21,11 @@ from ghostssm.ops.state_format import FLOAT32, INT4
 from ghostssm.plan.distillation import Distillation
 from ghostssm.progress import Progress
 from ghostssm.text.windows import Windows
+
+
+def held_out(windows: int, first: int = 0) -> Tensor:
+    """Which windows a step is judged by: every eighth, (windows,), bool; ``first`` is the number of the first one."""
+    return torch.arange(first, first + windows) % 8 == 1
 
 
 def training_dtype(kept_in: str | None) -> str:
@@ -40,7 +47,6 @@ class MixerStep:
             amount and a seed. What the dense mixer gave is in the block's ``dense_outputs``.
         default_amount: of a step that is written with a number, such as ``refit100``; None for one without.
         streamable: whether one block in memory at a time is enough.
-        shareable: whether several processes may share the windows.
         rounds: whether it rounds the state as the block's ``state_dtype`` asks.
         scope: always ``mixer``.
     """
@@ -50,7 +56,6 @@ class MixerStep:
     recover: Callable[[PrunedBlock, int, int], None]
     default_amount: int | None = None
     streamable: bool = True
-    shareable: bool = True
     rounds: bool = False
     scope: Literal["mixer"] = "mixer"
 
@@ -67,7 +72,6 @@ class ModelStep:
             it gives, if it trains the whole model by gradients, goes into the plan.
         default_amount: of a step that is written with a number; None for one without.
         streamable: never: the whole model is in memory.
-        shareable: never: one process has all windows.
         rounds: always: it is told the dtype.
         scope: always ``model``.
     """
@@ -77,7 +81,6 @@ class ModelStep:
     recover: Callable[[PreTrainedModel, PreTrainedModel, Windows, int, int, str | None, Progress], Distillation | None]
     default_amount: int | None = None
     streamable: Literal[False] = False
-    shareable: Literal[False] = False
     rounds: Literal[True] = True
     scope: Literal["model"] = "model"
 

@@ -21,7 +21,7 @@ from ghostssm.ops.ssd import ssd
 from ghostssm.ops.state_format import StateStorage
 from ghostssm.ops.step import at_least_float32, project_streams
 from ghostssm.ops.straight_through import straight_through_scan
-from ghostssm.recovery.base import MixerStep, register_step, training_dtype
+from ghostssm.recovery.base import MixerStep, held_out, register_step, training_dtype
 
 DEFAULT_STEPS = 100
 LEARNING_RATE = 0.03
@@ -35,7 +35,6 @@ _CHECK_EVERY = 20
 _CAUTION = 0.3
 """Factor on the learning rate after each measurement until one shows an improvement."""
 _TOKENS_PER_STEP = 1024
-_HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,9 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0, state_dtype:
     Returns:
         held-out error after over held-out error before, at most 1.
     """
-    apart = torch.arange(len(data)) % _HELD_OUT_ONE_IN == 1
-    windows, held_out = data[~apart], data[apart]
-    if not len(held_out):
+    apart = held_out(len(data))
+    windows, judge = data[~apart], data[apart]
+    if not len(judge):
         return 1.0
     trial = _Trial(mixer, StateStorage.of(training_dtype(state_dtype)))
     scales = [max(leaf.detach().square().mean().sqrt().item(), 1e-3) for leaf in trial.leaves.values()]
@@ -107,7 +106,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0, state_dtype:
     generator = torch.Generator().manual_seed(seed)
     count = max(1, _TOKENS_PER_STEP // data.hidden.shape[1])
     energy = data.target.square().mean()
-    first = best = trial.error(held_out)
+    first = best = trial.error(judge)
     kept, caution = trial.state(), 1.0
     for step in range(1, steps + 1):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
@@ -120,7 +119,7 @@ def refit(mixer: Mixer, data: RefitData, steps: int, seed: int = 0, state_dtype:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % _CHECK_EVERY == 0 or step == steps:
-            error = trial.error(held_out)
+            error = trial.error(judge)
             if error < best:
                 best, kept = error, trial.state()
             elif best == first:  # too bold for a mixer that is nearly right: start again, in smaller steps
@@ -206,16 +205,19 @@ def _refit(block: PrunedBlock, amount: int, seed: int) -> None:
         data.append(RefitData.of(mixer, hidden, target))
         tokens += hidden.shape[0] * hidden.shape[1]
     data = walk.processes.gather(data)
+    tensors: list[Tensor] = [*mixer.module.parameters()]
+    if mixer.projection is not None:  # the block is of a stock class, whose parameters have no maps
+        tensors += [mixer.projection.B, mixer.projection.C]
 
-    def refitted() -> dict[str, Tensor]:
+    def refitted() -> list[Tensor]:
         refit(mixer, joined(data), amount, seed, block.state_dtype)
-        return {name: value.detach() for name, value in mixer.module.named_parameters()}
+        return [tensor.detach() for tensor in tensors]
 
-    parameters = walk.processes.from_first(refitted)
+    found = walk.processes.from_first(refitted)
     if walk.processes.rank:
         with torch.no_grad():
-            for name, value in mixer.module.named_parameters():
-                value.copy_(parameters[name])
+            for tensor, value in zip(tensors, found, strict=True):
+                tensor.copy_(value)
 
 
 register_step(

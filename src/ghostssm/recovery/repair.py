@@ -13,13 +13,14 @@ from ghostssm.calibration.processes import Processes
 from ghostssm.models.mixer import Mixer, Streams, mixer_output, normed_output
 from ghostssm.ops.ssd import ssd
 from ghostssm.ops.step import at_least_float32
-from ghostssm.recovery.base import MixerStep, register_step
+from ghostssm.recovery.base import MixerStep, held_out, register_step
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, in multiples of the features' mean energy."""
-_HELD_OUT_ONE_IN = 8
 _SKIP_TOKENS = 1024
 """Tokens of the windows to which D is fitted, which has one number per head."""
+_SKIP_POSITIONS = 8
+"""Of every window at the least: at the first one the state holds a single token, which is like no other."""
 _SKIP_STEPS = 2
 _SKIP_RIDGE = 1e-6
 _SKIP_DIFFERENCE = 1e-2
@@ -85,14 +86,15 @@ def repair_skip(
     processes = processes or Processes()
     D = mixer.D
     tokens = sum(processes.gather([sum(target.shape[0] * target.shape[1] for target in targets)]))
-    stride, parts = max(1, tokens // _SKIP_TOKENS), []
+    stride = max(1, min(tokens // _SKIP_TOKENS, targets[0].shape[1] // _SKIP_POSITIONS))
+    parts = []
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
             y, _ = ssd(streams.x, streams.dt, mixer.A, streams.B, streams.C)
             sampled = [part[:, ::stride].clone() for part in (y, streams.x, streams.z)]
             parts.append([*sampled, target[:, ::stride].to(y)])  # targets may be in files, which only a CPU reads
         y, x, z, target = (torch.cat(part) for part in zip(*processes.gather(parts), strict=True))
-        apart = torch.arange(len(y)) % _HELD_OUT_ONE_IN == 1
+        apart = held_out(len(y))
         if not apart.any():
             return 1.0
 
@@ -154,7 +156,7 @@ def repair_output(
         held-out error after over held-out error before, at most 1.
     """
     weight = mixer.out_proj.weight
-    fit, held_out = _Normal.empty(weight), _Normal.empty(weight)
+    fit, judge = _Normal.empty(weight), _Normal.empty(weight)
     seen, others = first, processes or Processes()
     with torch.no_grad():
         for streams, target in zip(batches, targets, strict=True):
@@ -162,28 +164,27 @@ def repair_output(
             missing = target.to(features) - torch.nn.functional.linear(
                 features, at_least_float32(weight), mixer.out_proj.bias
             )
-            windows = torch.arange(seen, seen + len(target))
-            apart = windows % _HELD_OUT_ONE_IN == 1
+            apart = held_out(len(target), seen)
             seen += len(target)
-            for side, rows in ((fit, ~apart), (held_out, apart)):
-                side.add(features[rows], missing[rows])
-        for side in (fit, held_out):
+            fit.add(features[~apart], missing[~apart])
+            judge.add(features[apart], missing[apart])
+        for side in (fit, judge):
             side.add_up(others)
-        share, change = others.from_first(lambda: _best_change(fit, held_out))
+        share, change = others.from_first(lambda: _best_change(fit, judge))
         if change is not None:
             weight += change.to(weight)
     return share
 
 
-def _best_change(fit: _Normal, held_out: _Normal) -> tuple[float, Tensor | None]:
-    """The share of the held-out error that is left, and the change of the weight; None if no change is better."""
-    if held_out.energy == 0 or fit.energy == 0:
+def _best_change(fit: _Normal, judge: _Normal) -> tuple[float, Tensor | None]:
+    """The share of the held-out error that is left, and the change of the weight; None if none helps."""
+    if judge.energy == 0 or fit.energy == 0:
         return 1.0, None
-    error, ridge = min((held_out.error(fit.solve(ridge)), ridge) for ridge in RIDGES)
-    if error >= held_out.energy:
+    error, ridge = min((judge.error(fit.solve(ridge)), ridge) for ridge in RIDGES)
+    if error >= judge.energy:
         return 1.0, None
-    both = _Normal(fit.gram + held_out.gram, fit.cross + held_out.cross, fit.energy + held_out.energy)
-    return error / held_out.energy, both.solve(ridge)
+    both = _Normal(fit.gram + judge.gram, fit.cross + judge.cross, fit.energy + judge.energy)
+    return error / judge.energy, both.solve(ridge)
 
 
 def _repair(block: PrunedBlock, amount: int, seed: int) -> None:

@@ -81,9 +81,17 @@ class Student(nn.Module):
             return window_losses(readout, lesson.readout, ids)
         loss = divergence(readout, lesson.readout)
         for own, wanted in zip(blocks, lesson.blocks, strict=bool(blocks)):
-            error = (own - wanted).float().square().sum() / wanted.float().square().sum()
-            loss = loss + self._hidden_weight / len(blocks) * error
+            loss = loss + self._hidden_weight / len(blocks) * _relative_error(own, wanted)
         return loss
+
+
+def _relative_error(own: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error of hidden states (b, l, hidden_size) as a share of their energy, in the mean of the windows.
+
+    Of each window by itself, so that parts and processes that share a batch come to the same.
+    """
+    errors, energies = (each.float().square().sum((1, 2)) for each in (own - wanted, wanted))
+    return (errors / energies).mean()
 
 
 def _hidden_states(model: PreTrainedModel, ids: Tensor, with_blocks: bool) -> tuple[Tensor, list[Tensor]]:

@@ -315,6 +315,7 @@ def distill(
         learning_rate=training.learning_rate,
         trained=settings.trained,
         state_dtype=settings.state_dtype,
+        hidden_weight=settings.hidden_weight,
         held_out_windows=len(batches.held_out),
         curve=tuple(training.curve),
         ended=training.ended,
