@@ -229,16 +229,15 @@ def test_a_comparison_for_engines_chooses_among_what_they_run(
 ) -> None:
     model = folder_of(state_size=64, num_hidden_layers=1)
     common = ["--calibration", text_file, "--text", text_file, "--windows", 4, "--window-length", 64]
-    options = ["--state-bytes", "1/2", "1/4", "--engine", "vllm", "--json"]
+    options = ["--state-bytes", "1/2", "--engine", "vllm", "--text-windows", 2, "--batch", 1, "--json"]
     code, out, err = run("compare", model, *common, *options)
     assert code == 0, err
     rows = json.loads(out)[1:]  # the first is the dense model's
     assert {row["state_dtype"] for row in rows} <= {"float32", "bfloat16", "float16"}
-    assert {row["state_size"] for row in rows} <= {16, 32, 64}
+    assert {row["state_size"] for row in rows} <= {32, 64}
     stock = {row["method"] for row in rows}
     assert "ghost" in stock
     assert not {"balanced", "taylor"} & stock  # vLLM has no class for the one; the other's size is not known before
-    assert {bound for row in rows for bound in row["within"]} == {"1/2", "1/4"}
 
 
 def test_bounds_within_which_the_same_is_chosen_share_a_row() -> None:
