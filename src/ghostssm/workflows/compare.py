@@ -273,7 +273,8 @@ class _Cells:
             return [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
         layout, layers = self.described.layout, self.described.layers
         within = (_within(self.request, self.described, recipe, bound) for bound in self.request.state_bytes)
-        return [len(set(fits_in(most, layout, layers, *among).values())) for most, *among in within]
+        fits = (fits_in(most, layout, layers, sizes, dtypes) for most, sizes, dtypes in within)
+        return [len(set(each.values())) for each in fits]
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Plans and losses by method and state size; in every dtype that was asked for, or in those chosen."""
