@@ -137,6 +137,7 @@ def test_the_command_records_the_dtype_where_it_is_read(run: Run, small: Path, t
     assert f'ghostssm.accelerate(model, state_dtype="{dtype}")' in told
     card = (output / "README.md").read_text()
     assert f"kept in {dtype}**" in card
+    assert (f'`ghostssm.accelerate(model, state_dtype="{dtype}")`' in card) == (dtype != "float32")
     assert all(f"| {name} |" in card for name in FORMATS)
 
     measure = ["evaluate", output, "--text", text_file, "--window-length", 64, "--json"]
@@ -223,6 +224,22 @@ def test_a_comparison_has_what_prune_chooses_within_each_bound(recipe: str) -> N
     assert [line[:2] for line in lines if line[0] == "dense"] == [["dense", ""]]
 
 
+def test_a_comparison_for_engines_chooses_among_what_they_run(
+    run: Run, folder_of: Callable[..., Path], text_file: Path
+) -> None:
+    model = folder_of(state_size=64, num_hidden_layers=1)
+    common = ["--calibration", text_file, "--text", text_file, "--windows", 4, "--window-length", 64]
+    options = ["--state-bytes", "1/2", "--engine", "vllm", "--text-windows", 2, "--batch", 1, "--json"]
+    code, out, err = run("compare", model, *common, *options)
+    assert code == 0, err
+    rows = json.loads(out)[1:]  # the first is the dense model's
+    assert {row["state_dtype"] for row in rows} <= {"float32", "bfloat16", "float16"}
+    assert {row["state_size"] for row in rows} <= {32, 64}
+    stock = {row["method"] for row in rows}
+    assert "ghost" in stock
+    assert not {"balanced", "taylor"} & stock  # vLLM has no class for the one; the other's size is not known before
+
+
 def test_bounds_within_which_the_same_is_chosen_share_a_row() -> None:
     bounds = ["1/2", "0.501"]
     options: dict[str, Any] = {"evaluate": random_windows(2, 40, seed=1), "batches": ()}
@@ -241,6 +258,8 @@ def test_bounds_within_which_the_same_is_chosen_share_a_row() -> None:
         (["--state-bytes", "1/1000"], "No state fits into 12 bytes"),
         (["--state-bytes", "1/4", "--methods", "sparsegpt"], "leaves the state whole"),
         (["--state-bytes", "1/4", "--windows", "3"], "at least 4"),
+        (["--state-size", "4", "--engine", "vllm"], "--engine works with --state-bytes only"),
+        (["--state-bytes", "1/4", "--engine", "vllm", "--methods", "balanced"], "leave the engine out"),
     ],
 )
 def test_comparisons_that_say_nothing_are_refused(

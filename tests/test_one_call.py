@@ -166,6 +166,8 @@ def test_a_model_has_its_name_and_not_its_place(tmp_path: Path) -> None:
         (lambda model: ghostssm.prune(model, IDS + 999, state_size=8), "the model knows 288"),
         (lambda model: ghostssm.prune([model], IDS, state_size=8), "Found a list in place of a model"),
         (lambda model: ghostssm.prune(model, 7, state_size=8), r"ghostssm.prune\(model, \['One text"),
+        (lambda model: ghostssm.prune(model, "A text.", state_size=8), r"In Python: ghostssm.Text.from_strings"),
+        (lambda model: ghostssm.prune("a", "A text.", state_size=8), r"In Python: ghostssm.Text.from_strings"),
         (lambda model: ghostssm.evaluate(None, IDS), "in place of a model"),
         (lambda model: ghostssm.evaluate(model, None), "in place of a text"),
         (lambda model: ghostssm.Checkpoint(model, "gpt2"), "in place of a tokenizer"),

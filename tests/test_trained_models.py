@@ -14,6 +14,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import ghostssm
 from ghostssm.calibration.walk import LayerWalk
+from ghostssm.checkpoint.description import described
 from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.ops.ssd import ssd_chunked
 from ghostssm.text.windows import Windows
@@ -98,7 +99,8 @@ def test_scores_equal_the_squared_change_of_y_from_zeroing_each_channel(case: Ca
 
 def excess(case: Case, methods: tuple[str, ...], sizes: tuple[int, ...]) -> dict[tuple[str, int], float]:
     inputs = Inputs(case.checkpoint, case.calibration, case.test)
-    result = compare_on(inputs, ghostssm.CompareRequest("here", sizes, methods, batches=()))
+    about = described(case.checkpoint.model, "here", case.checkpoint.source)
+    result = compare_on(inputs, ghostssm.CompareRequest("here", sizes, methods, batches=()), about)
     return {(row.method, row.state_size): row.excess for row in result.rows}
 
 

@@ -24,6 +24,15 @@ HELD_OUT_ONE_IN = 4
 """Of the windows of a search, one in so many measures the excess loss; the others calibrate."""
 
 
+def check_divisible(batch: int, accumulate: int, processes: int) -> None:
+    """Raise InputError for a batch of windows that can't be divided into parts for so many processes."""
+    if batch % (processes * accumulate):
+        raise InputError(
+            f"A batch of {batch} windows can't be divided into {accumulate} parts for {processes} processes; expected "
+            f"a multiple of {processes * accumulate}."
+        )
+
+
 def check_searchable(windows: int) -> None:
     """Raise InputError for so few calibration windows that none can be held out."""
     if windows < HELD_OUT_ONE_IN:

@@ -19,10 +19,11 @@ from tests.conftest import Run, tiny_model
     [
         ([], "give one of --state-size, --budget, --max-excess-loss, --state-bytes"),
         (["--state-size", 4, "--budget", 0.5], "--state-size and --budget each say how much to keep"),
-        (["--state-size", 16], "The state size would be 16, which is the model's own N"),
-        (["--state-size", 16, "--method", "sparsegpt"], "which is the model's own N"),
-        (["--budget", 1], "Expected a smaller --state-size, or a --budget that leaves less"),
-        (["--budget", 0.99, "--per-layer"], "which is the model's own N"),
+        (["--state-size", 16], "The state size would be 16; expected 1 to 15, less than the model's own N = 16"),
+        (["--state-size", 17], "The state size would be 17; expected 1 to 15, less than the model's own N = 16"),
+        (["--state-size", 16, "--method", "sparsegpt"], "less than the model's own N"),
+        (["--budget", 1], "a smaller --state-size, or a --budget that leaves less"),
+        (["--budget", 0.99, "--per-layer"], "less than the model's own N"),
         (["--budget", 1.5], "--budget is 1.5"),
         (["--max-excess-loss", -1], "--max-excess-loss is -1"),
         (["--state-size", 4, "--per-layer", "--dialect", "mamba_ssm"], "mamba_ssm dialect"),
@@ -160,6 +161,28 @@ def test_options_that_nothing_would_read(run: Run, arguments: str, message: str)
     code, _, err = run(*arguments.split())
     assert code == 2
     assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "m", "--state-size", "4", "--output", ""], "--output is empty; expected a name"),
+        (["export", "m", "--output", ""], "--output is empty; expected a name"),
+        (["compare", "m", "--state-size", "4", "--report", ""], "--report is empty; expected a name"),
+        (["export", "m", "--output", "folder/"], "folder is a folder; expected the name of a file to write"),
+        (["prune", "m", "--state-size", "4", "--output", "o", "--calibration", "none.txt"], "goes into a .txt file."),
+    ],
+)
+def test_names_of_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Python" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize(

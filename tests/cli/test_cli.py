@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +148,20 @@ def test_prune_measures_for_the_card(run: Run, small: Path, text_file: Path, tmp
         losses[name] = json.loads(out)["loss"]
     assert (measured["dense_loss"], measured["pruned_loss"]) == (losses["dense"], pytest.approx(losses["pruned"]))
     assert f"| this model | {measured['pruned_loss']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_prune_ends_with_the_commands_that_come_next(run: Run, small: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = [*prune_arguments(small, text_file, tmp_path / "a folder"), "--method", "magnitude"]
+    _, out, _ = run(*arguments)
+    assert f"or    ghostssm report '{tmp_path}/a folder'" in out
+    (line,) = re.findall(r"^next +ghostssm (evaluate .*)$", out, re.MULTILINE)
+    words = [str(text_file) if word == "TEXT" else word for word in shlex.split(line)]
+    code, out, err = run(*words, "--window-length", 64)
+    assert code == 0, err
+    assert "excess loss" in out
+    _, out, _ = run(*arguments, "--evaluate", text_file, "--overwrite")
+    assert f"next  ghostssm report '{tmp_path}/a folder'" in out
+    assert "ghostssm evaluate" not in out
 
 
 def test_a_failed_upload_leaves_the_checkpoint(
@@ -295,7 +311,7 @@ def test_evaluate_copying(run: Run, small: Path, tmp_path: Path) -> None:
     assert found["copied"]["tokens"] + found["elsewhere"]["tokens"] == 3 * 599
     assert found["copied"]["tokens"] > 0
     code, out, _ = run("evaluate", small, "--text", text, "--copying", "--window-length", 600)
-    assert "256 or more before" in out
+    assert "256 or more tokens before" in out
     code, _, err = run("evaluate", small, "--text", text, "--copying", "--window-length", 100)
     assert code == 2
     assert "windows have 100 tokens" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_the_difference_is_that_of_the_single_runs(
     lines = {line[:16].strip(): line[16:].strip() for line in out.splitlines()}
     assert lines["excess loss"] == f"{plus_minus(mean, error)} nats per token"
     assert lines["text"].endswith("5 windows of 64 tokens")
+
+
+def test_another_base_than_the_one_that_was_pruned_is_told(
+    run: Run, small: Path, pruned: Path, text_file: Path, folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By what the files hold: one that was renamed is the same."""
+    texts = ["--text", text_file, "--window-length", 64, "--text-windows", 2]
+    other = folder_of("other", num_hidden_layers=1)
+    renamed = shutil.copytree(small, tmp_path / "renamed")
+    for base, told in ((other, True), (renamed, False)):
+        code, _, err = run("evaluate", pruned, "--against", base, *texts)
+        assert code == 0, err
+        assert (f"was pruned from '{small.name}', and {base} has other weights" in err) == told
 
 
 def test_a_loss_has_its_standard_error(run: Run, small: Path, text_file: Path) -> None:

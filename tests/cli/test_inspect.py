@@ -113,6 +113,16 @@ def test_our_own_class_is_served_by_our_own_loops(run: Run, small: Path, text_fi
     assert 'transformers-cpu  int8   ghostssm.accelerate(model, state_dtype="int8")' in out
 
 
+def test_a_memory_without_room_for_the_weights(run: Run, small: Path) -> None:
+    code, out, _ = run("inspect", small, "--memory", "1KiB", "--json")
+    assert code == 0
+    (cut,) = json.loads(out)["cuts"]
+    assert repr(cut["state_size"]) == "16"
+    assert {(entry["sequences"], entry["weights"]) for entry in cut["admitted"]} == {(0, 2 * cut["parameters"])}
+    assert "The weights alone take" in run("inspect", small, "--memory", "1KiB")[1]
+    assert "The weights alone take" not in run("inspect", small, "--memory", "80GiB")[1]
+
+
 def test_context_without_a_memory_is_refused(run: Run, small: Path) -> None:
     code, out, err = run("inspect", small, "--context", 4096)
     assert (code, out) == (2, "")

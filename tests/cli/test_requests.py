@@ -200,6 +200,7 @@ def test_a_run_goes_on_for_the_same_request_only(
         (BenchRequest("m", 8), r"--state-size is 8; expected several values, or one as \(8,\)"),  # type: ignore[arg-type]
         (BenchRequest("m", batches=(1, 0)), "--batch is 0; expected 1 or more"),
         (CompareRequest("m", state_bytes=("1/4", "5/4")), "--state-bytes is '5/4'; expected a share .* below 1"),
+        (DistillRequest("s", "t", "x", "o", batch=3, accumulate=2), "A batch of 3 windows can't be divided into 2"),
         (ExportRequest("m", "o", dtype="f23"), "--dtype is 'f23'; .* Did you mean 'f32'?"),  # type: ignore[arg-type]
     ],
 )

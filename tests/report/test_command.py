@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_report_draws_what_a_folder_holds(run: Run, pages: dict[str, Path], tmp_
     assert code == 0, err
     code, out, _ = run("report", pages["folder"], "--output", page, "--overwrite", "--json")
     assert json.loads(out)["bytes"] == page.stat().st_size
+
+
+def test_what_is_not_shown_has_a_command_without_folders(run: Run, pages: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(pages["folder"], tmp_path / "bare")
+    (folder / "report.json").unlink()
+    code, _, err = run("report", folder, "--overwrite")
+    assert code == 0
+    assert "it comes with: ghostssm prune model " in err
+    assert " --calibration text.txt " in err
+    assert "--seed" not in err
+    assert "not where they lie" in err
 
 
 def test_a_folder_that_prune_did_not_write(run: Run, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from ghostssm.report.figures.cost import size_figure
 from ghostssm.report.figures.state import correlation, hankel_figure, phantom_figure, quadrants, saliency_figure
 from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Report, Section, Table, Texts, html_page
-from ghostssm.report.telling import prune_command, repeating_command
+from ghostssm.report.telling import command, prune_command, repeating_command
 from ghostssm.workflows.compare_result import Row
 from ghostssm.workflows.report_measuring import observe
 from ghostssm.workflows.report_record import Observations, Record
@@ -201,6 +201,21 @@ def test_the_command_asks_for_what_was_asked_for(pages: dict[str, Path], monkeyp
         app(words[1:], standalone_mode=False)
     assert asked[0].as_json() == manifest.request
     assert words[-2:] == ["--output", "DIR"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"model": "org/m", "calibration": "wikitext2", "windows": 128, "groups": "equal"}, "org/m"),
+        ({"model": "reference", "calibration": "wikitext2"}, "reference --calibration wikitext2"),
+        (
+            {"model": "reference", "calibration": "stdlib", "batches": [1, 8], "seed": 1},
+            "reference --batch 1 8 --seed 1",
+        ),
+    ],
+)
+def test_what_a_command_does_anyway_is_left_out(asked: dict[str, Any], told: str) -> None:
+    assert command("prune", asked) == f"ghostssm prune {told}"
 
 
 def test_samples_are_what_the_models_say(pages: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from ghostssm.checkpoint.place import REFERENCE
 from ghostssm.checkpoint.source import Source
 from ghostssm.engines import advise
 from ghostssm.models.families import family_of, layout_of, mixers_of
-from ghostssm.ops.state_format import TIERS
+from ghostssm.ops.state_format import FLOAT32, TIERS
 from ghostssm.plan.distillation import MOVED, Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
@@ -202,9 +202,10 @@ def _kept_in(state_dtype: str) -> str:
             "rest not at all; `state_tiers` in config.json says how many. `ghostssm.accelerate(model, "
             'state_dtype="tiers")` keeps it so. No engine does yet: they keep all channels, in more bytes.'
         )
+    with_transformers = f' `ghostssm.accelerate(model, state_dtype="{state_dtype}")` keeps it so with transformers.'
     return (
         f"**The state is meant to be kept in {state_dtype}**; `ghostssm inspect PATH --state-dtype {state_dtype}` says "
-        "how engines are told."
+        f"how engines are told.{with_transformers if state_dtype != FLOAT32.name else ''}"
     )
 
 

@@ -39,7 +39,7 @@ def compare(request: CompareRequest, page: str | None = None, overwrite: bool = 
     """Prune by several methods to several state sizes, in memory, and print one table of loss, state and speed.
 
     ghostssm compare MODEL --state-size 96 64 32 --methods ghost output+repair
-    ghostssm compare MODEL --state-bytes 1/4 1/8 --methods ghost balanced
+    ghostssm compare MODEL --state-bytes 1/4 1/8 --engine vllm
     """
     import ghostssm
     from ghostssm.workflows.compare import compare as use_case

@@ -74,8 +74,8 @@ def asks_for(kind: type[Asked], amended: Callable[..., Asked] | None = None) -> 
 
 def requested(kind: type[Asked], given: Mapping[str, Any]) -> Asked:
     """The request made of the parsed values."""
-    usual = {each.name: each.option.usual for each in options_of(kind) if each.option.usual is not None}
-    absent = {name: each.of(given) for name, each in usual.items() if given.get(name) is None}
+    usual = (each for each in options_of(kind) if each.option.usual is not None and given.get(each.name) is None)
+    absent = {each.name: each.usual_value(given) for each in usual}
     return called_with(kind, {**given, **absent})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ghostssm.cli.parsing import AsJson, asks_for
 from ghostssm.extras import check_drawable
 from ghostssm.files.outputs import PAGE_FILE
 from ghostssm.report.screen import carried_out, note
+from ghostssm.text.sources import is_corpus
 from ghostssm.units import bytes_text, one_or_all
 from ghostssm.workflows.options import Option
 from ghostssm.workflows.requests import PruneRequest
@@ -66,8 +68,12 @@ def prune(request: PruneRequest, as_json: AsJson = False) -> None:
     assert outcome.written is not None
     page = ghostssm.write_report(outcome.written, outcome.written / PAGE_FILE) if request.report else None
     _print(outcome, outcome.written, page, time.perf_counter() - begun, as_json)
-    if outcome.plan.state_dtype is not None and not as_json:
+    if as_json:
+        return
+    if outcome.plan.state_dtype is not None:
         _print_serving(outcome.plan.state_dtype, ghostssm.describe(str(outcome.written)), request.engines)
+    if steps := _next_steps(request, outcome):
+        print_facts([("next", steps[0]), *(("or", step) for step in steps[1:])])
 
 
 def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: float, as_json: bool) -> None:
@@ -125,6 +131,16 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if choice is not None:
         print()
         print_table(*choice.cells())
+
+
+def _next_steps(request: PruneRequest, outcome: PruneOutcome) -> list[str]:
+    """The commands that show what the result lost, and what it is, as far as this one did not."""
+    made, output = outcome.plan.provenance, str(outcome.written)
+    steps = [] if request.report else [["report", output]]
+    if outcome.measured is None and (made is None or (made.search is None and made.choice is None)):
+        text = request.calibration if is_corpus(request.calibration) else "TEXT"
+        steps.insert(0, ["evaluate", output, "--against", request.model, "--text", text])
+    return [shlex.join(["ghostssm", *step]) for step in steps]
 
 
 def _print_serving(state_dtype: str, described: Description, engines: Sequence[str]) -> None:

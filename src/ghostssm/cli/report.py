@@ -68,3 +68,5 @@ def _report(where: Path, file: OutputFile, state_dtype: str | None, as_json: boo
     print_facts([("written", f"{file.path} ({bytes_text(size)})"), ("figures", titles)])
     for what, command in missing:
         note(f"not shown: {what}; it comes with: {command}")
+    if missing:
+        note("(commands have the names of models and texts, not where they lie, and options that are not as usual)")

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 def print_admissions(by_size: Mapping[str, Sequence[Mapping[str, Any]]], context: int) -> None:
     """One table per memory: engines and dtypes by state sizes, sequences and all their tokens."""
     rows: dict[int, dict[tuple[str, str], list[str]]] = {}
+    weights: dict[int, int] = {}  # the least
     for entries in by_size.values():
         for entry in entries:
+            weights[entry["memory"]] = min(entry["weights"], weights.get(entry["memory"], entry["weights"]))
             cells = rows.setdefault(entry["memory"], {}).setdefault((entry["engine"], entry["state_dtype"]), [])
             cells += [f"{int(entry['sequences']):,}", f"{entry['tokens']:,}"]
     for memory, lines in rows.items():
         headers = [text for size in by_size for text in (f"sequences, N' = {size}", "their tokens")]
         print_text(f"Sequences of {context:,} tokens in {bytes_text(memory)}, weights included:")
         print_table(["engine", "state", *headers], [[*key, *numbers] for key, numbers in lines.items()], text_columns=2)
+        if weights[memory] > memory:
+            print_text(f"The weights alone take {bytes_text(weights[memory])}.")
         print()
 
 

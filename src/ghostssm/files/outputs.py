@@ -70,10 +70,10 @@ class OutputFile(Unfinished):
     def __init__(self, path: Path | str, overwrite: bool = False):
         """
         Raises:
-            OutputError: the path is a folder, or a file (unless ``overwrite``).
+            OutputError: the path is a folder, or ends as one does, or a file (unless ``overwrite``).
         """
         super().__init__(Path(path))
-        if self.path.is_dir():
+        if self.path.is_dir() or str(path).endswith(os.sep):
             raise OutputError(f"{self.path} is a folder; expected the name of a file to write.")
         if self.path.exists() and not overwrite:
             raise OutputError(f"{self.path} exists; name another file, or pass --overwrite.")

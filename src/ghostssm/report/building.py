@@ -187,7 +187,11 @@ def _trainings(plans: Mapping[str, Plan]) -> list[Figure]:
 
 
 def _repeating(words: str) -> Texts:
-    return Texts("The command that repeats it", {"": words}, "Models and texts by their names, not where they lay.")
+    return Texts(
+        "The command that repeats it",
+        {"": words},
+        "Models and texts by their names, not where they lay. Options as usual are left out.",
+    )
 
 
 def _comparison_saliency(plans: Mapping[tuple[str, int], Plan]) -> list[Figure]:

@@ -13,17 +13,20 @@ from ghostssm.engines.verdicts import Verdicts
 from ghostssm.plan.plan import Plan
 from ghostssm.report.page import Table
 from ghostssm.units import bytes_text, text_name
-from ghostssm.workflows.options import flag
+from ghostssm.workflows.options import flag, options_of
 from ghostssm.workflows.requests import CompareRequest, DistillRequest, PruneRequest, Request
 
 _REQUESTS = {"prune": PruneRequest, "compare": CompareRequest, "distill": DistillRequest}
 
 
 def command(verb: str, asked: Mapping[str, Any]) -> str:
-    """The command line of a request's fields; fields that are None, False or empty are left out."""
+    """The command line of a request's fields; those that say what the command does anyway are left out."""
     kind, words = _REQUESTS.get(verb, Request), ["ghostssm", verb]
+    options = {each.name: each for each in options_of(kind)}
     for name, value in asked.items():
-        values = value if isinstance(value, list | tuple) else [value]
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if name in options and options[name].usual_value(asked) in (value, values):
+            continue
         if value is True:
             words.append(flag(kind, name))
         elif values and value not in (None, False):

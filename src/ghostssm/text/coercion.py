@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ghostssm.errors import InputError, TextError
-from ghostssm.text.sources import Role, Text, is_text_name, read_text
+from ghostssm.text.sources import Role, Text, check_text, is_text_name, read_text
 from ghostssm.text.windows import EVALUATION_SEED, Windows, cut_windows, evaluation_windows
 from ghostssm.values import short
 
@@ -50,6 +50,7 @@ def given_text(
         return given
     if isinstance(given, str) and not is_name(given):
         return Text.from_strings(given, name="a string")
+    check_there(given)
     if isinstance(given, str | PathLike):
         return read_text(Path(given) if isinstance(given, PathLike) else given, role)
     if isinstance(given, Mapping):
@@ -68,6 +69,12 @@ def is_name(given: GivenText) -> bool:
     if isinstance(given, str):
         return is_text_name(given) or not (len(given) > _LONGEST_PATH or "\n" in given)
     return isinstance(given, PathLike)
+
+
+def check_there(given: GivenText | None) -> None:
+    """Raise TextError for a string that names no text that is there."""
+    if isinstance(given, str) and is_name(given):
+        check_text(given, " In Python: ghostssm.Text.from_strings(string).")
 
 
 def given_windows(

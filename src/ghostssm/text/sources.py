@@ -109,12 +109,12 @@ def iterate_text(spec: str, role: Role) -> Iterator[str]:
         yield from read_folder(Path(spec)) if Path(spec).is_dir() else read_file(Path(spec))
 
 
-def check_text(spec: str) -> None:
-    """Raise TextError for the name of a text that is not there."""
+def check_text(spec: str, more: str = "") -> None:
+    """Raise TextError for the name of a text that is not there; ``more`` ends its message."""
     if not is_text_name(spec):
         raise TextError(
             f"No text at {short(spec)}; expected a .txt, .jsonl, .json or .parquet file, a folder of text, or one of: "
-            f"{', '.join(_CORPORA)}. A string that is the text itself: ghostssm.Text.from_strings(string)."
+            f"{', '.join(_CORPORA)}. Check the path; text itself goes into a .txt file.{more}"
         )
 
 

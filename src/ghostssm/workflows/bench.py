@@ -83,7 +83,10 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     check_request(request)
     described = describe(request.model)
     if not described.is_stock:
-        raise InputError(f"{request.model} has a projected state or a state size per layer; bench the original model.")
+        raise InputError(
+            f"{request.model} has a projected state or a state size per layer. Measure it beside the original model: "
+            "ghostssm compare MODEL --state-size N' --methods RECIPE, or ghostssm prune with --report."
+        )
     dense = described.layout.state_size
     sizes = request.state_sizes or tuple(size for size in (dense // 2, dense // 4) if size)
     for size in sizes:

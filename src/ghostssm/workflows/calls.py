@@ -22,7 +22,7 @@ from ghostssm.evaluation.perplexity import Evaluation
 from ghostssm.files.outputs import OutputFolder
 from ghostssm.progress import Notify, Progress, listening, on_screen, unheard
 from ghostssm.pruning.search import held_out_rows
-from ghostssm.text.coercion import GivenText, given_windows, is_name
+from ghostssm.text.coercion import GivenText, check_there, given_windows, is_name
 from ghostssm.text.sources import is_corpus
 from ghostssm.text.windows import Windows
 from ghostssm.values import short
@@ -249,6 +249,10 @@ class _Given:
     column: str | None
     device: str | None
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_there(self.text)
+        check_there(self.evaluate)
 
     @property
     def is_at_hand(self) -> bool:

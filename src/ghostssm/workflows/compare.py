@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import Checkpoint, load
-from ghostssm.choices import DEFAULT_SEED, Groups
+from ghostssm.choices import DEFAULT_RECIPE, DEFAULT_SEED, Groups
+from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
 from ghostssm.evaluation.roofline import measure_machine
 from ghostssm.evaluation.speed import Rate, first_channels, measure
 from ghostssm.methods import method_names
-from ghostssm.models.families import layout_of, mixers_of
+from ghostssm.models.families import layout_of
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FLOAT32, StateStorage
 from ghostssm.plan.plan import Plan
@@ -27,14 +28,14 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration, check_original
-from ghostssm.pruning.search import Fitting, check_shrinks, fits_in
+from ghostssm.pruning.search import Fitting, fits_in
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
 from ghostssm.workflows.report_measuring import observe, sample
 from ghostssm.workflows.request_checks import check_places, check_request
-from ghostssm.workflows.requests import CompareRequest
-from ghostssm.workflows.state_size import bound_on_bytes, check_dtypes
+from ghostssm.workflows.requests import CompareRequest, PruneRequest
+from ghostssm.workflows.state_size import check_dtypes, target_of
 
 _CALIBRATION_COST = 3.0
 """What GHOST takes for a token; the loss on one is the unit. For estimates of the time left."""
@@ -56,16 +57,35 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     check_original(described.is_stock)
     for size in request.state_sizes:
         check_state_size(size, described.layout.state_size)
-    if request.state_bytes:
-        for bound in request.state_bytes:  # each must leave something to choose from
-            fits_in(bound_on_bytes(bound, described.state_bytes()), described.layout, described.layers)
-        for recipe in recipes:
-            check_shrinks(recipe)
+    for recipe, bound in product(recipes or [Recipe.parse(DEFAULT_RECIPE)], request.state_bytes):
+        _within(request, described, recipe, bound)  # each must leave something to choose from
     every = (Recipe(name) for name in method_names())
-    recipes = recipes or [recipe for recipe in every if recipe.registered.shrinks or not request.state_bytes]
+    recipes = recipes or [recipe for recipe in every if _is_suited(request, described, recipe)]
     check_dtypes(request.state_dtypes)
     _storages(request)
     return replace(request, methods=tuple(map(str, recipes))), described
+
+
+def _within(
+    request: CompareRequest, described: Description, recipe: Recipe, bound: str
+) -> tuple[int, Sequence[int] | None, Sequence[str] | None]:
+    """The bytes, sizes and dtypes that ``prune --state-bytes`` chooses within; raises InputError as it does.
+
+    Nothing is written here, so that the head counts as untied, which some engines need.
+    """
+    how: dict[str, Any] = {"engines": request.engines, "groups": request.groups, "untie": True}
+    pruning = PruneRequest(request.model, state_bytes=bound, recipe=str(recipe), **how)
+    target = target_of(pruning, described, recipe, unheard)
+    assert target.state_bytes is not None
+    return target.state_bytes, target.sizes, target.dtypes
+
+
+def _is_suited(request: CompareRequest, described: Description, recipe: Recipe) -> bool:
+    """Whether a recipe can be compared within the request's bounds, if there are any."""
+    try:
+        return all(_within(request, described, recipe, bound) for bound in request.state_bytes)
+    except InputError:
+        return False
 
 
 def _storage(request: CompareRequest, state_dtype: str) -> StateStorage:
@@ -142,7 +162,7 @@ def compare_at_hand(
         f"windows of {windows.length} tokens: calibrating on {len(windows)} of {windows.text_name}, measuring "
         f"on {len(held_out)} of {held_out.text_name}"
     )
-    comparison = compare_on(inputs, request, progress)
+    comparison = compare_on(inputs, request, described, progress)
     basis = Basis(request, described, windows, held_out)
     if request.report:
         observations = observe(checkpoint.model, windows, progress)
@@ -159,18 +179,21 @@ def compare_at_hand(
     return replace(comparison, basis=basis)
 
 
-def compare_on(inputs: Inputs[Checkpoint], request: CompareRequest, progress: Progress = silent) -> Comparison:
+def compare_on(
+    inputs: Inputs[Checkpoint], request: CompareRequest, described: Description, progress: Progress = silent
+) -> Comparison:
     """Carry a checked request out on a loaded model and windows, in place of those that it names.
 
     The model stays as it was.
 
     Args:
         inputs: with windows to measure the losses on.
+        described: the loaded model.
     """
     model, windows = inputs.checkpoint.model, inputs.held_out
     assert windows is not None
     layout = layout_of(model.config)
-    work = _Cells(request, model, inputs.calibration, windows)
+    work = _Cells(request, described, model, inputs.calibration, windows)
     expect("models", [windows.ids.numel(), *work.costs()])
     progress("models", 0, len(work))
     kept = {storage.format.name: storage for storage in (StateStorage(), *_storages(request))}
@@ -218,8 +241,16 @@ class _Cells:
         bounds: cell and dtype to the bounds on the bytes within which they were chosen.
     """
 
-    def __init__(self, request: CompareRequest, model: PreTrainedModel, calibration: Windows, windows: Windows):
-        self.request, self.model, self.calibration, self.windows = request, model, calibration, windows
+    def __init__(
+        self,
+        request: CompareRequest,
+        described: Description,
+        model: PreTrainedModel,
+        calibration: Windows,
+        windows: Windows,
+    ):
+        self.request, self.described, self.model = request, described, model
+        self.calibration, self.windows = calibration, windows
         self.recipes = [Recipe.parse(method) for method in request.methods]
         self.bounds: dict[tuple[Cell, str], list[str]] = {}
 
@@ -232,12 +263,18 @@ class _Cells:
     def costs(self) -> list[float]:
         """About how long each of them takes; the loss on one token is the unit. The dense model is left out."""
         tokens, calibrated = self.windows.ids.numel(), _CALIBRATION_COST * self.calibration.ids.numel()
-        plans = [len(set(self._fits(bound).values())) for bound in self.request.state_bytes]
         return [
-            tokens + number * calibrated * recipe.cost
-            for recipe in self.recipes
-            for number in plans or [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
+            tokens + number * calibrated * recipe.cost for recipe in self.recipes for number in self._planned(recipe)
         ]
+
+    def _planned(self, recipe: Recipe) -> list[int]:
+        """How many plans are made for each model that is measured."""
+        if not self.request.state_bytes:
+            return [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
+        layout, layers = self.described.layout, self.described.layers
+        within = (_within(self.request, self.described, recipe, bound) for bound in self.request.state_bytes)
+        fits = (fits_in(most, layout, layers, sizes, dtypes) for most, sizes, dtypes in within)
+        return [len(set(each.values())) for each in fits]
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Plans and losses by method and state size; in every dtype that was asked for, or in those chosen."""
@@ -274,7 +311,9 @@ class _Cells:
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
             progress("models", done, len(self))
             begun = time.perf_counter()
-            plan = fitting.plan(recipe, self._bytes_of(bound), groups=request.groups, seed=request.seed, progress=None)
+            most, sizes, dtypes = _within(request, self.described, recipe, bound)
+            how: dict[str, Any] = {"groups": request.groups, "seed": request.seed, "progress": None}
+            plan = fitting.plan(recipe, most, state_sizes=sizes, dtypes=dtypes, **how)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
             dtype = plan.provenance.state_dtype
@@ -287,14 +326,6 @@ class _Cells:
             outcomes[cell] = Outcome(plan, known | measured, seconds)
             self.bounds.setdefault((cell, dtype), []).append(bound)
         return outcomes
-
-    def _fits(self, bound: str) -> dict[str, int]:
-        return fits_in(self._bytes_of(bound), layout_of(self.model.config), len(mixers_of(self.model)))
-
-    def _bytes_of(self, bound: str) -> int:
-        layout = layout_of(self.model.config)
-        rows = len(mixers_of(self.model)) * layout.intermediate_size
-        return bound_on_bytes(bound, rows * FLOAT32.state_bytes(1, layout.state_size))
 
 
 def _trained(recipe: Recipe, dtype: str | None) -> str:

@@ -10,19 +10,21 @@ import torch
 from ghostssm.calibration.scratch import Scratch
 from ghostssm.checkpoint.description import chosen_state_dtype
 from ghostssm.checkpoint.loading import Checkpoint, check_device, load, model_config
+from ghostssm.checkpoint.manifest import Manifest
 from ghostssm.checkpoint.source import Source, find_source
 from ghostssm.checkpoint.streamed import StreamedCheckpoint, stream
 from ghostssm.checkpoint.tokenizer import load_tokenizer, required
-from ghostssm.errors import InputError
+from ghostssm.errors import InputError, ModelError
 from ghostssm.evaluation import copying, perplexity
 from ghostssm.evaluation.perplexity import Evaluation, measurement_of
 from ghostssm.evaluation.recall import Recall, last_words
 from ghostssm.extras import needs_installed
 from ghostssm.ops.state_format import FLOAT32, FLOAT32_STORAGE, StateStorage
 from ghostssm.plan.measurement import Difference, Measurement
-from ghostssm.progress import Notify, Progress, silent, unheard
+from ghostssm.progress import Notify, Progress, silent, stage, unheard
 from ghostssm.text.sources import read_passages
 from ghostssm.text.windows import Windows
+from ghostssm.values import short
 from ghostssm.workflows.inputs import tell_idle_gpu, windows_of
 from ghostssm.workflows.request_checks import check_places, check_request
 from ghostssm.workflows.requests import EvaluateRequest
@@ -166,6 +168,7 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
         storage = _storage(request, opened.source, notify)
         return TextLoss(windows, _evaluation(request, opened, windows, progress, storage))
     windows = _shared_windows(request, request.model, request.against)
+    _tell_other_base(request.model, request.against, notify)
     notify(f"measuring {request.model}")
     opened = _opened(request, request.model)
     pruned = _evaluation(request, opened, windows, progress, _storage(request, opened.source, notify))
@@ -173,6 +176,23 @@ def evaluate(request: EvaluateRequest, *, progress: Progress = silent, notify: N
     notify(f"measuring {request.against}")
     dense = _evaluation(request, _opened(request, request.against), windows, progress, FLOAT32_STORAGE)
     return ExcessLoss(windows, dense, pruned)
+
+
+def _tell_other_base(model: str, base: str, notify: Notify) -> None:
+    """Tell that a model was pruned from others than the base's files, if its manifest's hash of them says so."""
+    try:
+        manifest = Manifest.read(find_source(model, weights=False).folder)
+    except ModelError:  # no manifest, or a broken one: reading it elsewhere tells
+        return
+    source = find_source(base)
+    if manifest.state_size is None or manifest.base_model_sha256 is None or source.hub_id == manifest.base_model:
+        return
+    with stage(f"comparing {base} with what the manifest of {model} says"):
+        if source.fingerprint() != manifest.base_model_sha256:
+            notify(
+                f"note: {model} was pruned from {short(manifest.base_model)}, and {base} has other weights or another "
+                f"config.json than that had; the excess loss is over {base}"
+            )
 
 
 def _storage(request: EvaluateRequest, source: Source, notify: Notify) -> StateStorage:

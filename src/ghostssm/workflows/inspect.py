@@ -108,7 +108,7 @@ def inspect(request: InspectRequest) -> InspectOutcome:
     def cut(size: int | None) -> Cut:
         footprints = {form: described.footprint(size, context, form) for form in forms}
         return Cut(
-            state_size=sum(described.state_sizes) / described.layers if size is None else size,
+            state_size=_mean(described.state_sizes) if size is None else size,
             state_bytes_float32=described.state_bytes(size),
             state_bytes_bfloat16=described.state_bytes(size, BFLOAT16),
             saved_fraction=1 - described.state_bytes(size) / before,
@@ -136,6 +136,11 @@ def inspect(request: InspectRequest) -> InspectOutcome:
     return InspectOutcome(described, context, serving, forms, tuple(map(cut, sizes)), prediction)
 
 
+def _mean(sizes: Sequence[int]) -> float:
+    """The average, as one of the sizes where all are the same."""
+    return sizes[0] if len(set(sizes)) == 1 else sum(sizes) / len(sizes)
+
+
 def serving_engines(named: Sequence[str], described: Description) -> tuple[Engine, ...]:
     """The engines that have a class for a model: of those named, or of those that reserve memory by rules of theirs."""
     if not described.is_stock:
@@ -151,7 +156,7 @@ def _kept(form: StateFormat, footprint: Footprint) -> dict[str, Any]:
 
 def _admitted(engine: Engine, form: StateFormat, footprint: Footprint, memory: int) -> dict[str, Any]:
     admission, names = engine.admits(footprint, memory), ("sequences", "tokens", "page", "block_tokens")
-    place = {"engine": engine.name, "state_dtype": form.name, "memory": memory}
+    place = {"engine": engine.name, "state_dtype": form.name, "memory": memory, "weights": footprint.weights}
     return place | {name: getattr(admission, name) for name in names}
 
 

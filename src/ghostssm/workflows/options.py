@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 Panel = Literal["", "How", "Text", "Scale", "Output", "Other options", "Larger than memory"]
 """Titles that options stand under in a verb's help, from top to bottom; what a verb is about has no title."""
+_WRITTEN = frozenset({"DIR", "FILE", "PATH"})
+"""What values are called that name a file or folder to be written."""
 _SECTION = re.compile(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", re.MULTILINE)
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
@@ -87,6 +89,10 @@ class Described(NamedTuple):
     def is_several(self) -> bool:
         return tuple in _kinds(self.type)
 
+    def usual_value(self, given: Mapping[str, Any]) -> Any:
+        """What the command takes where this option is not given, beside other arguments that are."""
+        return self.default if self.option.usual is None else self.option.usual.of(given)
+
     def check(self, value: Any) -> None:
         """Raise InputError for a value, or one of several, that is of another type, out of bounds or no choice."""
         kinds, choices = _kinds(self.type), _choices(self.type)
@@ -95,6 +101,8 @@ class Described(NamedTuple):
         for one in value if isinstance(value, list | tuple) else (value,):
             if one is None:
                 continue
+            if self.option.value in _WRITTEN and not self.option.positional and not str(one).strip():
+                raise InputError(f"{self.flag} is empty; expected a name.")
             if float in kinds and not isinstance(one, Real):
                 raise InputError(f"{self.flag} is {one!r}; expected a number.")
             if int in kinds and not isinstance(one, Integral):

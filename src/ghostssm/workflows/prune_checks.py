@@ -15,19 +15,12 @@ from ghostssm.plan.plan import Plan
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, check_original
-from ghostssm.pruning.search import check_shrinks, fits_in, held_out_rows
+from ghostssm.pruning.search import held_out_rows
 from ghostssm.values import Value
 from ghostssm.workflows.inputs import AnyCheckpoint, Inputs, calibration_windows, tell_same_text, windows_of
 from ghostssm.workflows.request_checks import check_request
 from ghostssm.workflows.requests import PruneRequest
-from ghostssm.workflows.state_size import (
-    Target,
-    check_dtypes,
-    check_engines,
-    check_smaller,
-    suited_target,
-    wanted_target,
-)
+from ghostssm.workflows.state_size import Target, check_dtypes, check_engines, target_of
 
 DEFAULT_BATCHES = (1, 8, 32)
 _SURE_WINDOWS = 8
@@ -116,15 +109,4 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         check_hub_target(request.push_to_hub)
     if request.stream:
         recipe.check_streamable()
-    target = wanted_target(request, described)
-    if target.size is None:
-        check_shrinks(recipe)
-    if request.engines:
-        target = suited_target(target, described, recipe, request, notify)
-    check_smaller(target, described.layout.state_size)
-    job = PruneJob(request, described, recipe, target)
-    if target.state_bytes is not None:  # something has to fit
-        fits_in(
-            target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple=job.multiple
-        )
-    return job
+    return PruneJob(request, described, recipe, target_of(request, described, recipe, notify))

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import singledispatch
 
 from ghostssm.checkpoint.place import folder_of
-from ghostssm.choices import check_searchable
+from ghostssm.choices import check_divisible, check_searchable
 from ghostssm.errors import InputError
 from ghostssm.extras import check_installed
 from ghostssm.files.outputs import OutputFile, OutputFolder, check_apart
@@ -115,6 +115,7 @@ def _check_streamed(request: PruneRequest, search: str | None) -> None:
 def _(request: CompareRequest) -> None:
     if not (request.state_sizes or request.state_bytes):
         raise InputError("Say how much to keep: give --state-size or --state-bytes.")
+    check_belonging(request, {"engines": ("state_bytes",)})
     if request.state_bytes:
         check_heeded(request, "state_bytes", "state_sizes", "state_dtypes", "state_rounding")
         check_searchable(request.windows)
@@ -172,6 +173,7 @@ def _(request: DistillRequest) -> None:
             f"Student and teacher are both {request.student}; expected a pruned checkpoint, and with --teacher the "
             "model that it was pruned from."
         )
+    check_divisible(request.batch, request.accumulate, _processes())
     if request.learning_rate is not None and not request.learning_rate > 0:
         raise InputError(f"--learning-rate is {request.learning_rate:g}; expected a number above 0, such as 0.0005.")
     if request.teacher_device is not None and _several_processes():
@@ -254,7 +256,11 @@ def _check_texts(*names: str | None) -> None:
 
 
 def _several_processes() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return _processes() != 1
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share_or_bytes(text: str) -> Fraction | int:

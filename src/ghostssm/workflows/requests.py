@@ -172,6 +172,8 @@ class CompareRequest(Value, CalibratingRequest):
         state_rounding: of a state narrower than float32: nearest or stochastic.
         state_bytes: or: for every method, the state size and dtype that lose least within so many bytes per sequence,
             as prune --state-bytes chooses them: 1/4 1/8, say, or 6MiB. Measured on every fourth calibration window.
+        engines: with --state-bytes: engines that are to run what is chosen, such as vllm: of the sizes and dtypes only
+            those that all of them run. 'ghostssm inspect reference' lists all of them.
     """
 
     model: Annotated[str, MODEL]
@@ -184,6 +186,7 @@ class CompareRequest(Value, CalibratingRequest):
     state_dtypes: Annotated[tuple[str, ...], STATE_DTYPE] = ("float32",)
     state_rounding: Annotated[Rounding, ROUNDING] = "nearest"
     state_bytes: Annotated[tuple[str, ...], Option("SHARE|SIZE")] = ()
+    engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = ()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from ghostssm.checkpoint.description import Description
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
-from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
+from ghostssm.pruning.search import check_shrinks, fits_in
 from ghostssm.workflows.request_checks import share_or_bytes
 from ghostssm.workflows.requests import PruneRequest
 
@@ -39,7 +39,7 @@ def wanted_target(request: PruneRequest, described: Description) -> Target:
     """How much of a model's state a checked request keeps.
 
     Raises:
-        InputError: more than there is, or nothing.
+        InputError: all that there is, or more, or nothing.
     """
     if (most := request.max_excess_loss) is not None:
         return Target(max_excess_loss=most, dtypes=request.state_dtype and (request.state_dtype,))
@@ -49,7 +49,11 @@ def wanted_target(request: PruneRequest, described: Description) -> Target:
     if request.budget is not None:
         size = max(1, round(request.budget * limit))
     assert size is not None
-    check_state_size(size, limit)
+    if not 1 <= size < limit:
+        raise InputError(
+            f"The state size would be {size}; expected 1 to {limit - 1}, less than the model's own N = {limit}: a "
+            "smaller --state-size, or a --budget that leaves less."
+        )
     return Target(size)
 
 
@@ -69,13 +73,21 @@ def bound_on_bytes(text: str, dense: int) -> int:
     return bound
 
 
-def check_smaller(target: Target, limit: int) -> None:
-    """Raise InputError for a state size that is the model's own, ``limit``: nothing would change."""
-    if target.size == limit:
-        raise InputError(
-            f"The state size would be {limit}, which is the model's own N: nothing would change. Expected a smaller "
-            "--state-size, or a --budget that leaves less."
-        )
+def target_of(request: PruneRequest, described: Description, recipe: Recipe, notify: Notify) -> Target:
+    """The target of a checked request, nearest to the wanted one that its engines run.
+
+    Raises:
+        InputError: as `wanted_target` and `_suited_target`; or no state fits.
+    """
+    target = wanted_target(request, described)
+    if target.size is None:
+        check_shrinks(recipe)
+    if request.engines:
+        target = _suited_target(target, described, recipe, request, notify)
+    if target.state_bytes is not None:  # something has to fit
+        multiple = request.multiple or DEFAULT_MULTIPLE
+        fits_in(target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple)
+    return target
 
 
 def check_dtypes(names: Iterable[str]) -> None:
@@ -101,7 +113,7 @@ def check_engines(request: PruneRequest) -> None:
             )
 
 
-def suited_target(
+def _suited_target(
     target: Target, described: Description, recipe: Recipe, request: PruneRequest, notify: Notify
 ) -> Target:
     """The target nearest to the wanted one that the engines run.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostssm.calibration.processes import Processes
-from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained
+from ghostssm.choices import DEFAULT_SEED, DISTILL_RATE, DISTILL_STEPS, Trained, check_divisible
 from ghostssm.errors import InputError
 from ghostssm.ops.state_format import FLOAT32, FORMATS, StateStorage
 from ghostssm.plan.distillation import Distillation, Point
@@ -292,11 +292,7 @@ def distill(
         InputError: a batch that can't be divided among the processes, or numbers out of range.
     """
     processes, listener = processes or Processes(), listener or Listener()
-    if settings.batch % (processes.size * settings.accumulate):
-        raise InputError(
-            f"A batch of {settings.batch} windows can't be divided into {settings.accumulate} parts for "
-            f"{processes.size} processes; expected a multiple of {processes.size * settings.accumulate}."
-        )
+    check_divisible(settings.batch, settings.accumulate, processes.size)
     own, dense = Student(student, settings.hidden_weight), Teacher(teacher, student.device, settings.hidden_weight > 0)
     choose_trained(student, settings.trained)
     storage = StateStorage.of(settings.state_dtype)
