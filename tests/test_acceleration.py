@@ -187,7 +187,7 @@ def test_pruning_an_accelerated_model() -> None:
 
 
 def test_an_impossible_state_dtype() -> None:
-    with pytest.raises(InputError, match=r"torch.int16; expected one of float32, .*, int4"):
+    with pytest.raises(InputError, match=r"torch.int16.; expected one of: float32, .*, int4"):
         accelerate(tiny_model(), state_dtype=torch.int16)
     with pytest.raises(InputError, match=r"'up'; expected nearest or stochastic"):
         accelerate(tiny_model(), state_dtype="int8", state_rounding="up")
