@@ -153,6 +153,6 @@ def _print_serving(state_dtype: str, described: Description, engines: Sequence[s
     if state_dtype != "float32":
         print()
         print_text(
-            f'transformers keeps it so after ghostssm.accelerate(model, state_dtype="{state_dtype}"), as ghostssm '
-            "generate and ghostssm evaluate do untold."
+            f'transformers keeps it so after ghostssm.accelerate(model, state_dtype="{state_dtype}"); ghostssm '
+            "generate and ghostssm evaluate do so by themselves."
         )
