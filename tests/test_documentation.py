@@ -86,7 +86,7 @@ def test_methods_are_told_with_the_figures_that_were_measured() -> None:
     told = rows_of((DOCS / "methods.md").read_text(encoding="utf-8"))
     assert {"ghost", "output+refit100+repair", "balanced+per-layer"} <= set(told)
     for recipe, cells in told.items():
-        shares = [match[1] for rows in models if (match := re.search(r"\((\d\.\d+)\)", rows[recipe][0]))]
+        shares = [match[1] for rows in models if (match := re.search(r"\((\d+\.\d+)\)", rows[recipe][0]))]
         expected = f"{min(shares, key=float)} to {max(shares, key=float)}" if shares else "1"
         assert expected in cells, f"{recipe}: docs/benchmarks.md has {expected}"
         if len(cells) == 4:
