@@ -46,7 +46,7 @@ def plot(shown: Plan | Comparison, width: int = 640) -> Any:
     """An Altair chart, which a notebook shows and ``.save("figure.svg")`` writes.
 
     Args:
-        shown: a plan, of which it has the scores; or a comparison: perplexities against state sizes.
+        shown: a plan, of which it has the scores; or a comparison: excess losses against bytes of state.
         width: in pixels.
 
     Raises:
