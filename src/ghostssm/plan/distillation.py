@@ -112,6 +112,7 @@ class Distillation:
     def from_json(cls, document: Any) -> Distillation | None:
         """The value that `as_json` wrote; None for any other document, since anybody may have written the file."""
         try:
+            # Files that were written before these were recorded do not have them.
             document = {"state_dtype": FLOAT32.name, "hidden_weight": 0.0, "setbacks": ()} | document
             values = {name: document[name] for name in cls.__dataclass_fields__}
             curve = tuple(map(Point.from_json, values["curve"]))
