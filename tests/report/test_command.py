@@ -43,7 +43,7 @@ def test_what_is_not_shown_has_a_command_without_folders(run: Run, pages: dict[s
     assert "it comes with: ghostssm prune model " in err
     assert " --calibration text.txt " in err
     assert "--seed" not in err
-    assert "not where they lie" in err
+    assert "without their folders" in err
 
 
 def test_a_folder_that_prune_did_not_write(run: Run, tmp_path: Path) -> None:

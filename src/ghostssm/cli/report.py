@@ -69,4 +69,4 @@ def _report(where: Path, file: OutputFile, state_dtype: str | None, as_json: boo
     for what, command in missing:
         note(f"not shown: {what}; it comes with: {command}")
     if missing:
-        note("(commands have the names of models and texts, not where they lie, and options that are not as usual)")
+        note("(these commands name models and texts without their folders, and leave out options at their default)")

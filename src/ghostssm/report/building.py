@@ -190,7 +190,7 @@ def _repeating(words: str) -> Texts:
     return Texts(
         "The command that repeats it",
         {"": words},
-        "Models and texts by their names, not where they lay. Options as usual are left out.",
+        "Models and texts are named without their folders. Options at their default are left out.",
     )
 
 
