@@ -27,9 +27,10 @@ HELD_OUT_ONE_IN = 4
 def check_divisible(batch: int, accumulate: int, processes: int) -> None:
     """Raise InputError for a batch of windows that can't be divided into parts for so many processes."""
     if batch % (processes * accumulate):
+        shared = f" for {processes} processes" if processes > 1 else ""
         raise InputError(
-            f"A batch of {batch} windows can't be divided into {accumulate} parts for {processes} processes; expected "
-            f"a multiple of {processes * accumulate}."
+            f"A batch of {batch} windows can't be divided into {accumulate} parts{shared}; expected a multiple of "
+            f"{processes * accumulate}."
         )
 
 
