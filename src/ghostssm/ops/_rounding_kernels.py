@@ -154,85 +154,33 @@ def row_scale(peak, largest):  # type: ignore[no-untyped-def]
     return np.float32(largest / peak), np.float32(peak * np.float32(np.float32(1) / largest))
 
 
-@numba.njit
-def _write_int8(codes, inverse, values):  # type: ignore[no-untyped-def]
-    """`write_row` to the nearest int8: small enough for the compiler to put it into the loop."""
-    for k in range(values.shape[0]):
-        codes[k] = np.int8(_nearest_integer(np.float32(values[k] * inverse)))
-
-
-@numba.njit
-def _write_int4(codes, inverse, values):  # type: ignore[no-untyped-def]
-    """`write_row` to the nearest int4, for the same reason."""
-    half, n = codes.shape[0], values.shape[0]
-    lower, upper = values[:half], values[half:]
-    for k in range(upper.shape[0]):
-        low = _nearest_integer(np.float32(lower[k] * inverse))
-        high = _nearest_integer(np.float32(upper[k] * inverse))
-        codes[k] = np.int8((low & np.int32(15)) | (high << np.int32(4)))
-    if 2 * half > n:
-        codes[half - 1] = np.int8(_nearest_integer(np.float32(lower[half - 1] * inverse)) & np.int32(15))
-
-
 @numba.njit(fastmath=True)
 def _update(values, decay, added, write, read):  # type: ignore[no-untyped-def]
-    """One row's token: what is read of it, and its largest magnitude."""
-    total, peak = np.float32(0), np.int32(0)
+    """One row's token; gives what is read of it."""
+    total = np.float32(0)
     for k in range(values.shape[0]):
         new = values[k] * decay + added * write[k]
         values[k] = new
         total += new * read[k]
-        peak = max(peak, np.int32(np.float32(new).view(np.int32) & np.int32(0x7FFFFFFF)))
-    return total, np.int32(peak).view(np.float32)
-
-
-@numba.njit(fastmath=True)
-def _update_int8(codes, values, decay, added, write, read):  # type: ignore[no-untyped-def]
-    """`_update` of what an int8 row holds, read on the way; ``decay`` has the scale in it."""
-    total, peak = np.float32(0), np.int32(0)
-    for k in range(values.shape[0]):
-        new = np.float32(codes[k]) * decay + added * write[k]
-        values[k] = new
-        total += new * read[k]
-        peak = max(peak, np.int32(np.float32(new).view(np.int32) & np.int32(0x7FFFFFFF)))
-    return total, np.int32(peak).view(np.float32)
+    return total
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def stored_scan(  # type: ignore[no-untyped-def]
-    codes,
-    halves,
-    scales,
-    width,
-    first_scale,
-    kind,
-    largest,
-    stochastic,
-    key,
-    first_sequence,
-    first_token,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    y,
+def half_scan(  # type: ignore[no-untyped-def]
+    halves, kind, stochastic, key, first_sequence, first_token, x, dt, A, B, C, D, y
 ):
-    """Token by token over a stored state, in place: a row is read, updated in float32, and rounded.
+    """Token by token over a state in bfloat16 or float16, in place: a row is read, updated in float32, and rounded.
 
-    codes int8 (b, h, bytes), halves int16 and scales float32 are the same memory, or anything where the format has
-    none; a row has ``width`` codes, and a head's first scale is at ``first_scale``. x and y (b, l, h, p), dt
-    (b, l, h), A and D (h,), B and C (b, l, g, n).
+    halves int16 (b, h, p * n). x and y (b, l, h, p), dt (b, l, h), A and D (h,), B and C (b, l, g, n).
     """
     b, length, h, p = x.shape
     n = B.shape[3]
     heads_per_group = h // B.shape[2]
     blocks = (p + _ROWS - 1) // _ROWS
+    no_codes, no_scale = np.empty(0, np.int8), np.float32(1)
     for index in numba.prange(b * h * blocks):
         i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
         group = head // heads_per_group
-        own, own_scales = codes[i, head], scales[i, head, first_scale:]
         values = np.empty(n, np.float32)
         first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
         own_key = next_word(np.uint32(key), first_sequence + i)
@@ -243,77 +191,7 @@ def stored_scan(  # type: ignore[no-untyped-def]
             decay = np.exp(step * A[head])
             token_key = next_word(own_key, first_token + t)
             for j in range(first, last):
-                row, half_row = own[j * width : (j + 1) * width], halves[i, head, j * n : (j + 1) * n]
-                scale = own_scales[j] if largest > 0 else np.float32(1)
-                read_row(kind, row, half_row, scale, values)
-                total, peak = _update(values, decay, step * inputs[j], write, read)
-                outputs[j] = total + D[head] * inputs[j]
-                inverse = np.float32(0)
-                if largest > 0:
-                    inverse, own_scales[j] = row_scale(peak, largest)
-                write_row(kind, row, half_row, inverse, values, next_word(token_key, head * p + j), stochastic)
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def tiered_scan(  # type: ignore[no-untyped-def]
-    codes,
-    peaks,
-    first_code,
-    first_peak,
-    wide,
-    narrow,
-    stochastic,
-    key,
-    first_sequence,
-    first_token,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    y,
-):
-    """`stored_scan` of a state in tiers: a head's first ``wide`` channels in 8 bits, the next ``narrow`` in 4.
-
-    codes int8 (b, bytes) and peaks float32 are the same memory, in which first_code and first_peak (h,) say where a
-    head's begin.
-    """
-    b, length, h, p = x.shape
-    heads_per_group = h // B.shape[2]
-    blocks = (p + _ROWS - 1) // _ROWS
-    none = np.empty(0, np.int16)
-    for index in numba.prange(b * h * blocks):
-        i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
-        group, eights = head // heads_per_group, wide[head]
-        n, width = eights + narrow[head], eights + (narrow[head] + 1) // 2
-        own, own_peaks = codes[i, first_code[head] :], peaks[i, first_peak[head] :]
-        first_values, next_values = np.empty(eights, np.float32), np.empty(narrow[head], np.float32)
-        first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
-        own_key = next_word(np.uint32(key), first_sequence + i)
-        for t in range(length):
-            inputs, outputs = x[i, t, head], y[i, t, head]
-            write, read = B[i, t, group, :n], C[i, t, group, :n]
-            step = dt[i, t, head]
-            decay = np.exp(step * A[head])
-            token_key = next_word(own_key, first_token + t)
-            for j in range(first, last):
-                eight, four = own[j * width : j * width + eights], own[j * width + eights : (j + 1) * width]
-                added = step * inputs[j]
-                _, eighth = row_scale(own_peaks[j], np.float32(127))
-                _, fourth = row_scale(own_peaks[j], np.float32(7))
-                high, peak = _update_int8(eight, first_values, eighth * decay, added, write[:eights], read[:eights])
-                read_row(_INT4, four, none, fourth, next_values)
-                low, other = _update(next_values, decay, added, write[eights:], read[eights:])
-                peak = max(peak, other)
-                outputs[j] = high + low + D[head] * inputs[j]
-                own_peaks[j] = peak if peak >= LEAST_PEAK else np.float32(0)
-                eighth, _ = row_scale(peak, np.float32(127))
-                fourth, _ = row_scale(peak, np.float32(7))
-                if stochastic:
-                    row_key = next_word(token_key, head * p + j)
-                    write_row(_INT8, eight, none, eighth, first_values, row_key, stochastic)
-                    write_row(_INT4, four, none, fourth, next_values, row_key, stochastic)
-                else:
-                    _write_int8(eight, eighth, first_values)
-                    _write_int4(four, fourth, next_values)
+                row, row_key = halves[i, head, j * n : (j + 1) * n], next_word(token_key, head * p + j)
+                read_row(kind, no_codes, row, no_scale, values)
+                outputs[j] = _update(values, decay, step * inputs[j], write, read) + D[head] * inputs[j]
+                write_row(kind, no_codes, row, no_scale, values, row_key, stochastic)

@@ -1,15 +1,16 @@
 """How a recurrent state is stored between two tokens: its dtype, scales and rounding, as a readable reference.
 
 Arithmetic is float32 throughout; a state is rounded when it is stored. int8, fp8 (e4m3) and int4 have a float32 scale
-for every (head, row of head_dim), the row's largest magnitude after the update over the format's largest number. The
-other formats are plain tensors.
+for every (head, row of head_dim): the row's largest magnitude after the update, its peak, over the format's largest
+number. The other formats are plain tensors.
 
-A scaled state is one tensor of bytes, (b, h, head_bytes): of every head the codes, row by row, then the scales, both
-padded to 16 bytes. So a cache reorders, resets and moves it like any other; zeros are a state of zeros. int4 has two
-numbers to a byte: channel k in the lower half, channel k + ceil(n / 2) in the upper.
+A scaled state is one tensor of bytes, (b, h, head_bytes): of every head the codes, channel by channel, in each of them
+row by row; then the rows' peaks in float32; both padded to 16 bytes. So a cache reorders, resets and moves it like any
+other; zeros are a state of zeros. int4 has two numbers to a byte: channel k in the lower half, channel k + ceil(n / 2)
+in the upper.
 
 In tiers every head has a number of channels in 8 bits, then a number in 4, and stores none of the others; both tiers
-share a row's scale. Such a state is (b, bytes): head by head what (b, h, head_bytes) has, of another size for each.
+share a row's peak. Such a state is (b, bytes): head by head what (b, h, head_bytes) has, of another size for each.
 
 Shape letters as in `ghostssm.ops.ssd`.
 """
@@ -72,9 +73,18 @@ class StateFormat:
         """Of so many rows of n numbers, scales included and padding left out."""
         return rows * (self.row_bytes(n) + self.scale_bytes)
 
-    def code_bytes(self, p: int, n: int) -> int:
-        """Of a head's numbers in a stored scaled state, padding included: its scales begin there."""
-        return _padded(p * self.row_bytes(n))
+    def tiers_of(self, heads: int, n: int) -> Tiers:
+        """How many channels of each head a scaled format has in 8 and in 4 bits."""
+        return ((0, n) if self.bits == 4 else (n, 0),) * heads
+
+    def places(self, heads: int, p: int, n: int) -> tuple[list[int], list[int]]:
+        """Of every head of a stored scaled state the first byte of its codes and of its peaks."""
+        codes, peaks, place = [], [], 0
+        for wide, narrow in self.tiers_of(heads, n):
+            codes.append(place)
+            peaks.append(place + _padded(p * (INT8.row_bytes(wide) + INT4.row_bytes(narrow))))
+            place = peaks[-1] + _padded(4 * p)
+        return codes, peaks
 
     def model_bytes(self, rows: int, sizes: Sequence[int], tiers: Sequence[Tiers] = ()) -> int:
         """Of one sequence over all mixers of a model, scales included and padding left out.
@@ -135,15 +145,9 @@ class TieredFormat(StateFormat):
         assert self.tiers is not None
         return rows // len(self.tiers) * sum(tier_bytes(wide, narrow) for wide, narrow in self.tiers)
 
-    def places(self, p: int) -> tuple[list[int], list[int], int]:
-        """Of every head of a stored state the first byte of its codes and of its scales; and the bytes of all."""
+    def tiers_of(self, heads: int, n: int) -> Tiers:
         assert self.tiers is not None
-        codes, scales, place = [], [], 0
-        for wide, narrow in self.tiers:
-            codes.append(place)
-            scales.append(place + _padded(p * (INT8.row_bytes(wide) + INT4.row_bytes(narrow))))
-            place = scales[-1] + _padded(4 * p)
-        return codes, scales, place
+        return self.tiers
 
 
 def tier_bytes(wide: int, narrow: int) -> int:
@@ -244,13 +248,18 @@ def quantise(state: Tensor, storage: StateStorage) -> Tensor:
         bound = torch.finfo(form.dtype).max
         return _to_minifloat(state.clamp(-bound, bound), storage).contiguous()
     peak = _peaks(state)
-    scales = peak * torch.tensor(1 / form.largest, dtype=torch.float32)
     if form is FP8:
         codes = _to_minifloat(state * _inverse(peak, form.largest), storage).view(torch.uint8)
     else:
         noise = _uniform(storage, state) - 0.5 if storage.stochastic else torch.zeros(())
         codes = _integers(state, peak, noise, form)
-    return torch.cat([_flat_bytes(codes), _flat_bytes(scales.view(torch.uint8))], dim=-1)
+    return _stored(codes, peak)
+
+
+def _stored(codes: Tensor, peak: Tensor) -> Tensor:
+    """The bytes of codes (..., p, bytes of a row) and peaks (..., p, 1)."""
+    parts = [codes.transpose(-1, -2).flatten(-2), peak.view(torch.uint8).flatten(-2)]
+    return torch.cat([F.pad(part, (0, _padded(part.shape[-1]) - part.shape[-1])) for part in parts], dim=-1)
 
 
 def _peaks(rows: Tensor) -> Tensor:
@@ -287,7 +296,7 @@ def _in_tiers(state: Tensor, storage: StateStorage, form: TieredFormat) -> Tenso
             _integers(rows[..., :wide], peak, noise[..., :wide], INT8),
             _integers(rows[..., wide:], peak, noise[..., :narrow], INT4),
         ]
-        parts += [_flat_bytes(torch.cat(codes, dim=-1)), _flat_bytes(peak.view(torch.uint8))]
+        parts.append(_stored(torch.cat(codes, dim=-1), peak))
     return torch.cat(parts, dim=-1)
 
 
@@ -295,14 +304,19 @@ def _of_tiers(stored: Tensor, form: TieredFormat, p: int, n: int) -> Tensor:
     """`dequantise` of a state in tiers: zeros in channels that are not stored."""
     assert form.tiers is not None
     state = stored.new_zeros(stored.shape[0], len(form.tiers), p, n, dtype=torch.float32)
-    for head, (wide, narrow), codes_at, peaks_at in zip(count(), form.tiers, *form.places(p)[:2]):
-        width = wide + INT4.row_bytes(narrow)
-        codes = stored[:, codes_at : codes_at + p * width].unflatten(-1, (p, width))
-        peak = stored[:, peaks_at : peaks_at + 4 * p].contiguous().view(torch.float32)[..., None]
+    for head, (wide, narrow), *places in zip(count(), form.tiers, *form.places(len(form.tiers), p, n)):
+        codes, peak = _codes_and_peaks(stored, *places, p, wide + INT4.row_bytes(narrow))
         eight, four = (peak * torch.tensor(1 / each, dtype=torch.float32) for each in (127.0, 7.0))
         state[:, head, :, :wide] = codes[..., :wide].contiguous().view(torch.int8).float() * eight
         state[:, head, :, wide : wide + narrow] = _halves(codes[..., wide:], narrow) * four
     return state
+
+
+def _codes_and_peaks(stored: Tensor, codes_at: int, peaks_at: int, p: int, width: int) -> tuple[Tensor, Tensor]:
+    """Of heads (..., bytes) the codes (..., p, width), uint8, and the peaks (..., p, 1), float32."""
+    codes = stored[..., codes_at : codes_at + p * width].unflatten(-1, (width, p)).transpose(-1, -2)
+    peak = stored[..., peaks_at : peaks_at + 4 * p].contiguous().view(torch.float32)[..., None]
+    return codes, peak
 
 
 def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
@@ -311,17 +325,16 @@ def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
         return _of_tiers(stored, form, p, n)
     if form.largest is None:
         return stored.float()
-    width = form.row_bytes(n)
-    codes = stored[..., : p * width].unflatten(-1, (p, width))
-    begin = form.code_bytes(p, n)
-    scales = stored[..., begin : begin + 4 * p].contiguous().view(torch.float32)
+    (codes_at,), (peaks_at,) = form.places(1, p, n)
+    codes, peak = _codes_and_peaks(stored, codes_at, peaks_at, p, form.row_bytes(n))
     if form is FP8:
         numbers = codes.contiguous().view(torch.float8_e4m3fn).float()
     elif form is INT8:
         numbers = codes.contiguous().view(torch.int8).float()
     else:
         numbers = _halves(codes, n)
-    restored: Tensor = numbers * scales[..., None]
+    scales = peak * torch.tensor(1 / form.largest, dtype=torch.float32)
+    restored: Tensor = numbers * scales
     return restored
 
 
@@ -374,9 +387,3 @@ def _mix_word(word: int) -> int:
 
 def _padded(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
-
-
-def _flat_bytes(rows: Tensor) -> Tensor:
-    """(b, h, p, bytes) to (b, h, bytes), padded."""
-    flat = rows.flatten(-2)
-    return F.pad(flat, (0, _padded(flat.shape[-1]) - flat.shape[-1]))

@@ -6,6 +6,7 @@ A decode step is a scan of one token. Shape letters as in `ghostssm.ops.ssd`, fo
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import ssd, ssd_step
-from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat, dequantise, quantise
+from ghostssm.ops.state_format import FP8, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
+
+_TASKS_PER_THREAD = 8
+"""That a step is cut into, so that all threads are done at about the same time."""
 
 
 def stored_scan_reference(
@@ -63,57 +67,48 @@ def stored_scan_(
         stored.copy_(after)
         return y
     form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
-    if isinstance(form, TieredFormat):
-        _scan_tiers(stored, form, storage, x, dt, A, B, C, D, y)
-    elif not storage.stochastic and B.shape[3] <= compiled.row_kernels.LARGEST_SIZE:
-        _scan_rows(stored, form, x, dt, A, B, C, D, y)
+    if form.scaled:
+        _scan_channels(stored, storage, x, dt, A, B, C, D, y)
+    elif storage.stochastic or B.shape[3] > compiled.row_kernels.LARGEST_SIZE:
+        memory = compiled.arrays(stored.flatten(2).view(torch.int16))
+        streams = compiled.arrays(x, dt, A, B, C, D, y)
+        compiled.rounding_kernels.half_scan(*memory, form.kind, storage.stochastic, *_drawn(storage), *streams)
     else:
-        _scan(stored, storage, x, dt, A, B, C, D, y)
+        _scan_rows(stored, form, x, dt, A, B, C, D, y)
     return y
 
 
-def _scan(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
-    """The compiled loop for every format but tiers."""
-    form, heads = storage.format, stored.flatten(2)
-    p, n = streams[0].shape[3], streams[3].shape[3]
-    unused = torch.zeros(1, 1, 1).expand(*heads.shape[:2], 1)
-    codes = heads.view(torch.int8)
-    halves = unused.to(torch.int16) if form.scaled else heads.view(torch.int16)
-    scales = heads.view(torch.float32) if form.scaled else unused
-    compiled.rounding_kernels.stored_scan(
-        *compiled.arrays(codes, halves, scales),
-        form.row_bytes(n),
-        form.code_bytes(p, n) // 4,
-        form.kind,
-        np.float32(form.largest or 0),
-        *_drawn(storage),
-        *compiled.arrays(*streams),
-    )
+def _scan_channels(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
+    """The compiled loop for codes."""
+    form, (b, _, heads, p), n = storage.format, streams[0].shape, streams[3].shape[3]
+    tasks = min(b * heads, _TASKS_PER_THREAD * torch.get_num_threads())
+    kind = FP8.kind if form is FP8 else INT8.kind
+    loop = compiled.channel_kernels.channel_scan(kind, p % compiled.channel_kernels.ROWS, storage.stochastic)
+    memory = stored.flatten(1)
+    memory = compiled.arrays(memory.view(torch.int8), memory.view(torch.float32))
+    loop(tasks, *memory, _places(form, heads, p, n), *_drawn(storage), *compiled.arrays(*streams))
+
+
+@cache
+def _places(form: StateFormat, heads: int, p: int, n: int) -> np.ndarray:
+    """Where each head's codes and peaks begin, in numbers of theirs, and its channels in 8 and in 4 bits: (4, h)."""
+    codes, peaks = form.places(heads, p, n)
+    return np.array([codes, [place // 4 for place in peaks], *zip(*form.tiers_of(heads, n), strict=True)])
 
 
 def _scan_rows(
     stored: Tensor, form: StateFormat, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, y: Tensor
 ) -> None:
-    """Those that round to the nearest, which are made for the format and the size of the state."""
+    """The compiled loop for bfloat16 and float16 to the nearest, which is made for the size of the state."""
     n = B.shape[3]
     padding = (0, compiled.row_kernels.lanes_of(n) - n)
     streams = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
-    if not form.scaled:
-        compiled.row_kernels.half_scan(form.kind, n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
-        return
-    memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
-    compiled.row_kernels.scaled_scan(form.kind, n)(*memory, form.code_bytes(x.shape[3], n) // 4, *streams)
+    compiled.row_kernels.half_scan(form.kind, n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
 
 
-def _scan_tiers(stored: Tensor, form: TieredFormat, storage: StateStorage, *streams: Tensor) -> None:
-    first_codes, first_scales, _ = form.places(streams[0].shape[3])
-    places = (np.array(first_codes), np.array(first_scales) // 4, *np.array(form.tiers, dtype=np.int64).T.copy())
-    memory = compiled.arrays(stored.view(torch.int8), stored.view(torch.float32))
-    compiled.rounding_kernels.tiered_scan(*memory, *places, *_drawn(storage), *compiled.arrays(*streams))
-
-
-def _drawn(storage: StateStorage) -> tuple[object, ...]:
-    return storage.stochastic, storage.key, storage.sequence, storage.token
+def _drawn(storage: StateStorage) -> tuple[int, ...]:
+    """What random numbers depend on."""
+    return storage.key, storage.sequence, storage.token
 
 
 def ssd_stored(

@@ -1,0 +1,235 @@
+"""Codes of states in fewer bits as vectors of lanes, for numba's loops: `ghostssm.ops._lanes` has the vectors."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+from ghostssm.ops._lanes import INT, Lanes, filled, floats, integers, place_of, shuffled
+from ghostssm.ops._rounding_kernels import NUMBER_TO_INTEGER
+from ghostssm.ops.state_format import BFLOAT16, FLOAT16, FORMATS, FP8, INT4
+
+_BYTE, _HALF = ir.IntType(8), ir.IntType(16)
+_FORMS = {form.kind: form for form in FORMATS.values()}
+_LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
+"""Of a positive number."""
+
+
+class Words(types.Type):
+    """numba's type of a vector of so many integers of 32 bits."""
+
+    def __init__(self, count):
+        self.count = count
+        super().__init__(name=f"Words({count})")
+
+
+@register_model(Words)
+class _WordsModel(models.PrimitiveModel):
+    def __init__(self, manager, words):
+        super().__init__(manager, words, ir.VectorType(INT, words.count))
+
+
+def _constant(value, count):
+    return ir.Constant(integers(count), [value] * count)
+
+
+def _padded(builder, value, used, lanes):
+    """The first ``used`` numbers of a vector, and zeros up to ``lanes``."""
+    zeros = ir.Constant(value.type, [0] * value.type.count)
+    return shuffled(builder, value, zeros, [*range(used), *([value.type.count] * (lanes - used))])
+
+
+@intrinsic(prefer_literal=True)
+def random_words(typing, keys, first, count, column):
+    """A random word for one channel of ``count`` rows, whose keys are in an array of uint32."""
+    lanes = count.literal_value
+
+    def generate(context, builder, signature, arguments):
+        place = place_of(context, builder, keys, arguments[0], arguments[1], integers(lanes))
+        mixed = builder.mul(builder.trunc(arguments[3], INT), INT(0x9E3779B1))
+        nothing = ir.Constant(integers(lanes), ir.Undefined)
+        columns = shuffled(builder, builder.insert_element(nothing, mixed, INT(0)), nothing, [0] * lanes)
+        word = builder.xor(builder.load(place, align=4), columns)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # `ghostssm.ops._rounding_kernels._mix`
+            word = builder.mul(builder.xor(word, builder.lshr(word, _constant(shift, lanes))), _constant(factor, lanes))
+        return builder.xor(word, builder.lshr(word, _constant(16, lanes)))
+
+    return Words(lanes)(keys, types.intp, count, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_half_row(typing, halves, first, count, n, kind):
+    """A stored row's ``n`` numbers in bfloat16 or float16, and zeros up to ``count`` lanes.
+
+    Args:
+        halves: int16. kind: of `ghostssm.ops.state_format.StateFormat`, as everywhere here.
+    """
+    lanes, used, form = count.literal_value, n.literal_value, _FORMS[kind.literal_value]
+
+    def generate(context, builder, signature, arguments):
+        place = place_of(context, builder, halves, arguments[0], arguments[1], ir.VectorType(_HALF, used))
+        row = builder.load(place, align=2)
+        bits = builder.zext(_padded(builder, row, used, lanes), integers(lanes))
+        if form is BFLOAT16:
+            return builder.bitcast(builder.shl(bits, _constant(16, lanes)), floats(lanes))
+        return _widened(builder, bits, form)
+
+    return Lanes(lanes)(halves, types.intp, count, n, kind), generate
+
+
+@intrinsic(prefer_literal=True)
+def store_half_row(typing, halves, first, lanes, n, kind):
+    """The first ``n`` lanes, rounded to the nearest, ties to even; arguments as `load_half_row` has them."""
+    form = _FORMS[kind.literal_value]
+
+    def generate(context, builder, signature, arguments):
+        count = lanes.count
+        if form is BFLOAT16:
+            # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
+            bits = builder.bitcast(arguments[2], integers(count))
+            codes = builder.lshr(builder.add(bits, _to_nearest(builder, bits, 16)), _constant(16, count))
+        else:
+            codes = _narrowed(builder, arguments[2], form)
+        place = place_of(context, builder, halves, arguments[0], arguments[1], _HALF)
+        _store_lowest(builder, codes, place, n.literal_value, _HALF)
+        return context.get_dummy_value()
+
+    return types.void(halves, types.intp, lanes, n, kind), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_codes(typing, codes, first, count, kind):
+    """The numbers of ``count`` bytes in int8 or fp8, in units of their scale."""
+    lanes, form = count.literal_value, _FORMS[kind.literal_value]
+
+    def generate(context, builder, signature, arguments):
+        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
+        stored = builder.load(place, align=1)
+        if form is FP8:
+            return _widened(builder, builder.zext(stored, integers(lanes)), form)
+        return builder.sitofp(builder.sext(stored, integers(lanes)), floats(lanes))
+
+    return Lanes(lanes)(codes, types.intp, count, kind), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_code_pairs(typing, codes, first, count):
+    """The numbers of ``count`` bytes in int4, in units of their scale: of the lower halves, and of the upper."""
+    lanes = count.literal_value
+
+    def generate(context, builder, signature, arguments):
+        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
+        stored = builder.sext(builder.load(place, align=1), integers(lanes))
+        lower = builder.ashr(builder.shl(stored, _constant(28, lanes)), _constant(28, lanes))
+        upper = builder.ashr(stored, _constant(4, lanes))
+        both = [builder.sitofp(each, floats(lanes)) for each in (lower, upper)]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(Lanes(lanes), 2)(codes, types.intp, count), generate
+
+
+@intrinsic(prefer_literal=True)
+def store_codes(typing, codes, first, lanes, kind, words):
+    """Numbers in units of their scale, rounded to int8 or fp8.
+
+    Args:
+        words: `random_words`, to round stochastically; None for the nearest, ties to even.
+    """
+    form = _FORMS[kind.literal_value]
+
+    def generate(context, builder, signature, arguments):
+        random = None if isinstance(words, types.NoneType) else arguments[4]
+        rounded = _narrowed(builder, arguments[2], form, random) if form is FP8 else None
+        rounded = rounded or _nearest_codes(builder, arguments[2], form, random)
+        place = place_of(context, builder, codes, arguments[0], arguments[1], _BYTE)
+        _store_lowest(builder, rounded, place, lanes.count, _BYTE)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, lanes, kind, words), generate
+
+
+@intrinsic
+def store_code_pairs(typing, codes, first, lower, upper, lower_words, upper_words):
+    """As `store_codes`, two vectors in int4, into the lower and upper halves of bytes."""
+
+    def generate(context, builder, signature, arguments):
+        count, parts = lower.count, []
+        for lanes, words, kind in zip(arguments[2:4], arguments[4:], (lower_words, upper_words), strict=True):
+            random = None if isinstance(kind, types.NoneType) else words
+            parts.append(_nearest_codes(builder, lanes, INT4, random))
+        low = builder.and_(parts[0], _constant(15, count))
+        packed = builder.or_(low, builder.shl(parts[1], _constant(4, count)))
+        place = place_of(context, builder, codes, arguments[0], arguments[1], _BYTE)
+        _store_lowest(builder, packed, place, count, _BYTE)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, lower, upper, lower_words, upper_words), generate
+
+
+def _store_lowest(builder, numbers, place, used, size):
+    """The lowest bytes or halves of the first ``used`` integers of 32 bits."""
+    parts = 32 // size.width
+    every = builder.bitcast(numbers, ir.VectorType(size, parts * numbers.type.count))
+    # As a shuffle and not as a truncation, which costs AVX-512 twice the instructions.
+    lowest = shuffled(builder, every, every, range(0, parts * used, parts))
+    builder.store(lowest, builder.bitcast(place, lowest.type.as_pointer()), align=size.width // 8)
+
+
+def _nearest_codes(builder, values, form, random):
+    """Integer codes, whose upper bits are of no meaning; ``random``, if given, moves them up or down before."""
+    count = values.type.count
+    if random is not None:
+        unit = builder.sitofp(builder.lshr(random, _constant(8, count)), floats(count))
+        noise = builder.fsub(builder.fmul(unit, filled(2.0**-24, count)), filled(0.5, count))
+        values = builder.fadd(values, noise)
+        for bound, operation in ((form.largest, "<"), (-form.largest, ">")):
+            limit = filled(bound, count)
+            values = builder.select(builder.fcmp_ordered(operation, values, limit), values, limit)
+    number = builder.fadd(values, filled(float(NUMBER_TO_INTEGER), count), flags=("contract",))
+    return builder.bitcast(number, integers(count))
+
+
+def _widened(builder, codes, form):
+    """`ghostssm.ops._rounding_kernels._widened`, with a sign in the highest of a code's bits."""
+    count = codes.type.count
+    shift, sign = 23 - form.mantissa, 1 << (form.bits - 1)
+    size = builder.and_(codes, _constant(sign - 1, count))
+    moved = builder.shl(size, _constant(shift, count))
+    normal = builder.add(moved, _constant((127 - form.bias) << 23, count))
+    fine = builder.fmul(builder.sitofp(size, floats(count)), filled(2.0 ** (1 - form.bias - form.mantissa), count))
+    small = builder.bitcast(fine, integers(count))
+    few = builder.icmp_signed("<", size, _constant(1 << form.mantissa, count))
+    signs = builder.shl(builder.and_(codes, _constant(sign, count)), _constant(32 - form.bits, count))
+    return builder.bitcast(builder.or_(builder.select(few, small, normal), signs), floats(count))
+
+
+def _narrowed(builder, values, form, random=None):
+    """`ghostssm.ops._rounding_kernels._narrowed`, and no further than the largest number."""
+    count, shift = values.type.count, 23 - form.mantissa
+    bits = builder.bitcast(values, integers(count))
+    size = builder.and_(bits, _constant(0x7FFFFFFF, count))
+    fine = builder.fmul(builder.bitcast(size, floats(count)), filled(2.0 ** (form.bias + form.mantissa - 1), count))
+    if random is None:
+        added = _to_nearest(builder, size, shift)
+        number = builder.fadd(fine, filled(float(NUMBER_TO_INTEGER), count))
+        low = builder.and_(builder.bitcast(number, integers(count)), _constant(0xFFFF, count))
+    else:
+        added = builder.lshr(random, _constant(9 + form.mantissa, count))
+        share = builder.fmul(builder.sitofp(added, floats(count)), filled(2.0**-shift, count))
+        low = builder.fptosi(builder.fadd(fine, share), integers(count))
+    rounded = builder.lshr(builder.add(size, added), _constant(shift, count))
+    high = builder.sub(rounded, _constant((127 - form.bias) << form.mantissa, count))
+    few = builder.icmp_signed("<", size, _constant((128 - form.bias) << 23, count))
+    code, largest = builder.select(few, low, high), _constant(_LARGEST_CODES[form.kind], count)
+    code = builder.select(builder.icmp_signed("<", code, largest), code, largest)
+    sign = builder.and_(builder.lshr(bits, _constant(32 - form.bits, count)), _constant(1 << (form.bits - 1), count))
+    return builder.or_(code, sign)
+
+
+def _to_nearest(builder, bits, shift):
+    """What is to be added to bits before the lowest are dropped, to come to the nearest number, ties to even."""
+    count = bits.type.count
+    odd = builder.and_(builder.lshr(bits, _constant(shift, count)), _constant(1, count))
+    return builder.add(_constant((1 << (shift - 1)) - 1, count), odd)
