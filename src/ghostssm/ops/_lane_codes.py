@@ -11,6 +11,7 @@ from ghostssm.ops._lanes import INT, Lanes, filled, floats, integers, place_of, 
 from ghostssm.ops._rounding_kernels import NUMBER_TO_INTEGER
 from ghostssm.ops.state_format import BFLOAT16, FLOAT16, FORMATS, FP8, INT4
 
+_GOLDEN = 0x9E3779B1
 _BYTE, _HALF = ir.IntType(8), ir.IntType(16)
 _FORMS = {form.kind: form for form in FORMATS.values()}
 _LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
@@ -48,15 +49,36 @@ def random_words(typing, keys, first, count, column):
 
     def generate(context, builder, signature, arguments):
         place = place_of(context, builder, keys, arguments[0], arguments[1], integers(lanes))
-        mixed = builder.mul(builder.trunc(arguments[3], INT), INT(0x9E3779B1))
-        nothing = ir.Constant(integers(lanes), ir.Undefined)
-        columns = shuffled(builder, builder.insert_element(nothing, mixed, INT(0)), nothing, [0] * lanes)
-        word = builder.xor(builder.load(place, align=4), columns)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # `ghostssm.ops._rounding_kernels._mix`
-            word = builder.mul(builder.xor(word, builder.lshr(word, _constant(shift, lanes))), _constant(factor, lanes))
-        return builder.xor(word, builder.lshr(word, _constant(16, lanes)))
+        mixed = builder.mul(builder.trunc(arguments[3], INT), INT(_GOLDEN))
+        return _mixed(builder, builder.xor(builder.load(place, align=4), _spread(builder, mixed, lanes)))
 
     return Words(lanes)(keys, types.intp, count, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def random_row(typing, key, count):
+    """A random word for each of the first ``count`` channels of a row with this key."""
+    lanes = count.literal_value
+
+    def generate(context, builder, signature, arguments):
+        columns = ir.Constant(integers(lanes), [column * _GOLDEN & 0xFFFFFFFF for column in range(lanes)])
+        return _mixed(builder, builder.xor(_spread(builder, arguments[0], lanes), columns))
+
+    return Words(lanes)(types.uint32, count), generate
+
+
+def _spread(builder, word, lanes):
+    nothing = ir.Constant(integers(lanes), ir.Undefined)
+    return shuffled(builder, builder.insert_element(nothing, word, INT(0)), nothing, [0] * lanes)
+
+
+def _mixed(builder, words):
+    """`ghostssm.ops.state_format._mix`."""
+    count = words.type.count
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        folded = builder.xor(words, builder.lshr(words, _constant(shift, count)))
+        words = builder.mul(folded, _constant(factor, count))
+    return builder.xor(words, builder.lshr(words, _constant(16, count)))
 
 
 @intrinsic(prefer_literal=True)
@@ -80,23 +102,29 @@ def load_half_row(typing, halves, first, count, n, kind):
 
 
 @intrinsic(prefer_literal=True)
-def store_half_row(typing, halves, first, lanes, n, kind):
-    """The first ``n`` lanes, rounded to the nearest, ties to even; arguments as `load_half_row` has them."""
+def store_half_row(typing, halves, first, lanes, n, kind, words):
+    """The first ``n`` lanes, rounded; halves, n and kind as `load_half_row` has them.
+
+    Args:
+        words: random ones, to round stochastically; None for the nearest, ties to even. The same wherever this stores.
+    """
     form = _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
         count = lanes.count
+        random = None if isinstance(words, types.NoneType) else arguments[5]
         if form is BFLOAT16:
             # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
             bits = builder.bitcast(arguments[2], integers(count))
-            codes = builder.lshr(builder.add(bits, _to_nearest(builder, bits, 16)), _constant(16, count))
+            added = _to_nearest(builder, bits, 16) if random is None else builder.lshr(random, _constant(16, count))
+            codes = builder.lshr(builder.add(bits, added), _constant(16, count))
         else:
-            codes = _narrowed(builder, arguments[2], form)
+            codes = _narrowed(builder, arguments[2], form, random)
         place = place_of(context, builder, halves, arguments[0], arguments[1], _HALF)
         _store_lowest(builder, codes, place, n.literal_value, _HALF)
         return context.get_dummy_value()
 
-    return types.void(halves, types.intp, lanes, n, kind), generate
+    return types.void(halves, types.intp, lanes, n, kind, words), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -135,7 +163,7 @@ def store_codes(typing, codes, first, lanes, kind, words):
     """Numbers in units of their scale, rounded to int8 or fp8.
 
     Args:
-        words: `random_words`, to round stochastically; None for the nearest, ties to even.
+        words: as `store_half_row` has them.
     """
     form = _FORMS[kind.literal_value]
 

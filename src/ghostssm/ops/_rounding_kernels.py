@@ -1,6 +1,6 @@
-"""Compiled loops over a state that is rounded after every token; `ghostssm.ops.stored` is what to call.
+"""Rows of a state to codes and back, and random words, for numba's loops.
 
-What rounds has no ``fastmath``: there the order of operations is that of `ghostssm.ops.state_format`, bit for bit.
+No ``fastmath`` here: the order of operations is that of `ghostssm.ops.state_format`, bit for bit.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_ROWS = 32
-"""Rows of a head's state that are worked on at a time, as in `ghostssm.ops._kernels`."""
 _BFLOAT16, _FLOAT16, _INT8, _FP8, _INT4 = 1, 2, 3, 4, 5
 LEAST_PEAK = np.float32(1e-30)
 NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
@@ -152,46 +150,3 @@ def row_scale(peak, largest):  # type: ignore[no-untyped-def]
     if peak < LEAST_PEAK:
         return np.float32(0), np.float32(0)
     return np.float32(largest / peak), np.float32(peak * np.float32(np.float32(1) / largest))
-
-
-@numba.njit(fastmath=True)
-def _update(values, decay, added, write, read):  # type: ignore[no-untyped-def]
-    """One row's token; gives what is read of it."""
-    total = np.float32(0)
-    for k in range(values.shape[0]):
-        new = values[k] * decay + added * write[k]
-        values[k] = new
-        total += new * read[k]
-    return total
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def half_scan(  # type: ignore[no-untyped-def]
-    halves, kind, stochastic, key, first_sequence, first_token, x, dt, A, B, C, D, y
-):
-    """Token by token over a state in bfloat16 or float16, in place: a row is read, updated in float32, and rounded.
-
-    halves int16 (b, h, p * n). x and y (b, l, h, p), dt (b, l, h), A and D (h,), B and C (b, l, g, n).
-    """
-    b, length, h, p = x.shape
-    n = B.shape[3]
-    heads_per_group = h // B.shape[2]
-    blocks = (p + _ROWS - 1) // _ROWS
-    no_codes, no_scale = np.empty(0, np.int8), np.float32(1)
-    for index in numba.prange(b * h * blocks):
-        i, head, block = index // (h * blocks), (index // blocks) % h, index % blocks
-        group = head // heads_per_group
-        values = np.empty(n, np.float32)
-        first, last = block * _ROWS, min(p, (block + 1) * _ROWS)
-        own_key = next_word(np.uint32(key), first_sequence + i)
-        for t in range(length):
-            inputs, outputs = x[i, t, head], y[i, t, head]
-            write, read = B[i, t, group], C[i, t, group]
-            step = dt[i, t, head]
-            decay = np.exp(step * A[head])
-            token_key = next_word(own_key, first_token + t)
-            for j in range(first, last):
-                row, row_key = halves[i, head, j * n : (j + 1) * n], next_word(token_key, head * p + j)
-                read_row(kind, no_codes, row, no_scale, values)
-                outputs[j] = _update(values, decay, step * inputs[j], write, read) + D[head] * inputs[j]
-                write_row(kind, no_codes, row, no_scale, values, row_key, stochastic)

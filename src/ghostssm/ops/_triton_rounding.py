@@ -97,7 +97,7 @@ def channels(n, LANES: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _cells(row_starts, inside, n, LANES: tl.constexpr, PACKED: tl.constexpr):
+def _cells(row_starts, inside, n, STEP: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr):
     """Where the codes of some rows are, and whether they are there."""
     if PACKED:
         places = tl.arange(0, LANES // 2)[None, :]
@@ -105,13 +105,15 @@ def _cells(row_starts, inside, n, LANES: tl.constexpr, PACKED: tl.constexpr):
     else:
         places = tl.arange(0, LANES)[None, :]
         held = places < n
-    return row_starts[:, None] + places, inside[:, None] & held
+    return row_starts[:, None] + places * STEP, inside[:, None] & held
 
 
 @triton.jit
-def load_codes(row_starts, inside, n, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr):
-    """Of some rows, (rows, lanes), int32; zeros where there are none."""
-    cells, held = _cells(row_starts, inside, n, LANES, PACKED)
+def load_codes(
+    row_starts, inside, n, STEP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr
+):
+    """Of some rows, (rows, lanes), int32; zeros where there are none. From one code to the next it is STEP codes."""
+    cells, held = _cells(row_starts, inside, n, STEP, LANES, PACKED)
     codes = tl.load(cells, mask=held, other=0).to(tl.int32)
     if PACKED:
         codes = tl.join((codes << 28) >> 28, codes >> 4).reshape(ROWS, LANES)
@@ -119,8 +121,10 @@ def load_codes(row_starts, inside, n, ROWS: tl.constexpr, LANES: tl.constexpr, P
 
 
 @triton.jit
-def store_codes(row_starts, codes, inside, n, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr):
-    cells, held = _cells(row_starts, inside, n, LANES, PACKED)
+def store_codes(
+    row_starts, codes, inside, n, STEP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr
+):
+    cells, held = _cells(row_starts, inside, n, STEP, LANES, PACKED)
     if PACKED:
         lower, upper = tl.split(codes.reshape(ROWS, LANES // 2, 2))
         codes = (lower & 15) | (upper << 4)

@@ -5,7 +5,7 @@ From the same numbers these kernels store the same codes and scales as the refer
 are fused (``enable_fp_fusion``), and quotients are rounded correctly. Only the decay is a GPU's own exponential, which
 may differ in its last bits, so that a number on the edge between two levels may fall to either side.
 
-Between tokens a program keeps codes and scales in its registers. For a single token the loop is compiled away.
+Between tokens a program keeps codes and peaks in its registers. For a single token the loop is compiled away.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _VARYING = ["key", "first_sequence", "first_token"]
 @triton.jit(do_not_specialize=_VARYING)
 def stored_scan(
     codes,
-    scales,
+    peaks,
     x,
     x_batch,
     x_token,
@@ -69,9 +69,10 @@ def stored_scan(
     HEADS_PER_GROUP: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
-    WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    CODE_STEP: tl.constexpr,
     HEAD_CODES: tl.constexpr,
-    FIRST_SCALE: tl.constexpr,
+    FIRST_PEAK: tl.constexpr,
     BITS: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
@@ -83,9 +84,10 @@ def stored_scan(
 ):
     """Some rows of one head's state and one sequence, token by token: read, updated in float32, rounded.
 
-    Program (h * row blocks, b). codes and scales are the same memory, a row has WIDTH codes, a head HEAD_CODES, and its
-    first scale is at FIRST_SCALE; scales is None for none. x (b, l, h, p), dt
-    (b, l, h), B and C (b, l, g, n) with strides of batch and token; A, D (h,); y (b, l, h, p), dense.
+    Program (h * row blocks, b). codes and peaks are the same memory; from a row to the next it is ROW_STEP codes, from
+    a channel to the next CODE_STEP, from a head to the next HEAD_CODES, and a head's first peak is at FIRST_PEAK; peaks
+    is None for none. x (b, l, h, p), dt (b, l, h), B and C (b, l, g, n) with strides of batch and token; A, D (h,); y
+    (b, l, h, p), dense.
     """
     PACKED: tl.constexpr = BITS == 4
     BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
@@ -94,13 +96,14 @@ def stored_scan(
     rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
     inside = rows < P
     columns = channels(N, LANES, PACKED)
-    row_starts = codes + (sequence * HEADS + head) * HEAD_CODES + rows * WIDTH
+    row_starts = codes + (sequence * HEADS + head) * HEAD_CODES + rows * ROW_STEP
 
-    held = load_codes(row_starts, inside, N, ROWS, LANES, PACKED)
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if scales is not None:
-        row_scales = scales + (sequence * HEADS + head) * (HEAD_CODES // 4) + FIRST_SCALE + rows
-        scale = tl.load(row_scales, mask=inside, other=0.0)
+    held = load_codes(row_starts, inside, N, CODE_STEP, ROWS, LANES, PACKED)
+    peak, scale = tl.full((ROWS,), 1.0, tl.float32), tl.full((ROWS,), 1.0, tl.float32)
+    if peaks is not None:
+        row_peaks = peaks + (sequence * HEADS + head) * (HEAD_CODES // 4) + FIRST_PEAK + rows
+        peak = tl.load(row_peaks, mask=inside, other=0.0)
+        scale = peak * (1 / LARGEST)
     x += sequence * x_batch + head * P + rows
     dt += sequence * dt_batch + head
     B += sequence * B_batch + (head // HEADS_PER_GROUP) * N + columns
@@ -121,7 +124,7 @@ def stored_scan(
         tl.store(y + now * (HEADS * P), tl.sum(H * read, axis=1) + skip * now_x, mask=inside)
 
         row_keys = next_key(next_key(sequence_key, first_token + t), head * P + rows)
-        if scales is not None:
+        if peaks is not None:
             peak = largest_magnitudes(H)
             scale = peak * (1 / LARGEST)
             H *= inverse(peak, LARGEST)[:, None]
@@ -130,9 +133,9 @@ def stored_scan(
         else:
             held = narrowed(H, row_keys, columns, BITS, MANTISSA, BIAS, LARGEST_CODE, STOCHASTIC)
     tl.debug_barrier()
-    store_codes(row_starts, held, inside, N, ROWS, LANES, PACKED)
-    if scales is not None:
-        tl.store(row_scales, scale, mask=inside)
+    store_codes(row_starts, held, inside, N, CODE_STEP, ROWS, LANES, PACKED)
+    if peaks is not None:
+        tl.store(row_peaks, peak, mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -183,12 +186,11 @@ def tiered_scan(
     narrow = tl.load(places + 3 * HEADS + head)
     columns = tl.arange(0, WIDE_LANES)
     others = channels(narrow, NARROW_LANES, True)
-    width = wide + (narrow + 1) // 2
-    row_starts = codes + sequence * STATE_BYTES + tl.load(places + head) + rows * width
+    row_starts = codes + sequence * STATE_BYTES + tl.load(places + head) + rows
     row_peaks = peaks + sequence * (STATE_BYTES // 4) + tl.load(places + HEADS + head) + rows
 
-    held = load_codes(row_starts, inside, wide, ROWS, WIDE_LANES, False)
-    held_others = load_codes(row_starts + wide, inside, narrow, ROWS, NARROW_LANES, True)
+    held = load_codes(row_starts, inside, wide, P, ROWS, WIDE_LANES, False)
+    held_others = load_codes(row_starts + wide * P, inside, narrow, P, ROWS, NARROW_LANES, True)
     peak = tl.load(row_peaks, mask=inside, other=0.0)
     x += sequence * x_batch + head * P + rows
     dt += sequence * dt_batch + head
@@ -218,8 +220,8 @@ def tiered_scan(
         held = integers(H * inverse(peak, 127.0)[:, None], row_keys, columns, 127.0, STOCHASTIC)
         held_others = integers(others_H * inverse(peak, 7.0)[:, None], row_keys, others, 7.0, STOCHASTIC)
     tl.debug_barrier()
-    store_codes(row_starts, held, inside, wide, ROWS, WIDE_LANES, False)
-    store_codes(row_starts + wide, held_others, inside, narrow, ROWS, NARROW_LANES, True)
+    store_codes(row_starts, held, inside, wide, P, ROWS, WIDE_LANES, False)
+    store_codes(row_starts + wide * P, held_others, inside, narrow, P, ROWS, NARROW_LANES, True)
     tl.store(row_peaks, peak, mask=inside)
 
 
@@ -261,9 +263,11 @@ def _stored_call(stored: Tensor, form: StateFormat, p: int, n: int) -> tuple[Any
         stored_scan,
         (codes, codes.view(torch.float32) if form.scaled else None),
         {
-            "WIDTH": form.row_bytes(n) // codes.itemsize,
+            # Codes lie channel by channel, numbers in half precision row by row.
+            "ROW_STEP": 1 if form.scaled else n,
+            "CODE_STEP": p if form.scaled else 1,
             "HEAD_CODES": codes.shape[2],
-            "FIRST_SCALE": form.code_bytes(p, n) // 4,
+            "FIRST_PEAK": form.places(1, p, n)[1][0] // 4 if form.scaled else 0,
             "BITS": form.bits,
             "MANTISSA": form.mantissa,
             "BIAS": form.bias,
@@ -304,7 +308,7 @@ def _rows(p: int, lanes: int) -> int:
 def _places(form: TieredFormat, p: int, device: torch.device) -> Tensor:
     """What `tiered_scan` wants to know of every head."""
     assert form.tiers is not None
-    codes, peaks, _ = form.places(p)
+    codes, peaks = form.places(len(form.tiers), p, 0)
     wide, narrow = zip(*form.tiers, strict=True)
     return torch.tensor([codes, [place // 4 for place in peaks], wide, narrow], dtype=torch.int32, device=device)
 

@@ -17,6 +17,8 @@ from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import ssd, ssd_step
 from ghostssm.ops.state_format import FP8, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
+_LONGEST_ROW = 256
+"""Of a state in half precision, that the compiled loop takes."""
 _TASKS_PER_THREAD = 8
 """That a step is cut into, so that all threads are done at about the same time."""
 
@@ -62,19 +64,14 @@ def stored_scan_(
     if gpu.usable_in_float32(x, dt, A, B, C, D) and stored.is_contiguous():
         fused: Tensor = gpu.kernels("stored").stored_scan_(stored, storage, x, dt, A, B, C, D)
         return fused
-    if not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
+    form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
+    # Two longer rows do not fit the registers of any processor.
+    fits = form.scaled or B.shape[3] <= _LONGEST_ROW
+    if not fits or not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
         y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
         stored.copy_(after)
         return y
-    form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
-    if form.scaled:
-        _scan_channels(stored, storage, x, dt, A, B, C, D, y)
-    elif storage.stochastic or B.shape[3] > compiled.row_kernels.LARGEST_SIZE:
-        memory = compiled.arrays(stored.flatten(2).view(torch.int16))
-        streams = compiled.arrays(x, dt, A, B, C, D, y)
-        compiled.rounding_kernels.half_scan(*memory, form.kind, storage.stochastic, *_drawn(storage), *streams)
-    else:
-        _scan_rows(stored, form, x, dt, A, B, C, D, y)
+    (_scan_channels if form.scaled else _scan_rows)(stored, storage, x, dt, A, B, C, D, y)
     return y
 
 
@@ -97,13 +94,22 @@ def _places(form: StateFormat, heads: int, p: int, n: int) -> np.ndarray:
 
 
 def _scan_rows(
-    stored: Tensor, form: StateFormat, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, y: Tensor
+    stored: Tensor,
+    storage: StateStorage,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    y: Tensor,
 ) -> None:
-    """The compiled loop for bfloat16 and float16 to the nearest, which is made for the size of the state."""
+    """The compiled loop for bfloat16 and float16, which is made for the size of the state."""
     n = B.shape[3]
     padding = (0, compiled.row_kernels.lanes_of(n) - n)
+    memory = compiled.arrays(stored.flatten(2).view(torch.int16))
     streams = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
-    compiled.row_kernels.half_scan(form.kind, n)(*compiled.arrays(stored.flatten(2).view(torch.int16)), *streams)
+    compiled.row_kernels.half_scan(storage.format.kind, n, storage.stochastic)(*memory, *_drawn(storage), *streams)
 
 
 def _drawn(storage: StateStorage) -> tuple[int, ...]:
