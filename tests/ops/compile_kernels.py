@@ -3,9 +3,9 @@
     python tests/ops/compile_kernels.py                 # for a Hopper; or ampere, blackwell (GeForce), mi300
     python tests/ops/compile_kernels.py mi300 reading   # only the kernels of read_states, or another of `WORK`
 
-One JSON line per kernel: its name and shape, registers, bytes spilled, bytes of shared memory, and the numbers of
-16-byte loads and stores; of a step's loads also how many are under way before anything waits for one, at a special
-function or a barrier. Of an AMD GPU's only spills, in registers, and shared memory.
+One JSON line per kernel: its name and shape, registers, bytes spilled, bytes of shared memory, and how often it loads
+or stores 16 bytes, and single bytes; of a step's loads also how many are under way before anything waits for one, at a
+special function or a barrier. Of an AMD GPU's only spills, in registers, and shared memory.
 Not under TRITON_INTERPRET=1.
 """
 
@@ -103,11 +103,13 @@ def of_nvidia(name: str, forms: dict[str, Any]) -> dict[str, int]:
         "spilled": int(re.findall(r"STACK:(\d+)", used)[-1]),
         "wide_loads": forms["ptx"].count("ld.global.v4"),
         "wide_stores": forms["ptx"].count("st.global.v4"),
+        "byte_accesses": len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bus]8\b", forms["ptx"])),
     }
     if name in ("step_state", "stored_scan"):  # to disassemble takes long
         instructions = told("nvdisasm", forms["cubin"], "-c")
         before_waiting = re.split(r"\b(?:MUFU|BAR)\b", instructions)[0]
         found["early_wide_loads"] = before_waiting.count("LDG.E.128")
+        found["early_loads"] = before_waiting.count("LDG")
         found |= {"fused": instructions.count("FFMA"), "instructions": instructions.count(";")}
     return found
 

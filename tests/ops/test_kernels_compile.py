@@ -35,7 +35,12 @@ def test_kernels_compile() -> None:
     }  # fmt: skip
     for line in found:
         assert line["spilled"] == 0, line
-        if "early_wide_loads" in line and "p 64" in line["shape"] and "N 60" not in line["shape"]:
+        in_codes = line["kernel"] in ("stored_scan", "tiered_scan") and "float16" not in line["shape"]
+        if in_codes:
+            assert line["byte_accesses"] == 0, line
+            loads = 4 if "int4" in line["shape"] else 8  # of 4 bytes, for 32 numbers of a thread
+            assert line.get("early_loads", loads) >= loads, line
+        elif "early_wide_loads" in line and "p 64" in line["shape"] and "N 60" not in line["shape"]:
             assert 0 < line["wide_stores"] <= line["early_wide_loads"], line
         if line["kernel"] == "stored_scan" and "float16" in line["shape"]:  # a scale's quotient has some of its own
             assert line["fused"] == 0, line

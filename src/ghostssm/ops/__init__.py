@@ -12,8 +12,8 @@ What to call, each with a readable reference or definition beside its fast forms
 Fast forms, which those choose:
 
 - On a CPU loops that numba compiles, if `compiled` finds that they can take a call: `_kernels` (forwards),
-  `_kernels_backward`, `_kernels_straight_through`; of states in fewer bits `_row_kernels` (to the nearest; `_lanes` has
-  their vectors) and `_rounding_kernels` (everything else).
+  `_kernels_backward`, `_kernels_straight_through`; of states in fewer bits `_channel_kernels` (codes) and
+  `_row_kernels` (half precision), whose vectors are in `_lanes` and `_lane_codes`.
 - On a GPU Triton's kernels, if `gpu` finds so: `_triton_step` and `_triton_norm` (one token), `_triton_scan` (token by
   token, the state in registers), `_triton_chunks` (gradients and readings), `_triton_stored` (states in fewer bits;
   `_triton_rounding` has their codes).

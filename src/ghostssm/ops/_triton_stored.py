@@ -33,9 +33,12 @@ from ghostssm.ops._triton_rounding import (
 from ghostssm.ops._triton_scan import _piece, _streams
 from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat
 
-TILE = 2048
-"""Numbers of the state that a program keeps, 32 per thread."""
-WARPS = 2
+TILE, CODES_TILE = 2048, 8192
+"""Numbers of the state that a program keeps: in half precision, and in codes, of which it takes whole heads."""
+NUMBERS_PER_WARP = 1024
+ROWS_PER_THREAD: tl.constexpr = tl.constexpr(4)
+"""Codes lie row beside row: a thread loads so many at a time. More would be fewer loads, but what is computed once per
+row, its quotients above all, every thread computes for all rows that it has."""
 _LEAST_ROWS = 4
 _LEAST_LANES = 16
 _VARYING = ["key", "first_sequence", "first_token"]
@@ -93,12 +96,14 @@ def stored_scan(
     BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
     head = tl.program_id(0) // BLOCKS
     sequence = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.max_contiguous(tl.arange(0, ROWS), ROWS_PER_THREAD)
     inside = rows < P
     columns = channels(N, LANES, PACKED)
     row_starts = codes + (sequence * HEADS + head) * HEAD_CODES + rows * ROW_STEP
 
     held = load_codes(row_starts, inside, N, CODE_STEP, ROWS, LANES, PACKED)
+    if peaks is not None:
+        tl.debug_barrier()  # All loads of codes are under way before anything is waited for.
     peak, scale = tl.full((ROWS,), 1.0, tl.float32), tl.full((ROWS,), 1.0, tl.float32)
     if peaks is not None:
         row_peaks = peaks + (sequence * HEADS + head) * (HEAD_CODES // 4) + FIRST_PEAK + rows
@@ -180,17 +185,18 @@ def tiered_scan(
     BLOCKS: tl.constexpr = (P + ROWS - 1) // ROWS
     head = tl.program_id(0) // BLOCKS
     sequence = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) % BLOCKS) * ROWS + tl.max_contiguous(tl.arange(0, ROWS), ROWS_PER_THREAD)
     inside = rows < P
     wide = tl.load(places + 2 * HEADS + head)
     narrow = tl.load(places + 3 * HEADS + head)
     columns = tl.arange(0, WIDE_LANES)
     others = channels(narrow, NARROW_LANES, True)
-    row_starts = codes + sequence * STATE_BYTES + tl.load(places + head) + rows
-    row_peaks = peaks + sequence * (STATE_BYTES // 4) + tl.load(places + HEADS + head) + rows
+    row_starts = codes + sequence * STATE_BYTES + tl.multiple_of(tl.load(places + head), 16) + rows
+    row_peaks = peaks + sequence * (STATE_BYTES // 4) + tl.multiple_of(tl.load(places + HEADS + head), 4) + rows
 
     held = load_codes(row_starts, inside, wide, P, ROWS, WIDE_LANES, False)
     held_others = load_codes(row_starts + wide * P, inside, narrow, P, ROWS, NARROW_LANES, True)
+    tl.debug_barrier()  # As in `stored_scan`.
     peak = tl.load(row_peaks, mask=inside, other=0.0)
     x += sequence * x_batch + head * P + rows
     dt += sequence * dt_batch + head
@@ -249,7 +255,6 @@ def stored_scan_(
             N=n,
             STOCHASTIC=storage.stochastic,
             **sizes,
-            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return y
@@ -273,7 +278,7 @@ def _stored_call(stored: Tensor, form: StateFormat, p: int, n: int) -> tuple[Any
             "BIAS": form.bias,
             "LARGEST": form.largest or 0.0,
             "LARGEST_CODE": _largest_code(form),
-            "ROWS": _rows(p, lanes),
+            **_rows(p, lanes, CODES_TILE if form.scaled else TILE),
             "LANES": lanes,
         },
     )
@@ -288,7 +293,7 @@ def _tiered_call(stored: Tensor, form: TieredFormat, p: int) -> tuple[Any, tuple
         (stored.view(torch.int8), stored.view(torch.float32), _places(form, p, stored.device)),
         {
             "STATE_BYTES": stored.shape[1],
-            "ROWS": _rows(p, _lanes(wide + narrow)),
+            **_rows(p, _lanes(wide + narrow), CODES_TILE),
             "WIDE_LANES": wide,
             "NARROW_LANES": narrow,
         },
@@ -300,8 +305,10 @@ def _lanes(n: int) -> int:
     return lanes
 
 
-def _rows(p: int, lanes: int) -> int:
-    return _piece(p, _LEAST_ROWS, max(_LEAST_ROWS, TILE // lanes))
+def _rows(p: int, lanes: int, tile: int) -> dict[str, int]:
+    """That a program takes, and its warps."""
+    rows = _piece(p, _LEAST_ROWS, max(_LEAST_ROWS, tile // lanes))
+    return {"ROWS": rows, "num_warps": max(1, rows * lanes // NUMBERS_PER_WARP)}
 
 
 @functools.cache

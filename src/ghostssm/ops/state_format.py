@@ -304,8 +304,8 @@ def _of_tiers(stored: Tensor, form: TieredFormat, p: int, n: int) -> Tensor:
     """`dequantise` of a state in tiers: zeros in channels that are not stored."""
     assert form.tiers is not None
     state = stored.new_zeros(stored.shape[0], len(form.tiers), p, n, dtype=torch.float32)
-    for head, (wide, narrow), *places in zip(count(), form.tiers, *form.places(len(form.tiers), p, n)):
-        codes, peak = _codes_and_peaks(stored, *places, p, wide + INT4.row_bytes(narrow))
+    for head, (wide, narrow), codes_at, peaks_at in zip(count(), form.tiers, *form.places(len(form.tiers), p, n)):
+        codes, peak = _codes_and_peaks(stored, codes_at, peaks_at, p, wide + INT4.row_bytes(narrow))
         eight, four = (peak * torch.tensor(1 / each, dtype=torch.float32) for each in (127.0, 7.0))
         state[:, head, :, :wide] = codes[..., :wide].contiguous().view(torch.int8).float() * eight
         state[:, head, :, wide : wide + narrow] = _halves(codes[..., wide:], narrow) * four

@@ -81,8 +81,8 @@ def _scan_channels(stored: Tensor, storage: StateStorage, *streams: Tensor) -> N
     tasks = min(b * heads, _TASKS_PER_THREAD * torch.get_num_threads())
     kind = FP8.kind if form is FP8 else INT8.kind
     loop = compiled.channel_kernels.channel_scan(kind, p % compiled.channel_kernels.ROWS, storage.stochastic)
-    memory = stored.flatten(1)
-    memory = compiled.arrays(memory.view(torch.int8), memory.view(torch.float32))
+    flat = stored.flatten(1)
+    memory = compiled.arrays(flat.view(torch.int8), flat.view(torch.float32))
     loop(tasks, *memory, _places(form, heads, p, n), *_drawn(storage), *compiled.arrays(*streams))
 
 
