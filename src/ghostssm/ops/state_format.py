@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from ghostssm.errors import InputError, unknown_name
 _ALIGNMENT = 16
 _LEAST_PEAK = 1e-30
 """Rows whose largest magnitude is smaller are stored as zeros; the inverse of their scale would overflow."""
+_Word = TypeVar("_Word", int, Tensor)
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B1
 
@@ -208,7 +210,7 @@ class StateStorage:
     def key(self) -> int:
         """Of seed and layer, 32 bits."""
         low, high = self.seed & _WORD, self.seed >> 32 & _WORD
-        return _mix_word(_mix_word(_mix_word(low) + high) + self.layer)
+        return _mix(_mix(_mix(low) + high) + self.layer)
 
     def at(self, layer: int, token: int) -> StateStorage:
         return replace(self, layer=layer, token=token)
@@ -373,16 +375,12 @@ def _words(storage: StateStorage, like: Tensor) -> Tensor:
     return _mix(word ^ columns)
 
 
-def _mix(word: Tensor) -> Tensor:
+def _mix(word: _Word) -> _Word:
     """A bijection of 32-bit words in which every bit depends on all (C. Wellons, "hash prospector", lowbias32)."""
     word = word & _WORD
     word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
     word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
     return word ^ (word >> 16)
-
-
-def _mix_word(word: int) -> int:
-    return int(_mix(torch.tensor(word)))
 
 
 def _padded(count: int) -> int:

@@ -114,6 +114,8 @@ def _scan_rows(
 
 def _drawn(storage: StateStorage) -> tuple[int, ...]:
     """What random numbers depend on."""
+    if not storage.stochastic:
+        return 0, 0, 0
     return storage.key, storage.sequence, storage.token
 
 
