@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--state-size", type=int, nargs="+", default=[64, 32, 16])
-    parser.add_argument("--state-dtype", nargs="+", default=["int8"], help="measured beside float32")
+    parser.add_argument("--state-dtype", nargs="+", default=["int8"], help="measured beside float32; also tiers")
     parser.add_argument("--projected", action="store_true", help="also states that all N channels are projected onto")
     parser.add_argument("--ours-only", action="store_true", help="without transformers, whose prompts take minutes")
     parser.add_argument("--layers", type=int, default=24)
@@ -45,9 +45,12 @@ def main() -> None:
     sides |= {f"ours, N' = {size}": ("float32", plan) for size, plan in plans.items()}
     if args.projected:
         sides |= {f"ours, N' = {size}, projected": ("float32", projected(whole, size)) for size in plans}
-    sides |= {
-        f"ours, N' = {size}, {dtype}": (dtype, plan) for size, plan in {128: whole, **plans}.items() for dtype in narrow
-    }
+    for size, plan in {128: whole, **plans}.items():
+        for dtype in narrow:
+            sides[f"ours, N' = {size}, {dtype}"] = (
+                dtype,
+                in_tiers(whole, size, model.config.num_heads) if dtype == "tiers" else plan,
+            )
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     tokens: dict[str, torch.Tensor] = {}
     for _ in range(args.rounds):
@@ -83,6 +86,13 @@ def projected(whole: Plan, size: int) -> Plan:
         for name, decision in whole.decisions.items()
     }
     return replace(whole, decisions=decisions)
+
+
+def in_tiers(whole: Plan, size: int, heads: int) -> Plan:
+    """A projected state of which an eighth of the channels have 8 bits, and three eighths 4."""
+    plan = projected(whole, size)
+    tiers = ((size // 8, 3 * size // 8),) * heads
+    return replace(plan, decisions={name: replace(each, tiers=tiers) for name, each in plan.decisions.items()})
 
 
 def decode(model: torch.nn.Module, batch: int, steps: int, seconds: list[float]) -> torch.Tensor:
