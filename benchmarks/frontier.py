@@ -2,11 +2,14 @@
 
     python benchmarks/frontier.py
     python benchmarks/frontier.py MODEL --calibration TEXT --text OTHER_TEXT --picture frontier.svg
+    python benchmarks/frontier.py --distilled HEALED_60 HEALED_28 HEALED_12
 
 Every family of choices is a set of recipes and dtypes. At each share of the dense float32 state a family takes, for
 each of its dtypes, the largest N' that fits, scales included, and shows the one that loses least; tiers of bits are
 divided over the channels of all heads for each share. States are rounded to nearest after every token. The best is
 chosen on the windows that it is shown on, so that it looks a little better than it is where several are alike.
+--distilled takes stock checkpoints that ``ghostssm distill`` has written, and adds the best of them at those shares
+where they lose less than what was not distilled.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from ghostssm.report.figures import COLOURS
 from ghostssm.units import bytes_text, plus_minus
 
 SHARES = tuple(Fraction(1, 2**power) for power in range(1, 6))
+DISTILLED = "distilled"
 FLOOR = 1e-4
 """Nats per token; what loses less, or gains, is drawn there."""
 
@@ -69,7 +73,7 @@ class Point:
         return f"{plus_minus(self.excess, self.error)}<br>{self.recipe} {self.state_size}, {self.dtype}"
 
 
-def families(refit: int | None, dtypes: Sequence[str]) -> tuple[Family, ...]:
+def families(refit: int | None, dtypes: Sequence[str], distilled: bool) -> tuple[Family, ...]:
     stock = ("output+repair", *([f"output+refit{refit}+repair"] if refit else []))
     own, pure = ("balanced+per-layer",), ("float32",)
     return (
@@ -77,6 +81,7 @@ def families(refit: int | None, dtypes: Sequence[str]) -> tuple[Family, ...]:
         Family("stock class, size only", stock, pure),
         Family("our class, size only", own, pure),
         Family("stock class, size and dtype", stock, tuple(dtypes)),
+        *([Family("stock class, distilled", (DISTILLED,), tuple(dtypes))] if distilled else []),
         Family("our class, size and dtype", own, tuple(dtypes)),
         Family("our class, tiers of bits", own, (TIERS.name,)),
     )
@@ -97,6 +102,8 @@ class Frontier:
         self.limit, self.row_bytes = layout.state_size, FLOAT32.row_bytes(layout.state_size)
         self.bytes = len(mixers_of(self.model)) * layout.intermediate_size * self.row_bytes
         self.whole = evaluate(self.model, self.windows)
+        healed = [ghostssm.load(folder, dtype=torch.float32).model for folder in args.distilled]
+        self.healed = {layout_of(model.config).state_size: model for model in healed}
         self.points: dict[tuple[str, int, str], Point] = {}
         self.plans: dict[tuple[str, int], Plan] = {}
         print(
@@ -111,7 +118,9 @@ class Frontier:
 
         A choice is not measured where its recipe, at the same or a larger size in float32, lost more than the best.
         """
-        fitting = widest_fit(self.row_bytes * float(share), range(1, self.limit + 1), family.dtypes)
+        distilled = family.recipes == (DISTILLED,)
+        sizes = sorted(self.healed) if distilled else range(1, self.limit + 1)
+        fitting = widest_fit(self.row_bytes * float(share), sizes, family.dtypes)
         best = None
         if TIERS.name in family.dtypes:
             size = widest_tiered(self.row_bytes * float(share), range(1, self.limit + 1))
@@ -132,11 +141,12 @@ class Frontier:
         return max(known, default=0.0)
 
     def point(self, recipe: str, size: int, dtype: str) -> Point:
-        """Of one choice; the recipe ``dense`` leaves the model as it is."""
+        """Of one choice; the recipes ``dense`` and ``distilled`` leave their models as they are."""
         key = recipe, size, dtype
         if key not in self.points:
-            if recipe == "dense":
-                losses, kept = self.losses(self.model, dtype), float(size)
+            if recipe in ("dense", DISTILLED):
+                whole = self.model if recipe == "dense" else self.healed[size]
+                losses, kept = self.losses(whole, dtype), float(size)
             else:
                 plan = self.plan(recipe, size)
                 with pruned(self.model, plan) as smaller:
@@ -196,7 +206,7 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
         x=alt.X("share:Q", title="bytes of state per sequence, as a share of dense float32")
         .scale(type="log", base=2, domain=[1 / 36, 0.58], reverse=True)
         .axis(values=[float(share) for share in SHARES], labelExpr="'1/' + round(1 / datum.value)", grid=False),
-        color=alt.Color("family:N", title=None).scale(domain=list(lines), range=COLOURS[: len(lines)]),
+        color=alt.Color("family:N", title=None).scale(domain=list(lines), range=[*COLOURS, "#7F7F7F"][: len(lines)]),
     )
     label = "excess loss, nats per token"
     losses = (
@@ -244,15 +254,19 @@ def main() -> None:
     parser.add_argument("--text-windows", type=int, default=12)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "int8", "int4"])
     parser.add_argument("--refit", type=int, metavar="STEPS", help="also with so many steps of refit, in stock classes")
+    parser.add_argument("--distilled", nargs="+", default=[], metavar="FOLDER", help="stock checkpoints, healed")
     parser.add_argument("--picture", type=Path, help="SVG to write")
     args = parser.parse_args()
 
     print_machine()
     frontier = Frontier(args)
     lines: dict[str, dict[Fraction, Point]] = {}
-    for family in families(args.refit, args.dtypes):
-        found = {share: frontier.best(family, share) for share in SHARES}
-        lines[family.name] = {share: point for share, point in found.items() if point is not None}
+    for family in families(args.refit, args.dtypes, bool(args.distilled)):
+        found = {share: point for share in SHARES if (point := frontier.best(family, share)) is not None}
+        if family.recipes == (DISTILLED,):
+            plain = lines["stock class, size and dtype"]
+            found = {share: point for share, point in found.items() if point.excess < plain[share].excess}
+        lines[family.name] = found
     whole = [frontier.point("dense", frontier.limit, dtype) for dtype in ("bfloat16", "int8", "fp8", "int4")]
     print(table(lines, frontier.bytes))
     print(f"\nThe whole state (N = {frontier.limit}) in a narrower dtype:\n\n| dtype | share of bytes | excess loss |")
