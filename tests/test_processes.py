@@ -193,6 +193,13 @@ def test_more_processes_than_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Processes.join()
 
 
+@pytest.mark.parametrize("given", ["two", "", "0", "-1"])
+def test_a_number_of_processes_that_is_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(ghostssm.InputError, match=f"WORLD_SIZE is '{given}'; expected the number of processes"):
+        Processes.join()
+
+
 def torchrun(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     program = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
     options = [f"--nproc-per-node={count}", "--standalone", "-m", "ghostssm"]

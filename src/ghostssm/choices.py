@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from ghostssm.errors import InputError
@@ -18,10 +19,23 @@ DEFAULT_RECIPE = "output+refit100+repair"
 DISTILL_STEPS = 300
 DISTILL_RATE = 2e-3
 """Adam's, for a student whose divergence from its teacher is 1; it goes with the root of the divergence."""
-"""With batches of some thousand tokens. The built-in model got worse at 1e-3 before it got better, in 40 steps of 1024
-tokens never better; at 3e-4 it got better at once."""
 HELD_OUT_ONE_IN = 4
 """Of the windows of a search, one in so many measures the excess loss; the others calibrate."""
+
+
+def processes_started() -> int:
+    """Of this run, as torchrun says in the environment variable WORLD_SIZE; 1 without it.
+
+    Raises:
+        InputError: it holds no such number.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(
+            f"The environment variable WORLD_SIZE is {given!r}; expected the number of processes. torchrun sets it; "
+            "without torchrun leave it out."
+        )
+    return int(given)
 
 
 def check_divisible(batch: int, accumulate: int, processes: int) -> None:

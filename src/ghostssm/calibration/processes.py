@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghostssm.choices import processes_started
 from ghostssm.errors import GhostError, InputError, ProcessError, first_line
 from ghostssm.text.windows import Windows
 
@@ -50,9 +51,9 @@ class Processes:
             device: the run's; sums on a CUDA device are reduced there.
 
         Raises:
-            ProcessError: the others can't be reached.
+            InputError: WORLD_SIZE is no number. ProcessError: the others can't be reached.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = processes_started()
         if size == 1:
             return cls()
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"

@@ -21,6 +21,8 @@ _SKIP_TOKENS = 1024
 """Tokens of the windows to which D is fitted, which has one number per head."""
 _SKIP_POSITIONS = 8
 """Of every window at the least: at the first one the state holds a single token, which is like no other."""
+_SLOPE_POSITIONS = 64
+"""Whose slopes are computed at once, if no window has more: hidden_size x heads numbers for each."""
 _SKIP_STEPS = 2
 _SKIP_RIDGE = 1e-6
 _SKIP_DIFFERENCE = 1e-2
@@ -106,10 +108,11 @@ def repair_skip(
         for _ in range(_SKIP_STEPS):
             gram = torch.zeros(len(skip), len(skip), dtype=torch.float64, device=skip.device)
             pull = gram[0].clone()
-            for row in torch.nonzero(~apart):  # the slopes of all windows at once would fill the memory
-                slopes = _slopes(mixer, y[row] + skip[:, None] * x[row], x[row], z[row])
+            # The slopes of all windows at once would fill the memory, and windows may be short, and many.
+            for rows in torch.nonzero(~apart)[:, 0].split(max(1, _SLOPE_POSITIONS // y.shape[1])):
+                slopes = _slopes(mixer, y[rows] + skip[:, None] * x[rows], x[rows], z[rows])
                 gram += slopes.T @ slopes
-                pull += slopes.T @ missing(skip, row).flatten().double()
+                pull += slopes.T @ missing(skip, rows).flatten().double()
             scale = gram.diagonal().mean()
             if not scale > 0:  # nothing that D weighs reaches the output
                 break

@@ -5,14 +5,13 @@ The command checks a request before it imports PyTorch; every use case checks it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import singledispatch
 
 from ghostssm.checkpoint.place import folder_of
-from ghostssm.choices import check_divisible, check_searchable
+from ghostssm.choices import check_divisible, check_searchable, processes_started
 from ghostssm.errors import InputError
 from ghostssm.extras import check_installed
 from ghostssm.files.outputs import OutputFile, OutputFolder, check_apart
@@ -173,7 +172,7 @@ def _(request: DistillRequest) -> None:
             f"Student and teacher are both {request.student}; expected a pruned checkpoint, and with --teacher the "
             "model that it was pruned from."
         )
-    check_divisible(request.batch, request.accumulate, _processes())
+    check_divisible(request.batch, request.accumulate, processes_started())
     if request.learning_rate is not None and not request.learning_rate > 0:
         raise InputError(f"--learning-rate is {request.learning_rate:g}; expected a number above 0, such as 0.0005.")
     if request.teacher_device is not None and _several_processes():
@@ -256,11 +255,7 @@ def _check_texts(*names: str | None) -> None:
 
 
 def _several_processes() -> bool:
-    return _processes() != 1
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return processes_started() > 1
 
 
 def share_or_bytes(text: str) -> Fraction | int:
