@@ -83,6 +83,16 @@ def _round(rows, kind, stochastic, own, p, first, wide, narrow, inverses, values
         store_code_pairs(own, (wide + k) * p + first, low, high, low_words, high_words)
 
 
+@numba.njit(inline="always", error_model="numpy")
+def _token(rows, kind, stochastic, largest, own, p, first, wide, narrow, write, read, work):  # type: ignore[no-untyped-def]
+    """One token of some rows, from the ``first`` on."""
+    rates, totals, tops, inverses, values, keys = work
+    _update(rows, kind, own, p, first, wide, narrow, rates, write, read, values, totals, tops)
+    for j in range(first, first + rows):
+        inverses[j] = largest / max(tops[j], LEAST_PEAK)
+    _round(rows, kind, stochastic, own, p, first, wide, narrow, inverses, values, keys)
+
+
 @cache
 def channel_scan(kind: int, rest: int, stochastic: bool) -> Any:
     """The loop, compiled when it is first called, or taken from numba's cache.
@@ -101,14 +111,12 @@ def channel_scan(kind: int, rest: int, stochastic: bool) -> Any:
         (h,), B and C (b, l, g, n). The work is cut into ``tasks``.
         """
         b, length, h, p = x.shape
-        whole = p - rest
         heads_per_group = h // B.shape[2]
         for task in numba.prange(tasks):
             # Once for many heads: an allocation costs as much as several rows.
             room, keys = np.empty((5, p), np.float32), np.empty(p, np.uint32)
             units, rates, totals, tops, inverses = room[0], room[1], room[2], room[3], room[4]
-            values = np.empty((B.shape[3] + 1) * ROWS + 16, np.float32)
-            values = values[(64 - values.ctypes.data % 64) % 64 // 4 :]
+            values = np.empty((B.shape[3] + 1) * ROWS, np.float32)  # an odd channel in 4 bits has a partner
             for index in range(b * h * task // tasks, b * h * (task + 1) // tasks):
                 i, head = index // h, index % h
                 group, wide, narrow = head // heads_per_group, places[2, head], places[3, head]
@@ -129,16 +137,11 @@ def channel_scan(kind: int, rest: int, stochastic: bool) -> Any:
                         token_key = next_word(own_key, first_token + t)
                         for j in range(p):
                             keys[j] = next_word(token_key, head * p + j)
-                    for first in range(0, whole, ROWS):
-                        _update(ROWS, kind, own, p, first, wide, narrow, rates, write, read, values, totals, tops)
-                        for j in range(first, first + ROWS):
-                            inverses[j] = largest / max(tops[j], LEAST_PEAK)
-                        _round(ROWS, kind, stochastic, own, p, first, wide, narrow, inverses, values, keys)
+                    work = rates, totals, tops, inverses, values, keys
+                    for first in range(0, p - rest, ROWS):
+                        _token(ROWS, kind, stochastic, largest, own, p, first, wide, narrow, write, read, work)
                     if rest:
-                        _update(rest, kind, own, p, whole, wide, narrow, rates, write, read, values, totals, tops)
-                        for j in range(whole, p):
-                            inverses[j] = largest / max(tops[j], LEAST_PEAK)
-                        _round(rest, kind, stochastic, own, p, whole, wide, narrow, inverses, values, keys)
+                        _token(rest, kind, stochastic, largest, own, p, p - rest, wide, narrow, write, read, work)
                     for j in range(p):
                         outputs[j] = totals[j] * units[j] + D[head] * inputs[j]
                         own_peaks[j] = tops[j] * units[j]
