@@ -121,6 +121,18 @@ def test_the_number_of_threads_makes_no_difference(form: StateFormat, rounding: 
 
 
 @needs_numba
+@pytest.mark.parametrize("form", [FLOAT16, FP8], ids=lambda form: form.name)
+def test_a_processor_without_float16(form: StateFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghostssm.ops._lane_codes.converts_halves", lambda: False)
+    stored, storage = quantise(torch.randn(2, 4, 8, 9), StateStorage(form)), StateStorage(form)
+    x, dt, A, D = torch.randn(2, 1, 4, 8), torch.rand(2, 1, 4), -torch.rand(4), torch.randn(4)
+    B, C = torch.randn(2, 2, 1, 1, 9)
+    y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
+    assert torch.equal(stored_scan_(stored, storage, x, dt, A, B, C, D), y)
+    assert torch.equal(stored, after)
+
+
+@needs_numba
 def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
     """As training writes it, a row at a time, with a scale of 1."""
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative

@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from ghostssm.ops._lane_codes import load_code_pairs, load_codes, random_words, store_code_pairs, store_codes
+from ghostssm.ops._lane_codes import load_code_pairs, load_codes, made_of, random_words, store_code_pairs, store_codes
 from ghostssm.ops._lanes import larger_magnitude, load, multiply, multiply_add, prefetch, spread, store
 from ghostssm.ops._rounding_kernels import LEAST_PEAK, next_word
 from ghostssm.ops.state_format import FORMATS, INT4, INT8
@@ -100,7 +100,7 @@ def channel_scan(kind: int, rest: int, stochastic: bool) -> Any:
     Args:
         kind: of the numbers in 8 bits: int8 or fp8. rest: rows of a head that do not fill a vector.
     """
-    largest = _LARGEST[kind]
+    largest, sources = _LARGEST[kind], made_of()
 
     @numba.njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
     def scan(tasks, codes, peaks, places, key, first_sequence, first_token, x, dt, A, B, C, D, y):  # type: ignore[no-untyped-def]
@@ -110,6 +110,7 @@ def channel_scan(kind: int, rest: int, stochastic: bool) -> Any:
         begin in them, and how many channels it has in 8 and in 4 bits. x and y (b, l, h, p), dt (b, l, h), A and D
         (h,), B and C (b, l, g, n). The work is cut into ``tasks``.
         """
+        _ = sources  # for numba's cache
         b, length, h, p = x.shape
         heads_per_group = h // B.shape[2]
         for task in numba.prange(tasks):

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from llvmlite import ir
-from numba import types
+import platform
+import zlib
+from functools import cache
+from pathlib import Path
+
+from llvmlite import binding, ir
+from numba import config, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
+from ghostssm.ops import _lanes, _rounding_kernels
 from ghostssm.ops._lanes import INT, Lanes, filled, floats, integers, place_of, shuffled
 from ghostssm.ops._rounding_kernels import NUMBER_TO_INTEGER
-from ghostssm.ops.state_format import BFLOAT16, FLOAT16, FORMATS, FP8, INT4
+from ghostssm.ops.state_format import FLOAT16, FORMATS, FP8, INT4, INT8
 
 _GOLDEN = 0x9E3779B1
 _BYTE, _HALF = ir.IntType(8), ir.IntType(16)
 _FORMS = {form.kind: form for form in FORMATS.values()}
+_LARGEST_HALF = 65504.0
 _LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
 """Of a positive number."""
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether the processor that numba compiles for has instructions for float16; those with AVX2 and ARM's do."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    given = config.CPU_FEATURES
+    return "+f16c" in given if given else bool(binding.get_host_cpu_features().get("f16c"))
+
+
+@cache
+def made_of() -> int:
+    """A number for the source of what loops are made of here.
+
+    numba's cache knows a loop by its own file and by what it closes over: one that closes over this number is compiled
+    anew when these files change.
+    """
+    files = (__file__, _lanes.__file__, _rounding_kernels.__file__)
+    return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
 
 
 class Words(types.Type):
@@ -32,8 +59,16 @@ class _WordsModel(models.PrimitiveModel):
         super().__init__(manager, words, ir.VectorType(INT, words.count))
 
 
+def _vector(element, count):
+    return ir.VectorType(element, count)
+
+
+def _same(element, value, count):
+    return ir.Constant(_vector(element, count), [value] * count)
+
+
 def _constant(value, count):
-    return ir.Constant(integers(count), [value] * count)
+    return _same(INT, value, count)
 
 
 def _padded(builder, value, used, lanes):
@@ -91,12 +126,11 @@ def load_half_row(typing, halves, first, count, n, kind):
     lanes, used, form = count.literal_value, n.literal_value, _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, halves, arguments[0], arguments[1], ir.VectorType(_HALF, used))
-        row = builder.load(place, align=2)
-        bits = builder.zext(_padded(builder, row, used, lanes), integers(lanes))
-        if form is BFLOAT16:
-            return builder.bitcast(builder.shl(bits, _constant(16, lanes)), floats(lanes))
-        return _widened(builder, bits, form)
+        place = place_of(context, builder, halves, arguments[0], arguments[1], _vector(_HALF, used))
+        row = _padded(builder, builder.load(place, align=2), used, lanes)
+        if form is FLOAT16:
+            return _of_halves(builder, row)
+        return builder.bitcast(builder.shl(builder.zext(row, integers(lanes)), _constant(16, lanes)), floats(lanes))
 
     return Lanes(lanes)(halves, types.intp, count, n, kind), generate
 
@@ -111,17 +145,20 @@ def store_half_row(typing, halves, first, lanes, n, kind, words):
     form = _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        count = lanes.count
+        count, used = lanes.count, n.literal_value
         random = None if isinstance(words, types.NoneType) else arguments[5]
-        if form is BFLOAT16:
-            # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
+        place = place_of(context, builder, halves, arguments[0], arguments[1], _HALF)
+        if form is FLOAT16 and random is None:
+            codes = _to_halves(builder, _limited(builder, arguments[2], _LARGEST_HALF))
+            _store(builder, shuffled(builder, codes, codes, range(used)), place)
+            return context.get_dummy_value()
+        if form is FLOAT16:
+            codes = _random_codes(builder, arguments[2], form, random)
+        else:  # Its exponents are float32's, so that also its smallest numbers are rounded as bits.
             bits = builder.bitcast(arguments[2], integers(count))
             added = _to_nearest(builder, bits, 16) if random is None else builder.lshr(random, _constant(16, count))
             codes = builder.lshr(builder.add(bits, added), _constant(16, count))
-        else:
-            codes = _narrowed(builder, arguments[2], form, random)
-        place = place_of(context, builder, halves, arguments[0], arguments[1], _HALF)
-        _store_lowest(builder, codes, place, n.literal_value, _HALF)
+        _store_lowest(builder, codes, place, used, _HALF)
         return context.get_dummy_value()
 
     return types.void(halves, types.intp, lanes, n, kind, words), generate
@@ -133,10 +170,12 @@ def load_codes(typing, codes, first, count, kind):
     lanes, form = count.literal_value, _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
+        place = place_of(context, builder, codes, arguments[0], arguments[1], _vector(_BYTE, lanes))
         stored = builder.load(place, align=1)
-        if form is FP8:
-            return _widened(builder, builder.zext(stored, integers(lanes)), form)
+        if form is FP8:  # float16 has all of its numbers, 256 times smaller, and in the same bits
+            bits = builder.shl(builder.sext(stored, _vector(_HALF, lanes)), _same(_HALF, 7, lanes))
+            halves = builder.and_(bits, _same(_HALF, 0xBF80, lanes))
+            return builder.fmul(_of_halves(builder, halves), filled(256.0, lanes), flags=("contract",))
         return builder.sitofp(builder.sext(stored, integers(lanes)), floats(lanes))
 
     return Lanes(lanes)(codes, types.intp, count, kind), generate
@@ -148,7 +187,7 @@ def load_code_pairs(typing, codes, first, count):
     lanes = count.literal_value
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
+        place = place_of(context, builder, codes, arguments[0], arguments[1], _vector(_BYTE, lanes))
         stored = builder.sext(builder.load(place, align=1), integers(lanes))
         lower = builder.ashr(builder.shl(stored, _constant(28, lanes)), _constant(28, lanes))
         upper = builder.ashr(stored, _constant(4, lanes))
@@ -169,9 +208,13 @@ def store_codes(typing, codes, first, lanes, kind, words):
 
     def generate(context, builder, signature, arguments):
         random = None if isinstance(words, types.NoneType) else arguments[4]
-        rounded = _narrowed(builder, arguments[2], form, random) if form is FP8 else None
-        rounded = rounded or _nearest_codes(builder, arguments[2], form, random)
         place = place_of(context, builder, codes, arguments[0], arguments[1], _BYTE)
+        if form is INT8:
+            rounded = _integer_codes(builder, arguments[2], form, random)
+        elif random is None:
+            rounded = _nearest_fp8(builder, arguments[2])
+        else:
+            rounded = _random_codes(builder, arguments[2], form, random)
         _store_lowest(builder, rounded, place, lanes.count, _BYTE)
         return context.get_dummy_value()
 
@@ -186,7 +229,7 @@ def store_code_pairs(typing, codes, first, lower, upper, lower_words, upper_word
         count, parts = lower.count, []
         for lanes, words, kind in zip(arguments[2:4], arguments[4:], (lower_words, upper_words), strict=True):
             random = None if isinstance(kind, types.NoneType) else words
-            parts.append(_nearest_codes(builder, lanes, INT4, random))
+            parts.append(_integer_codes(builder, lanes, INT4, random))
         low = builder.and_(parts[0], _constant(15, count))
         packed = builder.or_(low, builder.shl(parts[1], _constant(4, count)))
         place = place_of(context, builder, codes, arguments[0], arguments[1], _BYTE)
@@ -196,59 +239,83 @@ def store_code_pairs(typing, codes, first, lower, upper, lower_words, upper_word
     return types.void(codes, types.intp, lower, upper, lower_words, upper_words), generate
 
 
+def _store(builder, numbers, place):
+    builder.store(numbers, builder.bitcast(place, numbers.type.as_pointer()), align=numbers.type.element.width // 8)
+
+
 def _store_lowest(builder, numbers, place, used, size):
     """The lowest bytes or halves of the first ``used`` integers of 32 bits."""
     parts = 32 // size.width
-    every = builder.bitcast(numbers, ir.VectorType(size, parts * numbers.type.count))
+    every = builder.bitcast(numbers, _vector(size, parts * numbers.type.count))
     # As a shuffle and not as a truncation, which costs AVX-512 twice the instructions.
-    lowest = shuffled(builder, every, every, range(0, parts * used, parts))
-    builder.store(lowest, builder.bitcast(place, lowest.type.as_pointer()), align=size.width // 8)
+    _store(builder, shuffled(builder, every, every, range(0, parts * used, parts)), place)
 
 
-def _nearest_codes(builder, values, form, random):
+def _of_halves(builder, bits):
+    """The numbers of float16, given as integers."""
+    count = bits.type.count
+    return builder.fpext(builder.bitcast(bits, _vector(ir.HalfType(), count)), floats(count))
+
+
+def _to_halves(builder, values):
+    """Rounded to the nearest float16, ties to even; as integers."""
+    count = values.type.count
+    return builder.bitcast(builder.fptrunc(values, _vector(ir.HalfType(), count)), _vector(_HALF, count))
+
+
+def _limited(builder, values, largest):
+    """Numbers no further from zero than the largest."""
+    for bound, operation in ((largest, "<"), (-largest, ">")):
+        limit = filled(bound, values.type.count)
+        values = builder.select(builder.fcmp_ordered(operation, values, limit), values, limit)
+    return values
+
+
+def _integer_codes(builder, values, form, random):
     """Integer codes, whose upper bits are of no meaning; ``random``, if given, moves them up or down before."""
     count = values.type.count
     if random is not None:
         unit = builder.sitofp(builder.lshr(random, _constant(8, count)), floats(count))
         noise = builder.fsub(builder.fmul(unit, filled(2.0**-24, count)), filled(0.5, count))
-        values = builder.fadd(values, noise)
-        for bound, operation in ((form.largest, "<"), (-form.largest, ">")):
-            limit = filled(bound, count)
-            values = builder.select(builder.fcmp_ordered(operation, values, limit), values, limit)
+        values = _limited(builder, builder.fadd(values, noise), form.largest)
     number = builder.fadd(values, filled(float(NUMBER_TO_INTEGER), count), flags=("contract",))
     return builder.bitcast(number, integers(count))
 
 
-def _widened(builder, codes, form):
-    """`ghostssm.ops._rounding_kernels._widened`, with a sign in the highest of a code's bits."""
-    count = codes.type.count
-    shift, sign = 23 - form.mantissa, 1 << (form.bits - 1)
-    size = builder.and_(codes, _constant(sign - 1, count))
-    moved = builder.shl(size, _constant(shift, count))
-    normal = builder.add(moved, _constant((127 - form.bias) << 23, count))
-    fine = builder.fmul(builder.sitofp(size, floats(count)), filled(2.0 ** (1 - form.bias - form.mantissa), count))
-    small = builder.bitcast(fine, integers(count))
-    few = builder.icmp_signed("<", size, _constant(1 << form.mantissa, count))
-    signs = builder.shl(builder.and_(codes, _constant(sign, count)), _constant(32 - form.bits, count))
-    return builder.bitcast(builder.or_(builder.select(few, small, normal), signs), floats(count))
+def _nearest_fp8(builder, values):
+    """The codes of numbers, none beyond the largest, rounded to the nearest, ties to even.
+
+    A power of two and a half of it, so large that a sum with it has as many bits after the point as fp8 has there,
+    rounds a number: the sum's lowest bits are how many levels it is. As with the 8 to 16 of a power of two, so with the
+    0 to 8 of the smallest numbers, which have no leading one.
+    """
+    count, least = values.type.count, 128 - FP8.bias
+    bits = builder.bitcast(values, integers(count))
+    size = builder.and_(bits, _constant(0x7FFFFFFF, count))
+    exponents, smallest = builder.and_(size, _constant(0x7F800000, count)), _constant(least << 23, count)
+    exponents = builder.select(builder.icmp_signed(">", exponents, smallest), exponents, smallest)
+    large = builder.add(exponents, _constant(((23 - FP8.mantissa) << 23) + 0x400000, count))
+    total = builder.fadd(builder.bitcast(size, floats(count)), builder.bitcast(large, floats(count)))
+    levels = builder.sub(builder.bitcast(total, integers(count)), large)
+    power = builder.lshr(builder.sub(exponents, smallest), _constant(23 - FP8.mantissa, count))
+    sign = builder.and_(builder.lshr(bits, _constant(24, count)), _constant(0x80, count))
+    return builder.or_(builder.add(power, levels), sign)
 
 
-def _narrowed(builder, values, form, random=None):
-    """`ghostssm.ops._rounding_kernels._narrowed`, and no further than the largest number."""
+def _random_codes(builder, values, form, random):
+    """The codes of numbers in a floating-point format, moved up by a random share of a level and rounded down.
+
+    No further than the largest number. `ghostssm.ops._rounding_kernels._narrowed` does the same.
+    """
     count, shift = values.type.count, 23 - form.mantissa
     bits = builder.bitcast(values, integers(count))
     size = builder.and_(bits, _constant(0x7FFFFFFF, count))
+    added = builder.lshr(random, _constant(9 + form.mantissa, count))
     fine = builder.fmul(builder.bitcast(size, floats(count)), filled(2.0 ** (form.bias + form.mantissa - 1), count))
-    if random is None:
-        added = _to_nearest(builder, size, shift)
-        number = builder.fadd(fine, filled(float(NUMBER_TO_INTEGER), count))
-        low = builder.and_(builder.bitcast(number, integers(count)), _constant(0xFFFF, count))
-    else:
-        added = builder.lshr(random, _constant(9 + form.mantissa, count))
-        share = builder.fmul(builder.sitofp(added, floats(count)), filled(2.0**-shift, count))
-        low = builder.fptosi(builder.fadd(fine, share), integers(count))
-    rounded = builder.lshr(builder.add(size, added), _constant(shift, count))
-    high = builder.sub(rounded, _constant((127 - form.bias) << form.mantissa, count))
+    share = builder.fmul(builder.sitofp(added, floats(count)), filled(2.0**-shift, count))
+    low = builder.fptosi(builder.fadd(fine, share), integers(count))
+    high = builder.lshr(builder.add(size, added), _constant(shift, count))
+    high = builder.sub(high, _constant((127 - form.bias) << form.mantissa, count))
     few = builder.icmp_signed("<", size, _constant((128 - form.bias) << 23, count))
     code, largest = builder.select(few, low, high), _constant(_LARGEST_CODES[form.kind], count)
     code = builder.select(builder.icmp_signed("<", code, largest), code, largest)

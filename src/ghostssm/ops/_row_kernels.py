@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from ghostssm.ops._lane_codes import load_half_row, random_row, store_half_row
+from ghostssm.ops._lane_codes import load_half_row, made_of, random_row, store_half_row
 from ghostssm.ops._lanes import load, multiply, multiply_add, prefetch, products_of_two, spread
 from ghostssm.ops._rounding_kernels import next_word
 
@@ -45,7 +45,7 @@ def _two_rows(  # type: ignore[no-untyped-def]
 @cache
 def half_scan(kind: int, n: int, stochastic: bool) -> Any:
     """The loop for rows of ``n`` numbers, compiled when it is first called, or taken from numba's cache."""
-    lanes = lanes_of(n)
+    lanes, sources = lanes_of(n), made_of()
     lines = -(-4 * n // _LINE)
 
     @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -55,6 +55,7 @@ def half_scan(kind: int, n: int, stochastic: bool) -> Any:
         halves int16 (b, h, p * n). x and y (b, l, h, p), dt (b, l, h), A and D (h,), B and C (b, l, g, lanes), zeros
         behind the n numbers.
         """
+        _ = sources  # for numba's cache
         b, length, h, p = x.shape
         heads_per_group = h // B.shape[2]
         for index in numba.prange(b * h):

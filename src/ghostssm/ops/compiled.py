@@ -34,6 +34,8 @@ straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
 """Those of the backward pass through such states, if there are kernels."""
 channel_kernels = _Loops("ghostssm.ops._channel_kernels")
 """Those of states in codes, if there are kernels."""
+lane_codes = _Loops("ghostssm.ops._lane_codes")
+"""What both are made of, if there are kernels."""
 row_kernels = _Loops("ghostssm.ops._row_kernels")
 """Those of states in half precision, if there are kernels."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostssm.ops import compiled, gpu
 from ghostssm.ops.ssd import ssd, ssd_step
-from ghostssm.ops.state_format import FP8, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
+from ghostssm.ops.state_format import FLOAT16, FP8, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
 _LONGEST_ROW = 256
 """Of a state in half precision, that the compiled loop takes."""
@@ -64,15 +64,21 @@ def stored_scan_(
     if gpu.usable_in_float32(x, dt, A, B, C, D) and stored.is_contiguous():
         fused: Tensor = gpu.kernels("stored").stored_scan_(stored, storage, x, dt, A, B, C, D)
         return fused
-    form, y = storage.format, torch.empty(x.shape, dtype=x.dtype)
-    # Two longer rows do not fit the registers of any processor.
-    fits = form.scaled or B.shape[3] <= _LONGEST_ROW
-    if not fits or not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous():
+    form = storage.format
+    if not compiled.usable(x, dt, A, B, C, D) or not stored.is_contiguous() or not _compiles(form, B.shape[3]):
         y, after = stored_scan_reference(stored, storage, x, dt, A, B, C, D)
         stored.copy_(after)
         return y
+    y = torch.empty(x.shape, dtype=x.dtype)
     (_scan_channels if form.scaled else _scan_rows)(stored, storage, x, dt, A, B, C, D, y)
     return y
+
+
+def _compiles(form: StateFormat, n: int) -> bool:
+    """Whether there is a loop for a format and a state size: two longer rows do not fit any processor's registers."""
+    if form in (FLOAT16, FP8) and not compiled.lane_codes.converts_halves():
+        return False
+    return form.scaled or n <= _LONGEST_ROW
 
 
 def _scan_channels(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
