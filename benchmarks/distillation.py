@@ -82,13 +82,16 @@ class OnRecall:
         return HeldWindows(self._sequences(steps * self._options.batch + MOST_HELD_OUT))
 
     def dense(self) -> Evaluation:
-        return self.measured(self.model)
+        return self.wrong_answers(self.model, StateStorage())
 
     def measured(self, student: PreTrainedModel) -> Evaluation:
-        """The share of wrong answers in every sequence."""
+        return self.wrong_answers(student, StateStorage.of(self._options.state_dtype))
+
+    def wrong_answers(self, model: PreTrainedModel, storage: StateStorage) -> Evaluation:
+        """Their share in every sequence."""
         from associative_recall import recall_of  # from tools/
 
-        wrong = ~recall_of(student, *self._held_out).correct
+        wrong = ~recall_of(model, *self._held_out, storage=storage).correct
         return Evaluation(wrong.double().view(len(self._held_out[0]), -1).mean(1), 1.0)
 
 
@@ -175,10 +178,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32, help="to calibrate on")
     parser.add_argument("--text-windows", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    if options.recall and options.state_dtype != "float32":
-        parser.error("--recall measures with a float32 state.")
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

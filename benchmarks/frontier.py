@@ -3,6 +3,7 @@
     python benchmarks/frontier.py
     python benchmarks/frontier.py MODEL --calibration TEXT --text OTHER_TEXT --picture frontier.svg
     python benchmarks/frontier.py --distilled HEALED_60 HEALED_28 HEALED_12
+    PYTHONPATH=tools python benchmarks/frontier.py RECALL_MODEL --recall 64 --windows 128 --text-windows 256
 
 Every family of choices is a set of recipes and dtypes. At each share of the dense float32 state a family takes, for
 each of its dtypes, the largest N' that fits, scales included, and shows the one that loses least; tiers of bits are
@@ -22,9 +23,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import altair as alt
+import distillation
 import torch
 import vl_convert
 from interleaved import print_machine
+from transformers import PreTrainedModel
 
 import ghostssm
 from ghostssm.evaluation.perplexity import Evaluation, evaluate
@@ -87,29 +90,52 @@ def families(refit: int | None, dtypes: Sequence[str], distilled: bool) -> tuple
     )
 
 
-class Frontier:
-    """Points of one model; every plan is made once, and every dtype of its state measured once."""
+class OnText:
+    """A model, and the text that it is calibrated and measured on."""
+
+    unit = "nats per token"
 
     def __init__(self, args: argparse.Namespace):
         checkpoint = ghostssm.load(args.model, dtype=torch.float32)
         vocabulary, length = checkpoint.require_tokenizer(), args.window_length
         calibration = ghostssm.read_text(args.calibration, "calibration")
-        windows = ghostssm.cut_windows(calibration, vocabulary, length, args.windows, seed=42)
+        self.windows = ghostssm.cut_windows(calibration, vocabulary, length, args.windows, seed=42)
         text = ghostssm.read_text(args.text, "evaluation")
-        self.windows = ghostssm.cut_windows(text, vocabulary, length, args.text_windows, seed=1)
-        self.model, self.calibration = checkpoint.model, Calibration(checkpoint.model, windows)
+        self.model, self.measured_on = checkpoint.model, Path(args.text).name
+        self._held_out = ghostssm.cut_windows(text, vocabulary, length, args.text_windows, seed=1)
+
+    def losses(self, model: PreTrainedModel, dtype: str) -> Evaluation:
+        return evaluate(model, self._held_out, storage=StateStorage.of(dtype))
+
+
+class OnRecall(distillation.OnRecall):
+    """A model of associative recall: wrong answers take the place of losses."""
+
+    unit, measured_on = "of the answers wrong", "associative recall"
+
+    def losses(self, model: PreTrainedModel, dtype: str) -> Evaluation:
+        return self.wrong_answers(model, StateStorage.of(dtype))
+
+
+class Frontier:
+    """Points of one model; every plan is made once, and every dtype of its state measured once."""
+
+    def __init__(self, args: argparse.Namespace):
+        task = OnRecall(args) if args.recall else OnText(args)
+        self.model, self.losses, windows = task.model, task.losses, task.windows
+        self.calibration = Calibration(self.model, windows)
         layout = layout_of(self.model.config)
         self.limit, self.row_bytes = layout.state_size, FLOAT32.row_bytes(layout.state_size)
         self.bytes = len(mixers_of(self.model)) * layout.intermediate_size * self.row_bytes
-        self.whole = evaluate(self.model, self.windows)
+        self.whole = self.losses(self.model, "float32")
         healed = [ghostssm.load(folder, dtype=torch.float32).model for folder in args.distilled]
         self.healed = {layout_of(model.config).state_size: model for model in healed}
         self.points: dict[tuple[str, int, str], Point] = {}
         self.plans: dict[tuple[str, int], Plan] = {}
         print(
-            f"calibrated on {len(windows)} x {length} tokens of {Path(args.calibration).name}, measured on "
-            f"{len(self.windows)} x {length} of {Path(args.text).name}; dense: {self.whole.loss:.5f} nats per token, "
-            f"{self.bytes:,} bytes of state per sequence\n",
+            f"calibrated on {len(windows)} x {windows.length} tokens of {Path(windows.text_name).name}, measured on "
+            f"{len(self.whole.losses)} x {windows.length} of {task.measured_on}; dense: {self.whole.loss:.5f} "
+            f"{task.unit}, {self.bytes:,} bytes of state per sequence\n",
             flush=True,
         )
 
@@ -175,9 +201,6 @@ class Frontier:
         point = Point(recipe, size, dtype, share, excess.mean, excess.standard_error)
         print(f"{point}", file=sys.stderr, flush=True)
         return point
-
-    def losses(self, model: torch.nn.Module, dtype: str) -> Evaluation:
-        return evaluate(model, self.windows, storage=StateStorage.of(dtype))
 
 
 def table(lines: Mapping[str, Mapping[Fraction, Point]], dense_bytes: int) -> str:
@@ -254,6 +277,7 @@ def main() -> None:
     parser.add_argument("--text-windows", type=int, default=12)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "int8", "int4"])
     parser.add_argument("--refit", type=int, metavar="STEPS", help="also with so many steps of refit, in stock classes")
+    parser.add_argument("--recall", type=int, metavar="PAIRS", help="associative recall instead of text")
     parser.add_argument("--distilled", nargs="+", default=[], metavar="FOLDER", help="stock checkpoints, healed")
     parser.add_argument("--picture", type=Path, help="SVG to write")
     args = parser.parse_args()

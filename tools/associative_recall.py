@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from ghostssm.errors import InputError
 from ghostssm.evaluation.recall import Recall
 from ghostssm.models.families import mixers_of
-from ghostssm.models.forward import replaced_forward
+from ghostssm.models.forward import replaced_forward, rounded_forward
+from ghostssm.ops.state_format import FLOAT32_STORAGE, StateStorage
 
 IGNORED = -100
 """The target of a position that is not scored; torch's convention."""
@@ -47,14 +48,17 @@ def associative_recall(
     return ids.flatten(1), targets.flatten(1)
 
 
-def recall_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int = 32) -> Recall:
+def recall_of(
+    model: PreTrainedModel, ids: Tensor, targets: Tensor, batch: int = 32, storage: StateStorage = FLOAT32_STORAGE
+) -> Recall:
     """Every scored position's loss and whether its target is the likeliest token.
 
     Args:
         ids: (count, l). targets: (count, l), the token wanted right after each position, or `IGNORED`.
+        storage: how the recurrent state is kept: it is rounded after every token.
     """
     losses, correct = [], []
-    with torch.inference_mode(), replaced_forward(mixers_of(model)):
+    with torch.inference_mode(), replaced_forward(mixers_of(model), rounded_forward(storage)):
         for span in (slice(start, start + batch) for start in range(0, len(ids), batch)):
             scored = targets[span] != IGNORED
             output = model(input_ids=ids[span].to(model.device), return_dict=True, use_cache=False)
