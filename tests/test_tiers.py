@@ -113,6 +113,23 @@ def test_a_plan_and_a_checkpoint_keep_their_tiers(tiered: Plan, tmp_path: Path) 
     assert described.footprint(form=TIERS).state == described.state_bytes(form=TIERS)
 
 
+def test_its_speed_is_measured_as_it_is(run: Run, tiered: Plan, tmp_path: Path) -> None:
+    folder = ghostssm.save(apply_plan(tiny_model(), tiered), tiered.kept_in("tiers"), tmp_path / "out")
+    asked = ["bench", folder, "--batch", 2, "--prompt-length", 3]
+    code, out, _ = run(*asked, "--state-dtype", "tiers", "int8", "--json")
+    assert code == 0
+    described, rows = ghostssm.describe(str(folder)), json.loads(out)["rows"]
+    assert [row["state_dtype"] for row in rows] == ["float32", "tiers", "int8"]
+    assert rows[1]["state_bytes"] == 2 * described.state_bytes(form=TIERS) < rows[2]["state_bytes"]
+    assert rows[0]["speedup_range"] == [1, 1]
+    code, out, _ = run(*asked)
+    assert code == 0
+    assert "The model is measured as it is" in " ".join(out.split())
+    code, _, err = run(*asked, "--state-size", 4)
+    assert code == 2
+    assert "can't be cut. Leave --state-size out" in " ".join(err.split())
+
+
 def test_decoding_token_by_token_is_the_scan(tiered: Plan) -> None:
     """Both round after every token; what a cache holds are the bytes of the tiers."""
     model, ids, logits = apply_plan(tiny_model(), tiered), WINDOWS.ids[:2, :9], []

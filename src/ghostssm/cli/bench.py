@@ -24,7 +24,7 @@ def bench(request: BenchRequest, as_json: AsJson = False) -> None:
     """Measure on this machine how fast a model reads a prompt (prefill) and writes (decode) at several state sizes.
 
     ghostssm bench state-spaces/mamba2-130m --batch 1 32 64 --state-size 64 32
-    ghostssm bench MODEL --device cuda --batch 1 64 256
+    ghostssm bench PRUNED --state-dtype int8 tiers
     """
     from ghostssm.workflows import bench as use_case
 
@@ -32,12 +32,14 @@ def bench(request: BenchRequest, as_json: AsJson = False) -> None:
     if as_json:
         print_json(outcome.as_json())
         return
-    headers = ["batch", "N'", "dtype", "state", "prefill tok/s", "decode tok/s", "times dense"]
+    beside = "dense" if outcome.is_stock else "float32"
+    headers = ["batch", "N'", "dtype", "state", "prefill tok/s", "decode tok/s", f"times {beside}"]
     headers += ["times predicted", "peak memory"]
     print_table(headers, [_cells(row, _is_dense(row, outcome)) for row in outcome.rows], text_columns=0)
     bandwidth = f"{outcome.machine.bandwidth / 1e9:.1f} GB/s"
+    told = f"Dense: N' = {outcome.state_size} in float32." if outcome.is_stock else "The model is measured as it is."
     print_text(
-        f"±, and in brackets: the range over {use_case.ROUNDS} rounds. Dense: N' = {outcome.state_size} in float32. "
+        f"±, and in brackets: the range over {use_case.ROUNDS} rounds. {told} "
         f"Predicted: from {bandwidth} of this machine. Weights are in float32."
     )
     others: dict[tuple[int, str], dict[int, Speedup]] = {}

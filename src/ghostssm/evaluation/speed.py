@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -94,7 +95,7 @@ class Speedup:
 
 def measure(
     model: PreTrainedModel,
-    plans: Mapping[Key, Plan],
+    plans: Mapping[Key, Plan | None],
     batches: Sequence[int],
     prompt: int,
     progress: Progress = silent,
@@ -107,14 +108,16 @@ def measure(
     At one batch size they follow right after one another.
 
     Args:
-        storages: how the state is kept under a plan, where it is not float32.
+        plans: None for the model as it is. storages: how the state is kept under a plan, where it is not float32.
     """
     timings = {(key, batch): Timings() for batch in batches for key in plans}
     turns = [turn for _ in range(rounds) for turn in timings]
     for index, (key, batch) in enumerate(turns):
         progress("decode", index, len(turns))
         forward = partial(fast_forward, storage=storages.get(key, FLOAT32_STORAGE))
-        with pruned(model, plans[key]) as smaller, replaced_forward(mixers_of(smaller), forward):
+        plan = plans[key]
+        as_planned = nullcontext(model) if plan is None else pruned(model, plan)
+        with as_planned as smaller, replaced_forward(mixers_of(smaller), forward):
             reset_peak(smaller.device)
             _run(smaller, batch, prompt, timings[key, batch])
             timings[key, batch].peak_bytes = max(timings[key, batch].peak_bytes, peak_bytes(smaller.device))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ghostssm.checkpoint.description import describe
+from ghostssm.checkpoint.description import Description, describe
 from ghostssm.checkpoint.loading import load
 from ghostssm.errors import InputError
 from ghostssm.evaluation.roofline import Machine, measure_machine, predicted_step_seconds
@@ -56,13 +56,15 @@ class BenchOutcome:
 
     Attributes:
         machine: what the machine does: bandwidth and arithmetic.
-        state_size: that of the whole state.
-        rows: by batch size, the whole state first.
+        state_size: that of the whole state; the widest layer's, if it differs between layers.
+        rows: by batch size, the whole state in float32 first.
+        is_stock: whether smaller states were measured too; our own class is measured as it is.
     """
 
     machine: Machine
     state_size: int
     rows: tuple[BenchRow, ...]
+    is_stock: bool
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self.machine), "rows": [row.as_json() for row in self.rows]}
@@ -82,43 +84,54 @@ def bench(request: BenchRequest, *, progress: Progress = silent, notify: Notify 
     batches, prompt = request.batches, request.prompt_length
     check_request(request)
     described = describe(request.model)
-    if not described.is_stock:
-        raise InputError(
-            f"{request.model} has a projected state or a state size per layer. Measure it beside the original model: "
-            "ghostssm compare MODEL --state-size N' --methods RECIPE, or ghostssm prune with --report."
-        )
-    dense = described.layout.state_size
-    sizes = request.state_sizes or tuple(size for size in (dense // 2, dense // 4) if size)
-    for size in sizes:
-        check_state_size(size, dense)
-    check_dtypes(request.state_dtypes)
-    narrow = (dtype for dtype in request.state_dtypes if dtype != FLOAT32.name)
-    storages = (StateStorage(), *(StateStorage.of(dtype, request.state_rounding) for dtype in narrow))
+    sizes, dtypes = _sizes(request, described), [FLOAT32.name, *request.state_dtypes]
+    if not described.tiers:
+        check_dtypes(dtypes)
+    storages = {
+        name: StateStorage.of(name, request.state_rounding if name != FLOAT32.name else "nearest") for name in dtypes
+    }
     tell_idle_gpu(notify, request.device)
     model = load(request.model, dtype=torch.float32, device=request.device).model
     machine = measure_machine(batches, request.device)
     plans, kept = {}, {}
-    for size in (dense, *sizes):
-        for storage in storages:
-            plans[size, storage.format.name], kept[size, storage.format.name] = first_channels(model, size), storage
+    for size in sizes:
+        for name, storage in storages.items():
+            plans[size, name], kept[size, name] = first_channels(model, size) if size else None, storage
     timings = measure(model, plans, batches, prompt, progress, ROUNDS, kept)
-    whole = (dense, FLOAT32.name)
+    widest, whole = max(described.state_sizes), (sizes[0], FLOAT32.name)
 
-    def row(batch: int, key: tuple[int, str]) -> BenchRow:
+    def row(batch: int, key: tuple[int | None, str]) -> BenchRow:
         timing, form, size = timings[key, batch], kept[key].format, key[0]
         state_bytes = described.state_bytes(size, form)
         predicted = predicted_step_seconds(described, machine, batch, size, form)
         return BenchRow(
             batch=batch,
-            state_size=size,
+            state_size=size or widest,
             state_bytes=batch * state_bytes,
             prefill=timing.prefill(batch * prompt),
             decode=timing.decode(batch),
             predicted_tokens_per_second=batch / predicted,
             peak_memory_bytes=timing.peak_bytes,
             speedup=Speedup.of(timings[whole, batch], timing),
-            predicted_speedup=predicted_step_seconds(described, machine, batch, dense) / predicted,
+            predicted_speedup=predicted_step_seconds(described, machine, batch, sizes[0]) / predicted,
             state_dtype=form.name,
         )
 
-    return BenchOutcome(machine, dense, tuple(row(batch, key) for batch in batches for key in plans))
+    rows = tuple(row(batch, key) for batch in batches for key in plans)
+    return BenchOutcome(machine, widest, rows, described.is_stock)
+
+
+def _sizes(request: BenchRequest, described: Description) -> list[int | None]:
+    """That are measured, the model's own first; None for a model that can only be measured as it is."""
+    if not described.is_stock:
+        if request.state_sizes:
+            raise InputError(
+                f"{request.model} has a projected state or a state size per layer, which can't be cut. Leave "
+                "--state-size out, to measure it as it is, or name the model that it was made of."
+            )
+        return [None]
+    dense = described.layout.state_size
+    smaller = request.state_sizes or tuple(size for size in (dense // 2, dense // 4) if size)
+    for size in smaller:
+        check_state_size(size, dense)
+    return [dense, *smaller]

@@ -308,11 +308,13 @@ class BenchRequest:
 
     Attributes:
         model: hub id, local folder, or 'reference'.
-        state_sizes: state sizes N' to measure beside the model's own N; a half and a quarter of it if not given.
+        state_sizes: state sizes N' to measure beside the model's own N; a half and a quarter of it if not given. A
+            projected state, or one of a size per layer, is measured as it is.
         batches: sequences at a time.
         prompt_length: tokens per sequence to prefill.
         device: where to compute: cpu, cuda, cuda:1 ...
-        state_dtypes: of the recurrent state, one or several: float32, bfloat16, float16, int8, fp8, int4.
+        state_dtypes: of the recurrent state, one or several: float32, bfloat16, float16, int8, fp8, int4; tiers for a
+            model that was pruned to them.
         state_rounding: of a state narrower than float32: nearest or stochastic.
     """
 
