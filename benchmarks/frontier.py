@@ -242,7 +242,12 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
     chart = (marks.mark_line(strokeWidth=3) + marks.mark_point(size=70, filled=True, opacity=1) + bars).properties(
         width=620, height=380, title=title
     )
-    grey = "#768390"  # seen on white and on black
+    return vl_convert.vegalite_to_svg(configured(chart).to_dict())
+
+
+def configured(chart: alt.LayerChart) -> alt.LayerChart:
+    """Large letters, and a grey that is seen on white and on black."""
+    grey = "#768390"
     chart = chart.configure(background="transparent", font="system-ui, sans-serif").configure_view(stroke=None)
     chart = chart.configure_axis(
         labelFontSize=15,
@@ -264,7 +269,7 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
         symbolSize=120,
         symbolStrokeWidth=3,
     )
-    return vl_convert.vegalite_to_svg(chart.configure_title(color=grey, fontSize=17, fontWeight="normal").to_dict())
+    return chart.configure_title(color=grey, fontSize=17, fontWeight="normal")
 
 
 def main() -> None:
