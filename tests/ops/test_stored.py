@@ -73,7 +73,7 @@ def test_stochastic_is_one_of_two_neighbours_and_right_on_average(form: StateFor
 
 @roundings
 @formats
-@pytest.mark.parametrize(("groups", "n", "p"), [(1, 32, 8), (2, 33, 40), (4, 7, 64), (1, 60, 40), (1, 260, 8)])
+@pytest.mark.parametrize(("groups", "n", "p"), [(1, 32, 5), (2, 33, 37), (4, 7, 64), (1, 260, 5)])
 @needs_numba
 def test_compiled_loops_are_the_reference(form: StateFormat, rounding: str, groups: int, n: int, p: int) -> None:
     """Token by token from the same stored state: what is rounded differently once may differ by more later."""
@@ -110,8 +110,8 @@ def test_compiled_loops_are_the_reference(form: StateFormat, rounding: str, grou
 @formats
 def test_the_number_of_threads_makes_no_difference(form: StateFormat, rounding: str) -> None:
     storage, after = StateStorage.of(form, rounding, seed=1), []
-    state, x, dt = torch.randn(2, 4, 40, 9), torch.randn(2, 5, 4, 40), torch.rand(2, 5, 4)
-    A, B, C, D = -torch.rand(4), torch.randn(2, 5, 2, 9), torch.randn(2, 5, 2, 9), torch.randn(4)
+    state, x, dt = torch.randn(2, 4, 37, 33), torch.randn(2, 5, 4, 37), torch.rand(2, 5, 4)
+    A, B, C, D = -torch.rand(4), torch.randn(2, 5, 2, 33), torch.randn(2, 5, 2, 33), torch.randn(4)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         after.append(quantise(state, storage))
@@ -163,10 +163,10 @@ def test_vectors_round_as_torch_does(form: StateFormat) -> None:
     parts = [codes, (between * (1 - 1e-5)).float(), (between * (1 + 1e-5)).float()]
     values = torch.cat(parts if form.scaled else [*parts, between.float()])
     values = torch.cat([values, -values])
-    n = 64
+    n = 32
     rows = torch.cat([values, values.new_zeros(-len(values) % (n - 1))]).view(-1, n - 1)
     rows = torch.cat([rows, torch.full((len(rows), 1), codes.max().item())], dim=1)
-    b, p, storage = len(rows), 8, StateStorage(form)
+    b, p, storage = len(rows), 5, StateStorage(form)
     stored = quantise(torch.zeros(b, 1, p, n), storage)
     streams = rows[:, None, None], rows[:, None, None], torch.ones(1)
     stored_scan_(stored, storage, torch.ones(b, 1, 1, p), torch.ones(b, 1, 1), -torch.ones(1), *streams)

@@ -12,7 +12,7 @@ from ghostssm.ops.state_format import TIERS, StateFormat, StateStorage, dequanti
 from ghostssm.ops.stored import ssd_stored, stored_scan_, stored_scan_reference
 
 TIERED = ((5, 3), (0, 4), (0, 0), (9, 0))
-N, P = 9, 40
+N, P = 9, 37
 roundings = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 
 
