@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -148,15 +148,12 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @contextmanager
 def cut(tile: int, warps: int) -> Iterator[None]:
     """Within the context, another tile and number of warps."""
-    modules: list[Any] = [gpu.kernels("step"), gpu.kernels("stored")]
-    before = [(kernels.TILE, kernels.WARPS) for kernels in modules]
-    for kernels in modules:
-        kernels.TILE, kernels.WARPS = tile, warps
-    try:
+    step, stored = gpu.kernels("step"), gpu.kernels("stored")
+    names = [(step, "TILE", "WARPS"), (stored, "TILE", "WARPS"), (stored, "CODES_TILE", "CODES_WARPS")]
+    with ExitStack() as stack:
+        for kernels, numbers, threads in names:
+            stack.enter_context(mock.patch.multiple(kernels, **{numbers: tile, threads: warps}))
         yield
-    finally:
-        for kernels, sizes in zip(modules, before, strict=True):
-            kernels.TILE, kernels.WARPS = sizes
 
 
 def main() -> None:

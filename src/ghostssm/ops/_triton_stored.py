@@ -33,12 +33,13 @@ from ghostssm.ops._triton_rounding import (
 from ghostssm.ops._triton_scan import _piece, _streams
 from ghostssm.ops.state_format import StateFormat, StateStorage, TieredFormat
 
-TILE, CODES_TILE = 2048, 8192
-"""Numbers of the state that a program keeps: in half precision, and in codes, of which it takes whole heads."""
-NUMBERS_PER_WARP = 1024
+TILE, WARPS = 2048, 2
+"""Numbers of a state in half precision that a program keeps, 32 per thread."""
+CODES_TILE, CODES_WARPS = 8192, 8
+"""The same of a state in codes, of which it takes whole heads, row beside row."""
 ROWS_PER_THREAD: tl.constexpr = tl.constexpr(4)
-"""Codes lie row beside row: a thread loads so many at a time. More would be fewer loads, but what is computed once per
-row, its quotients above all, every thread computes for all rows that it has."""
+"""That a thread loads at a time. More would be fewer loads, but what is computed once per row, its quotients above all,
+every thread computes for all rows that it has."""
 _LEAST_ROWS = 4
 _LEAST_LANES = 16
 _VARYING = ["key", "first_sequence", "first_token"]
@@ -278,7 +279,7 @@ def _stored_call(stored: Tensor, form: StateFormat, p: int, n: int) -> tuple[Any
             "BIAS": form.bias,
             "LARGEST": form.largest or 0.0,
             "LARGEST_CODE": _largest_code(form),
-            **_rows(p, lanes, CODES_TILE if form.scaled else TILE),
+            **_rows(p, lanes, form.scaled),
             "LANES": lanes,
         },
     )
@@ -293,7 +294,7 @@ def _tiered_call(stored: Tensor, form: TieredFormat, p: int) -> tuple[Any, tuple
         (stored.view(torch.int8), stored.view(torch.float32), _places(form, p, stored.device)),
         {
             "STATE_BYTES": stored.shape[1],
-            **_rows(p, _lanes(wide + narrow), CODES_TILE),
+            **_rows(p, _lanes(wide + narrow), True),
             "WIDE_LANES": wide,
             "NARROW_LANES": narrow,
         },
@@ -305,10 +306,11 @@ def _lanes(n: int) -> int:
     return lanes
 
 
-def _rows(p: int, lanes: int, tile: int) -> dict[str, int]:
-    """That a program takes, and its warps."""
+def _rows(p: int, lanes: int, in_codes: bool) -> dict[str, int]:
+    """That a program takes, and its warps: fewer where a head is small."""
+    tile, warps = (CODES_TILE, CODES_WARPS) if in_codes else (TILE, WARPS)
     rows = _piece(p, _LEAST_ROWS, max(_LEAST_ROWS, tile // lanes))
-    return {"ROWS": rows, "num_warps": max(1, rows * lanes // NUMBERS_PER_WARP)}
+    return {"ROWS": rows, "num_warps": max(1, min(warps, warps * rows * lanes // tile))}
 
 
 @functools.cache
