@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import ghostssm
 from ghostssm.cli import completion, console
 from ghostssm.cli.main import _VERBS, app
-from ghostssm.ops.state_format import FORMATS
+from ghostssm.ops.state_format import FORMATS, TIERS
 from ghostssm.recovery import step_names
 from ghostssm.workflows import paper_tables
 
@@ -84,7 +84,7 @@ def test_names_for_completion_are_the_registered_ones() -> None:
     assert sorted(completion.METHODS) == list(ghostssm.method_names())
     assert step_names() == completion.STEPS
     assert ghostssm.engine_names() == completion.ENGINES
-    assert tuple(FORMATS) == completion.STATE_DTYPES
+    assert (*FORMATS, TIERS.name) == completion.STATE_DTYPES
     assert paper_tables.table_names() == completion.TABLES
     assert paper_tables.published_models() == completion.PUBLISHED_MODELS
 

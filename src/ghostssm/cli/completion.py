@@ -22,7 +22,7 @@ ENGINES = (
     *("transformers-cpu", "transformers-cuda", "mamba_ssm", "vllm", "sglang", "llama.cpp-cpu", "llama.cpp-cuda"),
     *("llama.cpp-vulkan", "llama.cpp-sycl", "llama.cpp-opencl", "llama.cpp-metal", "mlx-lm"),
 )
-STATE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")
+STATE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4", "tiers")
 TABLES = ("sparsity", "size")
 PUBLISHED_MODELS = tuple(f"state-spaces/mamba2-{size}" for size in ("130m", "370m", "780m", "1.3b", "2.7b"))
 STEPS = ("distill", "refit", "repair")
