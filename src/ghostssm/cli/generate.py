@@ -37,8 +37,8 @@ def generate(
         max_new_tokens: stop after so many tokens.
         temperature: 0 always takes the likeliest token.
         seed: with --temperature above 0, or stochastic rounding: the same number gives the same text.
-        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4; tiers
-            for a model that was pruned to them. If not given, that which it was pruned for, else float32.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4;
+            tiers for a model that was pruned to them. If not given, that which it was pruned for, else float32.
         state_rounding: of a state narrower than float32: nearest or stochastic.
         tokenizer: folder or hub id of the tokenizer, if the model has none.
         device: where to compute: cpu, cuda, cuda:1 ...

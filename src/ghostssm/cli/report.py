@@ -34,8 +34,8 @@ def report(
     Args:
         folder: folder that 'ghostssm prune' wrote.
         output: the page; DIR/report.html if not given.
-        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4; tiers
-            for a model that was pruned to them. If not given, that which it was pruned for, else float32.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4;
+            tiers for a model that was pruned to them. If not given, that which it was pruned for, else float32.
         overwrite: replace the page if there is one.
     """
     where = Path(folder)

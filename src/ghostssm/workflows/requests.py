@@ -197,8 +197,8 @@ class InspectRequest:
         model: hub id, local folder, or 'reference'.
         state_sizes: also say what a cut to state sizes N' saves.
         batches: also predict the decode speed on this machine, at these batch sizes.
-        state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4; tiers for
-            a model that was pruned to them.
+        state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4;
+            tiers for a model that was pruned to them.
         memories: also say how many sequences engines take in 80GiB, say.
         context: with --memory: tokens of a sequence; 8192 if not given.
         predict: also predict the time and memory that a prune with GHOST on 128 windows of 2048 tokens takes here.
@@ -284,9 +284,9 @@ class EvaluateRequest(Request):
         limit: with --tasks or --last-words: measure at most so many documents.
         stream: hold one layer's weights in memory at a time.
         offload: with --stream: keep there, in files, what grows with the number of windows. It takes less memory.
-        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4; tiers
-            for a model that was pruned to them. If not given, that which it was pruned for, else float32. That of BASE is
-            float32.
+        state_dtype: of the recurrent state, rounded after every token: float32, bfloat16, float16, int8, fp8 or int4;
+            tiers for a model that was pruned to them. If not given, that which it was pruned for, else float32. That of
+            BASE is float32.
         state_rounding: of a state narrower than float32: nearest or stochastic.
     """
 
