@@ -114,7 +114,7 @@ class _Trial:
 
 def _trials(form: StateFormat, sizes: Sequence[int], multiple: int, below: int) -> list[_Trial]:
     """What takes less than so many bytes of a row, ascending: by size, and in tiers by the bytes that are divided."""
-    if form is TIERS:
+    if form == TIERS:
         bounds = range(tiered_bytes(sizes[0]), below, tiered_bytes(multiple) - tiered_bytes(0))
         widest = [(widest_tiered(bound, sizes), bound) for bound in bounds]
         return [_Trial(size, form, bound) for size, bound in widest if size is not None]

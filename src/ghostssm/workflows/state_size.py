@@ -93,7 +93,7 @@ def target_of(request: PruneRequest, described: Description, recipe: Recipe, not
 def check_dtypes(names: Iterable[str]) -> None:
     """Raise InputError for what is no dtype of a state that any model can be kept in."""
     for name in names:
-        if StateFormat.of(name) is TIERS:
+        if StateFormat.of(name) == TIERS:
             raise InputError(
                 "The state dtype is tiers, in which only a model can be kept that was pruned to them: "
                 "--method balanced with --state-bytes 1/16 or --max-excess-loss 0.02 may choose them. "
