@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,22 @@ def test_tiers_are_among_what_bytes_choose_from() -> None:
     assert found["tiers"].state_bytes == tiered.state_bytes(layout_of(model.config), "tiers") <= DENSE // 8
     stock = fitting.plan(Recipe.parse("magnitude"), DENSE // 8, multiple=2, progress=None)
     assert "tiers" not in {each.state_dtype for each in choice_of(stock).candidates}
+
+
+def test_tiers_alone_may_be_chosen_from() -> None:
+    """Also where they alone fit, with three bits a channel."""
+    fitting = Fitting.of(tiny_model(), WINDOWS)
+    within = partial(fitting.plan, Recipe.parse("balanced"), multiple=16, progress=None)
+    assert within(DENSE // 4, dtypes=["tiers"]).state_dtype == "tiers"
+    assert within(DENSE * 11 // 64).state_dtype == "tiers"
+    with pytest.raises(InputError, match=r"the least, 16 channels in tiers, takes 1,920"):
+        within(DENSE // 8, dtypes=["tiers"])
+    for plan in (partial(fitting.plan, state_bytes=DENSE // 4), partial(smallest_plan, tiny_model(), WINDOWS)):
+        bound = {"max_excess_loss": 1.0} if plan.func is smallest_plan else {}
+        with pytest.raises(InputError, match="magnitude gives no state in tiers; expected one or more of float32"):
+            plan(recipe=Recipe.parse("magnitude"), dtypes=["tiers"], **bound)
+        with pytest.raises(InputError, match="No state dtype is called 'int9'"):
+            plan(recipe=Recipe.parse("magnitude"), dtypes=["int8", "int9"], **bound)
 
 
 @pytest.mark.parametrize("dtypes", [None, ["int8"], ["int8", "tiers"]])
