@@ -134,6 +134,15 @@ def test_a_processor_without_float16(form: StateFormat, monkeypatch: pytest.Monk
 
 
 @needs_numba
+@pytest.mark.parametrize(("features", "converts"), [("", False), ("+avx2", False), ("+avx2,+f16c", True)])
+def test_what_numba_compiles_for_counts(features: str, converts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_CPU_NAME=generic gives no features, whatever this processor has."""
+    monkeypatch.setattr("numba.config.CPU_FEATURES", features)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert compiled.lane_codes.converts_halves.__wrapped__() == converts
+
+
+@needs_numba
 def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
     """As training writes it, a row at a time, with a scale of 1."""
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative

@@ -30,8 +30,8 @@ def converts_halves() -> bool:
     """Whether the processor that numba compiles for has instructions for float16; those with AVX2 and ARM's do."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return True
-    given = config.CPU_FEATURES
-    return "+f16c" in given if given else bool(binding.get_host_cpu_features().get("f16c"))
+    given = config.CPU_FEATURES  # empty for a processor that is called generic
+    return bool(binding.get_host_cpu_features().get("f16c")) if given is None else "+f16c" in given
 
 
 @cache
@@ -140,7 +140,7 @@ def store_half_row(typing, halves, first, lanes, n, kind, words):
     """The first ``n`` lanes, rounded; halves, n and kind as `load_half_row` has them.
 
     Args:
-        words: random ones, to round stochastically; None for the nearest, ties to even. The same wherever this stores.
+        words: random ones, to round stochastically; None for the nearest, ties to even.
     """
     form = _FORMS[kind.literal_value]
 
