@@ -252,6 +252,11 @@ def test_the_command_searches_tiers(run: Run, small: Path, text_file: Path, tmp_
     assert "kept in tiers" in (output / "README.md").read_text()
     code, out, _ = run("evaluate", output, "--text", text_file, "--window-length", 64, "--json")
     assert json.loads(out)["loss"] == pytest.approx(found["measured"]["pruned_loss"], abs=1e-5)
+    bytes_of_tiers = ["prune", small, "--state-bytes", "11/64", "--multiple", 16, *text, "--output", output]
+    code, out, _ = run(*bytes_of_tiers, "--method", "balanced", "--overwrite", "--json")  # too few for 4 bits a channel
+    assert [each["state_dtype"] for each in json.loads(out)["choice"]["candidates"]] == ["tiers"]
+    code, _, err = run(*bytes_of_tiers, "--method", "magnitude", "--overwrite")
+    assert (code, "16 channels in int4" in err) == (2, True)
     code, out, _ = run(*asked, "--state-dtype", "int4", "--overwrite", "--json")
     assert json.loads(out)["searched"]["state_dtype"] == "int4"
     code, _, err = run(*asked, "--state-dtype", "tiers", "--overwrite")

@@ -71,7 +71,7 @@ def smallest_plan(
     check_shrinks(recipe)
     limit = layout_of(model.config).state_size
     sizes = _sizes(limit, multiple) if state_sizes is None else list(state_sizes)  # a narrower dtype alone may do
-    forms = _tried(recipe, dtypes)
+    forms = formats_to_try(recipe, dtypes)
     forms.sort(key=lambda form: math.inf if form == TIERS else form.state_bytes(1, limit))
     with listening(progress) as tell:
         fitting = Fitting.of(model, windows, tell)
@@ -90,7 +90,7 @@ def _candidate(progress: Progress, recipe: Recipe, size: int, dtype: str, left: 
     return named(progress, f"{recipe}, N' = {size} in {dtype}, {left} more")
 
 
-def _tried(recipe: Recipe, dtypes: Sequence[str] | None) -> list[StateFormat]:
+def formats_to_try(recipe: Recipe, dtypes: Sequence[str] | None) -> list[StateFormat]:
     """The formats of these names, or all; among them tiers, the last, for a recipe that projects the state only.
 
     Raises:
@@ -187,7 +187,7 @@ class Fitting:
         check_shrinks(recipe)
         model = self.calibration.model
         layout = layout_of(model.config)
-        names = [form.name for form in _tried(recipe, dtypes)]
+        names = [form.name for form in formats_to_try(recipe, dtypes)]
         wanted = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, names, multiple)
         planned = self._planner(recipe, multiple, groups, seed)
         candidates: list[tuple[Candidate, Plan]] = []
