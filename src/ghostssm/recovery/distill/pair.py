@@ -75,7 +75,7 @@ class Student(nn.Module):
         if by_window:
             return window_losses(readout, lesson.readout, ids)
         loss = divergence(readout, lesson.readout)
-        for own, wanted in zip(blocks, lesson.blocks, strict=bool(blocks)):
+        for own, wanted in zip(blocks, lesson.blocks, strict=True):
             loss = loss + self._hidden_weight / len(blocks) * _relative_error(own, wanted)
         return loss
 
