@@ -70,12 +70,11 @@ class OnText:
 
     def __init__(self, args: argparse.Namespace):
         checkpoint = ghostssm.load(args.model, dtype=torch.float32)
-        vocabulary, length = checkpoint.require_tokenizer(), args.window_length
-        self.model = checkpoint.model
+        self.model, self.tokenizer, length = checkpoint.model, checkpoint.require_tokenizer(), args.window_length
         calibration = ghostssm.read_text(args.calibration, "calibration")
-        self.windows = ghostssm.cut_windows(calibration, vocabulary, length, args.windows, seed=42)
+        self.windows = ghostssm.cut_windows(calibration, self.tokenizer, length, args.windows, seed=42)
         text = ghostssm.read_text(args.text, "evaluation")
-        self.test = ghostssm.cut_windows(text, vocabulary, length, args.text_windows, seed=1)
+        self.test = ghostssm.cut_windows(text, self.tokenizer, length, args.text_windows, seed=1)
         self.dense = ghostssm.evaluate(self.model, self.test)
         print(
             f"calibration: {len(self.windows)} x {length} tokens of {Path(args.calibration).name}; "
@@ -93,7 +92,6 @@ class OnLastWords(OnText):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
-        self.tokenizer = ghostssm.load(args.model).require_tokenizer()
         self.passages = read_passages(args.last_words)[: args.passages]
         self.words = last_words(self.model, self.tokenizer, self.passages)
         print(f"{len(self.passages)} passages: dense loss {self.words.loss:.3f}, accuracy {self.words.accuracy:.2%}")
@@ -109,9 +107,8 @@ class OnCopying(OnText):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
-        tokenizer = ghostssm.load(args.model).require_tokenizer()
         text = ghostssm.read_text(args.text, "evaluation")
-        self.long = ghostssm.cut_windows(text, tokenizer, args.copying, args.text_windows, seed=1)
+        self.long = ghostssm.cut_windows(text, self.tokenizer, args.copying, args.text_windows, seed=1)
         self.whole, short = copying(self.model, self.long), copying_in_reach(self.model, self.long)
         for name in ("copied", "elsewhere"):
             losses = getattr(self.whole, name)

@@ -8,17 +8,13 @@ The model has the sizes of mamba2-130m and random weights. Memory is the growth 
 from __future__ import annotations
 
 import argparse
-import resource
 
 import torch
 from interleaved import model_130m, print_machine, print_sides, seconds_by_side
 
 import ghostssm
+from ghostssm.evaluation.speed import peak_bytes, reset_peak
 from ghostssm.text.windows import Windows
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -43,9 +39,10 @@ def main() -> None:
             for window in ids:
                 part(window[None], use_cache=False)
 
-    before = peak_bytes()
+    reset_peak(model.device)
+    before = peak_bytes(model.device)
     prune()
-    megabytes = (peak_bytes() - before) / 1e6
+    megabytes = (peak_bytes(model.device) - before) / 1e6
     print(f"{args.windows} x {args.window_length} tokens, peak memory above the model: {megabytes:.0f} MB")
     sides = {
         "transformers forward": lambda: forward(model),

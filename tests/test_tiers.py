@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,22 @@ def test_tiers_are_among_what_bytes_choose_from() -> None:
     assert "tiers" not in {each.state_dtype for each in choice_of(stock).candidates}
 
 
+def test_tiers_alone_may_be_chosen_from() -> None:
+    """Also where they alone fit, with three bits a channel."""
+    fitting = Fitting.of(tiny_model(), WINDOWS)
+    within = partial(fitting.plan, Recipe.parse("balanced"), multiple=16, progress=None)
+    assert within(DENSE // 4, dtypes=["tiers"]).state_dtype == "tiers"
+    assert within(DENSE * 11 // 64).state_dtype == "tiers"
+    with pytest.raises(InputError, match=r"the least, 16 channels in tiers, takes 1,920"):
+        within(DENSE // 8, dtypes=["tiers"])
+    for plan in (partial(fitting.plan, state_bytes=DENSE // 4), partial(smallest_plan, tiny_model(), WINDOWS)):
+        bound = {"max_excess_loss": 1.0} if plan.func is smallest_plan else {}
+        with pytest.raises(InputError, match="magnitude gives no state in tiers; expected one or more of float32"):
+            plan(recipe=Recipe.parse("magnitude"), dtypes=["tiers"], **bound)
+        with pytest.raises(InputError, match="No state dtype is called 'int9'"):
+            plan(recipe=Recipe.parse("magnitude"), dtypes=["int8", "int9"], **bound)
+
+
 @pytest.mark.parametrize("dtypes", [None, ["int8"], ["int8", "tiers"]])
 def test_the_fewest_bytes_within_a_loss_may_be_those_of_tiers(
     monkeypatch: pytest.MonkeyPatch, dtypes: list[str] | None
@@ -235,6 +252,11 @@ def test_the_command_searches_tiers(run: Run, small: Path, text_file: Path, tmp_
     assert "kept in tiers" in (output / "README.md").read_text()
     code, out, _ = run("evaluate", output, "--text", text_file, "--window-length", 64, "--json")
     assert json.loads(out)["loss"] == pytest.approx(found["measured"]["pruned_loss"], abs=1e-5)
+    bytes_of_tiers = ["prune", small, "--state-bytes", "11/64", "--multiple", 16, *text, "--output", output]
+    code, out, _ = run(*bytes_of_tiers, "--method", "balanced", "--overwrite", "--json")  # too few for 4 bits a channel
+    assert [each["state_dtype"] for each in json.loads(out)["choice"]["candidates"]] == ["tiers"]
+    code, _, err = run(*bytes_of_tiers, "--method", "magnitude", "--overwrite")
+    assert (code, "16 channels in int4" in err) == (2, True)
     code, out, _ = run(*asked, "--state-dtype", "int4", "--overwrite", "--json")
     assert json.loads(out)["searched"]["state_dtype"] == "int4"
     code, _, err = run(*asked, "--state-dtype", "tiers", "--overwrite")

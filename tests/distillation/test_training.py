@@ -124,6 +124,19 @@ def test_hidden_states() -> None:
     assert found.record.best.divergence < found.record.curve[0].divergence
 
 
+def test_lessons_that_are_kept_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the held-out windows stay for the whole training, and need no hidden states of blocks."""
+    forward, seen = training_module.Student.forward, set[tuple[bool, int]]()
+
+    def watched(self: Any, ids: Tensor, lesson: Any, by_window: bool = False) -> Tensor:
+        seen.add((by_window, len(lesson.blocks)))
+        return forward(self, ids, lesson, by_window)
+
+    monkeypatch.setattr(training_module.Student, "forward", watched)
+    distilled(dataclasses.replace(QUICK, hidden_weight=1.0))
+    assert seen == {(False, 3), (True, 0)}
+
+
 def test_a_rounded_state() -> None:
     """The losses are those of a state that is rounded after every token, and the student learns with it."""
     teacher = tiny_model()
@@ -255,19 +268,21 @@ def test_a_broken_student_is_not_trained() -> None:
     assert (record.steps, record.ended) == (0, "the divergence before the first step is nan")
 
 
-def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Whichever step it comes in, nothing that it made is kept."""
     divergence, calls = training_module.Student.forward, []
 
     def poisoned(self: Any, ids: Tensor, lesson: Any, by_window: bool = False) -> Tensor:
         calls.append(by_window)
         found = divergence(self, ids, lesson, by_window)
-        return found if by_window or calls.count(False) < 8 else found * math.nan
+        return found if by_window or calls.count(False) < step else found * math.nan
 
     monkeypatch.setattr(training_module.Student, "forward", poisoned)
     found = distilled()
-    assert found.record.ended == "the loss of step 8 was not finite"
-    assert found.record.steps == 7
+    assert found.record.ended == f"the loss of step {step} was not finite"
+    assert found.record.steps == step - 1
+    assert [point.step for point in found.record.curve] == list(range(step))
     assert found.record.best.divergence == min(point.divergence for point in found.record.curve)
     assert all(value.isfinite().all() for value in found.changes.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -133,6 +134,15 @@ def test_a_processor_without_float16(form: StateFormat, monkeypatch: pytest.Monk
 
 
 @needs_numba
+@pytest.mark.parametrize(("features", "converts"), [("", False), ("+avx2", False), ("+avx2,+f16c", True)])
+def test_what_numba_compiles_for_counts(features: str, converts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_CPU_NAME=generic gives no features, whatever this processor has."""
+    monkeypatch.setattr("numba.config.CPU_FEATURES", features)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert compiled.lane_codes.converts_halves.__wrapped__() == converts
+
+
+@needs_numba
 def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
     """As training writes it, a row at a time, with a scale of 1."""
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative
@@ -182,6 +192,22 @@ def test_bytes_and_zeros(form: StateFormat) -> None:
     assert dequantise(stored.zero_(), form, 16, 32).abs().max() == 0
     assert (StateFormat.of(form.name), StateFormat.of(form)) == (form, form)
     assert form.dtype is None or StateFormat.of(form.dtype) is form
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
+def test_a_copy_of_a_format_is_the_format(form: StateFormat) -> None:
+    """A copy of a model that was accelerated has one."""
+    storage = StateStorage(form)
+    other, state = copy.deepcopy(storage), torch.randn(1, 2, 5, 9)
+    assert other.rounds == storage.rounds
+    stored, x, dt, B = quantise(state, storage), torch.randn(1, 1, 2, 5), torch.rand(1, 1, 2), torch.randn(1, 1, 1, 9)
+    assert torch.equal(quantise(state, other), stored)
+    assert torch.equal(dequantise(stored, other.format, 5, 9), dequantise(stored, form, 5, 9))
+    if storage.rounds:
+        same, D = stored.clone(), torch.randn(2)
+        y = stored_scan_(stored, storage, x, dt, -torch.ones(2), B, B, D)
+        assert torch.equal(stored_scan_(same, other, x, dt, -torch.ones(2), B, B, D), y)
+        assert torch.equal(same, stored)
 
 
 def test_what_there_is_not() -> None:

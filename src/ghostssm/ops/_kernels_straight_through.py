@@ -101,7 +101,7 @@ def straight_through_backward(  # type: ignore[no-untyped-def]
     first, last, codes, halves, scales, work, form, key, first_sequence, first_token,
     x, dt, A, B, C, D, dy, dx, ddt, dA, dB, dC, dD,
 ):  # fmt: skip
-    """The gradients of `ghostssm.ops._rounding_kernels.stored_scan` from a state of zeros, rounding left out of them.
+    """The gradients of `ghostssm.ops.stored.stored_scan_` from a state of zeros, rounding left out of them.
 
     codes int8 (workers, l + 1, ROWS, width), halves int16 (workers, l + 1, ROWS, n), of which the format has one, and
     scales (workers, l + 1, ROWS) begin as zeros; work (workers, ROWS + 1, n). form: kind, largest, stochastic. dx and

@@ -30,8 +30,8 @@ def converts_halves() -> bool:
     """Whether the processor that numba compiles for has instructions for float16; those with AVX2 and ARM's do."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return True
-    given = config.CPU_FEATURES
-    return "+f16c" in given if given else bool(binding.get_host_cpu_features().get("f16c"))
+    given = config.CPU_FEATURES  # empty for a processor that is called generic
+    return bool(binding.get_host_cpu_features().get("f16c")) if given is None else "+f16c" in given
 
 
 @cache
@@ -56,15 +56,11 @@ class Words(types.Type):
 @register_model(Words)
 class _WordsModel(models.PrimitiveModel):
     def __init__(self, manager, words):
-        super().__init__(manager, words, ir.VectorType(INT, words.count))
-
-
-def _vector(element, count):
-    return ir.VectorType(element, count)
+        super().__init__(manager, words, integers(words.count))
 
 
 def _same(element, value, count):
-    return ir.Constant(_vector(element, count), [value] * count)
+    return ir.Constant(ir.VectorType(element, count), [value] * count)
 
 
 def _constant(value, count):
@@ -126,7 +122,7 @@ def load_half_row(typing, halves, first, count, n, kind):
     lanes, used, form = count.literal_value, n.literal_value, _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, halves, arguments[0], arguments[1], _vector(_HALF, used))
+        place = place_of(context, builder, halves, arguments[0], arguments[1], ir.VectorType(_HALF, used))
         row = _padded(builder, builder.load(place, align=2), used, lanes)
         if form is FLOAT16:
             return _of_halves(builder, row)
@@ -140,7 +136,7 @@ def store_half_row(typing, halves, first, lanes, n, kind, words):
     """The first ``n`` lanes, rounded; halves, n and kind as `load_half_row` has them.
 
     Args:
-        words: random ones, to round stochastically; None for the nearest, ties to even. The same wherever this stores.
+        words: random ones, to round stochastically; None for the nearest, ties to even.
     """
     form = _FORMS[kind.literal_value]
 
@@ -170,10 +166,10 @@ def load_codes(typing, codes, first, count, kind):
     lanes, form = count.literal_value, _FORMS[kind.literal_value]
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, codes, arguments[0], arguments[1], _vector(_BYTE, lanes))
+        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
         stored = builder.load(place, align=1)
         if form is FP8:  # float16 has all of its numbers, 256 times smaller, and in the same bits
-            bits = builder.shl(builder.sext(stored, _vector(_HALF, lanes)), _same(_HALF, 7, lanes))
+            bits = builder.shl(builder.sext(stored, ir.VectorType(_HALF, lanes)), _same(_HALF, 7, lanes))
             halves = builder.and_(bits, _same(_HALF, 0xBF80, lanes))
             return builder.fmul(_of_halves(builder, halves), filled(256.0, lanes), flags=("contract",))
         return builder.sitofp(builder.sext(stored, integers(lanes)), floats(lanes))
@@ -187,7 +183,7 @@ def load_code_pairs(typing, codes, first, count):
     lanes = count.literal_value
 
     def generate(context, builder, signature, arguments):
-        place = place_of(context, builder, codes, arguments[0], arguments[1], _vector(_BYTE, lanes))
+        place = place_of(context, builder, codes, arguments[0], arguments[1], ir.VectorType(_BYTE, lanes))
         stored = builder.sext(builder.load(place, align=1), integers(lanes))
         lower = builder.ashr(builder.shl(stored, _constant(28, lanes)), _constant(28, lanes))
         upper = builder.ashr(stored, _constant(4, lanes))
@@ -246,7 +242,7 @@ def _store(builder, numbers, place):
 def _store_lowest(builder, numbers, place, used, size):
     """The lowest bytes or halves of the first ``used`` integers of 32 bits."""
     parts = 32 // size.width
-    every = builder.bitcast(numbers, _vector(size, parts * numbers.type.count))
+    every = builder.bitcast(numbers, ir.VectorType(size, parts * numbers.type.count))
     # As a shuffle and not as a truncation, which costs AVX-512 twice the instructions.
     _store(builder, shuffled(builder, every, every, range(0, parts * used, parts)), place)
 
@@ -254,13 +250,13 @@ def _store_lowest(builder, numbers, place, used, size):
 def _of_halves(builder, bits):
     """The numbers of float16, given as integers."""
     count = bits.type.count
-    return builder.fpext(builder.bitcast(bits, _vector(ir.HalfType(), count)), floats(count))
+    return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), count)), floats(count))
 
 
 def _to_halves(builder, values):
     """Rounded to the nearest float16, ties to even; as integers."""
     count = values.type.count
-    return builder.bitcast(builder.fptrunc(values, _vector(ir.HalfType(), count)), _vector(_HALF, count))
+    return builder.bitcast(builder.fptrunc(values, ir.VectorType(ir.HalfType(), count)), ir.VectorType(_HALF, count))
 
 
 def _limited(builder, values, largest):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_BFLOAT16, _FLOAT16, _INT8, _FP8, _INT4 = 1, 2, 3, 4, 5
+from ghostssm.ops.state_format import BFLOAT16, FLOAT16, FP8, INT8
+
+_BFLOAT16, _FLOAT16, _INT8, _FP8 = BFLOAT16.kind, FLOAT16.kind, INT8.kind, FP8.kind
 LEAST_PEAK = np.float32(1e-30)
 NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
 """Added to a number of less than 2^22 it leaves the nearest integer in the lowest bits of the sum."""

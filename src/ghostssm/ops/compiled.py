@@ -30,14 +30,14 @@ kernels: Any = _Loops("ghostssm.ops._kernels") if HAS_KERNELS else None
 """The compiled loops, or None: numba is an extra."""
 backward_kernels = _Loops("ghostssm.ops._kernels_backward")
 """Those of the backward pass, if there are kernels."""
-straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
-"""Those of the backward pass through such states, if there are kernels."""
 channel_kernels = _Loops("ghostssm.ops._channel_kernels")
 """Those of states in codes, if there are kernels."""
-lane_codes = _Loops("ghostssm.ops._lane_codes")
-"""What both are made of, if there are kernels."""
 row_kernels = _Loops("ghostssm.ops._row_kernels")
 """Those of states in half precision, if there are kernels."""
+lane_codes = _Loops("ghostssm.ops._lane_codes")
+"""What these two are made of, if there are kernels."""
+straight_through_kernels = _Loops("ghostssm.ops._kernels_straight_through")
+"""Those of the backward pass through states that are rounded, if there are kernels."""
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

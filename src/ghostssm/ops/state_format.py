@@ -41,7 +41,7 @@ Tiers = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class StateFormat:
-    """A dtype of the state.
+    """A dtype of the state; compared by value, since a copy of a model has copies of these.
 
     Attributes:
         kind: number by which compiled loops and kernels know the format.
@@ -196,7 +196,7 @@ class StateStorage:
         if rounding not in ("nearest", "stochastic"):
             raise InputError(f"The state rounding is {rounding!r}; expected nearest or stochastic.")
         form = StateFormat.of(dtype)
-        if rounding == "stochastic" and form is FLOAT32:
+        if rounding == "stochastic" and form == FLOAT32:
             raise InputError(
                 "A float32 state is not rounded; expected a narrower state dtype with stochastic rounding."
             )
@@ -204,7 +204,7 @@ class StateStorage:
 
     @property
     def rounds(self) -> bool:
-        return self.format is not FLOAT32
+        return self.format != FLOAT32
 
     @property
     def key(self) -> int:
@@ -250,7 +250,7 @@ def quantise(state: Tensor, storage: StateStorage) -> Tensor:
         bound = torch.finfo(form.dtype).max
         return _to_minifloat(state.clamp(-bound, bound), storage).contiguous()
     peak = _peaks(state)
-    if form is FP8:
+    if form == FP8:
         codes = _to_minifloat(state * _inverse(peak, form.largest), storage).view(torch.uint8)
     else:
         noise = _uniform(storage, state) - 0.5 if storage.stochastic else torch.zeros(())
@@ -279,7 +279,7 @@ def _integers(rows: Tensor, peak: Tensor, noise: Tensor, form: StateFormat) -> T
     assert form.largest is not None
     scaled = rows * _inverse(peak, form.largest) + noise
     codes = scaled.clamp(-form.largest, form.largest).round().to(torch.int8).view(torch.uint8)
-    if form is INT8:
+    if form == INT8:
         return codes
     half = -(-codes.shape[-1] // 2)
     upper = F.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
@@ -329,9 +329,9 @@ def dequantise(stored: Tensor, form: StateFormat, p: int, n: int) -> Tensor:
         return stored.float()
     (codes_at,), (peaks_at,) = form.places(1, p, n)
     codes, peak = _codes_and_peaks(stored, codes_at, peaks_at, p, form.row_bytes(n))
-    if form is FP8:
+    if form == FP8:
         numbers = codes.contiguous().view(torch.float8_e4m3fn).float()
-    elif form is INT8:
+    elif form == INT8:
         numbers = codes.contiguous().view(torch.int8).float()
     else:
         numbers = _halves(codes, n)

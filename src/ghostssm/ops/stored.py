@@ -85,7 +85,7 @@ def _scan_channels(stored: Tensor, storage: StateStorage, *streams: Tensor) -> N
     """The compiled loop for codes."""
     form, (b, _, heads, p), n = storage.format, streams[0].shape, streams[3].shape[3]
     tasks = min(b * heads, _TASKS_PER_THREAD * torch.get_num_threads())
-    kind = FP8.kind if form is FP8 else INT8.kind
+    kind = FP8.kind if form == FP8 else INT8.kind
     loop = compiled.channel_kernels.channel_scan(kind, p % compiled.channel_kernels.ROWS, storage.stochastic)
     flat = stored.flatten(1)
     memory = compiled.arrays(flat.view(torch.int8), flat.view(torch.float32))

@@ -48,7 +48,7 @@ def straight_through_scan(
     token.
 
     Args:
-        storage: of any format but tiers.
+        storage: of any format but float32, which is not rounded, and tiers.
         x: (b, l, h, p), float32 or float64. dt: (b, l, h), after softplus and limits. A: (h,), negative.
         B, C: (b, l, g, n). D: (h,).
 

@@ -64,23 +64,15 @@ def smallest_plan(
         progress: told how far the work is; a terminal or notebook shows it if not given; None for nobody.
 
     Raises:
-        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, or no state
-            smaller than the model's own stays within the bound.
+        InputError: as `Calibration.plan`; fewer than four windows, a method that leaves the state whole, an unknown
+            dtype, or no state smaller than the model's own stays within the bound.
     """
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_shrinks(recipe)
     limit = layout_of(model.config).state_size
-    sizes = [*range(multiple, limit, multiple)] if state_sizes is None else list(state_sizes)
-    if not sizes:
-        raise InputError(
-            f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
-        )
-    if state_sizes is None:
-        sizes.append(limit)  # a narrower dtype alone may do
-    forms = [form for form in map(StateFormat.of, FORMATS) if dtypes is None or form.name in dtypes]
-    forms.sort(key=lambda form: form.state_bytes(1, limit))
-    if _suit_tiers(recipe, dtypes):
-        forms.append(TIERS)
+    sizes = _sizes(limit, multiple) if state_sizes is None else list(state_sizes)  # a narrower dtype alone may do
+    forms = formats_to_try(recipe, dtypes)
+    forms.sort(key=lambda form: math.inf if form == TIERS else form.state_bytes(1, limit))
     with listening(progress) as tell:
         fitting = Fitting.of(model, windows, tell)
         best = fitting.smallest(recipe, max_excess_loss, forms, sizes, multiple, groups, seed, tell)
@@ -98,9 +90,21 @@ def _candidate(progress: Progress, recipe: Recipe, size: int, dtype: str, left: 
     return named(progress, f"{recipe}, N' = {size} in {dtype}, {left} more")
 
 
-def _suit_tiers(recipe: Recipe, dtypes: Sequence[str] | None) -> bool:
-    """Whether tiers are to be tried: of projected states, unless other dtypes are wanted."""
-    return not recipe.registered.stock and (dtypes is None or TIERS.name in dtypes)
+def formats_to_try(recipe: Recipe, dtypes: Sequence[str] | None) -> list[StateFormat]:
+    """The formats of these names, or all; among them tiers, the last, for a recipe that projects the state only.
+
+    Raises:
+        InputError: a name of no format, or no format is left.
+    """
+    names = None if dtypes is None else {StateFormat.of(name).name for name in dtypes}
+    all_forms = [*FORMATS.values()] if recipe.registered.stock else [*FORMATS.values(), TIERS]
+    forms = [form for form in all_forms if names is None or form.name in names]
+    if not forms:
+        raise InputError(
+            f"{recipe} gives no state in {' or '.join(dtypes or ())}; expected one or more of "
+            f"{', '.join(form.name for form in all_forms)}."
+        )
+    return forms
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class _Trial:
 
 def _trials(form: StateFormat, sizes: Sequence[int], multiple: int, below: int) -> list[_Trial]:
     """What takes less than so many bytes of a row, ascending: by size, and in tiers by the bytes that are divided."""
-    if form is TIERS:
+    if form == TIERS:
         bounds = range(tiered_bytes(sizes[0]), below, tiered_bytes(multiple) - tiered_bytes(0))
         widest = [(widest_tiered(bound, sizes), bound) for bound in bounds]
         return [_Trial(size, form, bound) for size, bound in widest if size is not None]
@@ -177,16 +181,14 @@ class Fitting:
             progress: told how far the work is; None for nobody.
 
         Raises:
-            InputError: as `Calibration.plan`; a method that leaves the state whole, or no dtype in which a state of any
-                of the sizes fits.
+            InputError: as `Calibration.plan`; a method that leaves the state whole, an unknown dtype, or no dtype in
+                which a state of any of the sizes fits.
         """
         check_shrinks(recipe)
         model = self.calibration.model
         layout = layout_of(model.config)
-        wanted = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, dtypes, multiple)
-        if _suit_tiers(recipe, dtypes):
-            tiered = widest_tiered(state_bytes / self._rows, state_sizes or _sizes(layout.state_size, multiple))
-            wanted |= {} if tiered is None else {TIERS.name: tiered}
+        names = [form.name for form in formats_to_try(recipe, dtypes)]
+        wanted = fits_in(state_bytes, layout, len(mixers_of(model)), state_sizes, names, multiple)
         planned = self._planner(recipe, multiple, groups, seed)
         candidates: list[tuple[Candidate, Plan]] = []
         with listening(progress) as tell:
@@ -273,12 +275,17 @@ def widest_fit(row_bytes: float, sizes: Iterable[int], dtypes: Iterable[str] | N
     of the bytes is the sequence's.
 
     Args:
-        row_bytes: that a row may take. sizes: to choose from. dtypes: names; all if not given.
+        row_bytes: that a row may take. sizes: to choose from. dtypes: names; all but tiers if not given.
     """
     sizes = list(sizes)
-    forms = [StateFormat.of(name) for name in FORMATS if dtypes is None or name in dtypes]
-    fits = {form.name: [size for size in sizes if form.state_bytes(1, size) <= row_bytes] for form in forms}
+    forms = map(StateFormat.of, FORMATS if dtypes is None else dtypes)
+    fits = {form.name: [size for size in sizes if _row_bytes(form, size) <= row_bytes] for form in forms}
     return {name: max(fitting) for name, fitting in fits.items() if fitting}
+
+
+def _row_bytes(form: StateFormat, size: int) -> int:
+    """That a row takes; in tiers, the fewest that are divided over it."""
+    return tiered_bytes(size) if form == TIERS else form.state_bytes(1, size)
 
 
 def fits_in(
@@ -296,7 +303,7 @@ def fits_in(
         layout: of the model's mixers.
         layers: how many these are.
         sizes: to choose from; multiples of ``multiple`` and the model's own if not given.
-        dtypes: names; all if not given.
+        dtypes: names; all but tiers if not given.
         multiple: of the sizes.
 
     Raises:
@@ -307,10 +314,11 @@ def fits_in(
     fitting = widest_fit(state_bytes / rows, sizes, dtypes)
     fitting = {dtype: size for dtype, size in fitting.items() if (size, dtype) != (limit, "float32")}
     if not fitting:
-        narrowest = min(map(StateFormat.of, dtypes or FORMATS), key=lambda form: form.state_bytes(rows, min(sizes)))
+        size, forms = min(sizes), map(StateFormat.of, dtypes or FORMATS)
+        least, narrowest = min((rows * _row_bytes(form, size), form.name) for form in forms)
         raise InputError(
-            f"No state fits into {state_bytes:,} bytes per sequence: the least, {min(sizes)} channels in "
-            f"{narrowest.name}, takes {narrowest.state_bytes(rows, min(sizes)):,}, the model's own "
+            f"No state fits into {state_bytes:,} bytes per sequence: the least, {size} channels in "
+            f"{narrowest}, takes {least:,}, the model's own "
             f"{rows * 4 * limit:,} in float32. Give more bytes, or a smaller --multiple."
         )
     return fitting

@@ -238,7 +238,7 @@ def _described(folder: Path) -> Description | None:
 
 def _in_dtype(label: str, form: StateFormat) -> str:
     """A label with the dtype of the state, if that is not float32."""
-    return label if form is FLOAT32 else f"{label}, state in {form.name}"
+    return label if form == FLOAT32 else f"{label}, state in {form.name}"
 
 
 def _state_cards(plan: Plan, described: Description | None, form: StateFormat) -> list[Card]:
@@ -247,7 +247,7 @@ def _state_cards(plan: Plan, described: Description | None, form: StateFormat) -
     cards = [Card("State size", f"{plan.state_size} → {sizes_text(plan.state_sizes)}", note)]
     if described is not None:
         before, after = described.state_bytes(plan.state_size), described.state_bytes(form=form)
-        dtypes = "float32" if form is FLOAT32 else f"float32 → {form.name}"
+        dtypes = "float32" if form == FLOAT32 else f"float32 → {form.name}"
         cards.append(
             Card(
                 "State per sequence",

@@ -28,7 +28,7 @@ from ghostssm.plan.surgery import pruned
 from ghostssm.progress import Notify, Progress, expect, silent, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import Calibration, check_original
-from ghostssm.pruning.search import Fitting, fits_in
+from ghostssm.pruning.search import Fitting, fits_in, formats_to_try
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Row, labelled
 from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
@@ -272,9 +272,12 @@ class _Cells:
         if not self.request.state_bytes:
             return [1] * len(self.request.state_sizes) * len(self._by_training(recipe))
         layout, layers = self.described.layout, self.described.layers
-        within = (_within(self.request, self.described, recipe, bound) for bound in self.request.state_bytes)
-        fits = (fits_in(most, layout, layers, sizes, dtypes) for most, sizes, dtypes in within)
-        return [len(set(each.values())) for each in fits]
+        numbers = []
+        for bound in self.request.state_bytes:
+            most, sizes, dtypes = _within(self.request, self.described, recipe, bound)
+            names = [form.name for form in formats_to_try(recipe, dtypes)]
+            numbers.append(len(set(fits_in(most, layout, layers, sizes, names).values())))
+        return numbers
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
         """Plans and losses by method and state size; in every dtype that was asked for, or in those chosen."""

@@ -12,7 +12,7 @@ from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
 from ghostssm.progress import Notify
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
-from ghostssm.pruning.search import check_shrinks, fits_in
+from ghostssm.pruning.search import check_shrinks, fits_in, formats_to_try
 from ghostssm.workflows.request_checks import share_or_bytes
 from ghostssm.workflows.requests import PruneRequest
 
@@ -86,14 +86,15 @@ def target_of(request: PruneRequest, described: Description, recipe: Recipe, not
         target = _suited_target(target, described, recipe, request, notify)
     if target.state_bytes is not None:  # something has to fit
         multiple = request.multiple or DEFAULT_MULTIPLE
-        fits_in(target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes, multiple)
+        names = [form.name for form in formats_to_try(recipe, target.dtypes)]
+        fits_in(target.state_bytes, described.layout, described.layers, target.sizes, names, multiple)
     return target
 
 
 def check_dtypes(names: Iterable[str]) -> None:
     """Raise InputError for what is no dtype of a state that any model can be kept in."""
     for name in names:
-        if StateFormat.of(name) is TIERS:
+        if StateFormat.of(name) == TIERS:
             raise InputError(
                 "The state dtype is tiers, in which only a model can be kept that was pruned to them: "
                 "--method balanced with --state-bytes 1/16 or --max-excess-loss 0.02 may choose them. "

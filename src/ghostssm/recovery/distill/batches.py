@@ -91,7 +91,7 @@ class Batches:
         self._next: Place
         self._windows, self._next = next(self._stretches)
         count = len(self._windows)
-        apart = max(1, min(count // HELD_OUT_ONE_IN, MOST_HELD_OUT))
+        apart = held_out_of(count)
         if count - apart < batch:
             raise TextError(
                 f"The text {source.name!r} has {count} windows of {self._windows.shape[1]} tokens, of which {apart} "
@@ -140,6 +140,11 @@ class Batches:
         order = _shuffled(len(self._windows), hash((self._seed, place.epoch, place.part, place.token)) % _MOST_SEED)
         begins_epoch = (place.part, place.token) == (0, 0)
         return order[~torch.isin(order, self._apart)] if begins_epoch else order
+
+
+def held_out_of(count: int) -> int:
+    """How many of the windows of a text's first stretch are held out."""
+    return max(1, min(count // HELD_OUT_ONE_IN, MOST_HELD_OUT))
 
 
 def _shuffled(count: int, seed: int) -> Tensor:

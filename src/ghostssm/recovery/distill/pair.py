@@ -6,7 +6,7 @@ Both run our forward pass. On several processes FSDP2 shards them block by block
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,11 +38,6 @@ class Lesson:
 
     readout: Readout
     blocks: Sequence[Tensor] = ()
-
-    def rows(self, index: Tensor) -> Lesson:
-        """The lesson of some windows of the batch."""
-        readout = Readout(self.readout.hidden[index], self.readout.head)
-        return Lesson(readout, [block[index] for block in self.blocks])
 
 
 class Teacher(nn.Module):
@@ -80,7 +75,7 @@ class Student(nn.Module):
         if by_window:
             return window_losses(readout, lesson.readout, ids)
         loss = divergence(readout, lesson.readout)
-        for own, wanted in zip(blocks, lesson.blocks, strict=bool(blocks)):
+        for own, wanted in zip(blocks, lesson.blocks, strict=True):
             loss = loss + self._hidden_weight / len(blocks) * _relative_error(own, wanted)
         return loss
 
@@ -136,11 +131,11 @@ def prepared(
             mesh = init_device_mesh(torch.device(processes.device).type, (processes.size,))
             for part in (*parts, module):
                 fully_shard(part, mesh=mesh)
-    # Autocast, and not narrower weights: A_log and dt_bias are exponentiated, and small steps must not be rounded away.
-    narrow = [torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext() for device in devices]
     try:
-        rounded = rounded_forward(storage)
-        with replaced_forward(mixers[1]), replaced_forward(mixers[0], rounded), narrow[0], narrow[-1]:
+        with replaced_forward(mixers[1]), replaced_forward(mixers[0], rounded_forward(storage)), ExitStack() as narrow:
+            # Not narrower weights: A_log and dt_bias are exponentiated, and small steps must not be rounded away.
+            for device in devices if bfloat16 else ():
+                narrow.enter_context(torch.autocast(device, torch.bfloat16))
             yield
     finally:
         for block in blocks[0] if checkpointing else ():

@@ -11,7 +11,7 @@ from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.surgery import change_parameters
 from ghostssm.progress import Progress
 from ghostssm.recovery.base import ModelStep, register_step, training_dtype
-from ghostssm.recovery.distill.batches import Batches, HeldWindows
+from ghostssm.recovery.distill.batches import Batches, HeldWindows, held_out_of
 from ghostssm.recovery.distill.training import Listener, Settings, distill
 from ghostssm.text.windows import Windows
 
@@ -27,7 +27,7 @@ def _distill(
     state_dtype: str | None,
     progress: Progress,
 ) -> Distillation:
-    batch = max(1, min(TOKENS_PER_STEP // windows.length, len(windows) - max(1, len(windows) // 8)))
+    batch = max(1, min(TOKENS_PER_STEP // windows.length, len(windows) - held_out_of(len(windows))))
     batches = Batches(HeldWindows(windows), batch, seed)
     student, teacher = (
         copy.deepcopy(pruned).float(),

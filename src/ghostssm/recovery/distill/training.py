@@ -247,7 +247,8 @@ class Training:
             shared = torch.arange(-(-count // processes.size) * processes.size) % count
             own = self.batches.held_out[shared[processes.rank :: processes.size]].to(self.student.model.device)
             per_part = max(1, self.settings.batch // (self.settings.accumulate * processes.size))
-            self._lessons = [(ids, self.teacher(ids)) for ids in own.split(per_part)]
+            # Without the hidden states of blocks, which take the memory of many batches.
+            self._lessons = [(ids, Lesson(self.teacher(ids).readout)) for ids in own.split(per_part)]
         losses = [self.student(ids, lesson, by_window=True).cpu() for ids, lesson in self._lessons]
         shares = processes.gather([torch.cat(losses, dim=1)])
         return torch.stack(shares, dim=-1).flatten(1)[:, :count]
@@ -335,10 +336,10 @@ def _run(training: Training, listener: Listener, keeper: RunState | None) -> Non
             divergence = training.curve[0].divergence
             listener.notify(f"learning rate {training.learning_rate:.2g}, for a divergence of {divergence:.3g}")
     while not training.ended:
-        setbacks = len(training.setbacks)
+        setbacks, before = len(training.setbacks), training.step
         loss = training.take_step()
         listener.progress("distillation", training.step, steps)
-        if not training.ended and (training.step % between == 0 or training.step == steps):
+        if training.step > before and (training.step % between == 0 or training.step == steps):
             speed = (time.monotonic() - begun) / (training.step - first)
             _tell(training, training.look(), listener, loss, speed)
         if len(training.setbacks) > setbacks:
