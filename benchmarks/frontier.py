@@ -122,7 +122,7 @@ class Frontier:
 
     def __init__(self, args: argparse.Namespace):
         task = OnRecall(args) if args.recall else OnText(args)
-        self.model, self.losses, windows = task.model, task.losses, task.windows
+        self.model, self.losses, windows, self.unit = task.model, task.losses, task.windows, task.unit
         self.calibration = Calibration(self.model, windows)
         layout = layout_of(self.model.config)
         self.limit, self.row_bytes = layout.state_size, FLOAT32.row_bytes(layout.state_size)
@@ -212,7 +212,7 @@ def table(lines: Mapping[str, Mapping[Fraction, Point]], dense_bytes: int) -> st
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
+def picture(lines: Mapping[str, Sequence[Point]], title: str, unit: str) -> str:
     """SVG: loss by share of bytes, a line for every family, in colours that suit light and dark pages."""
     rows = [
         {
@@ -231,7 +231,7 @@ def picture(lines: Mapping[str, Sequence[Point]], title: str) -> str:
         .axis(values=[float(share) for share in SHARES], labelExpr="'1/' + round(1 / datum.value)", grid=False),
         color=alt.Color("family:N", title=None).scale(domain=list(lines), range=[*COLOURS, "#7F7F7F"][: len(lines)]),
     )
-    label = "excess loss, nats per token"
+    label = f"excess loss, {unit}"
     losses = (
         alt.Y("excess:Q", title=label)
         .scale(type="log", domainMin=FLOOR)
@@ -305,7 +305,9 @@ def main() -> None:
     if args.picture:
         drawn = {name: list(points.values()) for name, points in lines.items()}
         drawn["dtype only"] = [point for point in whole if point.dtype != "fp8"]
-        args.picture.write_text(picture(drawn, f"{Path(args.model).name}: loss against bytes"), encoding="utf-8")
+        args.picture.write_text(
+            picture(drawn, f"{Path(args.model).name}: loss against bytes", frontier.unit), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Opt
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a straight line to zero."""
-    return min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    return min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
 
 
 def descend(

@@ -151,7 +151,7 @@ def test_fp8_is_that_of_torch_bit_for_bit(fresh_seed: int) -> None:
     values = torch.cat([codes, between, near, -codes, -between, -near, torch.randn(100)])
     stored, none = torch.zeros(len(values), dtype=torch.int8), torch.zeros(0, dtype=torch.int16)
     row = compiled.arrays(stored, none), np.float32(1), values.numpy(), np.uint32(0), False
-    from ghostssm.ops._rounding_kernels import write_row
+    from ghostssm.ops._kernels_straight_through import write_row
 
     write_row(FP8.kind, *row[0], *row[1:])
     assert torch.equal(stored.view(torch.float8_e4m3fn).float(), values.to(torch.float8_e4m3fn).float())

@@ -19,9 +19,17 @@ from typing import Any
 import numba
 import numpy as np
 
-from ghostssm.ops._lane_codes import load_code_pairs, load_codes, made_of, random_words, store_code_pairs, store_codes
+from ghostssm.ops._lane_codes import (
+    LEAST_PEAK,
+    load_code_pairs,
+    load_codes,
+    made_of,
+    next_word,
+    random_words,
+    store_code_pairs,
+    store_codes,
+)
 from ghostssm.ops._lanes import larger_magnitude, load, multiply, multiply_add, prefetch, spread, store
-from ghostssm.ops._rounding_kernels import LEAST_PEAK, next_word
 from ghostssm.ops.state_format import FORMATS, INT4, INT8
 
 ROWS = 32

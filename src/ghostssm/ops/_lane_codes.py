@@ -7,22 +7,40 @@ import zlib
 from functools import cache
 from pathlib import Path
 
+import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import config, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from ghostssm.ops import _lanes, _rounding_kernels
+from ghostssm.ops import _lanes
 from ghostssm.ops._lanes import INT, Lanes, filled, floats, integers, place_of, shuffled
-from ghostssm.ops._rounding_kernels import NUMBER_TO_INTEGER
 from ghostssm.ops.state_format import FLOAT16, FORMATS, FP8, INT4, INT8
 
+LEAST_PEAK = np.float32(1e-30)
+"""Rows whose largest magnitude is smaller are stored as zeros."""
+NUMBER_TO_INTEGER = np.float32(1.5 * 2**23)
+"""Added to a number of less than 2^22 it leaves the nearest integer in the lowest bits of the sum."""
 _GOLDEN = 0x9E3779B1
 _BYTE, _HALF = ir.IntType(8), ir.IntType(16)
 _FORMS = {form.kind: form for form in FORMATS.values()}
 _LARGEST_HALF = 65504.0
 _LARGEST_CODES = {FLOAT16.kind: 0x7BFF, FP8.kind: 0x7E}
 """Of a positive number."""
+
+
+@numba.njit
+def mixed_word(word):
+    """`ghostssm.ops.state_format._mix`."""
+    word = np.uint32(np.uint32(word ^ (word >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    word = np.uint32(np.uint32(word ^ (word >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(word ^ (word >> np.uint32(16)))
+
+
+@numba.njit
+def next_word(word, number):
+    return mixed_word(np.uint32(word + np.uint32(number)))
 
 
 @cache
@@ -41,7 +59,7 @@ def made_of() -> int:
     numba's cache knows a loop by its own file and by what it closes over: one that closes over this number is compiled
     anew when these files change.
     """
-    files = (__file__, _lanes.__file__, _rounding_kernels.__file__)
+    files = (__file__, _lanes.__file__)
     return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
 
 
@@ -301,7 +319,7 @@ def _nearest_fp8(builder, values):
 def _random_codes(builder, values, form, random):
     """The codes of numbers in a floating-point format, moved up by a random share of a level and rounded down.
 
-    No further than the largest number. `ghostssm.ops._rounding_kernels._narrowed` does the same.
+    No further than the largest number. `ghostssm.ops._kernels_straight_through._narrowed` does the same.
     """
     count, shift = values.type.count, 23 - form.mantissa
     bits = builder.bitcast(values, integers(count))

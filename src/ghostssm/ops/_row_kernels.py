@@ -11,9 +11,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from ghostssm.ops._lane_codes import load_half_row, made_of, random_row, store_half_row
+from ghostssm.ops._lane_codes import load_half_row, made_of, next_word, random_row, store_half_row
 from ghostssm.ops._lanes import load, multiply, multiply_add, prefetch, products_of_two, spread
-from ghostssm.ops._rounding_kernels import next_word
 
 LANES = 16
 """A row has a multiple of so many lanes."""
