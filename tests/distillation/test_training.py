@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ghostssm
+from ghostssm.calibration.processes import Processes
 from ghostssm.errors import InputError
 from ghostssm.evaluation.perplexity import evaluate
 from ghostssm.ops.state_format import StateStorage
@@ -23,8 +24,8 @@ from ghostssm.plan.measurement import Difference
 from ghostssm.plan.surgery import apply_plan, pruned
 from ghostssm.recovery.distill import training as training_module
 from ghostssm.recovery.distill.batches import Batches, HeldWindows
-from ghostssm.recovery.distill.pair import choose_trained
-from ghostssm.recovery.distill.training import Distilled, Listener, Settings, distill
+from ghostssm.recovery.distill.pair import Student, Teacher, choose_trained
+from ghostssm.recovery.distill.training import Distilled, Listener, Settings, Training, distill
 from tests.conftest import random_windows, tiny_model
 
 WINDOWS = random_windows(240, 20)
@@ -287,11 +288,35 @@ def test_nan_stops_with_the_last_good_state(monkeypatch: pytest.MonkeyPatch, ste
     assert all(value.isfinite().all() for value in found.changes.values())
 
 
-def test_no_gain_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "_DIVERGED", math.inf)
-    found = distilled(Settings(steps=40, batch=4, learning_rate=1.0))
-    assert found.record.ended == f"no gain on the held-out windows since step {found.record.steps - 30}"
-    assert found.record.kept_step < found.record.steps  # looked at fifteen times, every second step
+@pytest.mark.parametrize(
+    ("divergences", "ended"),
+    [
+        ([1.0, *([2.0] * 15)], True),
+        ([1.0, *(2.0 - 0.05 * look for look in range(15))], False),  # on the way back from a high rate
+        ([1.0, 0.9, *([2.0] * 14)], False),
+        ([1.0, *([2.0] * 13), 1.5, 1.9], False),  # from 2.0, three looks before
+        ([1.0, *([2.0] * 12), 1.5, 1.6, 1.7], False),
+        ([1.0, *([2.0] * 11), 1.5, 1.6, 1.7, 1.6], True),
+    ],
+)
+def test_no_gain_ends_it_but_not_on_the_way_down(
+    monkeypatch: pytest.MonkeyPatch, divergences: list[float], ended: bool
+) -> None:
+    given = iter(divergences)
+    monkeypatch.setattr(
+        training_module.Training,
+        "_held_out_losses",
+        lambda self: torch.full((3, 4), next(given), dtype=torch.float64),
+    )
+    teacher = tiny_model()
+    own, dense = Student(student_of(teacher), 0.0), Teacher(teacher, torch.device("cpu"), False)
+    batches = Batches(HeldWindows(WINDOWS), 4, 1)
+    parameters = dict(own.model.named_parameters())
+    training = Training(own, dense, batches, Settings(steps=40, batch=4), parameters, Processes())
+    for _ in divergences:
+        training.look()
+        training.step += 1
+    assert bool(training.ended) == ended
 
 
 def test_record_as_json() -> None:

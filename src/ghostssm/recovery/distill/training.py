@@ -36,8 +36,9 @@ _MOST_NORM = 1.0
 _WARMUP_SHARE = 0.1
 _CHECKS = 20
 """Looks at the held-out windows, evenly over the steps."""
-_PATIENCE = 15
-"""The training ends after so many looks without a gain. Most is gained late, at a low rate, so they are many."""
+_PATIENCE, _TREND = 15, 3
+"""The training ends after so many looks without a gain, unless the divergence has fallen over the last few: a high rate
+first makes it worse, and most is gained at the end of the schedule."""
 ALL_STEPS = "all steps were taken"
 _DIVERGED = 3.0
 """The training goes back when the divergence on the held-out windows is so many times the first one."""
@@ -196,10 +197,18 @@ class Training:
         elif not point.divergence <= _DIVERGED * first.divergence:
             told = f"it diverged, from {first.divergence:.4g} to {point.divergence:.4g} on the held-out windows"
             self._go_back(f"{told}, by step {self.step}")
-        # Not against the best of all: a high rate may first make it worse, and better than ever in the end.
-        elif earlier and all(earlier[-1].divergence <= later.divergence for later in self.curve[-_PATIENCE:]):
+        elif earlier and not self._gains(earlier[-1]):
             self.ended = f"no gain on the held-out windows since step {earlier[-1].step}"
         return point
+
+    def _gains(self, earlier: Point) -> bool:
+        """Whether a look since an earlier one was better than that, or the latest ones are on the way there.
+
+        Not against the best of all, which a high rate comes back to last.
+        """
+        latest = self.curve[-1].divergence
+        better = any(point.divergence < earlier.divergence for point in self.curve[-_PATIENCE:])
+        return better or latest < self.curve[-1 - _TREND].divergence
 
     @torch.no_grad()
     def _go_back(self, reason: str) -> None:
