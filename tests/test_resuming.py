@@ -16,7 +16,7 @@ import torch
 
 import ghostssm
 from ghostssm.files import durable
-from ghostssm.files.held_run import run_folder_of
+from ghostssm.files.held_run import HeldRun, run_folder_of
 from ghostssm.streaming import run_folder
 from ghostssm.streaming.findings import FindingsOnDisk
 from ghostssm.streaming.run_folder import RunFolder
@@ -371,3 +371,27 @@ def test_the_command_line(
         assert message in " ".join(err.split())
     assert not (tmp_path / "x").exists()
     assert not run_folder_of(tmp_path / "x").exists()
+
+
+def test_a_removal_that_is_killed_leaves_no_half_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run(HeldRun):
+        def has_work(self) -> bool:
+            return True
+
+    run = Run(tmp_path / "out", {"what": 1}, lambda work: work())
+    with run:
+        (run.folder / "more").touch()
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            (path / "run.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.remove()
+    assert not run.folder.exists()
+    with run:
+        run.remove()
+    assert list(tmp_path.iterdir()) == []

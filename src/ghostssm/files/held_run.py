@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, ClassVar, Self
@@ -75,8 +75,13 @@ class HeldRun:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Remove the run's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the run's folder, first from its name, so that a run that is killed meanwhile leaves no half of it there."""
+        removed = self.folder.with_name(f".{self.folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)  # what a killed run left
+        with suppress(OSError):
+            self.folder.rename(removed)
+        for place in (removed, self.folder):
+            shutil.rmtree(place, ignore_errors=True)
 
     def how_to_go_on(self) -> str:
         """A sentence for a person whose run ended."""

@@ -70,7 +70,13 @@ def smallest_plan(
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     check_shrinks(recipe)
     limit = layout_of(model.config).state_size
-    sizes = _sizes(limit, multiple) if state_sizes is None else list(state_sizes)  # a narrower dtype alone may do
+    sizes = [*range(multiple, limit, multiple)] if state_sizes is None else list(state_sizes)
+    if not sizes:
+        raise InputError(
+            f"No state size below {limit} is a multiple of {multiple} that suits; expected another multiple."
+        )
+    if state_sizes is None:
+        sizes.append(limit)  # a narrower dtype alone may do
     forms = formats_to_try(recipe, dtypes)
     forms.sort(key=lambda form: math.inf if form == TIERS else form.state_bytes(1, limit))
     with listening(progress) as tell:
