@@ -75,7 +75,7 @@ class HeldRun:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Remove the run's folder, first from its name, so that a run that is killed meanwhile leaves no half of it there."""
+        """Remove the run's folder; first from its name, so that whoever is killed here leaves no half of it."""
         removed = self.folder.with_name(f".{self.folder.name}.removed")
         shutil.rmtree(removed, ignore_errors=True)  # what a killed run left
         with suppress(OSError):
