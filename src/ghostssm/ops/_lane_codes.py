@@ -54,10 +54,10 @@ def converts_halves() -> bool:
 
 @cache
 def made_of() -> int:
-    """A number for the source of what loops are made of here.
+    """A checksum of this file and of `ghostssm.ops._lanes`.
 
-    numba's cache knows a loop by its own file and by what it closes over: one that closes over this number is compiled
-    anew when these files change.
+    numba's cache knows a loop by its own file and by the values that it closes over. A loop that closes over this
+    number is compiled again when one of the two files changes.
     """
     files = (__file__, _lanes.__file__)
     return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
@@ -299,9 +299,9 @@ def _integer_codes(builder, values, form, random):
 def _nearest_fp8(builder, values):
     """The codes of numbers, none beyond the largest, rounded to the nearest, ties to even.
 
-    A power of two and a half of it, so large that a sum with it has as many bits after the point as fp8 has there,
-    rounds a number: the sum's lowest bits are how many levels it is. As with the 8 to 16 of a power of two, so with the
-    0 to 8 of the smallest numbers, which have no leading one.
+    Between two powers of two fp8 has 8 levels. A large number is added, with the exponent 20 above: float32 rounds the
+    sum to whole levels, whose number is in the sum's lowest bits. Numbers below the smallest power of two have levels
+    as wide as those above it, so that one rule does for both.
     """
     count, least = values.type.count, 128 - FP8.bias
     bits = builder.bitcast(values, integers(count))

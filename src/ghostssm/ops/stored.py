@@ -18,9 +18,9 @@ from ghostssm.ops.ssd import ssd, ssd_step
 from ghostssm.ops.state_format import FLOAT16, FP8, INT8, StateFormat, StateStorage, TieredFormat, dequantise, quantise
 
 _LONGEST_ROW = 256
-"""Of a state in half precision, that the compiled loop takes."""
+"""Numbers in a row of a state in half precision, at most, for the compiled loop."""
 _TASKS_PER_THREAD = 8
-"""That a step is cut into, so that all threads are done at about the same time."""
+"""Pieces of a step, so many that all threads are done at about the same time."""
 
 
 def stored_scan_reference(
@@ -75,7 +75,10 @@ def stored_scan_(
 
 
 def _compiles(form: StateFormat, n: int) -> bool:
-    """Whether there is a loop for a format and a state size: two longer rows do not fit any processor's registers."""
+    """Whether there is a loop for a format and a state size.
+
+    Two rows in half precision have to fit the registers; those of int8 and narrower are kept in memory.
+    """
     if form in (FLOAT16, FP8) and not compiled.lane_codes.converts_halves():
         return False
     return form.scaled or n <= _LONGEST_ROW
@@ -99,23 +102,13 @@ def _places(form: StateFormat, heads: int, p: int, n: int) -> np.ndarray:
     return np.array([codes, [place // 4 for place in peaks], *zip(*form.tiers_of(heads, n), strict=True)])
 
 
-def _scan_rows(
-    stored: Tensor,
-    storage: StateStorage,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    y: Tensor,
-) -> None:
+def _scan_rows(stored: Tensor, storage: StateStorage, *streams: Tensor) -> None:
     """The compiled loop for bfloat16 and float16, which is made for the size of the state."""
-    n = B.shape[3]
-    padding = (0, compiled.row_kernels.lanes_of(n) - n)
+    x, dt, A, B, C, D, y = streams
+    n, padding = B.shape[3], (0, compiled.row_kernels.lanes_of(B.shape[3]) - B.shape[3])
     memory = compiled.arrays(stored.flatten(2).view(torch.int16))
-    streams = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
-    compiled.row_kernels.half_scan(storage.format.kind, n, storage.stochastic)(*memory, *_drawn(storage), *streams)
+    padded = compiled.arrays(x, dt, A, F.pad(B, padding), F.pad(C, padding), D, y)
+    compiled.row_kernels.half_scan(storage.format.kind, n, storage.stochastic)(*memory, *_drawn(storage), *padded)
 
 
 def _drawn(storage: StateStorage) -> tuple[int, ...]:

@@ -202,9 +202,9 @@ class Training:
         return point
 
     def _gains(self, earlier: Point) -> bool:
-        """Whether a look since an earlier one was better than that, or the latest ones are on the way there.
+        """Whether a look since an earlier one was better than that one, or the divergence is falling now.
 
-        Not against the best of all, which a high rate comes back to last.
+        The best look of all is no measure: a high rate leaves it first, and comes back to it late.
         """
         latest = self.curve[-1].divergence
         better = any(point.divergence < earlier.divergence for point in self.curve[-_PATIENCE:])
