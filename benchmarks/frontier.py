@@ -111,7 +111,7 @@ class OnText:
 class OnRecall(distillation.OnRecall):
     """A model of associative recall: wrong answers take the place of losses."""
 
-    unit, measured_on = "of the answers wrong", "associative recall"
+    unit, measured_on = "share of answers", "associative recall"
 
     def losses(self, model: PreTrainedModel, dtype: str) -> Evaluation:
         return self.wrong_answers(model, StateStorage.of(dtype))
