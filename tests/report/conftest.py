@@ -30,7 +30,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
         ["prune", place / "model", "--state-size", 4, "--method", "ghost", "--evaluate", text, "--report"],
         ["compare", place / "model", "--state-size", 8, 4, "--methods", "ghost", "balanced", "--text", text],
     ]
-    calls[0] += ["--output", folder]
+    calls[0] += ["--baselines", "magnitude", "--output", folder]
     calls[1] += ["--report", compared]
     healed = place / "healed"
     distilled = ["distill", folder, "--teacher", place / "model", "--text", text, "--output", healed]

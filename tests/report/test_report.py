@@ -121,6 +121,18 @@ def test_the_page_has_what_the_plan_and_the_manifest_have(pages: dict[str, Path]
     }
 
 
+def test_baselines_stand_beside_the_checkpoint(pages: dict[str, Path]) -> None:
+    measured = json.loads((pages["folder"] / "ghostssm.json").read_text())["measured"]
+    text = re.sub(r"\s*\n\s*", "", pages["prune"].read_text())
+    assert "Beside baselines" in text
+    assert "ghost is this checkpoint." in text
+    assert [each["recipe"] for each in measured["compared"]] == ["ghost", "magnitude"]
+    for each in measured["compared"]:
+        told = f"{each['excess_loss']:.4f} ± {each['standard_error']:.4f}"
+        assert re.search(rf"<td[^>]*>{each['recipe']}</td>.{{0,400}}{told}", text)
+    assert "Beside baselines" not in pages["distill"].read_text()
+
+
 def test_the_curve_of_a_distillation_is_that_of_the_plan(pages: dict[str, Path]) -> None:
     found = Plan.read(pages["healed"]).distillations[0]
     rows = {figure["name"]: figure["tables"] for figure in data_of(pages["distill"])}["distillation"]["points"]

@@ -219,14 +219,12 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
             f"{searched.max_excess_loss:g} nats per token. Its excess loss: {searched.text}."
         )
     if choice is not None:
-        headers, lines = choice.cells()
-        rows = [headers, ["---:", "---", "---:", "---:"], *lines]
         parts.append(
             f"Chosen as what loses least within {choice.state_bytes:,} bytes of state per sequence: {choice.text}. "
             f"{_kept_in(choice.chosen.state_dtype)} All that were measured, in nats per token over the base model with "
             "a float32 state:"
         )
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts.append(_table(choice.cells(), "rlrr"))
     elif plan.state_dtype is not None:
         parts.append(_kept_in(plan.state_dtype))
     if measured is not None:
@@ -240,9 +238,19 @@ def _measured(measured: Measurement | None, plan: Plan) -> str:
             f"| base model | {measured.dense_loss:.4f} | |\n"
             f"| this model | {measured.pruned_loss:.4f} | {measured.excess_text} |"
         )
+        if measured.compared:
+            parts.append(f"Other recipes beside `{plan.method}`, on the same windows:")
+            parts.append(_table(measured.cells(), "llrlrr"))
     if measured is None and searched is None and choice is None:
         parts.append("Not measured when it was written; `ghostssm evaluate --against` does.")
     return "\n\n".join(parts)
+
+
+def _table(cells: tuple[list[str], list[list[str]]], alignments: str) -> str:
+    """A table in Markdown; ``alignments`` has an l or r for every column."""
+    headers, lines = cells
+    rule = ["---:" if side == "r" else "---" for side in alignments]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headers, rule, *lines))
 
 
 def _engines(config: PreTrainedConfig, own_class: bool, dialect: str) -> str:

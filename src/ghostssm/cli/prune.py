@@ -131,6 +131,10 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
     if choice is not None:
         print()
         print_table(*choice.cells())
+    if measured is not None and measured.compared:
+        print()
+        print_text(f"beside baselines, on {measured.text}; {plan.method} was written:")
+        print_table(*measured.cells(), text_columns=2)
 
 
 def _next_steps(request: PruneRequest, outcome: PruneOutcome) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ghostssm.units import counted, plus_minus
+from ghostssm.units import bytes_text, counted, plus_minus
 
 MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
 """What reading a value from a JSON document raises if something else is written there."""
@@ -42,6 +42,40 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What a recipe leaves of the state, and what that loses on the windows of a measurement.
+
+    Attributes:
+        recipe: by name.
+        own_class: whether its result needs a model class of our own.
+        state_size: on average over layers.
+        state_dtype: by name.
+        state_bytes: of one sequence, all layers, scales included.
+        excess: over the dense model, nats per token, with the standard error of the paired difference; infinite where
+            the model overflows.
+    """
+
+    recipe: str
+    own_class: bool
+    state_size: float
+    state_dtype: str
+    state_bytes: int
+    excess: Difference
+
+    @classmethod
+    def from_json(cls, document: Any) -> Compared:
+        """From what `as_json` wrote; raises `MALFORMED` for anything else."""
+        size, dtype, taken = float(document["state_size"]), str(document["state_dtype"]), int(document["state_bytes"])
+        own_class, excess = document["own_class"] is True, Difference.from_json(document)
+        return cls(str(document["recipe"]), own_class, size, dtype, taken, excess)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; None for an infinite loss, and for a standard error where there is none."""
+        values = {name: value for name, value in vars(self).items() if name != "excess"}
+        return values | self.excess.as_json()
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Losses of a dense and a pruned model on the same windows, in nats per token.
 
@@ -52,6 +86,7 @@ class Measurement:
         dense_loss: mean over the windows.
         pruned_loss: mean over the windows.
         excess: the mean difference, and its standard error from the paired windows (NaN for one window).
+        compared: the pruned model, and the baselines beside it; empty where no baseline was asked for.
     """
 
     text: str
@@ -60,6 +95,7 @@ class Measurement:
     dense_loss: float
     pruned_loss: float
     excess: Difference
+    compared: tuple[Compared, ...] = ()
 
     @classmethod
     def from_json(cls, document: Any) -> Measurement | None:
@@ -72,6 +108,7 @@ class Measurement:
                 float(document["dense_loss"]),
                 float(document["pruned_loss"]),
                 Difference.from_json(document),
+                tuple(map(Compared.from_json, document.get("compared", ()))),
             )
         except MALFORMED:
             return None
@@ -82,9 +119,25 @@ class Measurement:
         return self.excess.text
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; the standard error is None where there is none."""
-        values = {name: value for name, value in vars(self).items() if name != "excess"}
-        return values | self.excess.as_json()
+        """JSON values; the standard error is None where there is none, and ``compared`` left out where it is empty."""
+        values = {name: value for name, value in vars(self).items() if name not in ("excess", "compared")}
+        compared = {"compared": [each.as_json() for each in self.compared]} if self.compared else {}
+        return values | self.excess.as_json() | compared
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and lines of a table of the pruned model and the baselines, the smallest loss first."""
+        headers = ["method", "checkpoint", "N'", "state dtype", "state/seq", "excess loss"]
+        return headers, [
+            [
+                each.recipe,
+                "own class" if each.own_class else "stock",
+                f"{each.state_size:g}",
+                each.state_dtype,
+                bytes_text(each.state_bytes),
+                each.excess.text,
+            ]
+            for each in sorted(self.compared, key=lambda each: each.excess.mean)
+        ]
 
 
 @dataclass(frozen=True)

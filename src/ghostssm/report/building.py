@@ -33,7 +33,7 @@ from ghostssm.report.telling import (
     repeating_command,
     running,
 )
-from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
+from ghostssm.units import bytes_text, counted, plus_minus, sizes_text, text_name
 from ghostssm.workflows.compare_result import Comparison, Row, comparison_cells, labelled
 from ghostssm.workflows.report_measuring import predicted_speed
 from ghostssm.workflows.report_record import DecodeSpeed, Record, Samples, WindowLosses
@@ -76,7 +76,8 @@ def checkpoint_report(folder: Path, state_dtype: str | None = None) -> Report:
     if (seen := record.observations) is not None:
         state[:0] = [phantom_figure(seen, plan), hankel_figure(seen, plan)]
     made: list[Figure | Table | Texts] = [] if manifest is None else [manifest_table(manifest)]
-    lost = [*([window_figure(record.losses)] if record.losses else []), *_trainings({"training": plan})]
+    lost: list[Figure | Table | Texts] = [window_figure(record.losses)] if record.losses else []
+    lost += [*_baselines(measured), *_trainings({"training": plan})]
     base = None if manifest is None else manifest.base_model
     return Report(
         title=f"{Path(base or plan.model_type).name}: state size {plan.state_size} to {sizes}",
@@ -271,6 +272,17 @@ def _loss_cards(measured: Measurement | None, form: StateFormat) -> list[Card]:
         Card("Excess loss", measured.excess_text, _in_dtype(f"nats per token; {where}", form)),
         Card("Perplexity", perplexities, "dense, pruned"),
     ]
+
+
+def _baselines(measured: Measurement | None) -> list[Table]:
+    """The pruned model among the baselines that were measured beside it."""
+    if measured is None or not measured.compared:
+        return []
+    caption = (
+        f"{measured.compared[0].recipe} is this checkpoint. The loss is over the dense model's, in nats per token, on "
+        f"{counted(measured.windows, 'window')} of {text_name(measured.text)}."
+    )
+    return [Table("Beside baselines", *measured.cells(), caption)]
 
 
 def _training_card(training: Distillation) -> Card:

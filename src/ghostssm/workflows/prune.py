@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ghostssm.calibration.processes import Processes, own_device
 from ghostssm.checkpoint.dry_run import dry_run
@@ -17,17 +16,18 @@ from ghostssm.checkpoint.tokenizer import renamed_class
 from ghostssm.errors import IncompleteError
 from ghostssm.evaluation.perplexity import Evaluation, evaluate_in_float32, measurement_of
 from ghostssm.files.outputs import OutputFolder
+from ghostssm.models.families import layout_of
 from ghostssm.ops.state_format import FLOAT32
+from ghostssm.plan.measurement import Compared
 from ghostssm.plan.plan import Plan
 from ghostssm.plan.surgery import apply_plan
 from ghostssm.progress import Notify, Progress, silent, unheard
-from ghostssm.pruning.run import Calibration
-from ghostssm.pruning.search import Fitting, smallest_plan
 from ghostssm.streaming.run import finished_run, may_be_finished, prune_streamed
 from ghostssm.streaming.run_folder import check_run_folder
 from ghostssm.text.windows import Windows
 from ghostssm.workflows.inputs import Inputs, tell_idle_gpu
 from ghostssm.workflows.prune_checks import DEFAULT_BATCHES, PruneJob, PruneOutcome, checked
+from ghostssm.workflows.prune_plans import Planner, compared
 from ghostssm.workflows.report_measuring import decode_speeds, observe, sample
 from ghostssm.workflows.report_record import Record, WindowLosses
 from ghostssm.workflows.request_checks import check_places
@@ -84,13 +84,17 @@ def prune_on(
         dry_run(checkpoint, folder, asked.dialect, asked.untie)
     job.announce(inputs, notify)
     dense = None if held_out is None else evaluate_in_float32(checkpoint.model, held_out, progress)
-    plan = _plan(job, checkpoint, windows, progress)
+    plan, baselines = _planned(job, inputs, dense, progress, notify)
     record = _observed(job, checkpoint, windows, held_out, plan, progress) if asked.report else Record()
+    layout = layout_of(checkpoint.model.config)
     smaller = dataclasses.replace(checkpoint, model=apply_plan(checkpoint.model, plan))
     measured = None
     if held_out is not None and dense is not None:
         after = evaluate_in_float32(smaller.model, held_out, progress, plan.state_dtype or FLOAT32.name)
         measured = measurement_of(held_out, dense, after)
+        if baselines:
+            own = compared(plan, layout, measured.excess)
+            measured = dataclasses.replace(measured, compared=(own, *baselines))
         losses = WindowLosses.of(held_out, dense, {"pruned": after})
         record = dataclasses.replace(record, losses=losses, state_dtype=plan.state_dtype or FLOAT32.name)
     outcome = PruneOutcome(None, plan, measured, checkpoint=smaller)
@@ -108,22 +112,15 @@ def prune_on(
     return _uploaded(dataclasses.replace(outcome, written=written), asked)
 
 
-def _plan(job: PruneJob, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Plan:
-    asked, target, model = job.request, job.target, checkpoint.model
-    how: dict[str, Any] = {
-        "groups": asked.groups,
-        "seed": asked.seed,
-        "multiple": job.multiple,
-        "progress": progress,
-    }
-    if target.size is not None:
-        plan = Calibration(model, windows).plan(job.recipe, target.size, **how, state_dtype=asked.state_dtype)
-        return plan.kept_in(asked.state_dtype)
-    how |= {"state_sizes": target.sizes, "dtypes": target.dtypes}
-    if target.state_bytes is not None:
-        return Fitting.of(model, windows, progress).plan(job.recipe, target.state_bytes, **how)
-    assert target.max_excess_loss is not None
-    return smallest_plan(model, windows, job.recipe, target.max_excess_loss, **how)
+def _planned(
+    job: PruneJob, inputs: Inputs[Checkpoint], dense: Evaluation | None, progress: Progress, notify: Notify
+) -> tuple[Plan, tuple[Compared, ...]]:
+    """The plan that was asked for, and what the baselines beside it lose."""
+    planner = Planner(job, inputs.checkpoint.model, inputs.calibration, progress)
+    plan = planner.asked_for()
+    if inputs.held_out is None or dense is None:
+        return plan, ()
+    return plan, planner.baselines(plan, inputs.held_out, dense, notify)
 
 
 def _observed(

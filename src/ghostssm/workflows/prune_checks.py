@@ -12,7 +12,7 @@ from ghostssm.checkpoint.loading import Checkpoint
 from ghostssm.checkpoint.saving import check_dialect
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
-from ghostssm.progress import Notify
+from ghostssm.progress import Notify, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE, check_original
 from ghostssm.pruning.search import held_out_rows
@@ -52,12 +52,14 @@ class PruneJob:
 
     Attributes:
         description: of the model. recipe: parsed. target: how much to keep.
+        baselines: recipes to measure beside it, each with how much it is to keep.
     """
 
     request: PruneRequest
     description: Description
     recipe: Recipe
     target: Target
+    baselines: tuple[tuple[Recipe, Target], ...] = ()
 
     @property
     def multiple(self) -> int:
@@ -109,4 +111,12 @@ def checked(request: PruneRequest, notify: Notify, described: Description | None
         check_hub_target(request.push_to_hub)
     if request.stream:
         recipe.check_streamable()
-    return PruneJob(request, described, recipe, target_of(request, described, recipe, notify))
+    target = target_of(request, described, recipe, notify)
+    return PruneJob(request, described, recipe, target, _baselines(request, described, recipe))
+
+
+def _baselines(request: PruneRequest, described: Description, own: Recipe) -> tuple[tuple[Recipe, Target], ...]:
+    """The recipes that are to stand beside the request's own; what each keeps is said as for that one."""
+    recipes = dict.fromkeys(map(Recipe.parse, request.baselines))
+    recipes.pop(own, None)
+    return tuple((recipe, target_of(request, described, recipe, unheard)) for recipe in recipes)

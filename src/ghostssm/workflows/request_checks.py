@@ -33,7 +33,7 @@ from ghostssm.workflows.requests import (
 AMOUNTS = ("state_size", "budget", "max_excess_loss", "state_bytes")
 """Fields of a pruning request, of which one says how much of the state to keep."""
 _PRUNE_BELONGS_TO = {
-    "text_windows": ("evaluate",),
+    **dict.fromkeys(("text_windows", "baselines"), ("evaluate",)),
     "batches": ("report",),
     "private": ("push_to_hub",),
     "offload": ("stream",),
@@ -101,6 +101,11 @@ def _check_streamed(request: PruneRequest, search: str | None) -> None:
     if request.batches is not None:
         raise InputError(
             "--batch decodes with the whole model, which --stream never has; leave it out, and see ghostssm bench."
+        )
+    if request.baselines:
+        raise InputError(
+            "--baselines prunes the whole model several times, which --stream can't; leave it out, and see ghostssm "
+            "compare."
         )
     if request.report and _several_processes():
         raise InputError("--report looks at the unpruned model in one process; leave it out, or start one process.")

@@ -113,6 +113,8 @@ class PruneRequest(Value, CalibratingRequest):
         groups: 'equal': every group of heads keeps N' channels. 'pooled': groups may keep different numbers; the
             smaller ones are padded with zeros.
         evaluate: also measure the loss on TEXT before and after, and write it into the model card.
+        baselines: with --evaluate: prune by these methods or recipes too, to the same size or within the same bytes,
+            and show what they lose beside the result: ghost magnitude random, say. Their models are not kept.
         dialect: format of the output: transformers or mamba_ssm.
         untie: store the output head as a weight of its own even if it equals the embeddings; SGLang needs that.
         report: also measure what the state does and how fast the model decodes, for a page that the command writes to
@@ -140,6 +142,7 @@ class PruneRequest(Value, CalibratingRequest):
     engines: Annotated[tuple[str, ...], Option("ENGINE", flag="--engine")] = ()
     groups: Annotated[Groups, GROUPS] = "equal"
     evaluate: Annotated[str | None, Option("TEXT", "Output")] = None
+    baselines: Annotated[tuple[str, ...], Option("RECIPE", "Output")] = ()
     dialect: Annotated[Literal["transformers", "mamba_ssm"], Option("NAME", "Output")] = "transformers"
     untie: Annotated[bool, Option(panel="Output")] = False
     report: Annotated[bool, Option(panel="Output")] = False
