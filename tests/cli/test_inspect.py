@@ -134,3 +134,37 @@ def test_inspect_predicts(run: Run, small: Path) -> None:
     assert code == 0
     dense, cut = (cut["predicted_tokens_per_second"]["2"] for cut in json.loads(out)["cuts"])
     assert cut > dense > 0
+
+
+@pytest.mark.parametrize("engines", [[], ["--engine", "vllm"]])
+def test_what_fits_into_so_many_bytes_is_what_prune_chooses_from(
+    run: Run, small: Path, text_file: Path, tmp_path: Path, engines: list[str]
+) -> None:
+    code, out, err = run("inspect", small, "--state-bytes", "1/2", "1/4", *engines, "--json")
+    assert code == 0, err
+    fits = json.loads(out)["fits"]
+    assert {fit["within"] for fit in fits} == {"1/2", "1/4"}
+    for fit in fits:
+        engine_dtypes = {
+            "vllm": {"float32", "bfloat16", "float16"},
+            "transformers-cpu": {"float32"},
+        }
+        for engine, dtypes in engine_dtypes.items():
+            allowed = not engines or engine == "vllm"
+            assert (engine in fit["engines"]) == (allowed and fit["state_dtype"] in dtypes), fit
+    texts = ["--calibration", text_file, "--windows", 4, "--window-length", 64, "--output", tmp_path / "out"]
+    code, out, err = run("prune", small, "--state-bytes", "1/2", "--method", "magnitude", *engines, *texts, "--json")
+    assert code == 0, err
+    keys = ("state_size", "state_dtype", "state_bytes")
+    tried = {tuple(each[key] for key in keys) for each in json.loads(out)["choice"]["candidates"]}
+    assert tried == {tuple(fit[key] for key in keys) for fit in fits if fit["within"] == "1/2"}
+    told = run("inspect", small, "--state-bytes", "1/2", *engines)[1]
+    assert "transformers with ghostssm.accelerate" in told or engines
+    assert "ghostssm prune --state-bytes measures which of them loses least." in told
+
+
+def test_bytes_that_say_nothing_are_refused(run: Run, small: Path) -> None:
+    for bound, fault in (("3", "expected a share"), ("1MiB", "which is 1,048,576 bytes"), ("40B", "No state fits")):
+        code, _, err = run("inspect", small, "--state-bytes", bound)
+        assert code == 2
+        assert fault in " ".join(err.split())

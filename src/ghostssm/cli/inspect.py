@@ -13,15 +13,15 @@ from ghostssm.workflows.requests import InspectRequest
 
 if TYPE_CHECKING:
     from ghostssm import Description
-    from ghostssm.workflows.inspect import Cut
+    from ghostssm.workflows.inspect import Cut, Fit
 
 
 @asks_for(InspectRequest)
 def inspect(request: InspectRequest, as_json: AsJson = False) -> None:
     """Show a model's sizes, its state per sequence and which engines run it. Weights are not loaded.
 
-    ghostssm inspect reference
-    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --batch 1 64 --memory 80GiB
+    ghostssm inspect reference --state-bytes 1/4 1/8
+    ghostssm inspect state-spaces/mamba2-1.3b --state-size 64 32 --memory 80GiB
     """
     from ghostssm.workflows.inspect import inspect as use_case
 
@@ -35,6 +35,9 @@ def inspect(request: InspectRequest, as_json: AsJson = False) -> None:
     labels = [sizes_text(described.state_sizes), *map(str, request.state_sizes)]
     _print_cuts(labels, cuts, request.batches)
     print()
+    if outcome.fits:
+        _print_fits(outcome.fits)
+        print()
     if (forecast := outcome.forecast) is not None:
         print_text(
             f"A prune with GHOST on {forecast.tokens:,} tokens takes about {duration_text(forecast.seconds)} here, and "
@@ -107,6 +110,25 @@ def _print_cuts(labels: Sequence[str], cuts: Sequence[Cut], batches: Sequence[in
         for label, cut in zip(labels, cuts, strict=True)
     ]
     print_table(headers, lines)
+
+
+def _print_fits(fits: Sequence[Fit]) -> None:
+    """The states that fit into so many bytes, by bound."""
+    from ghostssm.report.telling import engines_text
+
+    headers = ["within", "runs in", "N'", "state dtype", "state/seq"]
+    lines = [
+        [
+            fit.within,
+            engines_text(fit.engines) or "transformers with ghostssm.accelerate",
+            str(fit.state_size),
+            fit.state_dtype,
+            bytes_text(fit.state_bytes),
+        ]
+        for fit in fits
+    ]
+    print_table(headers, lines, text_columns=2)
+    print_text("ghostssm prune --state-bytes measures which of them loses least.")
 
 
 def _print_advice(sizes: Sequence[str], cuts: Sequence[Cut]) -> None:

@@ -153,7 +153,10 @@ class TieredFormat(StateFormat):
 
 
 def tier_bytes(wide: int, narrow: int) -> int:
-    """Of a row with so many numbers in 8 and in 4 bits, its scale included; a row of none has no scale."""
+    """Of a row with so many numbers in 8 and in 4 bits, its scale included.
+
+    A row of none needs no scale: the room that `StateFormat.places` leaves for it is padding.
+    """
     return INT8.row_bytes(wide) + INT4.row_bytes(narrow) + (INT8.scale_bytes if wide + narrow else 0)
 
 

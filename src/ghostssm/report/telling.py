@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ghostssm.checkpoint.description import Description
@@ -122,17 +122,21 @@ def advice_of(described: Description, plan: Plan | None, *, written: bool = Fals
 
 
 def running(advice: Sequence[Advice]) -> str:
-    """A phrase that names the engines that run a model at full speed; devices of one engine are in brackets."""
+    """A phrase that names the engines that run a model at full speed."""
+    names = engines_text(entry.engine for entry in advice if entry.level == "runs")
+    return f"runs in {names}" if names else "no engine runs it at full speed"
+
+
+def engines_text(engines: Iterable[str]) -> str:
+    """Names of engines in a row; devices of one engine are in brackets."""
     places: dict[str, list[str]] = {}
-    for entry in advice:
-        if entry.level == "runs":
-            engine, _, place = entry.engine.partition("-")
-            places.setdefault(engine, []).append(place)
-    names = [
+    for name in engines:
+        engine, _, place = name.partition("-")
+        places.setdefault(engine, []).append(place)
+    return ", ".join(
         f"{engine} ({', '.join(devices)})" if len(devices) > 1 else "-".join([engine, *filter(None, devices)])
         for engine, devices in places.items()
-    ]
-    return f"runs in {', '.join(names)}" if names else "no engine runs it at full speed"
+    )
 
 
 def engine_tables(advice: Mapping[str, Sequence[Advice]]) -> list[Table]:

@@ -13,9 +13,10 @@ from ghostssm.engines.rules import Engine
 from ghostssm.errors import InputError
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import BFLOAT16, StateFormat
+from ghostssm.progress import unheard
 from ghostssm.units import memory_bytes
 from ghostssm.workflows.request_checks import check_request
-from ghostssm.workflows.requests import CalibratingRequest, InspectRequest
+from ghostssm.workflows.requests import CalibratingRequest, InspectRequest, PruneRequest
 
 if TYPE_CHECKING:
     from ghostssm.pruning.forecast import Forecast
@@ -49,6 +50,23 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """The largest state in a dtype that takes at most so many bytes per sequence.
+
+    Attributes:
+        within: the bound, as it was given.
+        state_bytes: of one sequence, all layers, scales included.
+        engines: those that run the size and store the dtype.
+    """
+
+    within: str
+    state_size: int
+    state_dtype: str
+    state_bytes: int
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class InspectOutcome:
     """What there is to know of a checkpoint.
 
@@ -56,6 +74,7 @@ class InspectOutcome:
         context: tokens of a sequence, where its cache is counted.
         serving: engines to serve it with. forms: of the state, to serve it in.
         cuts: the model as it is, then the state sizes that were asked for.
+        fits: what there is within the bounds on the bytes that were asked for.
         forecast: what a prune takes, if that was asked for.
     """
 
@@ -64,6 +83,7 @@ class InspectOutcome:
     serving: tuple[Engine, ...]
     forms: tuple[StateFormat, ...]
     cuts: tuple[Cut, ...]
+    fits: tuple[Fit, ...]
     forecast: Forecast | None
 
     def as_json(self) -> dict[str, Any]:
@@ -74,6 +94,7 @@ class InspectOutcome:
             "context": self.context,
             "predicted_prune": None if self.forecast is None else asdict(self.forecast),
             "cuts": [asdict(cut) for cut in self.cuts],
+            "fits": [asdict(fit) for fit in self.fits],
             "states": {engine.name: engine.states.as_json(self.description.config) for engine in self.serving},
         }
 
@@ -92,7 +113,7 @@ def inspect(request: InspectRequest) -> InspectOutcome:
     usual = dict.fromkeys(("float32", made_for or "float32", *(["tiers"] if described.tiers else [])))
     forms = tuple(StateFormat.of(name) for name in request.state_dtypes or usual)
     serving = serving_engines(request.engines, described)
-    if request.state_sizes and not described.is_stock:
+    if (request.state_sizes or request.state_bytes) and not described.is_stock:
         raise InputError(
             f"{request.model} has a projected state or a state size per layer; inspect the original model for cuts."
         )
@@ -133,7 +154,32 @@ def inspect(request: InspectRequest) -> InspectOutcome:
             ),
         )
 
-    return InspectOutcome(described, context, serving, forms, tuple(map(cut, sizes)), prediction)
+    fits = tuple(fit for bound in request.state_bytes for fit in _fits(described, bound, request.engines))
+    return InspectOutcome(described, context, serving, forms, tuple(map(cut, sizes)), fits, prediction)
+
+
+def _fits(described: Description, bound: str, engines: Sequence[str]) -> list[Fit]:
+    """What ``prune --state-bytes`` with the default recipe chooses from, the largest state first.
+
+    Nothing is written here, so that the head counts as untied, which some engines need.
+    """
+    from ghostssm.pruning.recipe import Recipe  # these take model classes
+    from ghostssm.pruning.search import fits_in
+    from ghostssm.workflows.state_size import target_of
+
+    pruning = PruneRequest(described.name, state_bytes=bound, engines=tuple(engines), untie=True)
+    target = target_of(pruning, described, Recipe.parse(pruning.recipe), unheard)
+    assert target.state_bytes is not None
+    wanted = fits_in(target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes)
+
+    def fit(size: int, dtype: str) -> Fit:
+        layout = described.layout.with_state_size(size)
+        advice = advise(layout, described.family, engines=engines or None, config=described.config)
+        running = engines_named([each.engine for each in advice if each.level == "runs"])
+        names = tuple(engine.name for engine in running if dtype in engine.states.offered)
+        return Fit(bound, size, dtype, described.state_bytes(size, StateFormat.of(dtype)), names)
+
+    return [fit(size, dtype) for dtype, size in sorted(wanted.items(), key=lambda each: -each[1])]
 
 
 def _mean(sizes: Sequence[int]) -> float:

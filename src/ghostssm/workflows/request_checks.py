@@ -165,6 +165,8 @@ def _(request: InspectRequest) -> None:
         raise InputError("--context counts with --memory only; add the memory of a GPU, such as --memory 80GiB.")
     for size in request.memories:
         memory_bytes(size)
+    for bound in request.state_bytes:
+        share_or_bytes(bound)
 
 
 @_check_together.register

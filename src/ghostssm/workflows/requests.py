@@ -199,6 +199,8 @@ class InspectRequest:
     Attributes:
         model: hub id, local folder, or 'reference'.
         state_sizes: also say what a cut to state sizes N' saves.
+        state_bytes: also list the state sizes and dtypes that take at most so many bytes per sequence, from which prune
+            --state-bytes chooses: 1/4 1/8 of the dense float32 state, say, or 6MiB.
         batches: also predict the decode speed on this machine, at these batch sizes.
         state_dtypes: also say how to serve it with such a state: float32, bfloat16, float16, int8, fp8 or int4;
             tiers for a model that was pruned to them.
@@ -210,6 +212,7 @@ class InspectRequest:
 
     model: Annotated[str, MODEL]
     state_sizes: Annotated[tuple[int, ...], Option("N'", flag="--state-size", least=1)] = ()
+    state_bytes: Annotated[tuple[str, ...], Option("SHARE|SIZE")] = ()
     batches: Annotated[tuple[int, ...], Option("SIZE", flag="--batch", least=1)] = ()
     state_dtypes: Annotated[tuple[str, ...], Option("DTYPE", flag="--state-dtype")] = ()
     memories: Annotated[tuple[str, ...], Option("SIZE", flag="--memory")] = ()
