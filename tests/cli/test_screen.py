@@ -89,8 +89,24 @@ def test_between_steps_the_time_left_is_told_again(clock: list[float], capsys: p
             clock[0] += 0.2
             lines.look()
     told = capsys.readouterr().err.splitlines()
-    assert told[:2] == ["layers 0/10", "layers 1/10, about 36 s left"]
+    assert told[:2] == ["layers 0/10", "layers 1/10, about 35 s left"]  # of 36 at the step
     assert all(line.endswith(" left") for line in told[1:])
+
+
+def test_within_a_step_the_time_left_runs_down_to_that_of_the_later_steps(clock: list[float]) -> None:
+    count = screen.Count(4)
+    clock[0] += 30
+    count.reach(1)
+    told = [count.seconds_left()]
+    for _ in range(4):
+        clock[0] += 10
+        told.append(count.seconds_left())
+    assert told == [90, 80, 70, 60, 60]
+    clock[0] += 10
+    count.reach(2)
+    left = count.seconds_left()
+    assert left is not None
+    assert left >= 80, "a step that took 50 s"
 
 
 def test_the_time_left_follows_a_machine_that_becomes_slow(clock: list[float]) -> None:
@@ -122,6 +138,9 @@ def test_bars_on_a_terminal_start_anew_each_round(monkeypatch: pytest.MonkeyPatc
         progress("windows", 0, 8)
         (task,) = made[0].tasks
         assert (task.completed, task.total, task.finished) == (0, 8, False)
+        progress("windows", 2, 8)
+        told = screen._Told().render(task).plain
+        assert told.startswith("2/8, about ")
         assert len(made) == 1
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from ghostssm.progress import Progress, heard_by, silent
 from ghostssm.units import duration_text
@@ -64,17 +65,18 @@ class Count:
         return self.steps if seconds is None else f"{self.steps}, about {duration_text(seconds)} left"
 
     def seconds_left(self) -> float | None:
-        """How long the rest will take; None before the first step and after the last."""
-        (begun, _), (now, done) = self._marks[0], self._marks[-1]
+        """How long the rest will take from now on; None before the first step and after the last."""
+        (begun, _), (last, done) = self._marks[0], self._marks[-1]
         if not 0 < done < self.total:
             return None
-        recently = max(mark for mark in self._marks if mark[0] <= begun + _RECENT * (now - begun))
+        recently = max(mark for mark in self._marks if mark[0] <= begun + _RECENT * (last - begun))
         rates = [
-            (now - since) / cost
+            (last - since) / cost
             for since, before in (self._marks[0], recently)
             if (cost := sum(self._costs[before:done])) > 0
         ]
-        return max(rates) * sum(self._costs[done:])
+        after_this = max(rates) * sum(self._costs[done + 1 :])  # a step that takes longer than expected ends soon
+        return max(max(rates) * sum(self._costs[done:]) - (time.monotonic() - last), after_this)
 
 
 _screens: list[Bars | Lines] = []
@@ -157,6 +159,14 @@ class _Counting:
         return self._counts[what]
 
 
+class _Told(ProgressColumn):
+    """How far a count is by now, and how long the rest takes."""
+
+    def render(self, task: Task) -> Text:
+        count: Count | None = task.fields["count"]
+        return Text("" if count is None else count.text)
+
+
 class Bars(_Counting):
     """Bars with the time left, which are gone when the work is done."""
 
@@ -174,7 +184,7 @@ class Bars(_Counting):
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
+            _Told(),
             TimeElapsedColumn(),
         )
         console = Console(stderr=True)
@@ -189,7 +199,7 @@ class Bars(_Counting):
     def stage(self, what: str) -> Iterator[None]:
         with self.shown():
             assert self._bars is not None
-            task = self._bars.add_task(what, total=None, told="")
+            task = self._bars.add_task(what, total=None, count=None)
             try:
                 yield
             finally:
@@ -201,8 +211,8 @@ class Bars(_Counting):
         if not done and what in self._tasks:  # a new round has a new bar
             self._bars.remove_task(self._tasks.pop(what))
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, told="")
-        self._bars.update(self._tasks[what], completed=done, total=total, told=count.text, visible=done < total)
+            self._tasks[what] = self._bars.add_task(what, total=total, count=count)
+        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total)
 
     def say(self, message: str) -> None:
         if self._bars is None:
@@ -243,7 +253,7 @@ class Lines(_Counting):
         with self._lock:
             count = self._reached(what, done, total)
             between = 0 < done < total or what in self._finished
-            counted = _Stage(f"{what} {count.text}", told=True, begun=count.begun, in_steps=done > 0)
+            counted = _Stage(what, told=True, begun=count.begun, count=count)
             self._stages[-1] = counted if done < total else _Stage(_UNNAMED)
             if done == total:
                 self._finished.add(what)
@@ -259,7 +269,7 @@ class Lines(_Counting):
                 current.told = True
                 self.say(f"{current.what} ...")
             elif now - self._said >= _INTERVAL:
-                self.say(current.what if current.in_steps else f"{current.what}, {duration_text(lasted)} so far")
+                self.say(current.text)
 
     def say(self, message: str) -> None:
         with self._lock:
@@ -270,12 +280,20 @@ class Lines(_Counting):
 
 @dataclass
 class _Stage:
-    """What is going on since when, whether it was told, and whether it says how much is left."""
+    """What is going on since when, whether it was told, and how far it is if that is counted."""
 
     what: str
     told: bool = False
     begun: float = field(default_factory=lambda: time.monotonic())  # noqa: PLW0108  (tests put a clock of theirs there)
-    in_steps: bool = False
+    count: Count | None = None
+
+    @property
+    def text(self) -> str:
+        """With how long the rest takes, or before the first step how long it has taken."""
+        what = self.what if self.count is None else f"{self.what} {self.count.text}"
+        if self.count is not None and self.count.seconds_left() is not None:
+            return what
+        return f"{what}, {duration_text(time.monotonic() - self.begun)} so far"
 
 
 @contextmanager
