@@ -166,6 +166,20 @@ def test_options_that_nothing_would_read(run: Run, arguments: str, message: str)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("prune m --state-size 4 --output --json", "--output has no value: --json follows it."),
+        ("prune m --state-size 4 --baselines --output o", "--baselines has no value: --output follows it."),
+        ("compare m --state-size 4 --methods -h", "--methods has no value: -h follows it."),
+    ],
+)
+def test_an_option_in_place_of_a_value(run: Run, arguments: str, message: str) -> None:
+    code, _, err = run(*arguments.split())
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["prune", "m", "--state-size", "4", "--output", ""], "--output is empty; expected a name"),
         (["export", "m", "--output", ""], "--output is empty; expected a name"),
         (["compare", "m", "--state-size", "4", "--report", ""], "--report is empty; expected a name"),

@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -152,6 +153,7 @@ class SpacedListCommand(TyperCommand):
         return plain_in_help(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self._check_values(ctx, args)
         repeatable = {name for option in self._repeatable() for name in option.opts}
         ctx.meta[_LAST_OPTION] = next((argument for argument in reversed(args) if argument.startswith("-")), None)
         rest = super().parse_args(ctx, _repeat(args, repeatable))
@@ -166,6 +168,15 @@ class SpacedListCommand(TyperCommand):
             if ctx.meta.get(_LAST_OPTION) in option.opts and not incomplete.startswith("-"):
                 return list(option.shell_complete(ctx, incomplete))
         return list(super().shell_complete(ctx, incomplete))
+
+    def _check_values(self, ctx: Any, args: list[str]) -> None:
+        """Raise InputError for an option that has another one where its value should be."""
+        options: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+        valued = {name for option in options if not option.is_flag for name in option.opts}
+        for name, value in pairwise(args):
+            if name in valued and value in names:
+                raise InputError(f"{name} has no value: {value} follows it. See: ghostssm {self.name} --help")
 
     def _repeatable(self) -> list[Any]:
         return [option for option in self.params if getattr(option, "multiple", False)]
