@@ -50,6 +50,7 @@ from ghostssm.models.mixer import Projection as Projection
 from ghostssm.plan.decision import Decision as Decision
 from ghostssm.plan.decision import Selection as Selection
 from ghostssm.plan.distillation import Distillation as Distillation
+from ghostssm.plan.measurement import Compared as Compared
 from ghostssm.plan.measurement import Difference as Difference
 from ghostssm.plan.measurement import Measurement as Measurement
 from ghostssm.plan.plan import Plan as Plan
