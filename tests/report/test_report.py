@@ -82,7 +82,7 @@ def test_quadrants_and_correlation() -> None:
 
 def test_pages_hold_every_figure_and_fetch_nothing(pages: dict[str, Path]) -> None:
     expected = {
-        "prune": ["windows", "decode", "capacity", "phantom", "hankel", "saliency"],
+        "prune": ["windows", "baselines", "decode", "capacity", "phantom", "hankel", "saliency"],
         "compare": ["sizes", "windows", "speeds", "decode", "capacity", "phantom", "hankel", "saliency"],
         "distill": ["distillation", "capacity", "saliency"],
     }
@@ -130,6 +130,10 @@ def test_baselines_stand_beside_the_checkpoint(pages: dict[str, Path]) -> None:
     for each in measured["compared"]:
         told = f"{each['excess_loss']:.4f} ± {each['standard_error']:.4f}"
         assert re.search(rf"<td[^>]*>{each['recipe']}</td>.{{0,400}}{told}", text)
+    rows = {figure["name"]: figure["tables"] for figure in data_of(pages["prune"])}["baselines"]["rows"]
+    drawn = dict(zip(rows["method"], zip(rows["is"], rows["excess"], strict=True), strict=True))
+    for each, kind in zip(measured["compared"], ("this checkpoint", "baseline"), strict=True):
+        assert drawn[each["recipe"]] == (kind, pytest.approx(each["excess_loss"], rel=1e-3))
     assert "Beside baselines" not in pages["distill"].read_text()
 
 
@@ -181,7 +185,7 @@ def test_a_folder_without_a_record_says_what_adds_it(pages: dict[str, Path], tmp
     folder = shutil.copytree(pages["folder"], tmp_path / "bare")
     (folder / RECORD_FILE).unlink()
     plan, report = Plan.read(folder), checkpoint_report(folder)
-    assert [figure.name for figure in report.figures] == ["capacity", "saliency"]
+    assert [figure.name for figure in report.figures] == ["baselines", "capacity", "saliency"]
     assert any("--report" in command for _, command in report.missing)
     assert any("--evaluate" in command for _, command in report.missing)
     assert plan.provenance is not None

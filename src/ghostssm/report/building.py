@@ -19,7 +19,14 @@ from ghostssm.plan.distillation import Distillation
 from ghostssm.plan.measurement import Measurement
 from ghostssm.plan.plan import Plan
 from ghostssm.report.figures import MOST_CHANNELS, Figure
-from ghostssm.report.figures.cost import capacity_figure, decode_figure, size_figure, speed_figure, window_figure
+from ghostssm.report.figures.cost import (
+    baselines_figure,
+    capacity_figure,
+    decode_figure,
+    size_figure,
+    speed_figure,
+    window_figure,
+)
 from ghostssm.report.figures.state import hankel_figure, phantom_figure, saliency_figure
 from ghostssm.report.figures.training import distillation_figure
 from ghostssm.report.page import Card, Report, Section, Table, Texts
@@ -33,7 +40,7 @@ from ghostssm.report.telling import (
     repeating_command,
     running,
 )
-from ghostssm.units import bytes_text, counted, plus_minus, sizes_text, text_name
+from ghostssm.units import bytes_text, plus_minus, sizes_text, text_name
 from ghostssm.workflows.compare_result import Comparison, Row, comparison_cells, labelled
 from ghostssm.workflows.report_measuring import predicted_speed
 from ghostssm.workflows.report_record import DecodeSpeed, Record, Samples, WindowLosses
@@ -274,15 +281,12 @@ def _loss_cards(measured: Measurement | None, form: StateFormat) -> list[Card]:
     ]
 
 
-def _baselines(measured: Measurement | None) -> list[Table]:
+def _baselines(measured: Measurement | None) -> list[Figure | Table]:
     """The pruned model among the baselines that were measured beside it."""
     if measured is None or not measured.compared:
         return []
-    caption = (
-        f"{measured.compared[0].recipe} is this checkpoint. The loss is over the dense model's, in nats per token, on "
-        f"{counted(measured.windows, 'window')} of {text_name(measured.text)}."
-    )
-    return [Table("Beside baselines", *measured.cells(), caption)]
+    caption = f"{measured.compared[0].recipe} is this checkpoint. Losses are over the dense model's, in nats per token."
+    return [baselines_figure(measured), Table("The same in figures", *measured.cells(), caption)]
 
 
 def _training_card(training: Distillation) -> Card:

@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 
 from ghostssm.engines.capacity import Footprint
+from ghostssm.plan.measurement import Measurement
 from ghostssm.report.figures import (
     COLOURS,
     INK,
@@ -24,7 +25,7 @@ from ghostssm.report.figures import (
     table,
     tooltip,
 )
-from ghostssm.units import text_name
+from ghostssm.units import counted, text_name
 from ghostssm.workflows.compare_result import Row
 from ghostssm.workflows.report_record import DecodeSpeed, WindowLosses
 
@@ -32,6 +33,7 @@ _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down
 _SPREAD = 0.03
 """Methods at one size are drawn beside each other, over this part of a doubling of the size at most."""
 _EXCESS, _SPEED = "excess loss, nats per token", "tokens per second"
+_OWN = "this checkpoint"
 _BARS = "Bars are one standard error of the paired loss difference."
 
 
@@ -133,6 +135,45 @@ def _loss_chart(
     else:
         parts.insert(0, points.mark_line(strokeWidth=1.5))
     return alt.LayerChart(layer=[chosen(part, *selectors) for part in parts], height=340).add_params(*selectors)
+
+
+def baselines_figure(measured: Measurement) -> Figure:
+    """Excess loss of the pruned model and of the baselines beside it, with bars of one standard error."""
+    finite = [each for each in measured.compared if math.isfinite(each.excess.mean)]
+    ranked = sorted(finite, key=lambda each: each.excess.mean)
+    shown = []
+    for each in ranked:
+        mean, error = each.excess.mean, each.excess.standard_error
+        reach = 0.0 if math.isnan(error) else error
+        shown.append(
+            {
+                "method": each.recipe,
+                "is": _OWN if each is measured.compared[0] else "baseline",
+                "size": each.state_size,
+                "dtype": each.state_dtype,
+                "bytes": each.state_bytes,
+                "excess": mean,
+                "error": error,
+                "low": mean - reach,
+                "high": mean + reach,
+            }
+        )
+    kinds = [_OWN, "baseline"]
+    losses = alt.X("excess:Q", title=_EXCESS).axis(format=".2~g", tickCount=6)
+    methods = alt.Y("method:N", title=None, sort=[each.recipe for each in ranked]).axis(labelLimit=260, grid=False)
+    colours = alt.Color("is:N", title=None, scale=names_scale(kinds, COLOURS), legend=legend_of(kinds))
+    titles = {"method": "method", "size": "N'", "dtype": "state", "bytes": "bytes", "excess": "excess loss"}
+    bars = table("rows").mark_bar(height=16).encode(losses, methods, colours)
+    bars = bars.encode(tooltip=tooltip(**titles, error="standard error"))
+    errors = table("rows").mark_rule(strokeWidth=1.5, color=INK).encode(alt.X("low:Q"), alt.X2("high"), methods)
+    return Figure(
+        "baselines",
+        "Beside baselines",
+        f"Shorter is better. {_BARS} On {counted(measured.windows, 'window')} of {text_name(measured.text)}.",
+        f"Bar chart of excess loss: {', '.join(f'{each.recipe} {each.excess.mean:.4f}' for each in ranked)}.",
+        alt.LayerChart(layer=[bars, errors], height=28 * len(ranked)),
+        {"rows": shown},
+    )
 
 
 def decode_figure(speeds: Sequence[DecodeSpeed]) -> Figure:
