@@ -16,6 +16,7 @@ from ghostssm.errors import NumericalError
 from ghostssm.plan.measurement import Compared, Difference, Measurement
 from ghostssm.workflows import prune_plans
 from tests.conftest import Run, random_windows, tiny_model
+from tests.families.tiny import tiny_hybrid
 
 TEXT, OTHER = random_windows(8, 40), random_windows(6, 40, seed=1)
 
@@ -49,6 +50,18 @@ def test_a_baseline_loses_what_it_loses_alone(target: dict[str, Any]) -> None:
         assert each.state_size == alone.plan.mean_state_size
         assert each.state_dtype == (alone.plan.state_dtype or "float32")
         assert each.own_class == alone.plan.needs_own_class
+
+
+@pytest.mark.parametrize("case", ["nemotron_h", "falcon_h1"])
+def test_hybrids_have_baselines_too(case: str) -> None:
+    def measured(recipe: str, *baselines: str) -> Measurement:
+        options: dict[str, Any] = {"recipe": recipe, "state_bytes": "1/4", "multiple": 2, "baselines": baselines}
+        found = ghostssm.prune(tiny_hybrid(case), TEXT, evaluate=OTHER, **options).measured
+        assert found is not None
+        return found
+
+    for each in measured("magnitude", "ghost", "balanced").compared:
+        assert each.excess.mean == pytest.approx(measured(each.recipe).excess.mean, abs=1e-6)
 
 
 def test_where_the_loss_is_bounded_a_baseline_gets_the_bytes_that_were_found() -> None:
