@@ -110,7 +110,7 @@ def test_the_command_shows_and_records_them(run: Run, small: Path, text_file: Pa
     assert manifest["measured"] == measured
     assert manifest["request"]["baselines"] == ["ghost", "random"]
     code, out, _ = run("prune", small, *common, "--baselines", "ghost", "random")
-    assert "beside baselines, on text.txt; output+repair was written:" in out
+    assert "What baselines lose on text.txt; output+repair was written:" in out
     read = Measurement.from_json(measured)
     assert read is not None
     rows = read.cells()[1]

@@ -133,7 +133,7 @@ def _print(outcome: PruneOutcome, written: Path, page: Path | None, seconds: flo
         print_table(*choice.cells())
     if measured is not None and measured.compared:
         print()
-        print_text(f"beside baselines, on {measured.text}; {plan.method} was written:")
+        print_text(f"What baselines lose on {measured.text}; {plan.method} was written:")
         print_table(*measured.cells(), text_columns=2)
 
 

@@ -34,8 +34,8 @@ from ghostssm.workflows.compare_result import DENSE, Basis, Cell, Comparison, Ro
 from ghostssm.workflows.inputs import Inputs, calibration_windows, tell_idle_gpu, tell_same_text, windows_of
 from ghostssm.workflows.report_measuring import observe, sample
 from ghostssm.workflows.request_checks import check_places, check_request
-from ghostssm.workflows.requests import CompareRequest, PruneRequest
-from ghostssm.workflows.state_size import check_dtypes, target_of
+from ghostssm.workflows.requests import CompareRequest
+from ghostssm.workflows.state_size import Target, check_dtypes, target_within
 
 _CALIBRATION_COST = 3.0
 """What GHOST takes for a token; the loss on one is the unit. For estimates of the time left."""
@@ -66,18 +66,9 @@ def checked(request: CompareRequest, described: Description | None = None) -> tu
     return replace(request, methods=tuple(map(str, recipes))), described
 
 
-def _within(
-    request: CompareRequest, described: Description, recipe: Recipe, bound: str
-) -> tuple[int, Sequence[int] | None, Sequence[str] | None]:
-    """The bytes, sizes and dtypes that ``prune --state-bytes`` chooses within; raises InputError as it does.
-
-    Nothing is written here, so that the head counts as untied, which some engines need.
-    """
-    how: dict[str, Any] = {"engines": request.engines, "groups": request.groups, "untie": True}
-    pruning = PruneRequest(request.model, state_bytes=bound, recipe=str(recipe), **how)
-    target = target_of(pruning, described, recipe, unheard)
-    assert target.state_bytes is not None
-    return target.state_bytes, target.sizes, target.dtypes
+def _within(request: CompareRequest, described: Description, recipe: Recipe, bound: str) -> Target:
+    """What ``prune --state-bytes`` chooses within; raises InputError as it does."""
+    return target_within(bound, described, recipe, request.engines, request.groups)
 
 
 def _is_suited(request: CompareRequest, described: Description, recipe: Recipe) -> bool:
@@ -274,9 +265,10 @@ class _Cells:
         layout, layers = self.described.layout, self.described.layers
         numbers = []
         for bound in self.request.state_bytes:
-            most, sizes, dtypes = _within(self.request, self.described, recipe, bound)
-            names = [form.name for form in formats_to_try(recipe, dtypes)]
-            numbers.append(len(set(fits_in(most, layout, layers, sizes, names).values())))
+            target = _within(self.request, self.described, recipe, bound)
+            assert target.state_bytes is not None
+            names = [form.name for form in formats_to_try(recipe, target.dtypes)]
+            numbers.append(len(set(fits_in(target.state_bytes, layout, layers, target.sizes, names).values())))
         return numbers
 
     def outcomes(self, progress: Progress) -> dict[Cell, Outcome[dict[str, Evaluation]]]:
@@ -314,9 +306,10 @@ class _Cells:
         for done, (recipe, bound) in enumerate(product(self.recipes, request.state_bytes), 1):
             progress("models", done, len(self))
             begun = time.perf_counter()
-            most, sizes, dtypes = _within(request, self.described, recipe, bound)
+            target = _within(request, self.described, recipe, bound)
+            assert target.state_bytes is not None
             how: dict[str, Any] = {"groups": request.groups, "seed": request.seed, "progress": None}
-            plan = fitting.plan(recipe, most, state_sizes=sizes, dtypes=dtypes, **how)
+            plan = fitting.plan(recipe, target.state_bytes, state_sizes=target.sizes, dtypes=target.dtypes, **how)
             seconds = time.perf_counter() - begun
             assert plan.provenance is not None
             dtype = plan.provenance.state_dtype

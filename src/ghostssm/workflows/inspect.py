@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghostssm.checkpoint.description import Description, describe
+from ghostssm.choices import DEFAULT_RECIPE
 from ghostssm.engines import Advice, advise, engines_named
 from ghostssm.engines.capacity import DEFAULT_CONTEXT, Footprint
 from ghostssm.engines.rules import Engine
 from ghostssm.errors import InputError
 from ghostssm.models.layout import check_state_size
 from ghostssm.ops.state_format import BFLOAT16, StateFormat
-from ghostssm.progress import unheard
 from ghostssm.units import memory_bytes
 from ghostssm.workflows.request_checks import check_request
-from ghostssm.workflows.requests import CalibratingRequest, InspectRequest, PruneRequest
+from ghostssm.workflows.requests import CalibratingRequest, InspectRequest
 
 if TYPE_CHECKING:
     from ghostssm.pruning.forecast import Forecast
@@ -159,16 +159,12 @@ def inspect(request: InspectRequest) -> InspectOutcome:
 
 
 def _fits(described: Description, bound: str, engines: Sequence[str]) -> list[Fit]:
-    """What ``prune --state-bytes`` with the default recipe chooses from, the largest state first.
-
-    Nothing is written here, so that the head counts as untied, which some engines need.
-    """
+    """What ``prune --state-bytes`` with the default recipe chooses from, the largest state first."""
     from ghostssm.pruning.recipe import Recipe  # these take model classes
     from ghostssm.pruning.search import fits_in
-    from ghostssm.workflows.state_size import target_of
+    from ghostssm.workflows.state_size import target_within
 
-    pruning = PruneRequest(described.name, state_bytes=bound, engines=tuple(engines), untie=True)
-    target = target_of(pruning, described, Recipe.parse(pruning.recipe), unheard)
+    target = target_within(bound, described, Recipe.parse(DEFAULT_RECIPE), engines)
     assert target.state_bytes is not None
     wanted = fits_in(target.state_bytes, described.layout, described.layers, target.sizes, target.dtypes)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ghostssm.checkpoint.description import Description
+from ghostssm.choices import Groups
 from ghostssm.engines import advise, engines_named, good_state_sizes, nearest_state_size
 from ghostssm.errors import InputError
 from ghostssm.ops.state_format import FORMATS, TIERS, StateFormat
-from ghostssm.progress import Notify
+from ghostssm.progress import Notify, unheard
 from ghostssm.pruning.recipe import Recipe
 from ghostssm.pruning.run import DEFAULT_MULTIPLE
 from ghostssm.pruning.search import check_shrinks, fits_in, formats_to_try
@@ -89,6 +90,22 @@ def target_of(request: PruneRequest, described: Description, recipe: Recipe, not
         names = [form.name for form in formats_to_try(recipe, target.dtypes)]
         fits_in(target.state_bytes, described.layout, described.layers, target.sizes, names, multiple)
     return target
+
+
+def target_within(
+    bound: str, described: Description, recipe: Recipe, engines: Sequence[str], groups: Groups = "equal"
+) -> Target:
+    """What ``prune --state-bytes`` chooses within, where nothing is written.
+
+    The head counts as untied, which some engines need.
+
+    Raises:
+        InputError: as `target_of`.
+    """
+    request = PruneRequest(
+        described.name, state_bytes=bound, recipe=str(recipe), engines=tuple(engines), groups=groups, untie=True
+    )
+    return target_of(request, described, recipe, unheard)
 
 
 def check_dtypes(names: Iterable[str]) -> None:
